@@ -1,0 +1,16 @@
+"""The `multiscale` architecture: configuration, training SAE, inference SAE and their mechanisms."""
+
+from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.inference_sae import MultiScaleSAE
+from msae_plugin.architecture.presets import preset, preset_names, preset_summary
+from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
+
+__all__ = [
+    "MultiScaleSAE",
+    "MultiScaleSAEConfig",
+    "MultiScaleTrainingSAE",
+    "MultiScaleTrainingSAEConfig",
+    "preset",
+    "preset_names",
+    "preset_summary",
+]

@@ -1,0 +1,51 @@
+"""AuxK: dead latents reconstruct what the live ones miss (Gao et al. 2024, appendix A.2)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def auxk_loss(
+    x_hat: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    residual: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    dead_latents: torch.Tensor,
+    token_weight: torch.Tensor | None,
+    decoder_norm: torch.Tensor | None,
+) -> torch.Tensor:
+    """Squared error of the k_aux = d_in // 2 strongest dead latents on the residual.
+
+    Only the dead columns of the encoder are computed, so that the cost is proportional to the
+    number of dead latents. The scale of the loss falls with that number, as in SAELens.
+
+    Args:
+        x_hat: (n_tokens, d_in) encoder input.
+        token_scale: (n_tokens, 1) factor that undoes the normalisation, or None.
+        residual: (n_tokens, d_in) input minus reconstruction; treated as a constant.
+        W_enc: (d_in, d_sae).
+        b_enc: (d_sae,).
+        W_dec: (d_sae, d_in).
+        dead_latents: (n_dead,) indices of dead latents, long, not empty.
+        token_weight: (n_tokens,) weight of each token's error, or None.
+        decoder_norm: (d_sae,) norms by which pre-activations are ranked, or None. The norms cancel
+            in the reconstruction and decide only which latents are strongest.
+
+    Returns:
+        Zero-dimensional loss, in the units of the squared error per token.
+    """
+    d_in = x_hat.shape[1]
+    n_dead = dead_latents.numel()
+    k_aux = min(max(d_in // 2, 1), n_dead)
+    hidden_pre = x_hat @ W_enc[:, dead_latents] + b_enc[dead_latents]
+    scores = hidden_pre if decoder_norm is None else hidden_pre * decoder_norm[dead_latents]
+    top = scores.topk(k_aux, dim=-1, sorted=False).indices
+    acts = torch.zeros_like(hidden_pre).scatter(-1, top, hidden_pre.gather(-1, top))
+    if token_scale is not None:
+        acts = acts * token_scale
+    errors = (acts @ W_dec[dead_latents] - residual.detach()).pow(2).sum(dim=-1)
+    if token_weight is not None:
+        errors = errors * token_weight
+    return min(n_dead / max(d_in // 2, 1), 1.0) * errors.mean()

@@ -1,0 +1,303 @@
+"""Configurations of the `multiscale` architecture, for training and for inference.
+
+Every mechanism of docs/method.md has its own group of fields and is off at the value that its
+description names. Fields that an exported SAE needs live in the inference configuration; the
+training configuration repeats them under the same name, because SAELens copies them by name.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+from typing_extensions import override
+
+from msae_plugin.architecture.validation import validate_inference, validate_training
+
+ARCHITECTURE = "multiscale"
+
+NormEpsMode = Literal["absolute", "relative"]
+
+
+@dataclass
+class MultiScaleSAEConfig(JumpReLUSAEConfig):
+    """Configuration of an exported multi-scale SAE.
+
+    With `norm_scales` empty and `skip_scale` zero the architecture is SAELens' JumpReLU.
+
+    Args:
+        norm_scales (list[float]): Scales s of the input normalisation
+            x_hat_s = gain_s (x_c - mu) / sqrt(s var + eps) + bias_s. Empty: no normalisation. One
+            scale: layer normalisation. docs/method.md, [N].
+        norm_centre (bool): Subtract the mean over d_in of each token before dividing. False gives
+            the root-mean-square form.
+        norm_affine (bool): Learned gain and bias per scale.
+        norm_gate (bool): Token-dependent sigmoid gate on the gain of each scale.
+        norm_eps (float): Added to the variance; in units of the squared activations when
+            `norm_eps_mode` is absolute, in units of the running mean variance when relative.
+        norm_eps_mode (Literal["absolute", "relative"]): absolute makes the scales differ by a
+            constant only, so that they fold into one affine map at export; relative makes them
+            differ token by token.
+        norm_attention (bool): Mixture weights over the scales depend on the token. docs/method.md,
+            [A].
+        attention_d_key (int | None): Width of queries and keys of the scale attention. None: d_in // 4.
+        skip_scale (float): Share of the centred input added to the output of `forward`; `decode`
+            stays linear and never sees it. 0 disables.
+        d_in (int): Width of the activations. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+        dtype (str): Data type of the weights. Thresholds stay float32. Inherited from SAEConfig.
+        device (str): Device of the weights. Inherited from SAEConfig.
+    """
+
+    norm_scales: list[float] = field(default_factory=list)
+    norm_centre: bool = True
+    norm_affine: bool = True
+    norm_gate: bool = False
+    norm_eps: float = 1e-6
+    norm_eps_mode: NormEpsMode = "absolute"
+    norm_attention: bool = False
+    attention_d_key: int | None = None
+    skip_scale: float = 0.0
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate_inference(self)
+
+
+@dataclass(kw_only=True)
+class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
+    """Configuration for training a multi-scale orthogonal SAE.
+
+    The defaults are the `default` preset without the schedules that need the length of the run;
+    `msae_plugin.preset` fills those in. Mechanism letters refer to docs/method.md.
+
+    Args:
+        k (float): Mean number of active latents per token, and the target L0 of every selection rule.
+        k_initial_multiplier (float): Training starts at this multiple of k. 1 disables the schedule.
+        k_anneal_steps (int): Steps over which the multiple falls linearly to 1. 0 disables.
+        topk_threshold_lr (float): Rate of the running estimate of the selection cut that the
+            exported SAE uses as its threshold.
+        rescale_acts_by_decoder_norm (bool): Treat the decoder rows as if they had unit norm, as in
+            SAELens' TopK.
+        unit_norm_decoder (bool): Project the decoder rows onto unit norm at every step.
+        weight_init (Literal["kaiming", "inverse_sqrt_d"]): Initial decoder directions: SAELens'
+            uniform Kaiming rule, or normal with standard deviation 1/sqrt(d_in).
+        b_dec_init (Literal["zeros", "mean"]): Initial decoder bias: zeros, or the mean of the first
+            training batch.
+        aux_loss_coefficient (float): AuxK: dead latents reconstruct the residual. 0 disables.
+        l1_coefficient (float): Weight of the L1 penalty on the latents. 0 disables.
+        l1_warm_up_steps (int): Steps over which the L1 weight rises linearly to its value.
+        token_loss_weight (Literal["none", "inverse_norm"]): Weight of each token in the losses:
+            equal, or 1 / |x - b_dec| (mean 1 over the batch), for activations whose norms vary.
+        sparsity_scales (list[float]): [S] Further sparsity budgets s * k at which the same
+            pre-activations must reconstruct. Empty disables.
+        sparsity_scale_weight (float): [S] Weight of the loss at each further budget.
+        prefix_fractions (list[float]): [S] Nested prefixes of the dictionary, as shares of d_sae,
+            each of which must reconstruct alone. Empty disables.
+        prefix_weight (float): [S] Weight of the loss of each prefix.
+        detach_inner_prefixes (bool): [S] A prefix learns only from its own loss, not from the losses
+            of the wider ones.
+        prefix_sort_every (int): [S] Steps between two assignments of latents to prefixes by firing
+            rate, most frequent first. 0 keeps the order of the indices.
+        firing_rate_decay (float): [S] Decay of the running firing rate.
+        selection (Literal["batchtopk", "zscore"]): [Z] Rule that picks the active latents: the
+            k * tokens largest of the batch, or a threshold mean + z * std per latent.
+        standardise (float): [Z] How far pre-activations are standardised by their running mean
+            and standard deviation before BatchTopK ranks them. 0: not at all. 1: fully.
+        zscore_z (float): [Z] z, or its initial value when it corrects itself.
+        zscore_z_lr (float): [Z] Rate at which z follows the target L0 = k. 0 keeps z fixed.
+        zscore_decay (float): [Z] Decay of the running mean and variance of the pre-activations.
+        orthogonality_coefficient (float): [O] Weight of the orthogonality penalty, in units of the
+            running variance of the activations. 0 disables.
+        orthogonality_pairs (Literal["chunks", "neighbours"]): [O] Pairs of latents that are
+            compared: random chunks, drawn anew each time, or lists of nearest decoder neighbours.
+        orthogonality_weighting (Literal["none", "coactivation", "correlation"]): [O] Weight of a
+            pair: OrtSAE's unweighted maximum, the excess of the co-activation cosine over
+            `orthogonality_tau`, or of the correlation (excess over independence).
+        orthogonality_tau (float): [O] Co-activation below which a pair is free.
+        orthogonality_chunk_size (int): [O] Latents per chunk; also the rows handled at a time when
+            neighbours are searched.
+        orthogonality_every (int): [O] The penalty is taken every n-th step with n times its weight.
+        neighbour_count (int): [O] Nearest decoder neighbours per latent.
+        neighbour_refresh_every (int): [O] Steps between two searches for neighbours.
+        coactivation_decay (float): [O], [C] Decay of the co-activation statistics.
+        sketch_rank (int): [C] Rank of the randomised sketch of the co-activation. 0 disables. With
+            `orthogonality_pairs` chunks and a weighting, the weights come from the sketch.
+        revival_every (int): [R] Steps between two revivals of dead latents. 0 disables.
+        revival_dead_steps (int): [R] Steps without firing after which a latent counts as dead.
+        revival_min_cosine (float): [R] Only latents whose largest cosine to a live latent is at
+            least this are revived: the interference criterion. 0 revives any dead latent.
+        revival_max_fraction (float): [R] Largest share of the dictionary revived at once.
+        revival_source (Literal["error_samples", "error_svd"]): [R] New directions: badly
+            reconstructed samples, or leading directions of the reconstruction error.
+        revival_survival_steps (int): [R] Steps after which the after-life of a revived latent is judged.
+        importance_power (float): [G] Gradients of a latent are multiplied by its relative
+            contribution |f| |d| to this power, and its L1 weight by the inverse. 0 disables.
+        importance_decay (float): [G] Decay of the running contribution.
+        norm_scales (list[float]): [N] See MultiScaleSAEConfig. Empty: no normalisation.
+        norm_centre (bool): [N] See MultiScaleSAEConfig.
+        norm_affine (bool): [N] See MultiScaleSAEConfig.
+        norm_gate (bool): [N] See MultiScaleSAEConfig.
+        norm_eps (float): [N] See MultiScaleSAEConfig.
+        norm_eps_mode (Literal["absolute", "relative"]): [N] See MultiScaleSAEConfig.
+        norm_attention (bool): [A] See MultiScaleSAEConfig.
+        attention_d_key (int | None): [A] See MultiScaleSAEConfig.
+        skip_scale (float): See MultiScaleSAEConfig.
+        decoder_init_norm (float | None): Norm of the decoder rows at initialisation. None keeps the
+            norms of `weight_init`. Inherited from TrainingSAEConfig.
+        d_in (int): Width of the activations. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+        dtype (str): Data type of the weights. Inherited from SAEConfig.
+        device (str): Device of the weights. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Subtract b_dec before encoding. Inherited from SAEConfig.
+        normalize_activations (Literal["none", "expected_average_only_in", "covariance_whitening"]):
+            SAELens' own scalings, folded into the weights at the end of training. layer_norm and
+            constant_norm_rescale keep state between encode and decode and are refused: use
+            norm_scales. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): Inherited from SAEConfig.
+        metadata (SAEMetadata): Inherited from SAEConfig.
+    """
+
+    k: float = 32.0
+    k_initial_multiplier: float = 1.0
+    k_anneal_steps: int = 0
+    topk_threshold_lr: float = 0.01
+    rescale_acts_by_decoder_norm: bool = True
+    unit_norm_decoder: bool = False
+    weight_init: Literal["kaiming", "inverse_sqrt_d"] = "kaiming"
+    b_dec_init: Literal["zeros", "mean"] = "zeros"
+    aux_loss_coefficient: float = 1.0
+    l1_coefficient: float = 0.0
+    l1_warm_up_steps: int = 0
+    token_loss_weight: Literal["none", "inverse_norm"] = "none"
+
+    sparsity_scales: list[float] = field(default_factory=lambda: [2.0])
+    sparsity_scale_weight: float = 0.25
+    prefix_fractions: list[float] = field(
+        default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    )
+    prefix_weight: float = 1.0
+    detach_inner_prefixes: bool = False
+    prefix_sort_every: int = 100
+    firing_rate_decay: float = 0.99
+
+    selection: Literal["batchtopk", "zscore"] = "batchtopk"
+    standardise: float = 0.0
+    zscore_z: float = 2.0
+    zscore_z_lr: float = 0.0
+    zscore_decay: float = 0.99
+
+    orthogonality_coefficient: float = 0.0
+    orthogonality_pairs: Literal["chunks", "neighbours"] = "neighbours"
+    orthogonality_weighting: Literal["none", "coactivation", "correlation"] = "coactivation"
+    orthogonality_tau: float = 0.1
+    orthogonality_chunk_size: int = 512
+    orthogonality_every: int = 1
+    neighbour_count: int = 8
+    neighbour_refresh_every: int = 50
+    coactivation_decay: float = 0.99
+
+    sketch_rank: int = 0
+
+    revival_every: int = 0
+    revival_dead_steps: int = 200
+    revival_min_cosine: float = 0.0
+    revival_max_fraction: float = 0.05
+    revival_source: Literal["error_samples", "error_svd"] = "error_samples"
+    revival_survival_steps: int = 1000
+
+    importance_power: float = 0.0
+    importance_decay: float = 0.99
+
+    norm_scales: list[float] = field(default_factory=list)
+    norm_centre: bool = True
+    norm_affine: bool = True
+    norm_gate: bool = False
+    norm_eps: float = 1e-6
+    norm_eps_mode: NormEpsMode = "absolute"
+    norm_attention: bool = False
+    attention_d_key: int | None = None
+    skip_scale: float = 0.0
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    @override
+    def __post_init__(self) -> None:
+        validate_training(self)
+        super().__post_init__()
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return MultiScaleSAEConfig
+
+    @override
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        """Configuration of the export, in which the foldable parts of [N] are already folded."""
+        exported = super().get_inference_sae_cfg_dict()
+        if self.norm_folds_to_affine:
+            exported.update(norm_scales=[1.0], norm_affine=False)
+        return exported
+
+    @property
+    def norm_folds_to_affine(self) -> bool:
+        """Whether the scales differ by constants only and fold into `W_enc` and `b_enc`."""
+        return (
+            bool(self.norm_scales)
+            and self.norm_eps_mode == "absolute"
+            and not self.norm_gate
+            and not self.norm_attention
+        )
+
+    @property
+    def prefix_widths(self) -> list[int]:
+        """Widths of the nested prefixes, ascending, the whole dictionary last; (n_prefixes,)."""
+        inner = {max(1, round(share * self.d_sae)) for share in self.prefix_fractions}
+        return [*sorted(width for width in inner if width < self.d_sae), self.d_sae]
+
+    @property
+    def needs_preactivation_statistics(self) -> bool:
+        """Whether [Z] has to follow the mean and variance of the pre-activations."""
+        return self.selection == "zscore" or self.standardise > 0
+
+    def k_at(self, training_step: int) -> float:
+        """Target L0 of a training step: linear from `k_initial_multiplier * k` down to k."""
+        if self.k_anneal_steps <= 0 or training_step >= self.k_anneal_steps:
+            return self.k
+        left = 1 - training_step / self.k_anneal_steps
+        return self.k * (1 + (self.k_initial_multiplier - 1) * left)
+
+
+def mechanisms_off() -> dict[str, Any]:
+    """Field values under which the architecture is SAELens' BatchTopK (its AuxK stays on)."""
+    return {
+        "k_initial_multiplier": 1.0,
+        "k_anneal_steps": 0,
+        "sparsity_scales": [],
+        "prefix_fractions": [],
+        "selection": "batchtopk",
+        "standardise": 0.0,
+        "orthogonality_coefficient": 0.0,
+        "sketch_rank": 0,
+        "revival_every": 0,
+        "importance_power": 0.0,
+        "norm_scales": [],
+        "norm_attention": False,
+        "norm_gate": False,
+        "skip_scale": 0.0,
+        "l1_coefficient": 0.0,
+        "token_loss_weight": "none",
+    }
+
+
+def inference_field_names() -> list[str]:
+    """Names of the fields that the training configuration hands to the exported one."""
+    return [item.name for item in fields(MultiScaleSAEConfig)]

@@ -1,0 +1,104 @@
+"""Loss terms that are sums over tokens: reconstruction at every scale, and L1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.nested import Reconstructions
+from msae_plugin.architecture.selection import Selection
+
+
+@torch.no_grad()
+def token_weight(x_c: torch.Tensor) -> torch.Tensor:
+    """Weight 1 / |x - b_dec| per token, mean 1 over the batch.
+
+    Args:
+        x_c: (n_tokens, d_in) activations minus b_dec.
+
+    Returns:
+        (n_tokens,) constants. A token at b_dec itself weighs as much as the heaviest other one; if
+        all are there, all weigh 1.
+    """
+    norms = x_c.float().norm(dim=-1)
+    present = norms > 0
+    inverse = torch.where(present, 1 / norms.clamp(min=1e-30), 0.0)
+    inverse = torch.where(present, inverse, inverse.max())
+    mean = inverse.mean()
+    return torch.where(mean > 0, inverse / mean.clamp(min=1e-30), torch.ones_like(inverse))
+
+
+def squared_error(
+    reconstruction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
+) -> torch.Tensor:
+    """Mean over tokens of the squared error, summed over d_in.
+
+    Args:
+        reconstruction: (n_tokens, d_in).
+        target: (n_tokens, d_in).
+        weight: (n_tokens,) or None.
+
+    Returns:
+        Zero-dimensional, in squared activation units.
+    """
+    errors = (reconstruction - target).pow(2).sum(dim=-1)
+    return (errors if weight is None else errors * weight).mean()
+
+
+def reconstruction_losses(
+    cfg: MultiScaleTrainingSAEConfig,
+    reconstructions: Reconstructions,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    scales: Sequence[float],
+) -> dict[str, torch.Tensor]:
+    """[S]: the whole dictionary at budget k, each nested prefix, each further budget.
+
+    Args:
+        cfg: Weights of the terms.
+        reconstructions: One per prefix and per further budget, each (n_tokens, d_in).
+        target: (n_tokens, d_in).
+        weight: (n_tokens,) weight of each token, or None.
+        scales: Further budgets as multiples of k, in the order of `reconstructions.scales`.
+
+    Returns:
+        Weighted loss terms by name; prefix terms carry SAELens' name `inner_mse_loss_<width>`.
+    """
+    terms = {"mse_loss": squared_error(reconstructions.main, target, weight)}
+    if cfg.prefix_weight > 0:
+        inner = zip(cfg.prefix_widths[:-1], reconstructions.prefixes[:-1], strict=True)
+        for width, reconstruction in inner:
+            loss = squared_error(reconstruction, target, weight)
+            terms[f"inner_mse_loss_{width}"] = cfg.prefix_weight * loss
+    if cfg.sparsity_scale_weight > 0:
+        for scale, reconstruction in zip(scales, reconstructions.scales, strict=True):
+            loss = squared_error(reconstruction, target, weight)
+            terms[f"mse_loss_at_{scale:g}k"] = cfg.sparsity_scale_weight * loss
+    return terms
+
+
+def l1_loss(
+    selection: Selection,
+    coefficients: torch.Tensor,
+    decoder_norm: torch.Tensor,
+    latent_weight: torch.Tensor | None,
+    n_tokens: int,
+) -> torch.Tensor:
+    """Sum over latents of |f_i| |d_i|, mean over tokens.
+
+    Args:
+        selection: The active pairs.
+        coefficients: (n_pairs,) coefficients of the raw decoder rows; not negative.
+        decoder_norm: (d_sae,) norms of these rows.
+        latent_weight: (d_sae,) weight of each latent's share, or None.
+        n_tokens: Number of tokens in the batch.
+
+    Returns:
+        Zero-dimensional, in activation units.
+    """
+    penalised = coefficients * selection.active() * decoder_norm[selection.latents]
+    if latent_weight is not None:
+        penalised = penalised * latent_weight[selection.latents]
+    return penalised.sum() / n_tokens

@@ -1,0 +1,116 @@
+"""[S] Nested prefixes of the dictionary and sparsity scales, decoded once.
+
+Each active pair belongs to a ring (the part of the dictionary between two prefixes) and to a tier
+(the smallest sparsity budget that includes it). All rings and tiers are decoded in one pass; every
+reconstruction that a loss needs is a sum of these groups, built up incrementally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from msae_plugin.architecture.decoding import bag_sum
+from msae_plugin.architecture.selection import Selection
+
+
+@dataclass
+class Reconstructions:
+    """Reconstructions of one batch, each of shape (n_tokens, d_in).
+
+    Attributes:
+        prefixes: One per nested prefix, ascending; the last is the whole dictionary at budget k.
+        scales: One per further sparsity budget, ascending, from the whole dictionary.
+    """
+
+    prefixes: list[torch.Tensor]
+    scales: list[torch.Tensor]
+
+    @property
+    def main(self) -> torch.Tensor:
+        """(n_tokens, d_in) reconstruction of the whole dictionary at the budget k."""
+        return self.prefixes[-1]
+
+
+def assign_rings(firing_rate: torch.Tensor, prefix_widths: Sequence[int]) -> torch.Tensor:
+    """Order latents by firing rate, most frequent first, and cut them into rings.
+
+    Args:
+        firing_rate: (d_sae,) running share of tokens on which each latent fires.
+        prefix_widths: (n_prefixes,) ascending widths; the last equals d_sae.
+
+    Returns:
+        (d_sae,) ring of each latent, long, in [0, n_prefixes).
+    """
+    order = torch.argsort(firing_rate, descending=True, stable=True)
+    return rings_of_order(order, prefix_widths)
+
+
+def rings_of_order(order: torch.Tensor, prefix_widths: Sequence[int]) -> torch.Tensor:
+    """Ring of each latent when latent order[r] has rank r; (d_sae,) long."""
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(order.numel(), device=order.device)
+    widths = torch.tensor(list(prefix_widths), device=order.device)
+    return torch.bucketize(ranks, widths, right=True)
+
+
+def decode_nested(
+    selection: Selection,
+    weights: torch.Tensor,
+    W_dec: torch.Tensor,
+    b_dec: torch.Tensor,
+    ring_of_latent: torch.Tensor,
+    n_rings: int,
+    n_tiers: int,
+    n_tokens: int,
+    detach_inner: bool,
+) -> Reconstructions:
+    """Decode every nested prefix at budget k and the whole dictionary at every other budget.
+
+    Args:
+        selection: The active pairs.
+        weights: (n_pairs,) coefficient of the decoder row of each pair.
+        W_dec: (d_sae, d_in) decoder.
+        b_dec: (d_in,) decoder bias, part of every reconstruction.
+        ring_of_latent: (d_sae,) ring of each latent.
+        n_rings: Number of prefixes.
+        n_tiers: Number of sparsity budgets.
+        n_tokens: Number of tokens in the batch.
+        detach_inner: Let a prefix's loss reach only the latents that the prefix adds.
+
+    Returns:
+        The reconstructions, differentiable in weights, W_dec and b_dec.
+    """
+    n_inner_tiers = selection.main_tier + 1
+    # Pairs within budget k are grouped by tier and ring, pairs beyond it by tier alone.
+    within = selection.tiers * n_rings + ring_of_latent[selection.latents]
+    beyond = n_inner_tiers * n_rings + (selection.tiers - n_inner_tiers)
+    n_groups = n_inner_tiers * n_rings + (n_tiers - n_inner_tiers)
+    groups = torch.where(selection.active(), within, beyond)
+    bags = selection.tokens * n_groups + groups
+    parts = bag_sum(W_dec, selection.latents, weights, bags, n_tokens * n_groups)
+    parts = parts.view(n_tokens, n_groups, W_dec.shape[1])
+
+    inner = parts[:, : n_inner_tiers * n_rings].unflatten(1, (n_inner_tiers, n_rings))
+    scales: list[torch.Tensor] = []
+    at_budget = b_dec.expand(n_tokens, -1)
+    for tier in range(selection.main_tier):
+        at_budget = at_budget + inner[:, tier].sum(dim=1)
+        scales.append(at_budget)
+
+    prefixes: list[torch.Tensor] = []
+    so_far = b_dec.expand(n_tokens, -1)
+    for ring in range(n_rings):
+        base = so_far.detach() if detach_inner and ring else so_far
+        so_far = base + inner[:, :, ring].sum(dim=1)
+        prefixes.append(so_far)
+
+    if n_tiers > n_inner_tiers:
+        # With detached prefixes the last one carries no gradient to the inner rings: sum afresh.
+        wide = b_dec + inner.sum(dim=(1, 2)) if detach_inner else prefixes[-1]
+        for tier in range(n_inner_tiers, n_tiers):
+            wide = wide + parts[:, n_inner_tiers * n_rings + tier - n_inner_tiers]
+            scales.append(wide)
+    return Reconstructions(prefixes=prefixes, scales=scales)

@@ -1,0 +1,143 @@
+"""[S], [Z] Which latents are active: BatchTopK at several budgets, or per-latent thresholds.
+
+One ranking serves all sparsity scales: the pairs are sorted once, and the budget of every scale is
+a prefix of the list (docs/method.md, "Sparsity scales").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# The previous cut times this share admits the candidates of the next ranking: enough that the exact
+# top-k lies among them in all but a few steps, few enough that the ranking costs 22 ms instead of
+# 240 ms (2048 x 4608, k 32, one CPU core).
+CANDIDATE_SHARE = 0.7
+
+
+@dataclass
+class Selection:
+    """Active pairs of a batch.
+
+    Attributes:
+        values: (n_pairs,) pre-activations at the pairs, positive, without gradient.
+        tokens: (n_pairs,) token of each pair, long.
+        latents: (n_pairs,) latent of each pair, long.
+        tiers: (n_pairs,) index of the smallest budget that includes the pair, long.
+        main_tier: Tier of the budget k itself: pairs with `tiers <= main_tier` are the latents.
+        cut: Smallest score among the pairs of the budget k; a zero-dimensional tensor, +inf when
+            nothing is active.
+        lowest_score: Smallest score among all pairs, likewise.
+    """
+
+    values: torch.Tensor
+    tokens: torch.Tensor
+    latents: torch.Tensor
+    tiers: torch.Tensor
+    main_tier: int
+    cut: torch.Tensor
+    lowest_score: torch.Tensor
+
+    def active(self) -> torch.Tensor:
+        """(n_pairs,) bool: the pairs within the budget k."""
+        return self.tiers <= self.main_tier
+
+
+def batch_top_k(
+    hidden_pre: torch.Tensor,
+    scores: torch.Tensor,
+    k: float,
+    sparsity_scales: Sequence[float],
+    candidate_cut: float = 0.0,
+) -> Selection:
+    """Rank the positive pre-activations of a batch and cut at k and at every s * k (BatchTopK).
+
+    Args:
+        hidden_pre: (n_tokens, d_sae) pre-activations.
+        scores: (n_tokens, d_sae) what is ranked; `hidden_pre` itself unless standardised.
+        k: Mean number of active latents per token; int(k * n_tokens) pairs are kept, as in
+            SAELens' BatchTopK, capped at the number of entries.
+        sparsity_scales: Further budgets as multiples of k.
+        candidate_cut: A guess below the final cut that shortens the ranking. It never changes the
+            result: when too few entries lie above it, all are ranked.
+
+    Returns:
+        The selection; its tiers follow the budgets in ascending order.
+    """
+    n_tokens = hidden_pre.shape[0]
+    multiples = sorted({1.0, *sparsity_scales})
+    budgets = [min(int(s * k * n_tokens), hidden_pre.numel()) for s in multiples]
+    flat_pre, flat_scores = hidden_pre.flatten(), scores.flatten()
+    candidates = _candidates(flat_pre, flat_scores, budgets[-1], candidate_cut)
+    n_kept = min(budgets[-1], candidates.numel())
+    top_scores, positions = torch.topk(flat_scores[candidates], n_kept)
+    chosen = candidates[positions]
+    main_tier = multiples.index(1.0)
+    ranks = torch.arange(n_kept, device=chosen.device)
+    tiers = torch.bucketize(ranks, torch.tensor(budgets, device=chosen.device), right=True)
+    infinity = scores.new_tensor(torch.inf)
+    n_main = min(budgets[main_tier], n_kept)
+    return Selection(
+        values=flat_pre[chosen],
+        tokens=chosen // hidden_pre.shape[1],
+        latents=chosen % hidden_pre.shape[1],
+        tiers=tiers,
+        main_tier=main_tier,
+        cut=top_scores[n_main - 1] if n_main else infinity,
+        lowest_score=top_scores[-1] if n_kept else infinity,
+    )
+
+
+def _candidates(
+    flat_pre: torch.Tensor, flat_scores: torch.Tensor, n_needed: int, candidate_cut: float
+) -> torch.Tensor:
+    """Indices of all positive entries, or of those above the guess when they suffice."""
+    positive = flat_pre > 0
+    if candidate_cut > 0:
+        above = (positive & (flat_scores > candidate_cut)).nonzero().squeeze(1)
+        if above.numel() >= n_needed:
+            return above
+    return positive.nonzero().squeeze(1)
+
+
+def above_threshold(hidden_pre: torch.Tensor, threshold: torch.Tensor) -> Selection:
+    """Keep the positive pre-activations above a threshold per latent.
+
+    Args:
+        hidden_pre: (n_tokens, d_sae) pre-activations.
+        threshold: (d_sae,) or scalar; compared in float32 whatever the dtype of `hidden_pre`.
+
+    Returns:
+        The selection, with a single tier.
+    """
+    tokens, latents = ((hidden_pre > threshold) & (hidden_pre > 0)).nonzero(as_tuple=True)
+    values = hidden_pre[tokens, latents]
+    infinity = hidden_pre.new_tensor(torch.inf)
+    lowest = values.min() if values.numel() else infinity
+    return Selection(
+        values=values,
+        tokens=tokens,
+        latents=latents,
+        tiers=torch.zeros_like(tokens),
+        main_tier=0,
+        cut=lowest,
+        lowest_score=lowest,
+    )
+
+
+def running_rate(rate: float, n_observations: int) -> float:
+    """Rate of a running mean that starts as the plain mean of what was seen.
+
+    A running mean that starts at zero is biased for 1/rate steps: SAELens' threshold exports five
+    times the intended L0 after 500 steps. Here the rate never falls below 1 / (observations + 1).
+
+    Args:
+        rate: Rate in the long run, in (0, 1].
+        n_observations: How many values the mean has already seen.
+
+    Returns:
+        The weight of the next value.
+    """
+    return max(rate, 1.0 / (n_observations + 1))

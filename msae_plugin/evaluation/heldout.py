@@ -1,0 +1,342 @@
+"""What an SAE keeps of the language model, measured on text that it was not trained on.
+
+Definitions (docs/method.md repeats them beside the tables):
+
+- Positions: BOS, EOS and PAD tokens (`sae_lens.util.get_special_token_ids`) are left out of
+  everything when `exclude_special` is on, which is how the SAEs are trained: their activations are
+  up to 200 times larger than the rest. Their activations also stay the model's own in the passes
+  with an SAE and with zeros, so both differ from the clean pass at the same positions only. SAELens'
+  and SAEBench's scores zero BOS as well; scores of the two kinds are not comparable.
+- Explained variance: 1 - E|x - x_rec|^2 / (E|x|^2 - |E x|^2) over all tokens
+  (`sae_lens.evals.ExplainedVarianceCalculator`, streaming), not the mean of per-batch values.
+- Loss recovered: (CE_zero - CE_sae) / (CE_zero - CE_clean), CE in nats per predicted token, averaged
+  over the predictions made at those positions.
+- KL: of the clean model's next-token distribution from the one with the SAE, same positions.
+- Dead latents: those that fire on none of the evaluated tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.util import get_special_token_ids
+
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation.decoder_overlap import mean_max_decoder_cosine
+from msae_plugin.evaluation.model_pass import (
+    ModelWithTokenizer,
+    activations_at,
+    logits_and_activations,
+    logits_with_replacement,
+)
+from msae_plugin.evaluation.token_losses import predicting_positions, summed_losses
+from msae_plugin.evaluation.windows import (
+    Window,
+    batched_windows,
+    iterate_windows,
+    require_texts,
+)
+
+# Latents are computed for as many tokens at a time as fit in 64 MiB of float32.
+LATENT_ELEMENTS = 2**24
+# Logits of one pass: 256 MiB of float32; the clean pass's are held beside those of each other pass.
+LOGIT_ELEMENTS = 2**26
+# Below this many nats, zeroing the layer does nothing to the model and the ratio is noise.
+MIN_ABLATION_EFFECT = 1e-6
+
+
+@dataclass(frozen=True)
+class HeldoutMetrics:
+    """Numbers of one SAE on held-out text; `firing_frequency` is left out of `to_dict`.
+
+    Args:
+        explained_variance: Share of the activations' variance; 1 is perfect, below 0 worse than
+            the mean.
+        l0: Active latents per token.
+        loss_recovered: See the module; None where zeroing the activations does not change the loss.
+        ce_clean: Loss of the model itself, nats per token.
+        ce_sae: Loss with the SAE's reconstruction in place of the activations.
+        ce_zero: Loss with zeros in their place.
+        kl: KL(clean || with the SAE), nats per token.
+        dead_latents: Latents that fire on none of the tokens.
+        d_sae: All latents.
+        mean_max_decoder_cosine: Mean cosine of a decoder direction to its nearest other one.
+        n_tokens: Tokens behind explained variance, L0 and dead latents.
+        n_loss_tokens: Predicted tokens behind the losses and the KL.
+        firing_frequency: (d_sae,) float32, share of the tokens on which each latent fires.
+    """
+
+    explained_variance: float
+    l0: float
+    loss_recovered: float | None
+    ce_clean: float
+    ce_sae: float
+    ce_zero: float
+    kl: float
+    dead_latents: int
+    d_sae: int
+    mean_max_decoder_cosine: float
+    n_tokens: int
+    n_loss_tokens: int
+    firing_frequency: torch.Tensor = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """JSON-able numbers."""
+        return {k: v for k, v in vars(self).items() if k != "firing_frequency"}
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Latents of some consecutive non-special tokens, for an observer of the evaluation.
+
+    Args:
+        name: Which SAE.
+        latents: (tokens, d_sae) dense.
+        windows: (tokens,) long, index of each token's window in `iterate_windows`' order.
+        positions: (tokens,) long, its position in that window.
+        documents: (tokens,) long, the text it is from.
+    """
+
+    name: str
+    latents: torch.Tensor
+    windows: torch.Tensor
+    positions: torch.Tensor
+    documents: torch.Tensor
+
+
+class _Totals:
+    """Running sums of one SAE."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.variance = ExplainedVarianceCalculator()
+        self.fired = torch.zeros(d_sae, dtype=torch.int64)
+        self.ce_sae = 0.0
+        self.kl = 0.0
+
+    def add(self, activations: torch.Tensor, recon: torch.Tensor, latents: torch.Tensor) -> None:
+        self.variance.add_batch(recon.float().cpu(), activations.float().cpu())
+        # != 0: architectures with signed latents count too, as in SAELens' own L0.
+        self.fired += (latents != 0).sum(0).cpu()
+
+
+def _hooks_by_name(
+    saes: Mapping[str, SAE[Any]], hook_names: str | Mapping[str, str]
+) -> dict[str, str]:
+    if isinstance(hook_names, str):
+        return dict.fromkeys(saes, hook_names)
+    missing = [name for name in saes if name not in hook_names]
+    if missing:
+        raise InputError(f"hook_names: no hook for the SAE {missing[0]!r}; name one for each SAE")
+    return {name: hook_names[name] for name in saes}
+
+
+@torch.no_grad()
+def _apply(sae: SAE[Any], activations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (n, d_sae) and reconstruction (n, d_in) of activations (n, d_in)."""
+    latents = sae.encode(activations.to(sae.device, sae.dtype))
+    if latents.is_sparse:
+        latents = latents.to_dense()
+    return latents, sae.decode(latents)
+
+
+def evaluate_heldout(
+    sae: SAE[Any],
+    language_model: ModelWithTokenizer,
+    hook_name: str,
+    texts: Sequence[str],
+    context_size: int = 128,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    exclude_special: bool = True,
+    **options: Any,
+) -> HeldoutMetrics:
+    """`evaluate_many` for a single SAE; `options` are passed on."""
+    return evaluate_many(
+        {"sae": sae},
+        language_model,
+        hook_name,
+        texts,
+        context_size=context_size,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        exclude_special=exclude_special,
+        **options,
+    )["sae"]
+
+
+@torch.no_grad()
+def evaluate_many(
+    saes: Mapping[str, SAE[Any]],
+    language_model: ModelWithTokenizer,
+    hook_names: str | Mapping[str, str],
+    texts: Sequence[str],
+    *,
+    context_size: int = 128,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    max_loss_tokens: int | None = None,
+    exclude_special: bool = True,
+    prepend_bos: bool = True,
+    autocast: bool = False,
+    observer: Callable[[LatentBatch], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, HeldoutMetrics]:
+    """Evaluate SAEs on the same held-out tokens; the model's own passes are shared by all of them.
+
+    Args:
+        saes: SAEs by name, in the state to be judged: exported ones, or training SAEs in eval mode.
+        language_model: Model and tokenizer.
+        hook_names: The hook of all SAEs, or one per name.
+        texts: Held-out documents.
+        context_size: Tokens of a window, as in training.
+        batch_size: Windows in a forward pass (fewer where the vocabulary is large).
+        max_tokens: Stop after this many tokens, special ones included; None reads all texts.
+        max_loss_tokens: Measure the losses on this many of them only (each costs two full passes
+            and one more per SAE); None measures them on all.
+        exclude_special: Leave BOS, EOS and PAD out (see the module).
+        prepend_bos: Begin each window with BOS, as in training.
+        autocast: Run the language model in bfloat16; the SAEs stay in their own dtype.
+        observer: Called with every batch of latents.
+        progress: Called with the number of tokens done since the last call.
+
+    Returns:
+        Metrics by the SAEs' names.
+
+    Raises:
+        InputError: The texts hold no full window, or `hook_names` lacks an SAE.
+    """
+    require_texts(texts)
+    hooks = _hooks_by_name(saes, hook_names)
+    distinct_hooks = list(dict.fromkeys(hooks.values()))
+    model, tokenizer = language_model.model, language_model.tokenizer
+    special = torch.tensor(get_special_token_ids(tokenizer) if exclude_special else [])
+    totals = {name: _Totals(sae.cfg.d_sae) for name, sae in saes.items()}
+    ce_clean, ce_zero = 0.0, dict.fromkeys(distinct_hooks, 0.0)
+    n_tokens = n_loss_tokens = tokens_seen = windows_seen = 0
+    loss_budget = float("inf") if max_loss_tokens is None else max_loss_tokens
+    limit = None if max_tokens is None else max(1, max_tokens // context_size)
+    size = max(1, min(batch_size, LOGIT_ELEMENTS // (context_size * len(tokenizer))))
+    windows = iterate_windows(model, tokenizer, texts, context_size, prepend_bos=prepend_bos)
+    for batch in batched_windows(islice(windows, limit), size):
+        tokens = torch.stack([window.tokens for window in batch])
+        kept = ~torch.isin(tokens, special)
+        with_losses = tokens_seen < loss_budget
+        clean_logits = None
+        if with_losses:
+            clean_logits, activations = logits_and_activations(
+                model, tokens, distinct_hooks, autocast=autocast
+            )
+        else:
+            activations = activations_at(model, tokens, distinct_hooks, autocast=autocast)
+        reconstructions = {
+            name: _run_sae(
+                name, sae, activations[hooks[name]], kept, batch, windows_seen, totals, observer
+            )
+            for name, sae in saes.items()
+        }
+        n_tokens += int(kept.sum())
+        if clean_logits is not None:
+            positions = predicting_positions(kept)
+            n_loss_tokens += positions.numel()
+            ce_clean += summed_losses(clean_logits, tokens, positions)[0]
+            for hook in distinct_hooks:
+                zeros = torch.zeros_like(activations[hook])
+                logits = logits_with_replacement(
+                    model, tokens, hook, zeros, kept, autocast=autocast
+                )
+                ce_zero[hook] += summed_losses(logits, tokens, positions)[0]
+            for name, reconstruction in reconstructions.items():
+                logits = logits_with_replacement(
+                    model, tokens, hooks[name], reconstruction, kept, autocast=autocast
+                )
+                ce, kl = summed_losses(logits, tokens, positions, clean_logits)
+                totals[name].ce_sae += ce
+                totals[name].kl += kl
+        tokens_seen += tokens.numel()
+        windows_seen += len(batch)
+        if progress is not None:
+            progress(tokens.numel())
+    if n_tokens == 0 or n_loss_tokens == 0:
+        raise InputError(
+            f"held-out text: it holds no full window of {context_size} tokens; raise "
+            "data.heldout_documents or lower data.context_size"
+        )
+    return {
+        name: _metrics(
+            sae, totals[name], n_tokens, n_loss_tokens, ce_clean, ce_zero[hooks[name]]
+        )
+        for name, sae in saes.items()
+    }
+
+
+def _run_sae(
+    name: str,
+    sae: SAE[Any],
+    activations: torch.Tensor,
+    kept: torch.Tensor,
+    batch: Sequence[Window],
+    first_window: int,
+    totals: Mapping[str, _Totals],
+    observer: Callable[[LatentBatch], None] | None,
+) -> torch.Tensor:
+    """One SAE on one batch of windows: add to its totals, return (batch, seq, d_in) to write back.
+
+    Positions that are not kept are zero in the result; they are never written.
+    """
+    reconstruction = torch.zeros_like(activations)
+    window_index, position = kept.nonzero(as_tuple=True)
+    documents = torch.stack([window.documents for window in batch])
+    reshaping = sae.hook_z_reshaping_mode
+    if reshaping:  # the head dimension is flattened already
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        rows = max(1, LATENT_ELEMENTS // sae.cfg.d_sae)
+        for part in torch.arange(window_index.numel()).split(rows):
+            at = (window_index[part], position[part])
+            latents, recon = _apply(sae, activations[at])
+            totals[name].add(activations[at], recon, latents)
+            reconstruction[at] = recon.to(reconstruction.device, reconstruction.dtype)
+            if observer is not None:
+                observer(
+                    LatentBatch(name, latents, at[0] + first_window, at[1], documents[at])
+                )
+    finally:
+        if reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+    return reconstruction
+
+
+def _metrics(
+    sae: SAE[Any],
+    totals: _Totals,
+    n_tokens: int,
+    n_loss_tokens: int,
+    ce_clean_sum: float,
+    ce_zero_sum: float,
+) -> HeldoutMetrics:
+    ce_clean, ce_zero = ce_clean_sum / n_loss_tokens, ce_zero_sum / n_loss_tokens
+    ce_sae = totals.ce_sae / n_loss_tokens
+    effect = ce_zero - ce_clean
+    return HeldoutMetrics(
+        explained_variance=totals.variance.compute(),
+        l0=totals.fired.sum().item() / n_tokens,
+        loss_recovered=(
+            (ce_zero - ce_sae) / effect if abs(effect) >= MIN_ABLATION_EFFECT else None
+        ),
+        ce_clean=ce_clean,
+        ce_sae=ce_sae,
+        ce_zero=ce_zero,
+        kl=totals.kl / n_loss_tokens,
+        dead_latents=int((totals.fired == 0).sum()),
+        d_sae=sae.cfg.d_sae,
+        mean_max_decoder_cosine=mean_max_decoder_cosine(sae.W_dec),
+        n_tokens=n_tokens,
+        n_loss_tokens=n_loss_tokens,
+        firing_frequency=(totals.fired.double() / n_tokens).float(),
+    )

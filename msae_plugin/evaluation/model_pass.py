@@ -1,0 +1,138 @@
+"""Running the language model: read activations at hooks, or put other values in their place.
+
+Works for both of SAELens' model classes: `HookedTransformer` (`blocks.9.hook_resid_post`) and
+`HookedProxyLM` (`model.layers.9`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+
+
+class ModelWithTokenizer(Protocol):
+    """What is needed of `msae_plugin.training.models.LanguageModel`."""
+
+    @property
+    def model(self) -> Any:
+        """A HookedRootModule."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """A Hugging Face tokenizer."""
+        ...
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """The device that tokens go to: that of the model's first parameter (the embedding)."""
+    return next(model.parameters()).device
+
+
+def autocast_context(device: torch.device, enabled: bool) -> torch.autocast:
+    """bfloat16 autocast for the language model; SAEs are always kept out of it.
+
+    Measured with SmolLM2-135M on a CPU: 3.1x faster than float32, error 1e-4 of the variance.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def stop_layer(hook_names: Sequence[str]) -> int | None:
+    """The layer to stop before so that all hooks have run; None runs the whole model."""
+    stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hook_names]
+    known = [stop for stop in stops if stop is not None]
+    return max(known) if len(known) == len(stops) else None
+
+
+@torch.no_grad()
+def activations_at(
+    model: Any, tokens: torch.Tensor, hook_names: Sequence[str], *, autocast: bool = False
+) -> dict[str, torch.Tensor]:
+    """Activations at the hooks, running no layer beyond the last of them.
+
+    Args:
+        model: A HookedRootModule.
+        tokens: (batch, seq) long.
+        hook_names: Hooks to read.
+        autocast: Run the model in bfloat16 autocast.
+
+    Returns:
+        For each hook (batch, seq, d_in), float32; a head dimension is flattened as in SAELens.
+    """
+    device = input_device(model)
+    with autocast_context(device, autocast):
+        cache = model.run_with_cache(
+            tokens.to(device),
+            names_filter=list(hook_names),
+            stop_at_layer=stop_layer(hook_names),
+            prepend_bos=False,
+        )[1]
+    return {hook: cache[hook].flatten(2).float() for hook in hook_names}
+
+
+@torch.no_grad()
+def logits_and_activations(
+    model: Any, tokens: torch.Tensor, hook_names: Sequence[str], *, autocast: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The unchanged model: logits (batch, seq, vocabulary) and what `activations_at` returns."""
+    captured: dict[str, torch.Tensor] = {}
+
+    def capture(name: str) -> Callable[..., torch.Tensor]:
+        def hook_fn(activations: torch.Tensor, hook: Any) -> torch.Tensor:
+            del hook  # TransformerLens passes it by keyword
+            captured[name] = activations.flatten(2).float()
+            return activations
+
+        return hook_fn
+
+    device = input_device(model)
+    with autocast_context(device, autocast):
+        logits: torch.Tensor = model.run_with_hooks(
+            tokens.to(device),
+            return_type="logits",
+            fwd_hooks=[(hook, capture(hook)) for hook in hook_names],
+        )
+    return logits, captured
+
+
+@torch.no_grad()
+def logits_with_replacement(
+    model: Any,
+    tokens: torch.Tensor,
+    hook_name: str,
+    values: torch.Tensor,
+    where: torch.Tensor,
+    *,
+    autocast: bool = False,
+) -> torch.Tensor:
+    """Logits when the activations at a hook are `values` at the positions `where`.
+
+    Args:
+        model: A HookedRootModule.
+        tokens: (batch, seq) long.
+        hook_name: Where to write.
+        values: (batch, seq, d_in) what to write; it is cast to the activations' dtype.
+        where: (batch, seq) bool; other positions keep the model's own activations.
+        autocast: Run the model in bfloat16 autocast.
+
+    Returns:
+        (batch, seq, vocabulary).
+    """
+
+    def replace(activations: torch.Tensor, hook: Any) -> torch.Tensor:
+        del hook  # TransformerLens passes it by keyword
+        flat = activations.flatten(2)
+        written = torch.where(
+            where.to(flat.device)[..., None], values.to(flat.device, flat.dtype), flat
+        )
+        return written.reshape(activations.shape)
+
+    device = input_device(model)
+    with autocast_context(device, autocast):
+        logits: torch.Tensor = model.run_with_hooks(
+            tokens.to(device), return_type="logits", fwd_hooks=[(hook_name, replace)]
+        )
+    return logits

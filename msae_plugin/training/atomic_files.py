@@ -1,0 +1,119 @@
+"""Files and folders that are either whole or absent, whatever kills the process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+TEMPORARY_PREFIX = ".incomplete-"
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this a rename can be lost with the power although the file's contents are safe.
+    # Windows has no way to open a folder for it.
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a text file in one step.
+
+    Args:
+        path: File to write; its folder exists.
+        text: New contents, written as UTF-8.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step; NaN and infinities become null, as strict JSON needs."""
+    write_text_atomic(path, json.dumps(json_safe(value), indent=2) + "\n")
+
+
+def json_safe(value: Any) -> Any:
+    """The same value with what strict JSON cannot hold replaced: NaN by null, objects by text."""
+    if isinstance(value, Mapping):
+        mapping = cast("Mapping[Any, Any]", value)
+        return {str(key): json_safe(item) for key, item in mapping.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in cast("list[Any]", value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+@contextmanager
+def folder_written_atomically(target: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `target` when the block ends well.
+
+    Every file is flushed to the disk before the rename, so that a folder found under its final
+    name is complete. If the block raises, nothing is left. An existing target is replaced.
+
+    Args:
+        target: The folder to create; its parent is created when missing.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary, topdown=False):
+            for file in files:
+                _sync_file(Path(folder) / file)
+            _sync_folder(Path(folder))
+        replaced: Path | None = None
+        if target.exists():
+            # A folder cannot be renamed onto a filled one: move the old one aside first.
+            replaced = temporary.with_name(f"{temporary.name}-replaced")
+            target.replace(replaced)
+        temporary.replace(target)
+        _sync_folder(target.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete what a killed process left unfinished in a folder.
+
+    Returns:
+        The temporary files and folders that were deleted.
+    """
+    if not folder.is_dir():
+        return []
+    leftovers = [path for path in folder.iterdir() if path.name.startswith(TEMPORARY_PREFIX)]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return leftovers

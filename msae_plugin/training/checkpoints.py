@@ -1,0 +1,190 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder with SAELens' own files, one sub-folder per SAE, and a manifest with the
+size of every file. It is written under a temporary name, flushed to the disk and renamed; what
+lacks a manifest or differs from it is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from msae_plugin.errors import InputError
+from msae_plugin.training.atomic_files import (
+    TEMPORARY_PREFIX,
+    folder_written_atomically,
+    remove_leftovers,
+    write_json_atomic,
+)
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "checkpoint.json"
+MANIFEST_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: Its folder.
+        step: Training steps completed.
+        tokens: Tokens trained on.
+        config: The run's configuration, as `RunConfig.to_dict` gave it.
+    """
+
+    path: Path
+    step: int
+    tokens: int
+    config: dict[str, Any]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and check every file against it.
+
+    Raises:
+        InputError: If the folder is no checkpoint, or a file of it is missing or truncated.
+    """
+    manifest_path = path / MANIFEST_FILE
+    if not manifest_path.is_file():
+        raise InputError(
+            f"{str(path)!r} is not a checkpoint of msae train: it has no {MANIFEST_FILE}"
+        )
+    try:
+        manifest = cast("dict[str, Any]", json.loads(manifest_path.read_text(encoding="utf-8")))
+        files = cast("dict[str, int]", manifest["files"])
+        checkpoint = Checkpoint(
+            path=path,
+            step=int(manifest["step"]),
+            tokens=int(manifest["tokens"]),
+            config=cast("dict[str, Any]", manifest["config"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"checkpoint file {str(manifest_path)!r} is damaged: resume from another checkpoint"
+        ) from error
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            raise InputError(
+                f"checkpoint file {str(file)!r} is missing: resume from another checkpoint"
+            )
+        if file.stat().st_size != size:
+            raise InputError(
+                f"checkpoint file {str(file)!r} is truncated ({file.stat().st_size} of {size} "
+                "bytes): resume from another checkpoint"
+            )
+    return checkpoint
+
+
+class CheckpointStore:
+    """The `checkpoints/` folder of a run.
+
+    Args:
+        folder: Where the checkpoints live; created with the first one.
+        keep: How many of the newest checkpoints stay; 0 keeps none once the run is finished.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+        remove_leftovers(folder)
+
+    def complete(self) -> list[Checkpoint]:
+        """All complete checkpoints, oldest first; damaged ones are named in a warning."""
+        found: list[Checkpoint] = []
+        if not self.folder.is_dir():
+            return found
+        for path in self.folder.iterdir():
+            if not path.is_dir() or path.name.startswith(TEMPORARY_PREFIX):
+                continue
+            try:
+                found.append(open_checkpoint(path))
+            except InputError as error:
+                logger.warning("%s", error)
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, None without any."""
+        return next(iter(reversed(self.complete())), None)
+
+    def save(
+        self, step: int, tokens: int, config: dict[str, Any], write: Callable[[Path], None]
+    ) -> Path:
+        """Write a checkpoint named after its tokens, then remove the oldest beyond `keep`.
+
+        Args:
+            step: Training steps completed.
+            tokens: Tokens trained on.
+            config: The run's configuration.
+            write: Writes the checkpoint's files into the folder it is given.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        target = self.folder / str(tokens)
+        with folder_written_atomically(target) as temporary:
+            write(temporary)
+            files = {
+                str(path.relative_to(temporary).as_posix()): path.stat().st_size
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            write_json_atomic(
+                temporary / MANIFEST_FILE,
+                {
+                    "format": MANIFEST_FORMAT,
+                    "step": step,
+                    "tokens": tokens,
+                    "files": files,
+                    "config": config,
+                },
+            )
+        # While the run goes on the newest one is always kept: it is what a kill falls back to.
+        self.prune(max(self._keep, 1))
+        return target
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` complete checkpoints."""
+        checkpoints = self.complete()
+        for checkpoint in checkpoints[: max(len(checkpoints) - keep, 0)]:
+            # Renamed first: a kill half-way leaves what `remove_leftovers` knows to delete.
+            doomed = checkpoint.path.with_name(f"{TEMPORARY_PREFIX}{checkpoint.path.name}-pruned")
+            checkpoint.path.replace(doomed)
+            shutil.rmtree(doomed)
+
+    def finish(self) -> None:
+        """The run is complete: keep what the user asked for."""
+        self.prune(self._keep)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def resolve(self, resume: str) -> Checkpoint | None:
+        """The checkpoint that `--resume` means.
+
+        Args:
+            resume: `auto` for the newest complete one of this folder, or a checkpoint's path.
+
+        Returns:
+            None for `auto` when there is none yet: the run then starts from the beginning.
+
+        Raises:
+            InputError: If the path is no complete checkpoint, or this folder holds newer ones.
+        """
+        newest = self.newest()
+        if resume == "auto":
+            return newest
+        chosen = open_checkpoint(Path(resume))
+        if newest is not None and newest.step > chosen.step:
+            raise InputError(
+                f"{resume!r} is at step {chosen.step} but this run already has the later "
+                f"{str(newest.path)!r}: use --resume auto, or another --output"
+            )
+        return chosen

@@ -1,0 +1,293 @@
+"""What a run writes down as it trains, with or without Weights & Biases.
+
+One line of JSON per SAE and logging window. SAELens logs explained variance per batch, which
+depends on the batch; here it is the streaming definition over the whole window.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.saes.sae import TrainStepOutput
+
+from msae_plugin.errors import InputError
+from msae_plugin.training.atomic_files import json_safe, write_text_atomic
+
+METRICS_FILE = "metrics.jsonl"
+REVIVALS_FILE = "revivals.jsonl"
+
+MetricValue = torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
+
+
+def scalar(value: MetricValue) -> float:
+    """One number from what SAELens allows as a metric: a number, a tensor or a callable giving one.
+
+    A tensor with several elements gives their mean.
+    """
+    if callable(value):
+        value = value()
+    if isinstance(value, torch.Tensor):
+        return float(value.detach().float().mean().item())
+    return float(value)
+
+
+class TrainingWindow:
+    """Statistics of one SAE over the training batches since the last log line.
+
+    All values are means over tokens of the window: `loss` and `losses/*` the training losses,
+    `l0` active latents per token, `explained_variance` SAELens' streaming R^2 of the
+    reconstruction. Sums stay on the device until `read`.
+    """
+
+    def __init__(self) -> None:
+        self._explained_variance = ExplainedVarianceCalculator()
+        self._sums: dict[str, torch.Tensor] = {}
+        self.tokens = 0
+        self.batches = 0
+
+    @torch.no_grad()
+    def add(self, output: TrainStepOutput, active: torch.Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            output: What the SAE's training step returned for the batch.
+            active: Number of active latents in the whole batch, a scalar tensor.
+        """
+        tokens = output.sae_in.shape[0]
+        self._explained_variance.add_batch(
+            output.sae_out.detach().reshape(tokens, -1), output.sae_in.reshape(tokens, -1)
+        )
+        self._add("l0", active)
+        self._add("loss", output.loss * tokens)
+        for name, value in output.losses.items():
+            self._add(f"losses/{name}", value * tokens)
+        self.tokens += tokens
+        self.batches += 1
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self) -> dict[str, float]:
+        """The window's means; empty before the first batch."""
+        if self.tokens == 0:
+            return {}
+        means = {name: float(total.item()) / self.tokens for name, total in self._sums.items()}
+        return {**means, "explained_variance": self._explained_variance.compute()}
+
+
+class MetricSink(Protocol):
+    """Where the rows of one run go."""
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Take one row of one SAE."""
+        ...
+
+    def flush(self) -> None:
+        """Make everything written so far survive a kill."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended."""
+        ...
+
+
+class JsonLines:
+    """Appends JSON objects to a file, one per line.
+
+    Args:
+        path: The file; created with its first line.
+        step_key: Key of the step in each row, used to drop rows when a run is resumed.
+    """
+
+    def __init__(self, path: Path, step_key: str = "step") -> None:
+        self.path = path
+        self._step_key = step_key
+        self._handle: Any = None
+
+    def truncate_after(self, step: int) -> int:
+        """Drop rows of later steps, and a last line cut short by a kill.
+
+        Args:
+            step: The last step to keep.
+
+        Returns:
+            How many lines were dropped.
+        """
+        if not self.path.exists():
+            return 0
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if self._step_of(line) <= step]
+        if len(kept) < len(lines):
+            write_text_atomic(self.path, "".join(f"{line}\n" for line in kept))
+        return len(lines) - len(kept)
+
+    def _step_of(self, line: str) -> float:
+        try:
+            return float(json.loads(line)[self._step_key])
+        except (ValueError, KeyError, TypeError):
+            return math.inf
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row; it reaches the operating system before this returns."""
+        if self._handle is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self.path.open("a", encoding="utf-8")
+        self._handle.write(json.dumps(json_safe(dict(row))) + "\n")
+        self._handle.flush()
+
+    def flush(self) -> None:
+        """Force the rows onto the disk."""
+        if self._handle is not None:
+            os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        """Close the file; a later `append` opens it again."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+
+class JsonLinesSink:
+    """`metrics.jsonl` in each SAE's folder.
+
+    Args:
+        folders: Folder of each SAE by name.
+        resume_step: Rows after this step are dropped first.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], resume_step: int = 0) -> None:
+        self._files = {name: JsonLines(path / METRICS_FILE) for name, path in folders.items()}
+        for file in self._files.values():
+            file.truncate_after(resume_step)
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Append the row."""
+        self._files[sae_name].append(row)
+
+    def flush(self) -> None:
+        """Force all files onto the disk."""
+        for file in self._files.values():
+            file.flush()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+
+
+class TensorBoardSink:
+    """Event files for TensorBoard, one run per SAE below `folder`.
+
+    Args:
+        folder: The log directory to give to `tensorboard --logdir`.
+        names: Names of the SAEs.
+        resume_step: Events after this step are hidden.
+    """
+
+    def __init__(self, folder: Path, names: list[str], resume_step: int = 0) -> None:
+        # TensorBoard is optional, and importing it takes seconds.
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = resume_step + 1 if resume_step else None
+        self._writers = {
+            name: SummaryWriter(log_dir=str(folder / name), purge_step=purge) for name in names
+        }
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Write every value of the row as a scalar."""
+        step = int(row["step"])
+        for key, value in row.items():
+            if key != "step":
+                self._writers[sae_name].add_scalar(key, value, global_step=step)
+
+    def flush(self) -> None:
+        """Flush the event files."""
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Close the event files."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WandbSink:
+    """Weights & Biases, one run for all SAEs; keys are `<sae>/<metric>` as in SAELens.
+
+    Args:
+        options: Arguments of `wandb.init`: project, entity, name, id, mode and so on.
+        config: The run's configuration.
+    """
+
+    def __init__(self, options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        # Only runs that ask for it pay for starting the client.
+        import wandb
+
+        self._wandb = wandb
+        self._wandb.init(**{"resume": "allow", **options}, config=dict(config))
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Log the row at its step."""
+        self._wandb.log(
+            {f"{sae_name}/{key}": value for key, value in row.items() if key != "step"},
+            step=int(row["step"]),
+        )
+
+    def flush(self) -> None:
+        """The client sends by itself."""
+
+    def close(self) -> None:
+        """End the run."""
+        self._wandb.finish()
+
+
+def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
+    """Whether to write TensorBoard files.
+
+    Raises:
+        InputError: If they are asked for and TensorBoard is not installed.
+    """
+    installed = importlib.util.find_spec("tensorboard") is not None
+    if setting == "on" and not installed:
+        raise InputError(
+            "logging.tensorboard is 'on' but tensorboard is not installed: "
+            "pip install tensorboard, or set logging.tensorboard to auto"
+        )
+    return installed and setting != "off"
+
+
+class MetricsLog:
+    """All sinks of a run, and the clock.
+
+    Args:
+        sinks: Where rows go.
+    """
+
+    def __init__(self, sinks: list[MetricSink]) -> None:
+        self._sinks = sinks
+        self.started = time.perf_counter()
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Give one row of one SAE to every sink."""
+        for sink in self._sinks:
+            sink.write(sae_name, row)
+
+    def flush(self) -> None:
+        """Make everything written so far survive a kill."""
+        for sink in self._sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()

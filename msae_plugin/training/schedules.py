@@ -1,0 +1,94 @@
+"""Learning-rate rules on top of SAELens' schedule: a floor, and a rate that follows the gradients.
+
+SAELens' schedules multiply the optimiser's current rate step by step, so the rules here never
+write into it: they give the rate of one step from the scheduled one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class GradientRateConfig:
+    """The rate falls when gradients are large (run 3 of the source).
+
+    Let g be the gradient norm before clipping, e its running mean, and m a multiplier that starts
+    at 1. At each step: m <- m * factor if g > threshold * e, otherwise
+    m <- min(m * recovery, 1); m is kept from falling below floor / scheduled rate; the step is
+    taken with m * scheduled rate; then e <- ema_decay * e + (1 - ema_decay) * g. A large gradient is thus
+    judged against the gradients before it.
+
+    Attributes:
+        enabled: Off by default.
+        threshold: A gradient norm above this multiple of its running mean is large.
+        factor: What a large gradient multiplies the rate by.
+        recovery: What every other step multiplies it by, up to the scheduled rate. At the default
+            a halved rate is back after 70 steps.
+        ema_decay: Memory of the running mean.
+        floor: The rule alone never brings the rate below this; the source's 1e-5.
+    """
+
+    enabled: bool = False
+    threshold: float = 2.0
+    factor: float = 0.5
+    recovery: float = 1.01
+    ema_decay: float = 0.99
+    floor: float = 1e-5
+
+
+class LearningRateRule:
+    """Gives the learning rate of each step; one per SAE.
+
+    Args:
+        gradient: The gradient-driven rule.
+        lr_floor: Lower bound of the rate once the warm-up is over.
+        warm_up_steps: The floor does not apply before this step: a warm-up starts near zero.
+    """
+
+    def __init__(
+        self, gradient: GradientRateConfig, *, lr_floor: float = 0.0, warm_up_steps: int = 0
+    ) -> None:
+        self._gradient = gradient
+        self._lr_floor = lr_floor
+        self._warm_up_steps = warm_up_steps
+        self.multiplier = 1.0
+        self.mean_gradient_norm: float | None = None
+
+    def rate(self, scheduled: float, gradient_norm: float, step: int) -> float:
+        """The rate of this step; call once per step.
+
+        Args:
+            scheduled: SAELens' scheduled rate.
+            gradient_norm: Norm of all gradients of the SAE before clipping.
+            step: Number of steps completed before this one.
+        """
+        rate = self._gradient_driven(scheduled, gradient_norm)
+        return max(rate, self._lr_floor) if step >= self._warm_up_steps else rate
+
+    def _gradient_driven(self, scheduled: float, gradient_norm: float) -> float:
+        rule = self._gradient
+        if not rule.enabled:
+            return scheduled
+        if self.mean_gradient_norm is None:
+            self.mean_gradient_norm = gradient_norm
+        elif gradient_norm > rule.threshold * self.mean_gradient_norm:
+            self.multiplier *= rule.factor
+        else:
+            self.multiplier = min(self.multiplier * rule.recovery, 1.0)
+        self.mean_gradient_norm = (
+            rule.ema_decay * self.mean_gradient_norm + (1 - rule.ema_decay) * gradient_norm
+        )
+        # Below the floor a fall of the multiplier changes nothing but the time to recover.
+        if scheduled > 0:
+            self.multiplier = min(max(self.multiplier, rule.floor / scheduled), 1.0)
+        return self.multiplier * scheduled
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"multiplier": self.multiplier, "mean_gradient_norm": self.mean_gradient_norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.multiplier = float(state["multiplier"])
+        mean = state["mean_gradient_norm"]
+        self.mean_gradient_norm = None if mean is None else float(mean)

@@ -1,0 +1,460 @@
+"""SAELens' trainers with what a long run needs: one subclass per SAE, one for the lockstep.
+
+Without any option the arithmetic is SAELens' own, bit for bit (tests/training/test_trainer.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.optim import get_lr_scheduler
+from sae_lens.training.sae_trainer import SAETrainer
+from typing_extensions import override
+
+from msae_plugin import upstream
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.training.interruption import InterruptionGuard
+from msae_plugin.training.metrics_log import TrainingWindow, scalar
+from msae_plugin.training.optimisers import build_optimiser
+from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule
+from msae_plugin.training.seeding import RandomStream, derive_seed
+
+logger = logging.getLogger(__name__)
+
+RULES_FILE = "learning_rate_rule.pt"
+
+
+@runtime_checkable
+class SupportsRevival(Protocol):
+    """An SAE that re-aims dead latents and reports it."""
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets the SAE reset the optimiser's state of the latents that it re-aims."""
+        ...
+
+    def pop_events(self) -> list[dict[str, Any]]:
+        """Revivals and their outcomes since the last call, as JSON-able dictionaries."""
+        ...
+
+
+@runtime_checkable
+class SupportsCalibration(Protocol):
+    """An SAE that can set its own cut so that its mean L0 is k."""
+
+    def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+        """Set the cut on these batches, scaled as training batches are."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What our step does beyond SAELens'.
+
+    Attributes:
+        accumulation_steps: Mini-batches whose mean gradient makes one step.
+        weight_decay: AdamW's decay of the dictionaries; 0 is SAELens' Adam.
+        clip_grad_norm: Largest gradient norm over all parameters; None does not clip.
+        lr_floor: The learning rate never falls below it after the warm-up.
+        gradient_lr: The gradient-driven rule.
+    """
+
+    accumulation_steps: int = 1
+    weight_decay: float = 0.0
+    clip_grad_norm: float | None = 1.0
+    lr_floor: float = 0.0
+    gradient_lr: GradientRateConfig = field(default_factory=GradientRateConfig)
+
+
+class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
+    """SAELens' trainer of one SAE, with the options of `StepOptions` and a metrics window.
+
+    Args:
+        cfg: SAELens' configuration; `train_batch_size_samples` is the size of one mini-batch.
+        sae: The SAE.
+        name: Its name in messages.
+        options: See `StepOptions`.
+        total_steps: Length of the run in steps, for the learning-rate schedule.
+        stream: Where the SAE's own random numbers come from.
+    """
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: TrainingSAE[Any],
+        *,
+        name: str,
+        options: StepOptions,
+        total_steps: int,
+        stream: RandomStream,
+    ) -> None:
+        super().__init__(cfg=cfg, sae=sae, data_provider=iter(()))
+        self.name = name
+        self.options = options
+        self.stream = stream
+        self.window = TrainingWindow()
+        self.seconds = 0.0
+        self.gradient_norm = 0.0
+        self.learning_rate = 0.0
+        self.is_logging_step = False
+        self.last_loss: float | None = None
+        if options.weight_decay or options.accumulation_steps > 1:
+            # SAELens' own has no decay, and its schedule counts mini-batches, not steps.
+            self.optimizer = build_optimiser(  # pyright: ignore[reportAttributeAccessIssue]
+                sae,
+                lr=cfg.lr,
+                betas=(cfg.adam_beta1, cfg.adam_beta2),
+                weight_decay=options.weight_decay,
+            )
+            self.lr_scheduler = get_lr_scheduler(
+                cfg.lr_scheduler_name,
+                lr=cfg.lr,
+                optimizer=self.optimizer,
+                warm_up_steps=cfg.lr_warm_up_steps,
+                decay_steps=cfg.lr_decay_steps,
+                training_steps=total_steps,
+                lr_end=cast(float, cfg.lr_end),
+                num_cycles=cfg.n_restart_cycles,
+            )
+        self.rate_rule = LearningRateRule(
+            options.gradient_lr, lr_floor=options.lr_floor, warm_up_steps=cfg.lr_warm_up_steps
+        )
+        if isinstance(sae, SupportsRevival):
+            sae.attach_optimizer(self.optimizer)
+
+    @override
+    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        """One step on one raw batch of shape (tokens, d_in)."""
+        return self.step_on([batch])
+
+    def step_on(self, batches: Sequence[torch.Tensor]) -> TrainStepOutput:
+        """One optimiser step on the mean gradient of several raw batches, each (tokens, d_in).
+
+        Returns:
+            The output of the last batch.
+
+        Raises:
+            RunFailure: If the loss or the gradient is not finite; no weight has changed then.
+        """
+        started = time.perf_counter()
+        with self.stream.active():
+            self.sae.train()
+            outputs = [self._forward_backward(batch, len(batches)) for batch in batches]
+            self._update(outputs, batches)
+        self.n_training_samples += sum(len(batch) for batch in batches)
+        self.seconds += time.perf_counter() - started
+        return outputs[-1]
+
+    def _forward_backward(self, batch: torch.Tensor, n_batches: int) -> TrainStepOutput:
+        # The multi-hook store keeps the model's dtype; losses and statistics want the SAE's.
+        batch = batch.to(self.sae.device, self.sae.dtype)
+        sae_in = self.activation_scaler(batch)
+        with self.autocast_if_enabled:
+            output = self.sae.training_forward_pass(
+                step_input=TrainStepInput(
+                    sae_in=sae_in,
+                    dead_neuron_mask=self.dead_neurons,
+                    coefficients=self.get_coefficients(),
+                    n_training_steps=self.n_training_steps,
+                    is_logging_step=self.is_logging_step,
+                )
+            )
+            active = self._count_firing(output, len(batch))
+        loss = output.loss if n_batches == 1 else output.loss / n_batches
+        loss.backward()
+        self.window.add(output, active)
+        return output
+
+    @torch.no_grad()
+    def _count_firing(self, output: TrainStepOutput, n_tokens: int) -> torch.Tensor:
+        # As SAELens does it: bool() works for dense and for sparse latents.
+        firing = output.feature_acts.bool().float()
+        frequency = firing.sum(0)
+        if frequency.is_sparse:
+            frequency = frequency.to_dense()
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired[frequency > 0] = 0
+        self.act_freq_scores += frequency
+        self.n_frac_active_samples += n_tokens
+        return frequency.sum()
+
+    def _update(self, outputs: list[TrainStepOutput], batches: Sequence[torch.Tensor]) -> None:
+        max_norm = self.options.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.sae.parameters(), math.inf if max_norm is None else max_norm
+        )
+        # One transfer for everything that must be known before the weights change.
+        losses = [output.loss.detach().float() for output in outputs]
+        *loss_values, self.gradient_norm = torch.stack([*losses, norm.float()]).tolist()
+        if not all(map(math.isfinite, [*loss_values, self.gradient_norm])):
+            self.optimizer.zero_grad()
+            raise RunFailure(self._describe_divergence(loss_values, batches))
+        self.last_loss = sum(loss_values) / len(loss_values)
+        scheduled = [group["lr"] for group in self.optimizer.param_groups]
+        # The multiplier is one per SAE, so that every group of parameters gets the same rate.
+        self.learning_rate = self.rate_rule.rate(
+            scheduled[0], self.gradient_norm, self.n_training_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.step()
+        # The schedulers compute the next rate from the one they find.
+        for group, rate in zip(self.optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+
+    def _describe_divergence(self, losses: list[float], batches: Sequence[torch.Tensor]) -> str:
+        step = self.n_training_steps + 1
+        if not all(bool(torch.isfinite(batch).all()) for batch in batches):
+            return (
+                f"step {step}: the language model's activations for SAE {self.name!r} hold NaN or "
+                "infinity: check model.dtype and model.autocast"
+            )
+        if not all(map(math.isfinite, losses)):
+            value = next(loss for loss in losses if not math.isfinite(loss))
+            what = f"the loss of SAE {self.name!r} became {value}"
+        else:
+            what = f"the gradient norm of SAE {self.name!r} became {self.gradient_norm}"
+        return f"step {step}: {what}: lower the learning rate or raise lr_warm_up_steps"
+
+    def read_row(self, output: TrainStepOutput) -> dict[str, float]:
+        """The log row of the window that ends here; starts a new window.
+
+        Args:
+            output: Output of the window's last step, whose `metrics` are read.
+        """
+        row: dict[str, float] = {
+            "step": self.n_training_steps,
+            "tokens": self.n_training_samples,
+            **self.window.read(),
+            "dead_latents": int(self.dead_neurons.sum().item()),
+            "lr": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+        }
+        for name, value in self.get_coefficients().items():
+            row[f"coefficients/{name}"] = value
+        for name, value in output.metrics.items():
+            row[f"metrics/{name}"] = scalar(value)
+        self.window = TrainingWindow()
+        return row
+
+    @override
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        """SAELens' state, and that of the learning-rate rule."""
+        super().save_trainer_state(checkpoint_path)
+        torch.save(self.rate_rule.state_dict(), checkpoint_path / RULES_FILE)
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """The inverse of `save_trainer_state`."""
+        super().load_trainer_state(checkpoint_path)
+        self.rate_rule.load_state_dict(
+            torch.load(Path(checkpoint_path) / RULES_FILE, weights_only=True)
+        )
+
+
+class LockstepTrainer(MultiSAETrainer):
+    """SAELens' trainer of several SAEs on one stream of activations, over our `StepTrainer`s.
+
+    Args:
+        cfg: SAELens' configuration; `total_training_samples` is a multiple of one step's tokens.
+        saes: The SAEs by name.
+        hook_names: Hook of each SAE.
+        data_provider: Yields a dictionary of (tokens, d_in) activations by hook.
+        options: Step options, shared by all SAEs.
+        learning_rates: Learning rate of each SAE that has its own.
+        seed: Seed of the run, from which each SAE's and the data's randomness is derived.
+        log_every: Steps between two log rows.
+        guard: Asked between steps whether a signal has arrived.
+        on_step: Called after each step with this trainer.
+        on_log: Called with an SAE's name and its log row.
+        on_checkpoint: Called when a checkpoint is due.
+    """
+
+    trainers: dict[str, StepTrainer]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        saes: Mapping[str, TrainingSAE[Any]],
+        hook_names: Mapping[str, str],
+        data_provider: Iterator[dict[str, torch.Tensor]],
+        *,
+        options: StepOptions,
+        learning_rates: Mapping[str, float] | None = None,
+        seed: int = 0,
+        log_every: int = 50,
+        guard: InterruptionGuard | None = None,
+        on_step: Callable[[LockstepTrainer], None] | None = None,
+        on_log: Callable[[str, dict[str, float]], None] | None = None,
+        on_checkpoint: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(
+            cfg=cfg, saes=dict(saes), hook_names=dict(hook_names), data_provider=data_provider
+        )
+        self.options = options
+        self.tokens_per_step = cfg.train_batch_size_samples * options.accumulation_steps
+        self.total_steps = cfg.total_training_samples // self.tokens_per_step
+        self._log_every = log_every
+        self._guard = guard or InterruptionGuard()
+        self._on_step = on_step
+        self._on_log = on_log
+        self._on_checkpoint = on_checkpoint
+        self._seed = seed
+        self._data_stream = RandomStream(derive_seed(seed, "data"))
+        rates = learning_rates or {}
+        self.trainers = {
+            name: self._step_trainer(name, sae, rates.get(name, cfg.lr))
+            for name, sae in self.saes.items()
+        }
+
+    def _step_trainer(self, name: str, sae: TrainingSAE[Any], lr: float) -> StepTrainer:
+        cfg = self.cfg
+        # lr_end scales with the SAE's own rate, so that all schedules have the same shape.
+        lr_end = None if cfg.lr_end is None else cfg.lr_end * lr / cfg.lr
+        own = replace(
+            cfg, lr=lr, lr_end=lr_end, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False
+        )
+        return StepTrainer(
+            own,
+            sae,
+            name=name,
+            options=self.options,
+            total_steps=self.total_steps,
+            stream=RandomStream(derive_seed(self._seed, "steps", name), cfg.device),
+        )
+
+    def next_batch(self) -> dict[str, torch.Tensor]:
+        """The next mini-batch of every hook, shuffled by the data's own random stream."""
+        with self._data_stream.active(), self._guard.interruptible():
+            return next(self.data_provider)
+
+    @override
+    def fit(self) -> dict[str, TrainingSAE[Any]]:
+        """Train to the end; the activation scaling is not folded in yet (see `fold_scaling`).
+
+        Raises:
+            InterruptedBySignalError: Between two steps, when a signal has arrived.
+            RunFailure: If a loss is not finite.
+        """
+        self.prepare_scaling()
+        while self.n_training_samples < self.cfg.total_training_samples:
+            self._guard.check()
+            self._one_step()
+            if (
+                self.checkpoint_thresholds
+                and self.n_training_samples > self.checkpoint_thresholds[0]
+            ):
+                self.prune_thresholds()
+                if self._on_checkpoint is not None:
+                    self._on_checkpoint()
+            if self._on_step is not None:
+                self._on_step(self)
+        return self.saes
+
+    def prepare_scaling(self) -> None:
+        """Estimate each SAE's activation scaling on fresh batches, where it needs one."""
+        with self._data_stream.active(), self._guard.interruptible():
+            upstream.estimate_scaling_factors(self)
+
+    def _one_step(self) -> None:
+        for trainer in self.trainers.values():
+            trainer.maybe_reset_sparsity()
+        mini_batches = [self.next_batch() for _ in range(self.options.accumulation_steps)]
+        done = self.n_training_steps + 1
+        logging_step = done % self._log_every == 0 or done == self.total_steps
+        rows: dict[str, dict[str, float]] = {}
+        for name, trainer in self.trainers.items():
+            trainer.is_logging_step = logging_step
+            hook = self.hook_names[name]
+            output = trainer.step_on([batch[hook] for batch in mini_batches])
+            trainer.n_training_steps += 1
+            if logging_step:
+                rows[name] = trainer.read_row(output)
+        self.n_training_steps = done
+        self.n_training_samples = next(iter(self.trainers.values())).n_training_samples
+        if self._on_log is not None:
+            for name, row in rows.items():
+                self._on_log(name, row)
+
+    def prune_thresholds(self) -> None:
+        """Forget the checkpoints that are due at or before the current position."""
+        self.checkpoint_thresholds = [
+            threshold
+            for threshold in self.checkpoint_thresholds
+            if threshold >= self.n_training_samples
+        ]
+
+    def scaled(self, name: str, activations: torch.Tensor) -> torch.Tensor:
+        """Raw activations (tokens, d_in) as the SAE's training batches see them."""
+        sae = self.saes[name]
+        return self.trainers[name].activation_scaler(activations.to(sae.device, sae.dtype))
+
+    def fold_scaling(self) -> None:
+        """Fold each SAE's activation scaling into its weights and record the final statistics."""
+        for name, trainer in self.trainers.items():
+            scaler = trainer.activation_scaler
+            if scaler.scaling_factor is not None:
+                self.saes[name].fold_activation_norm_scaling_factor(scaler.scaling_factor)
+                scaler.scaling_factor = None
+            if scaler.whitening is not None:
+                self.saes[name].fold_activation_whitening(
+                    mean=scaler.whitening.mean,
+                    whitening_matrix=scaler.whitening.matrix,
+                    unwhitening_matrix=scaler.whitening.inverse_matrix,
+                )
+                scaler.whitening = None
+            trainer.set_final_sae_metadata()
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """Write every SAE's weights and trainer state into `folder`, one sub-folder each."""
+        for name, trainer in self.trainers.items():
+            trainer.save_checkpoint(checkpoint_name=name, base_path=folder)
+
+    @override
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Continue from a checkpoint's weights, optimisers and schedules.
+
+        Random numbers continue in new streams derived from the step: SAELens keeps neither the
+        mixing buffer nor the generators, so a resumed run is not bitwise the uninterrupted one.
+
+        Raises:
+            InputError: If a file of the checkpoint cannot be read or does not fit.
+        """
+        for name, trainer in self.trainers.items():
+            folder = Path(path) / name
+            if not folder.is_dir():
+                raise InputError(f"checkpoint {str(path)!r} has no SAE {name!r}")
+            try:
+                trainer.load_trainer_state(folder)
+                trainer.sae.load_weights_from_checkpoint(folder)
+            # A damaged file surfaces as any of a dozen types out of pickle, zip, JSON and safetensors.
+            except Exception as error:
+                raise InputError(
+                    f"checkpoint folder {str(folder)!r} cannot be read "
+                    f"({type(error).__name__}: {str(error).splitlines()[0]}): "
+                    "resume from another checkpoint"
+                ) from error
+            trainer.stream = RandomStream(
+                derive_seed(self._seed, "steps", name, str(trainer.n_training_steps)),
+                self.cfg.device,
+            )
+        first = next(iter(self.trainers.values()))
+        self.n_training_steps = first.n_training_steps
+        self.n_training_samples = first.n_training_samples
+        self._data_stream = RandomStream(
+            derive_seed(self._seed, "data", str(self.n_training_steps))
+        )
+        self.prune_thresholds()

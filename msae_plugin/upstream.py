@@ -1,0 +1,68 @@
+"""The one place where private names of SAELens and TransformerLens are touched.
+
+Each wrapper says which upstream name it stands for and why no public one does. A change upstream
+fails `tests/test_upstream_canary.py` loudly instead of a training run quietly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from transformer_lens.loading_from_pretrained import get_official_model_name
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
+
+def known_transformer_lens_names() -> list[str]:
+    """The hub names that TransformerLens loads, as it lists them at this moment."""
+    return list(OFFICIAL_MODEL_NAMES)
+
+
+def official_transformer_lens_name(name: str) -> str | None:
+    """The hub name behind a name or alias of TransformerLens (`gpt2-small` is `gpt2`)."""
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return None
+
+
+def register_transformer_lens_name(name: str) -> None:
+    """Let TransformerLens, and with it SAELens and SAEBench, load a hub model by this name.
+
+    Appends to `transformer_lens.supported_models.OFFICIAL_MODEL_NAMES`, a public list that
+    TransformerLens reads at every call and has no function to extend. Calling twice is harmless.
+    """
+    if name not in OFFICIAL_MODEL_NAMES:
+        OFFICIAL_MODEL_NAMES.append(name)
+
+
+@contextmanager
+def transformer_lens_name_registered(name: str) -> Iterator[None]:
+    """Let TransformerLens accept a name inside the `with` block; one it knows stays known."""
+    known = name in OFFICIAL_MODEL_NAMES
+    register_transformer_lens_name(name)
+    try:
+        yield
+    finally:
+        if not known:
+            OFFICIAL_MODEL_NAMES.remove(name)
+
+
+def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
+    """Estimate the activation scaling of every SAE that needs one, from shared batches.
+
+    Stands for `MultiSAETrainer._estimate_scaling_factors`: the public `fit` calls it, and ours
+    replaces `fit`.
+    """
+    trainer._estimate_scaling_factors()  # pyright: ignore[reportPrivateUsage]
+
+
+def set_sae_metadata(runner: MultiSAETrainingRunner) -> None:
+    """Write model, hook, context size and data set into every SAE's metadata.
+
+    Stands for `MultiSAETrainingRunner._set_sae_metadata`: the public `run` calls it, and ours
+    replaces `run`.
+    """
+    runner._set_sae_metadata()  # pyright: ignore[reportPrivateUsage]

@@ -1,0 +1,101 @@
+"""Shared fixtures: a random tiny Llama with a tokenizer of its own, and generated text.
+
+Nothing here or in any test uses the network; the switches must be set before transformers,
+datasets or huggingface_hub are imported.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "disabled"
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from msae_plugin.training.models import LanguageModel, load_language_model
+
+# One thread: with several test processes on a small machine, two threads per process are slower.
+torch.set_num_threads(1)
+
+TINY_LAYERS = 3
+TINY_D_MODEL = 64
+TINY_VOCABULARY = 512
+
+
+@pytest.fixture(scope="session")
+def tiny_texts() -> list[str]:
+    """400 distinct generated documents of 40 to 160 words, with topics, hence structure."""
+    generator = random.Random(0)
+    topics = {
+        "garden": "rose soil rain seed leaf root spade bloom hedge worm".split(),
+        "kitchen": "flour oven sugar knife butter dough plate salt spoon yeast".split(),
+        "harbour": "ship rope sail tide anchor crane gull cargo wave pier".split(),
+        "library": "book shelf page ink reader quiet index poem margin spine".split(),
+    }
+    glue = "the a of and with under near from into was were old new small bright".split()
+    documents = []
+    for number in range(400):
+        topic = generator.choice(list(topics))
+        words = [
+            generator.choice(topics[topic] if generator.random() < 0.6 else glue)
+            for _ in range(generator.randrange(40, 160))
+        ]
+        documents.append(f"Note {number} from the {topic}: {' '.join(words)}.")
+    return documents
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
+    """A random Llama (3 layers, width 64, 512 tokens) as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-model"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer.train_from_iterator(
+        tiny_texts,
+        trainers.BpeTrainer(
+            vocab_size=TINY_VOCABULARY,
+            special_tokens=list(special_tokens.values()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
+    config = LlamaConfig(
+        hidden_size=TINY_D_MODEL,
+        intermediate_size=128,
+        num_hidden_layers=TINY_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=TINY_VOCABULARY,
+        max_position_embeddings=256,
+        bos_token_id=wrapped.bos_token_id,
+        eos_token_id=wrapped.eos_token_id,
+        pad_token_id=wrapped.pad_token_id,
+        # The usual .02 leaves a random network's layers almost without effect on the residual
+        # stream: layers, and errors in them, would be hard to tell apart.
+        initializer_range=0.1,
+        architectures=["LlamaForCausalLM"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_language_model(tiny_model_dir: Path) -> LanguageModel:
+    """The tiny model as a HookedTransformer, float32, on the CPU. Do not modify it."""
+    return load_language_model(str(tiny_model_dir), ["blocks.1.hook_resid_post"])
