@@ -6,7 +6,7 @@ fails `tests/test_upstream_canary.py` loudly instead of a training run quietly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
@@ -39,7 +39,7 @@ def register_transformer_lens_name(name: str) -> None:
 
 
 @contextmanager
-def transformer_lens_name_registered(name: str) -> Iterator[None]:
+def transformer_lens_name_registered(name: str) -> Generator[None, None, None]:
     """Let TransformerLens accept a name inside the `with` block; one it knows stays known."""
     known = name in OFFICIAL_MODEL_NAMES
     register_transformer_lens_name(name)

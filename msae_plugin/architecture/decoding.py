@@ -78,9 +78,9 @@ class _ActivePreActivations(torch.autograd.Function):
         x_hat, W_enc, b_enc, tokens, latents = ctx.saved_tensors
         grad_x = grad_W = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = bag_sum(
-                W_enc.T.contiguous(), latents, grad_values, tokens, x_hat.shape[0]
-            ).to(x_hat.dtype)
+            grad_x = bag_sum(W_enc.T.contiguous(), latents, grad_values, tokens, x_hat.shape[0]).to(
+                x_hat.dtype
+            )
         if ctx.needs_input_grad[1]:
             grad_W = bag_sum(x_hat, tokens, grad_values, latents, W_enc.shape[1]).T.to(W_enc.dtype)
         if ctx.needs_input_grad[2]:

@@ -37,7 +37,9 @@ class KeepsFloat32(nn.Module):
             if now.is_floating_point() and now.dtype.itemsize < torch.float32.itemsize:
                 kept = original.detach().to(device=now.device, dtype=torch.float32)
                 if name in self._parameters:
-                    self._parameters[name] = nn.Parameter(kept, requires_grad=original.requires_grad)
+                    self._parameters[name] = nn.Parameter(
+                        kept, requires_grad=original.requires_grad
+                    )
                 else:
                     self._buffers[name] = kept
         return self
@@ -90,4 +92,6 @@ def restore_exact(state_dict: dict[str, Any], names: Mapping[str, torch.dtype]) 
             value = value.to(torch.float32) + remainder.to(torch.float32).sum(dim=0)
         if dtype.is_floating_point and value.dtype == torch.float64:
             dtype = torch.float64  # a float64 checkpoint is more exact than float32, not less
-        state_dict[name] = value.round().to(dtype) if not dtype.is_floating_point else value.to(dtype)
+        state_dict[name] = (
+            value.round().to(dtype) if not dtype.is_floating_point else value.to(dtype)
+        )

@@ -29,12 +29,12 @@ class FeatureImportance(KeepsFloat32):
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer(
-            "contribution", torch.ones(d_sae, dtype=torch.float32, device=device)
-        )
+        self.register_buffer("contribution", torch.ones(d_sae, dtype=torch.float32, device=device))
 
     @torch.no_grad()
-    def update(self, mean_activation: torch.Tensor, decoder_norm: torch.Tensor, rate: float) -> None:
+    def update(
+        self, mean_activation: torch.Tensor, decoder_norm: torch.Tensor, rate: float
+    ) -> None:
         """Fold one batch in.
 
         Args:

@@ -80,9 +80,7 @@ class Mechanisms(KeepsFloat32):
             self.revivals = RevivalRecord(d_sae, device)
         if cfg.importance_power > 0:
             self.importance = FeatureImportance(d_sae, device)
-        self.register_buffer(
-            "input_variance", torch.zeros((), dtype=torch.float32, device=device)
-        )
+        self.register_buffer("input_variance", torch.zeros((), dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def observe_preactivations(self, hidden_pre: torch.Tensor, step: int) -> None:
@@ -182,9 +180,7 @@ class Mechanisms(KeepsFloat32):
                 ),
             )
         if self.neighbours is None or cfg.orthogonality_weighting == "none":
-            _, listed = nearest_neighbours(
-                W_dec, cfg.neighbour_count, cfg.orthogonality_chunk_size
-            )
+            _, listed = nearest_neighbours(W_dec, cfg.neighbour_count, cfg.orthogonality_chunk_size)
             weights = torch.ones_like(listed, dtype=torch.float32)
         else:
             listed = self.neighbours.neighbours

@@ -124,9 +124,7 @@ PRESETS: dict[str, Preset] = {
     "source-run-6": Preset(
         "run 5 + layer normalisation with learned gain and bias", _SOURCE_6, training=_FALLING_LR
     ),
-    "source-run-7": Preset(
-        "run 6 + a sigmoid gate on the gain", _SOURCE_7, training=_FALLING_LR
-    ),
+    "source-run-7": Preset("run 6 + a sigmoid gate on the gain", _SOURCE_7, training=_FALLING_LR),
     "source-run-8": Preset(
         "run 7 + attention over two normalisation scales, keys of width d/4",
         _SOURCE_8,

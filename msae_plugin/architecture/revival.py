@@ -123,9 +123,7 @@ def interference(
         n_dead = dead_rows.shape[0]
         return dead_rows.new_full((n_dead,), -1.0), live_index.new_zeros(n_dead)
     live_rows = directions[live_index]
-    best = [
-        (block @ live_rows.T).max(dim=1) for block in dead_rows.split(rows_at_a_time)
-    ]
+    best = [(block @ live_rows.T).max(dim=1) for block in dead_rows.split(rows_at_a_time)]
     cosines = torch.cat([found.values for found in best])
     return cosines, live_index[torch.cat([found.indices for found in best])]
 

@@ -185,7 +185,10 @@ def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:
     ):
         require(getattr(cfg, name) >= 1, name, getattr(cfg, name), "be at least 1")
     require(
-        -1 <= cfg.orthogonality_tau <= 1, "orthogonality_tau", cfg.orthogonality_tau, "be in [-1, 1]"
+        -1 <= cfg.orthogonality_tau <= 1,
+        "orthogonality_tau",
+        cfg.orthogonality_tau,
+        "be in [-1, 1]",
     )
     if cfg.orthogonality_coefficient == 0 or cfg.orthogonality_pairs == "neighbours":
         return

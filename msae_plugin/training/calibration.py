@@ -80,9 +80,7 @@ def calibrate_batchtopk(
     }
 
 
-def _mean_l0(
-    sae: BatchTopKTrainingSAE, batches: Sequence[torch.Tensor], threshold: float
-) -> float:
+def _mean_l0(sae: BatchTopKTrainingSAE, batches: Sequence[torch.Tensor], threshold: float) -> float:
     """Active latents per token as the exported JumpReLU counts them."""
     active = 0
     for batch in batches:

@@ -93,7 +93,7 @@ def common_style(hooks: Sequence[str]) -> HookStyle:
     duplicates = sorted({hook for hook in hooks if hooks.count(hook) > 1})
     if duplicates:
         raise InputError(f"hook {duplicates[0]!r} is listed twice: list each hook once")
-    by_style = {parse_hook_name(hook).style: hook for hook in hooks}
+    by_style: dict[HookStyle, str] = {parse_hook_name(hook).style: hook for hook in hooks}
     if len(by_style) > 1:
         raise InputError(
             f"hooks {by_style['transformer_lens']!r} and {by_style['module']!r} are of two styles, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,8 +17,8 @@ from typing import Literal
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -135,10 +135,10 @@ def model_folder(name: str) -> Path:
 
 
 @contextmanager
-def _hub_errors_explained(name: str) -> Iterator[None]:
+def _hub_errors_explained(name: str) -> Generator[None, None, None]:
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - no common base class, see require_repository
+    except Exception as error:
         raise InputError(explain_hub_error(name, "model", error)) from error
 
 

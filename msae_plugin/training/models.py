@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import str_to_dtype
+from safetensors import SafetensorError
 from transformer_lens.hook_points import HookedRootModule
 from transformers import (
     AutoConfig,

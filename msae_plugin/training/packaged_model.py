@@ -19,14 +19,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from msae_plugin.errors import InputError
 
@@ -187,7 +187,7 @@ def _content_hash(parts: list[Path]) -> str:
 
 
 @contextmanager
-def _written_at_once(folder: Path) -> Iterator[Path]:
+def _written_at_once(folder: Path) -> Generator[Path, None, None]:
     """A temporary folder beside `folder` that takes its name when the block succeeds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
@@ -229,11 +229,11 @@ def _convert(parts: list[Path], folder: Path) -> None:
     config = dequantised.config
     # save_pretrained refuses a model that says it is quantised, though its weights no longer are;
     # TransformerLens reads the architecture, which a GGUF file does not name.
-    del config.quantization_config
+    delattr(config, "quantization_config")
     config.architectures = [type(dequantised).__name__]
     config.dtype = torch.bfloat16
-    model = type(dequantised)(config).to(torch.bfloat16)
+    model: PreTrainedModel = type(dequantised)(config)
     model.load_state_dict(dequantised.state_dict())
     model.tie_weights()
-    model.save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -58,7 +58,9 @@ def build(cls: type[T], values: object, where: str) -> T:
         if key not in known:
             raise InputError(unknown_key_message(key, known, where))
     hints = get_type_hints(cls)
-    return cls(**{key: coerce(value, hints[key], _join(where, key)) for key, value in mapping.items()})
+    return cls(
+        **{key: coerce(value, hints[key], _join(where, key)) for key, value in mapping.items()}
+    )
 
 
 def coerce(value: Any, annotation: Any, where: str) -> Any:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     Progress,
@@ -83,34 +84,39 @@ class ConsoleProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._progress: Progress | None = None
-        self._bar: TaskID | None = None
-        self._lines: dict[str, TaskID] = {}
-        self._rows: dict[str, str] = {}
-        self._total = 0
-        self._started_at = 0
-        self._start = time.perf_counter()
-        self._next_line = 0.0
-
-    def start(self, total_tokens: int, done_tokens: int, names: list[str]) -> None:
-        """Show the bar."""
-        self._total, self._started_at = total_tokens, done_tokens
-        self._start = time.perf_counter()
-        self._next_line = self._start + PLAIN_LINE_SECONDS
-        if not self.console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("{task.description}"),
+        self._live: Live | None = None
+        self._bar = Progress(
+            TextColumn("training"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(),
-            console=self.console,
+            console=console,
         )
-        self._bar = self._progress.add_task(
-            "training", total=total_tokens, completed=done_tokens, detail=""
-        )
-        self._progress.start()
+        self._task: TaskID | None = None
+        self._rows: dict[str, str] = {}
+        self._total = 0
+        self._done_before = 0
+        self._started = time.perf_counter()
+        self._next_line = 0.0
+
+    def start(self, total_tokens: int, done_tokens: int, names: list[str]) -> None:
+        """Show the bar."""
+        self._total, self._done_before = total_tokens, done_tokens
+        self._rows = dict.fromkeys(names, "")
+        self._started = time.perf_counter()
+        self._next_line = self._started + PLAIN_LINE_SECONDS
+        if self.console.is_terminal:
+            self._task = self._bar.add_task(
+                "", total=total_tokens, completed=done_tokens, detail="filling the buffer"
+            )
+            self._live = Live(get_renderable=self._render, console=self.console)
+            self._live.start()
+
+    def _render(self) -> Group:
+        width = max(map(len, self._rows), default=0)
+        lines = [Text(f"  {name:<{width}}  {row}") for name, row in self._rows.items() if row]
+        return Group(self._bar, *lines)
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
@@ -119,34 +125,24 @@ class ConsoleProgress:
 
     def advance(self, done_tokens: int) -> None:
         """Move the bar, or print a line when one is due."""
-        detail = (
-            f"{done_tokens:,}/{self._total:,} tokens  {self._tokens_per_second(done_tokens):,.0f}/s"
-        )
-        if self._progress is not None and self._bar is not None:
-            self._progress.update(self._bar, completed=done_tokens, detail=detail)
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        speed = (done_tokens - self._done_before) / elapsed
+        detail = f"{done_tokens:,}/{self._total:,} tokens  {speed:,.0f} tokens/s"
+        if self._live is not None and self._task is not None:
+            self._bar.update(self._task, completed=done_tokens, detail=detail)
             return
         now = time.perf_counter()
         if now >= self._next_line or done_tokens >= self._total:
             self._next_line = now + PLAIN_LINE_SECONDS
-            rows = "".join(f" | {name}: {row}" for name, row in self._rows.items())
+            rows = "".join(f" | {name}: {row}" for name, row in self._rows.items() if row)
             self.message(f"{100 * done_tokens / self._total:3.0f} %  {detail}{rows}")
-
-    def _tokens_per_second(self, done_tokens: int) -> float:
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
-        return (done_tokens - self._started_at) / elapsed
 
     def metrics(self, name: str, row: Mapping[str, float]) -> None:
         """Refresh the SAE's line."""
         self._rows[name] = describe_row(row)
-        if self._progress is None:
-            return
-        text = f"  {name}: {self._rows[name]}"
-        if name not in self._lines:
-            self._lines[name] = self._progress.add_task(text, total=None, detail="", start=False)
-        self._progress.update(self._lines[name], description=text)
 
     def stop(self) -> None:
         """Leave the last state on the screen."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None

@@ -29,7 +29,13 @@ _DECIDED_ELSEWHERE = {
     "reshape_activations": "the hook",
 }
 # Hooks whose activations have the width of the residual stream, by the end of their name.
-_RESIDUAL_WIDTH = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+_RESIDUAL_WIDTH = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_mlp_out",
+    "hook_attn_out",
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,9 @@ def _configure(
     known = {item.name for item in dataclasses.fields(config_class)} - set(_DECIDED_ELSEWHERE)
     for key in section:
         if key in _DECIDED_ELSEWHERE:
-            raise InputError(f"'{where}.{key}' is not set here: {_DECIDED_ELSEWHERE[key]} decides it")
+            raise InputError(
+                f"'{where}.{key}' is not set here: {_DECIDED_ELSEWHERE[key]} decides it"
+            )
         if key not in known:
             raise InputError(
                 unknown_key_message(key, known | {"architecture", "preset", "lr"}, where)

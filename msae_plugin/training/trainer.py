@@ -103,6 +103,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.stream = stream
         self.window = TrainingWindow()
         self.seconds = 0.0
+        self.session_tokens = 0
         self.gradient_norm = 0.0
         self.learning_rate = 0.0
         self.is_logging_step = False
@@ -150,7 +151,9 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.sae.train()
             outputs = [self._forward_backward(batch, len(batches)) for batch in batches]
             self._update(outputs, batches)
-        self.n_training_samples += sum(len(batch) for batch in batches)
+        n_tokens = sum(len(batch) for batch in batches)
+        self.n_training_samples += n_tokens
+        self.session_tokens += n_tokens
         self.seconds += time.perf_counter() - started
         return outputs[-1]
 
@@ -229,6 +232,11 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             what = f"the gradient norm of SAE {self.name!r} became {self.gradient_norm}"
         return f"step {step}: {what}: lower the learning rate or raise lr_warm_up_steps"
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of the SAE's own steps in this session, without the language model."""
+        return self.session_tokens / self.seconds if self.seconds else 0.0
+
     def read_row(self, output: TrainStepOutput) -> dict[str, float]:
         """The log row of the window that ends here; starts a new window.
 
@@ -242,6 +250,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             "dead_latents": int(self.dead_neurons.sum().item()),
             "lr": self.learning_rate,
             "gradient_norm": self.gradient_norm,
+            "step_tokens_per_second": self.tokens_per_second,
         }
         for name, value in self.get_coefficients().items():
             row[f"coefficients/{name}"] = value
@@ -263,6 +272,20 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.rate_rule.load_state_dict(
             torch.load(Path(checkpoint_path) / RULES_FILE, weights_only=True)
         )
+
+
+class _Clock:
+    """Speed of training since the last reading."""
+
+    def __init__(self, tokens: int = 0) -> None:
+        self._time = time.perf_counter()
+        self._tokens = tokens
+
+    def tokens_per_second(self, tokens: int) -> float:
+        now = time.perf_counter()
+        speed = (tokens - self._tokens) / max(now - self._time, 1e-9)
+        self._time, self._tokens = now, tokens
+        return speed
 
 
 class LockstepTrainer(MultiSAETrainer):
@@ -319,13 +342,19 @@ class LockstepTrainer(MultiSAETrainer):
             name: self._step_trainer(name, sae, rates.get(name, cfg.lr))
             for name, sae in self.saes.items()
         }
+        self._clock = _Clock()
 
     def _step_trainer(self, name: str, sae: TrainingSAE[Any], lr: float) -> StepTrainer:
         cfg = self.cfg
         # lr_end scales with the SAE's own rate, so that all schedules have the same shape.
         lr_end = None if cfg.lr_end is None else cfg.lr_end * lr / cfg.lr
         own = replace(
-            cfg, lr=lr, lr_end=lr_end, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False
+            cfg,
+            lr=lr,
+            lr_end=lr_end,
+            n_checkpoints=0,
+            checkpoint_path=None,
+            save_final_checkpoint=False,
         )
         return StepTrainer(
             own,
@@ -337,9 +366,25 @@ class LockstepTrainer(MultiSAETrainer):
         )
 
     def next_batch(self) -> dict[str, torch.Tensor]:
-        """The next mini-batch of every hook, shuffled by the data's own random stream."""
-        with self._data_stream.active(), self._guard.interruptible():
-            return next(self.data_provider)
+        """The next mini-batch of every hook, shuffled by the data's own random stream.
+
+        Raises:
+            InputError: If the corpus is too small to fill the buffer.
+        """
+        try:
+            with self._data_stream.active(), self._guard.interruptible():
+                return next(self.data_provider)
+        # How SAELens' generators end when even a second epoch gives no full sequence.
+        except (StopIteration, RuntimeError, ValueError) as error:
+            exhausted = isinstance(error, StopIteration) or isinstance(
+                error.__cause__, StopIteration
+            )
+            if not exhausted and "Unable to fill buffer" not in str(error):
+                raise
+            raise InputError(
+                "the training text is too short to fill one batch of the language model: give "
+                "more text, or lower data.context_size or training.store_batch_size_prompts"
+            ) from error
 
     @override
     def fit(self) -> dict[str, TrainingSAE[Any]]:
@@ -350,6 +395,7 @@ class LockstepTrainer(MultiSAETrainer):
             RunFailure: If a loss is not finite.
         """
         self.prepare_scaling()
+        self._clock = _Clock(self.n_training_samples)
         while self.n_training_samples < self.cfg.total_training_samples:
             self._guard.check()
             self._one_step()
@@ -385,9 +431,12 @@ class LockstepTrainer(MultiSAETrainer):
                 rows[name] = trainer.read_row(output)
         self.n_training_steps = done
         self.n_training_samples = next(iter(self.trainers.values())).n_training_samples
-        if self._on_log is not None:
+        if logging_step:
+            speed = self._clock.tokens_per_second(self.n_training_samples)
             for name, row in rows.items():
-                self._on_log(name, row)
+                row["tokens_per_second"] = speed
+                if self._on_log is not None:
+                    self._on_log(name, row)
 
     def prune_thresholds(self) -> None:
         """Forget the checkpoints that are due at or before the current position."""

@@ -14,7 +14,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -158,9 +158,7 @@ def hooked_transformer(
 
 
 @torch.no_grad()
-def _require_same_logits(
-    model: HookedTransformer, hf_model: PreTrainedModel, folder: Path
-) -> None:
+def _require_same_logits(model: HookedTransformer, hf_model: PreTrainedModel, folder: Path) -> None:
     """Compare a conversion that nobody else has tested with its source on a few tokens."""
     vocabulary = int(hf_model.config.get_text_config().vocab_size)
     tokens = torch.linspace(0, vocabulary - 1, _LOGIT_CHECK_TOKENS).long().unsqueeze(0)
@@ -178,7 +176,7 @@ def _require_same_logits(
 
 
 @contextmanager
-def _config_by_name(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+def _config_by_name(folder: Path, name: str) -> Generator[dict[str, Any], None, None]:
     """Make a folder's config.json loadable under a hub name, for the time of one call.
 
     Yields:
@@ -195,7 +193,5 @@ def _config_by_name(folder: Path, name: str) -> Iterator[dict[str, Any]]:
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text(revision)
         (repository / "snapshots" / revision).mkdir(parents=True)
-        shutil.copyfile(
-            folder / "config.json", repository / "snapshots" / revision / "config.json"
-        )
+        shutil.copyfile(folder / "config.json", repository / "snapshots" / revision / "config.json")
         yield {"cache_dir": cache, "local_files_only": True}

@@ -33,9 +33,7 @@ def activations(language_model: LanguageModel, tokens: torch.Tensor, hook: str) 
 
 @pytest.fixture(scope="module")
 def tokens() -> torch.Tensor:
-    return torch.randint(
-        3, TINY_VOCABULARY, (4, 50), generator=torch.Generator().manual_seed(1)
-    )
+    return torch.randint(3, TINY_VOCABULARY, (4, 50), generator=torch.Generator().manual_seed(1))
 
 
 def test_hooked_transformer_has_the_logits_of_the_hugging_face_model(
@@ -63,9 +61,10 @@ def test_both_loaders_give_the_same_activations_and_tokens(
     )
     as_the_store_asks = {"prepend_bos": False, "move_to_device": False, "truncate": False}
     ids = modules.model.to_tokens(tiny_texts[0], **as_the_store_asks)
-    assert ids.tolist() == tiny_language_model.model.to_tokens(
-        tiny_texts[0], **as_the_store_asks
-    ).tolist()
+    assert (
+        ids.tolist()
+        == tiny_language_model.model.to_tokens(tiny_texts[0], **as_the_store_asks).tolist()
+    )
     assert modules.tokenizer.bos_token_id not in ids
 
 

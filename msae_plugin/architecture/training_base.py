@@ -1,0 +1,285 @@
+"""What a training SAE is between steps: weights, thresholds, encoding, folding, saving.
+
+The step itself, with its losses, is in `training_sae.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainingSAE
+from torch import nn
+from typing_extensions import override
+
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.exact import (
+    KeepsFloat32,
+    add_remainders,
+    exact_dtypes,
+    restore_exact,
+)
+from msae_plugin.architecture.export import exported_tensors
+from msae_plugin.architecture.initialisation import initialise_inverse_sqrt_d
+from msae_plugin.architecture.mechanisms import Mechanisms
+from msae_plugin.architecture.nested import assign_rings
+from msae_plugin.architecture.selection import (
+    CANDIDATE_SHARE,
+    Selection,
+    above_threshold,
+    batch_top_k,
+)
+from msae_plugin.architecture.skip import with_skip
+from msae_plugin.architecture.threshold import calibrated_cut
+from msae_plugin.errors import RunFailure
+
+
+class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConfig]):
+    """Weights and buffers of the training SAE, and everything that is not the training step.
+
+    Args:
+        cfg: Configuration.
+        use_error_term: As in SAELens.
+    """
+
+    b_enc: nn.Parameter
+    topk_threshold: torch.Tensor
+    candidate_cut: torch.Tensor
+    firing_rate: torch.Tensor
+    latent_ring: torch.Tensor
+    training_step: torch.Tensor
+    mechanisms: Mechanisms
+
+    exact_tensor_names = (
+        "topk_threshold",
+        "candidate_cut",
+        "firing_rate",
+        "latent_ring",
+        "training_step",
+    )
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        cfg, kwargs = self.cfg, {"dtype": torch.float32, "device": self.device}
+        if cfg.weight_init == "inverse_sqrt_d":
+            initialise_inverse_sqrt_d(self.W_enc, self.W_dec, cfg.decoder_init_norm)
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device))
+        self.register_buffer("topk_threshold", torch.zeros((), **kwargs))
+        self.register_buffer("candidate_cut", torch.zeros((), **kwargs))
+        self.register_buffer("firing_rate", torch.zeros(cfg.d_sae, **kwargs))
+        self.register_buffer("latent_ring", assign_rings(self.firing_rate, cfg.prefix_widths))
+        # Steps completed; SAELens tells an SAE the step in training only, `encode` needs k always.
+        self.register_buffer(
+            "training_step", torch.zeros((), dtype=torch.int64, device=self.device)
+        )
+        self.mechanisms = Mechanisms(cfg, self.dtype, self.device)
+
+    def normalise(self, x_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[N], [A]: (..., d_in) -> x_hat (..., d_in) and scale(x) (..., 1), None when off."""
+        if self.mechanisms.normalisation is None:
+            return x_c, None
+        return self.mechanisms.normalisation(x_c)
+
+    def pre_activations(self, x_hat: torch.Tensor) -> torch.Tensor:
+        """(..., d_in) -> (..., d_sae): x_hat @ W_enc + b_enc, as if the decoder had unit norm."""
+        hidden_pre = x_hat @ self.W_enc + self.b_enc
+        norm = self.decoder_norm()
+        return hidden_pre if norm is None else hidden_pre * norm
+
+    def decoder_norm(self) -> torch.Tensor | None:
+        """(d_sae,) norms by which pre-activations are rescaled; None without the rescaling."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return None
+        return self.W_dec.norm(dim=-1).clamp(min=1e-8)
+
+    def select(self, hidden_pre: torch.Tensor, k: float) -> Selection:
+        """[Z], [S]: active pairs of (n_tokens, d_sae) pre-activations in training mode."""
+        statistics = self.mechanisms.statistics
+        if self.cfg.selection == "zscore" and statistics is not None:
+            return above_threshold(hidden_pre, statistics.threshold())
+        scores, cut = self.scores(hidden_pre), 0.0
+        if self.cfg.standardise == 0:
+            cut = CANDIDATE_SHARE * float(self.candidate_cut)
+        return batch_top_k(hidden_pre, scores, k, self.cfg.sparsity_scales, cut)
+
+    def scores(self, hidden_pre: torch.Tensor) -> torch.Tensor:
+        """[Z]: what BatchTopK ranks; the pre-activations unless standardised."""
+        statistics = self.mechanisms.statistics
+        if statistics is None:
+            return hidden_pre
+        strength = 1.0 if self.cfg.selection == "zscore" else self.cfg.standardise
+        return statistics.standardised(hidden_pre, strength)
+
+    def threshold(self) -> torch.Tensor:
+        """() or (d_sae,) float32: what pre-activations are compared with in evaluation mode."""
+        statistics = self.mechanisms.statistics
+        if statistics is None:
+            return self.topk_threshold
+        if self.cfg.selection == "zscore":
+            return statistics.threshold().clamp(min=0)
+        return statistics.threshold_of_score(self.topk_threshold, self.cfg.standardise).clamp(min=0)
+
+    @override
+    def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and pre-activations, dense and differentiable.
+
+        Args:
+            x: (..., d_in) activations.
+
+        Returns:
+            feature_acts (..., d_sae) and hidden_pre (..., d_sae).
+        """
+        x_hat, token_scale = self.normalise(self.process_sae_in(x))
+        hidden_pre = self.hook_sae_acts_pre(self.pre_activations(x_hat))
+        if self.training:
+            flat = hidden_pre.detach().reshape(-1, self.cfg.d_sae)
+            chosen = self.select(flat, self.cfg.k_at(int(self.training_step)))
+            active = torch.zeros_like(flat, dtype=torch.bool)
+            within = chosen.active()
+            active[chosen.tokens[within], chosen.latents[within]] = True
+            active = active.reshape(hidden_pre.shape)
+        else:
+            active = hidden_pre > self.threshold()
+        feature_acts = hidden_pre.relu() * active
+        if token_scale is not None:
+            feature_acts = feature_acts * token_scale
+        return self.hook_sae_acts_post(feature_acts), hidden_pre
+
+    @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """(..., d_sae) -> (..., d_in): f @ W_dec + b_dec, over unit rows when rescaled."""
+        norm = self.decoder_norm()
+        return super().decode(feature_acts if norm is None else feature_acts / norm)
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Reconstruction, plus the skip connection when on (docs/method.md, "Skip")."""
+        sae_out = super().forward(x)
+        if self.cfg.skip_scale == 0 or self.use_error_term:
+            return sae_out
+        return with_skip(sae_out, x, self.b_dec, self.cfg.skip_scale)
+
+    # ---- what our trainer asks for ------------------------------------------------------------
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let revival reset the optimiser state of the latents it re-aims."""
+        self.mechanisms.optimizer = optimizer
+
+    def pop_events(self) -> list[dict[str, Any]]:
+        """Revivals and their outcomes since the last call, oldest first."""
+        events, self.mechanisms.events = self.mechanisms.events, []
+        return events
+
+    @torch.no_grad()
+    def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+        """Set the cut so that the mean L0 over these activations is exactly k.
+
+        Args:
+            batches: Activations, each (n_tokens, d_in), scaled as training batches are.
+
+        Returns:
+            `l0_before`, `l0_after` and `threshold` (mean over the latents).
+
+        Raises:
+            RunFailure: No batch was given.
+        """
+        kept = list(batches)
+
+        def hidden_pre_of(batch: torch.Tensor) -> torch.Tensor:
+            x_hat, _ = self.normalise(self.process_sae_in(batch.to(self.device)))
+            return self.pre_activations(x_hat)
+
+        def mean_l0() -> float:
+            counts = [(hidden_pre_of(b) > self.threshold()).sum(-1).float().mean() for b in kept]
+            return float(torch.stack(counts).mean())
+
+        cut = calibrated_cut(kept, hidden_pre_of, self.scores, self.cfg.k)
+        if cut is None:
+            raise RunFailure(
+                "calibrate_threshold needs at least one batch of activations; got none"
+            )
+        before = mean_l0()
+        statistics = self.mechanisms.statistics
+        if self.cfg.selection == "batchtopk":
+            self.topk_threshold.fill_(cut)
+        elif self.cfg.zscore_z_lr > 0 and statistics is not None:
+            statistics.z.fill_(cut)
+        return {
+            "l0_before": before,
+            "l0_after": mean_l0(),
+            "threshold": float(self.threshold().mean()),
+        }
+
+    @torch.no_grad()
+    def export_order(self) -> torch.Tensor:
+        """(d_sae,) long: exported latent j is training latent export_order()[j].
+
+        Rings first, so that every trained prefix is a prefix of the export; the most frequent
+        latents first within a ring.
+        """
+        if len(self.cfg.prefix_widths) == 1 or self.cfg.prefix_sort_every == 0:
+            return torch.arange(self.cfg.d_sae, device=self.device)
+        by_rate = torch.argsort(self.firing_rate, descending=True, stable=True)
+        return by_rate[torch.argsort(self.latent_ring[by_rate], stable=True)]
+
+    @torch.no_grad()
+    def to_export_units(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """Latents (..., d_sae) of this SAE in the order and units of its export (unit decoder)."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            feature_acts = feature_acts * self.get_W_dec_norm()
+        return feature_acts[..., self.export_order()]
+
+    # ---- SAELens' folding and saving ----------------------------------------------------------
+
+    @override
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise NotImplementedError(
+                "fold_W_dec_norm on a training SAE with rescale_acts_by_decoder_norm=False would "
+                "change which latents are selected: export it first and fold the export"
+            )
+        super().fold_W_dec_norm()
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        if self.mechanisms.normalisation is not None:
+            # x_hat does not depend on the unit of the activations: only the bias and eps do.
+            self.b_dec.div_(scaling_factor)
+            self.mechanisms.normalisation.fold_input_scaling(scaling_factor)
+            self.cfg.normalize_activations = "none"
+            return
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            # Pre-activations carry the decoder norm, which the fold has just divided.
+            self.topk_threshold /= scaling_factor
+            self.candidate_cut /= scaling_factor
+            if self.mechanisms.statistics is not None:
+                self.mechanisms.statistics.rescale(1 / scaling_factor)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
+    ) -> None:
+        if self.cfg.rescale_acts_by_decoder_norm:
+            # Unwhitening changes the row norms; folding them first keeps the selection as it is.
+            self.fold_W_dec_norm()
+            self.cfg.rescale_acts_by_decoder_norm = False
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        add_remainders(state_dict, exact_dtypes(self))
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        restore_exact(state_dict, exact_dtypes(self))
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        state_dict.clear()
+        state_dict.update(exported_tensors(self))

@@ -1,0 +1,275 @@
+"""SAELens' multi-SAE runner with our trainer: one pass of the language model for all SAEs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import logger as sae_lens_logger
+from sae_lens.config import HfDataset, LoggingConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.saes.sae import TrainingSAE
+from typing_extensions import override
+
+from msae_plugin import upstream
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.training.atomic_files import json_safe
+from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
+from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
+from msae_plugin.training.metrics_log import REVIVALS_FILE, JsonLines, MetricsLog
+from msae_plugin.training.models import LanguageModel
+from msae_plugin.training.progress import ProgressDisplay
+from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.sae_plans import SAEPlan
+from msae_plugin.training.trainer import LockstepTrainer, StepOptions, SupportsRevival
+
+
+class _NotAboutUs(logging.Filter):
+    """Drops SAELens' remarks that a run with a given model or data set cannot be reproduced.
+
+    They are about its own configuration; `run.json` holds ours.
+    """
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("override_dataset", "override_model"))
+
+
+@contextmanager
+def _without_upstream_remarks() -> Iterator[None]:
+    remark_filter = _NotAboutUs()
+    sae_lens_logger.addFilter(remark_filter)
+    try:
+        with warnings.catch_warnings():
+            # Text is tokenised on the fly on purpose, and SAELens compares documents with tokens.
+            warnings.filterwarnings("ignore", message="Dataset is not tokenized")
+            warnings.filterwarnings("ignore", message="The training dataset contains fewer")
+            yield
+    finally:
+        sae_lens_logger.removeFilter(remark_filter)
+
+
+def shared_pass_config(
+    config: RunConfig, plans: list[SAEPlan], language_model: LanguageModel, device: str
+) -> MultiSAETrainingRunnerConfig:
+    """SAELens' configuration of the run that a recipe describes.
+
+    Args:
+        config: The recipe.
+        plans: Its SAEs.
+        language_model: The loaded model, whose recorded name goes into the SAEs' metadata.
+        device: Device of SAEs and activations.
+    """
+    training, data = config.training, config.data
+    return MultiSAETrainingRunnerConfig(
+        saes={plan.name: plan.config for plan in plans},
+        hook_names={plan.name: plan.hook for plan in plans},
+        model_name=language_model.model_name,
+        model_class_name=language_model.model_class_name,
+        # SAELens' own default centres the writing weights, which ours are not.
+        model_from_pretrained_kwargs={},
+        dataset_path=data.source,
+        streaming=data.streaming,
+        context_size=data.context_size,
+        prepend_bos=data.prepend_bos,
+        exclude_special_tokens=data.exclude_special_tokens,
+        n_batches_in_buffer=training.n_batches_in_buffer,
+        store_batch_size_prompts=training.store_batch_size_prompts,
+        activations_mixing_fraction=training.activations_mixing_fraction,
+        # Whole steps only: SAELens would run one more than its schedules count.
+        training_tokens=config.total_steps * config.tokens_per_step,
+        train_batch_size_tokens=training.batch_size_tokens,
+        device=device,
+        seed=training.seed,
+        dtype="float32",
+        autocast=training.autocast,
+        autocast_lm=config.model.autocast,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        lr=training.lr,
+        lr_end=training.lr_end,
+        lr_scheduler_name=training.lr_scheduler,
+        lr_warm_up_steps=training.lr_warm_up_steps,
+        lr_decay_steps=training.lr_decay_steps,
+        n_restart_cycles=training.n_restart_cycles,
+        dead_feature_window=training.dead_feature_window,
+        feature_sampling_window=training.feature_sampling_window,
+        n_batches_for_norm_estimate=training.norm_estimate_batches,
+        n_checkpoints=training.n_checkpoints,
+        # Our own store writes checkpoints and exports, and our own log metrics.
+        checkpoint_path=None,
+        output_path=None,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+
+
+class SharedPassRunner(MultiSAETrainingRunner):
+    """Trains all SAEs of a recipe; the caller finishes and exports them.
+
+    Args:
+        cfg: SAELens' configuration, from `shared_pass_config`.
+        config: The recipe.
+        dataset: The training text.
+        language_model: The model.
+        saes: The initialised SAEs by name.
+        plans: What they are.
+        folders: Folder of each SAE.
+        store: Where checkpoints go.
+        guard: Knows about signals.
+        metrics: Takes the log rows.
+        progress: Shows them.
+    """
+
+    def __init__(
+        self,
+        cfg: MultiSAETrainingRunnerConfig,
+        *,
+        config: RunConfig,
+        dataset: HfDataset,
+        language_model: LanguageModel,
+        saes: dict[str, TrainingSAE[Any]],
+        plans: list[SAEPlan],
+        folders: Mapping[str, Path],
+        store: CheckpointStore,
+        guard: InterruptionGuard,
+        metrics: MetricsLog,
+        progress: ProgressDisplay,
+    ) -> None:
+        with _without_upstream_remarks():
+            try:
+                super().__init__(
+                    cfg,
+                    override_dataset=dataset,
+                    override_model=language_model.model,
+                    override_saes=saes,
+                )
+            except StopIteration as error:
+                raise InputError("the data set has no documents left for training") from error
+        self.config = config
+        self._store = store
+        self._guard = guard
+        self._metrics = metrics
+        self._progress = progress
+        upstream.set_sae_metadata(self)
+        self._revivals = {
+            name: JsonLines(folders[name] / REVIVALS_FILE, step_key="logged_at_step")
+            for name, sae in self.saes.items()
+            if isinstance(sae, SupportsRevival)
+        }
+        training = config.training
+        self.trainer = LockstepTrainer(
+            self.cfg.to_sae_trainer_config(),
+            self.saes,
+            self.cfg.hook_names_per_sae,
+            self.activations_store.get_multi_hook_data_loader(),
+            options=StepOptions(
+                accumulation_steps=training.accumulation_steps,
+                weight_decay=training.weight_decay,
+                clip_grad_norm=training.clip_grad_norm,
+                lr_floor=training.lr_floor,
+                gradient_lr=training.gradient_lr,
+            ),
+            learning_rates={plan.name: plan.lr for plan in plans if plan.lr is not None},
+            seed=training.seed,
+            log_every=config.logging.every_steps,
+            guard=guard,
+            on_step=lambda trainer: progress.advance(trainer.n_training_samples),
+            on_log=self._log,
+            on_checkpoint=self.save_checkpoint,
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint: weights, optimisers, schedules, place in the corpus.
+
+        Raises:
+            InputError: If a file of the checkpoint cannot be read or does not fit.
+        """
+        self.trainer.load_checkpoint(checkpoint.path)
+        self.activations_store.load_from_checkpoint(checkpoint.path)
+
+    @override
+    def run(self) -> dict[str, TrainingSAE[Any]]:
+        """Train to the end and write the checkpoint of the finished training.
+
+        Raises:
+            InterruptedBySignalError: With the checkpoint that was written.
+            RunFailure: When training diverged; the last good checkpoint stays.
+        """
+        step = self.trainer.n_training_steps
+        for revivals in self._revivals.values():
+            revivals.truncate_after(step)
+        self._progress.start(
+            self.cfg.total_training_tokens, self.trainer.n_training_samples, list(self.saes)
+        )
+        try:
+            saes = self.trainer.fit()
+            if self.trainer.n_training_steps > step:
+                self.save_checkpoint()
+            return saes
+        except InterruptedBySignalError as interruption:
+            self._progress.stop()
+            checkpoint = self.save_checkpoint() if self.trainer.n_training_steps else None
+            raise InterruptedBySignalError(
+                interruption.signal_number, checkpoint
+            ) from interruption
+        except RunFailure as failure:
+            newest = self._store.newest()
+            kept = (
+                "no checkpoint had been written"
+                if newest is None
+                else f"the last good checkpoint is {newest.path}"
+            )
+            raise RunFailure(f"{failure}; {kept}") from failure
+        finally:
+            self._progress.stop()
+            self.flush()
+
+    def _log(self, name: str, row: dict[str, float]) -> None:
+        self._metrics.write(name, row)
+        self._progress.metrics(name, row)
+        self._drain_revivals(name, int(row["step"]))
+
+    def _drain_revivals(self, name: str, step: int) -> None:
+        sae = self.saes[name]
+        if isinstance(sae, SupportsRevival):
+            for event in sae.pop_events():
+                self._revivals[name].append({"logged_at_step": step, **event})
+
+    def flush(self) -> None:
+        """Put every log line onto the disk."""
+        for name in self._revivals:
+            self._drain_revivals(name, self.trainer.n_training_steps)
+        for revivals in self._revivals.values():
+            revivals.flush()
+        self._metrics.flush()
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of this moment; the logs up to it are on the disk before it is."""
+        self.flush()
+        trainer = self.trainer
+        return self._store.save(
+            trainer.n_training_steps,
+            trainer.n_training_samples,
+            self.config.to_dict(),
+            self._write_files,
+        )
+
+    def _write_files(self, folder: Path) -> None:
+        self.trainer.write_checkpoint(folder)
+        self.activations_store.save_to_checkpoint(folder)
+        runner_config = json.dumps(json_safe(self.cfg.to_dict()))
+        (folder / RUNNER_CFG_FILENAME).write_text(runner_config, encoding="utf-8")
+
+    def fresh_batches(self, count: int) -> list[dict[str, torch.Tensor]]:
+        """Mini-batches that no SAE has seen in this epoch, (tokens, d_in) by hook."""
+        return [self.trainer.next_batch() for _ in range(count)]
