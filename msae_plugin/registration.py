@@ -47,5 +47,6 @@ def _register(
     elif present[0] is not ours[0]:
         raise InputError(
             f"SAELens already has a {kind} class named {ARCHITECTURE!r}: "
-            f"{present[0].__module__}.{present[0].__qualname__}; import only one of the two packages"
+            f"{present[0].__module__}.{present[0].__qualname__}; "
+            "import only one of the two packages"
         )

@@ -37,17 +37,17 @@ def tiny_texts() -> list[str]:
     """400 distinct generated documents of 40 to 160 words, with topics, hence structure."""
     generator = random.Random(0)
     topics = {
-        "garden": ["rose", "soil", "rain", "seed", "leaf", "root", "spade", "bloom", "hedge", "worm"],
-        "kitchen": ["flour", "oven", "sugar", "knife", "butter", "dough", "plate", "salt", "spoon", "yeast"],
-        "harbour": ["ship", "rope", "sail", "tide", "anchor", "crane", "gull", "cargo", "wave", "pier"],
-        "library": ["book", "shelf", "page", "ink", "reader", "quiet", "index", "poem", "margin", "spine"],
+        "garden": "rose soil rain seed leaf root spade bloom hedge worm",
+        "kitchen": "flour oven sugar knife butter dough plate salt spoon yeast",
+        "harbour": "ship rope sail tide anchor crane gull cargo wave pier",
+        "library": "book shelf page ink reader quiet index poem margin spine",
     }
-    glue = ["the", "a", "of", "and", "with", "under", "near", "from", "into", "was", "were", "old", "new", "small", "bright"]
+    glue = "the a of and with under near from into was were old new small bright"
     documents = []
     for number in range(400):
         topic = generator.choice(list(topics))
         words = [
-            generator.choice(topics[topic] if generator.random() < 0.6 else glue)
+            generator.choice((topics[topic] if generator.random() < 0.6 else glue).split())
             for _ in range(generator.randrange(40, 160))
         ]
         documents.append(f"Note {number} from the {topic}: {' '.join(words)}.")

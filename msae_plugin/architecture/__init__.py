@@ -1,4 +1,4 @@
-"""The `multiscale` architecture: configuration, training SAE, inference SAE and their mechanisms."""
+"""The `multiscale` architecture: configuration, training and inference SAE, mechanisms."""
 
 from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.inference_sae import MultiScaleSAE

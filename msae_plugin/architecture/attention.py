@@ -28,10 +28,11 @@ class ScaleAttention(nn.Module):
         self, d_in: int, n_scales: int, d_key: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
-        self.W_query = nn.Parameter(torch.randn(d_in, d_key, **kwargs) / math.sqrt(d_in))
+        self.W_query = nn.Parameter(
+            torch.randn(d_in, d_key, dtype=dtype, device=device) / math.sqrt(d_in)
+        )
         # Zero keys: attention starts as the plain mixture and learns to depart from it.
-        self.keys = nn.Parameter(torch.zeros(n_scales, d_key, **kwargs))
+        self.keys = nn.Parameter(torch.zeros(n_scales, d_key, dtype=dtype, device=device))
         self.log_temperature = nn.Parameter(
             torch.full((), -0.5 * math.log(d_key), dtype=dtype, device=device)
         )

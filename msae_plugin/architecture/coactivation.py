@@ -34,17 +34,22 @@ class NeighbourCoactivation(KeepsFloat32):
     def __init__(self, d_sae: int, count: int, device: torch.device) -> None:
         super().__init__()
         count = min(count, d_sae - 1)
-        kwargs = {"dtype": torch.float32, "device": device}
         index = torch.arange(d_sae, device=device)[:, None] + torch.arange(
             1, count + 1, device=device
         )
         self.register_buffer("neighbours", index % d_sae)
         # pair_moment / pair_weight is the running mean of f_i f_j; the weight tells a pair that was
         # just listed from one that was followed for long.
-        self.register_buffer("pair_moment", torch.zeros(d_sae, count, **kwargs))
-        self.register_buffer("pair_weight", torch.zeros(d_sae, count, **kwargs))
-        self.register_buffer("second_moment", torch.zeros(d_sae, **kwargs))
-        self.register_buffer("mean", torch.zeros(d_sae, **kwargs))
+        self.register_buffer(
+            "pair_moment", torch.zeros(d_sae, count, dtype=torch.float32, device=device)
+        )
+        self.register_buffer(
+            "pair_weight", torch.zeros(d_sae, count, dtype=torch.float32, device=device)
+        )
+        self.register_buffer(
+            "second_moment", torch.zeros(d_sae, dtype=torch.float32, device=device)
+        )
+        self.register_buffer("mean", torch.zeros(d_sae, dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def refresh(self, W_dec: torch.Tensor, rows_at_a_time: int) -> None:

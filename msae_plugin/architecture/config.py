@@ -40,7 +40,8 @@ class MultiScaleSAEConfig(JumpReLUSAEConfig):
             differ token by token.
         norm_attention (bool): Mixture weights over the scales depend on the token. docs/method.md,
             [A].
-        attention_d_key (int | None): Width of queries and keys of the scale attention. None: d_in // 4.
+        attention_d_key (int | None): Width of queries and keys of the scale attention. None:
+            d_in // 4.
         skip_scale (float): Share of the centred input added to the output of `forward`; `decode`
             stays linear and never sees it. 0 disables.
         d_in (int): Width of the activations. Inherited from SAEConfig.
@@ -78,8 +79,10 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     `msae_plugin.preset` fills those in. Mechanism letters refer to docs/method.md.
 
     Args:
-        k (float): Mean number of active latents per token, and the target L0 of every selection rule.
-        k_initial_multiplier (float): Training starts at this multiple of k. 1 disables the schedule.
+        k (float): Mean number of active latents per token, and the target L0 of every selection
+            rule.
+        k_initial_multiplier (float): Training starts at this multiple of k. 1 disables the
+            schedule.
         k_anneal_steps (int): Steps over which the multiple falls linearly to 1. 0 disables.
         topk_threshold_lr (float): Rate of the running estimate of the selection cut that the
             exported SAE uses as its threshold.
@@ -101,8 +104,8 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         prefix_fractions (list[float]): [S] Nested prefixes of the dictionary, as shares of d_sae,
             each of which must reconstruct alone. Empty disables.
         prefix_weight (float): [S] Weight of the loss of each prefix.
-        detach_inner_prefixes (bool): [S] A prefix learns only from its own loss, not from the losses
-            of the wider ones.
+        detach_inner_prefixes (bool): [S] A prefix learns only from its own loss, not from the
+            losses of the wider ones.
         prefix_sort_every (int): [S] Steps between two assignments of latents to prefixes by firing
             rate, most frequent first. 0 keeps the order of the indices.
         firing_rate_decay (float): [S] Decay of the running firing rate.
@@ -136,7 +139,8 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         revival_max_fraction (float): [R] Largest share of the dictionary revived at once.
         revival_source (Literal["error_samples", "error_svd"]): [R] New directions: badly
             reconstructed samples, or leading directions of the reconstruction error.
-        revival_survival_steps (int): [R] Steps after which the after-life of a revived latent is judged.
+        revival_survival_steps (int): [R] Steps after which the after-life of a revived latent is
+            judged.
         importance_power (float): [G] Gradients of a latent are multiplied by its relative
             contribution |f| |d| to this power, and its L1 weight by the inverse. 0 disables.
         importance_decay (float): [G] Decay of the running contribution.

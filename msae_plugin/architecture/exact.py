@@ -90,8 +90,8 @@ def restore_exact(state_dict: dict[str, Any], names: Mapping[str, torch.dtype]) 
         value: torch.Tensor = state_dict[name]
         if value.dtype == torch.bfloat16 and remainder is not None:
             value = value.to(torch.float32) + remainder.to(torch.float32).sum(dim=0)
-        if dtype.is_floating_point and value.dtype == torch.float64:
-            dtype = torch.float64  # a float64 checkpoint is more exact than float32, not less
-        state_dict[name] = (
-            value.round().to(dtype) if not dtype.is_floating_point else value.to(dtype)
-        )
+        if not dtype.is_floating_point:
+            value = value.round().to(dtype)
+        elif value.dtype != torch.float64:  # which is more exact than float32, not less
+            value = value.to(dtype)
+        state_dict[name] = value

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
+from safetensors.torch import save_file
 
 from msae_plugin.architecture.exact import add_remainders
 from msae_plugin.errors import InputError
 
 if TYPE_CHECKING:
     from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig
-    from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
+    from msae_plugin.architecture.training_base import MultiScaleTrainingBase
 
 _EXACT_EXPORT_TENSORS = {
     "threshold": torch.float32,
@@ -29,7 +29,7 @@ _EXACT_EXPORT_TENSORS = {
 
 
 @torch.no_grad()
-def exported_tensors(sae: MultiScaleTrainingSAE) -> dict[str, torch.Tensor]:
+def exported_tensors(sae: MultiScaleTrainingBase) -> dict[str, torch.Tensor]:
     """State dict of the inference SAE.
 
     Args:
@@ -49,7 +49,7 @@ def exported_tensors(sae: MultiScaleTrainingSAE) -> dict[str, torch.Tensor]:
     return folded
 
 
-def _folded_weights(sae: MultiScaleTrainingSAE) -> dict[str, torch.Tensor]:
+def _folded_weights(sae: MultiScaleTrainingBase) -> dict[str, torch.Tensor]:
     dtype = torch.promote_types(sae.dtype, torch.float32)
     W_enc, b_enc = sae.W_enc.to(dtype), sae.b_enc.to(dtype)
     W_dec, norm = sae.W_dec.to(dtype), sae.get_W_dec_norm().to(dtype)
@@ -92,7 +92,7 @@ def twin_obstacle(cfg: MultiScaleSAEConfig | MultiScaleTrainingSAEConfig) -> str
     return None
 
 
-def save_jumprelu_twin(sae: MultiScaleTrainingSAE, path: Path) -> None:
+def save_jumprelu_twin(sae: MultiScaleTrainingBase, path: Path) -> None:
     """Write a checkpoint that SAELens loads without this package, with equal latents.
 
     Args:

@@ -91,26 +91,32 @@ def decode_nested(
     groups = torch.where(selection.active(), within, beyond)
     bags = selection.tokens * n_groups + groups
     parts = bag_sum(W_dec, selection.latents, weights, bags, n_tokens * n_groups)
-    parts = parts.view(n_tokens, n_groups, W_dec.shape[1])
+    # Unbinding once gives the backward pass one stack instead of one zero-filled copy per group.
+    groups_of_rows = parts.view(n_tokens, n_groups, W_dec.shape[1]).unbind(dim=1)
 
-    inner = parts[:, : n_inner_tiers * n_rings].unflatten(1, (n_inner_tiers, n_rings))
+    def ring_at(tier: int, ring: int) -> torch.Tensor:
+        return groups_of_rows[tier * n_rings + ring]
+
     scales: list[torch.Tensor] = []
     at_budget = b_dec.expand(n_tokens, -1)
     for tier in range(selection.main_tier):
-        at_budget = at_budget + inner[:, tier].sum(dim=1)
+        for ring in range(n_rings):
+            at_budget = at_budget + ring_at(tier, ring)
         scales.append(at_budget)
 
     prefixes: list[torch.Tensor] = []
     so_far = b_dec.expand(n_tokens, -1)
+    whole = so_far  # with gradient to every ring, also when the prefixes are detached
     for ring in range(n_rings):
         base = so_far.detach() if detach_inner and ring else so_far
-        so_far = base + inner[:, :, ring].sum(dim=1)
+        added = ring_at(0, ring)
+        for tier in range(1, n_inner_tiers):
+            added = added + ring_at(tier, ring)
+        so_far = base + added
+        whole = whole + added if detach_inner else so_far
         prefixes.append(so_far)
 
-    if n_tiers > n_inner_tiers:
-        # With detached prefixes the last one carries no gradient to the inner rings: sum afresh.
-        wide = b_dec + inner.sum(dim=(1, 2)) if detach_inner else prefixes[-1]
-        for tier in range(n_inner_tiers, n_tiers):
-            wide = wide + parts[:, n_inner_tiers * n_rings + tier - n_inner_tiers]
-            scales.append(wide)
+    for tier in range(n_inner_tiers, n_tiers):
+        whole = whole + groups_of_rows[n_inner_tiers * n_rings + tier - n_inner_tiers]
+        scales.append(whole)
     return Reconstructions(prefixes=prefixes, scales=scales)

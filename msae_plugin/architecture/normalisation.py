@@ -10,7 +10,7 @@ relative to the running mean variance they differ token by token.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class NormalisationFields(Protocol):
     norm_affine: bool
     norm_gate: bool
     norm_eps: float
-    norm_eps_mode: str
+    norm_eps_mode: Literal["absolute", "relative"]
     norm_attention: bool
     attention_d_key: int | None
 
@@ -49,20 +49,22 @@ class MultiScaleNormalisation(KeepsFloat32):
     def __init__(self, cfg: NormalisationFields, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.cfg = cfg
-        n_scales, kwargs = len(cfg.norm_scales), {"dtype": dtype, "device": device}
+        n_scales = len(cfg.norm_scales)
         self.mixture_logits: nn.Parameter | None = None
         if n_scales > 1:
-            self.mixture_logits = nn.Parameter(torch.zeros(n_scales, **kwargs))
+            self.mixture_logits = nn.Parameter(torch.zeros(n_scales, dtype=dtype, device=device))
         self.gain: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         if cfg.norm_affine:
-            self.gain = nn.Parameter(torch.ones(n_scales, cfg.d_in, **kwargs))
-            self.bias = nn.Parameter(torch.zeros(n_scales, cfg.d_in, **kwargs))
+            self.gain = nn.Parameter(torch.ones(n_scales, cfg.d_in, dtype=dtype, device=device))
+            self.bias = nn.Parameter(torch.zeros(n_scales, cfg.d_in, dtype=dtype, device=device))
         self.gate_weight: nn.Parameter | None = None
         self.gate_bias: nn.Parameter | None = None
         if cfg.norm_gate:
-            self.gate_weight = nn.Parameter(torch.zeros(n_scales, cfg.d_in, **kwargs))
-            self.gate_bias = nn.Parameter(torch.zeros(n_scales, **kwargs))
+            self.gate_weight = nn.Parameter(
+                torch.zeros(n_scales, cfg.d_in, dtype=dtype, device=device)
+            )
+            self.gate_bias = nn.Parameter(torch.zeros(n_scales, dtype=dtype, device=device))
         self.attention: ScaleAttention | None = None
         if cfg.norm_attention:
             d_key = cfg.attention_d_key or max(1, cfg.d_in // 4)

@@ -26,7 +26,10 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: FunctionCtx, tensor: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
+        ctx: FunctionCtx,
+        tensor: torch.Tensor,  # noqa: ARG004  it is what the gradient is handed to
+        value: torch.Tensor,
+        gradient: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(gradient)
         return value.clone()

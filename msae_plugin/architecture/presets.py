@@ -94,7 +94,8 @@ _ACCUMULATION = {**_FALLING_LR, "accumulation_steps": 4}
 
 PRESETS: dict[str, Preset] = {
     "default": Preset(
-        "features first: several sparsity budgets, nested prefixes ordered by firing rate, k annealed",
+        "features first: several sparsity budgets, nested prefixes ordered by firing rate, "
+        "k annealed",
         _DEFAULT,
         _ANNEAL_SHARE,
     ),
@@ -137,7 +138,8 @@ PRESETS: dict[str, Preset] = {
         "run 9 + gradients accumulated over 4 mini-batches", _SOURCE_9, training=_ACCUMULATION
     ),
     "source-plan": Preset(
-        "run 10 + penalty weighted by co-activation over neighbours, revival of interfering latents",
+        "run 10 + penalty weighted by co-activation over neighbours, revival of interfering "
+        "latents",
         _SOURCE_PLAN,
         training=_ACCUMULATION,
     ),

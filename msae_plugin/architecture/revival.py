@@ -36,12 +36,15 @@ class RevivalRecord(KeepsFloat32):
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         super().__init__()
-        kwargs = {"dtype": torch.int64, "device": device}
-        self.register_buffer("steps_since_fired", torch.zeros(d_sae, **kwargs))
-        self.register_buffer("revived_at", torch.full((d_sae,), _NEVER, **kwargs))
-        self.register_buffer("tokens_fired", torch.zeros(d_sae, **kwargs))
+        self.register_buffer(
+            "steps_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=device)
+        )
+        self.register_buffer(
+            "revived_at", torch.full((d_sae,), _NEVER, dtype=torch.int64, device=device)
+        )
+        self.register_buffer("tokens_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))
         # Revivals, those judged after their time, and those found alive then.
-        self.register_buffer("totals", torch.zeros(3, **kwargs))
+        self.register_buffer("totals", torch.zeros(3, dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def observe(self, fired_tokens: torch.Tensor) -> None:

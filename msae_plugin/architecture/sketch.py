@@ -34,11 +34,14 @@ class CoactivationSketch(KeepsFloat32):
         self.rank = min(rank, d_sae)
         self.n_sketch = min(self.rank + _OVERSAMPLING, d_sae)
         width = self.n_sketch + _N_PROBES
-        kwargs = {"dtype": torch.float32, "device": device}
         # One matrix holds the test vectors of the sketch and, in its last columns, the probes.
-        self.register_buffer("test_matrix", torch.randn(d_sae, width, **kwargs))
-        self.register_buffer("sample", torch.zeros(d_sae, width, **kwargs))
-        self.register_buffer("diagonal", torch.zeros(d_sae, **kwargs))
+        self.register_buffer(
+            "test_matrix", torch.randn(d_sae, width, dtype=torch.float32, device=device)
+        )
+        self.register_buffer(
+            "sample", torch.zeros(d_sae, width, dtype=torch.float32, device=device)
+        )
+        self.register_buffer("diagonal", torch.zeros(d_sae, dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def update(self, feature_acts: torch.Tensor, rate: float) -> None:

@@ -62,13 +62,19 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        cfg, kwargs = self.cfg, {"dtype": torch.float32, "device": self.device}
+        cfg = self.cfg
         if cfg.weight_init == "inverse_sqrt_d":
             initialise_inverse_sqrt_d(self.W_enc, self.W_dec, cfg.decoder_init_norm)
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device))
-        self.register_buffer("topk_threshold", torch.zeros((), **kwargs))
-        self.register_buffer("candidate_cut", torch.zeros((), **kwargs))
-        self.register_buffer("firing_rate", torch.zeros(cfg.d_sae, **kwargs))
+        self.register_buffer(
+            "topk_threshold", torch.zeros((), dtype=torch.float32, device=self.device)
+        )
+        self.register_buffer(
+            "candidate_cut", torch.zeros((), dtype=torch.float32, device=self.device)
+        )
+        self.register_buffer(
+            "firing_rate", torch.zeros(cfg.d_sae, dtype=torch.float32, device=self.device)
+        )
         self.register_buffer("latent_ring", assign_rings(self.firing_rate, cfg.prefix_widths))
         # Steps completed; SAELens tells an SAE the step in training only, `encode` needs k always.
         self.register_buffer(
@@ -214,7 +220,9 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
 
     @torch.no_grad()
     def export_order(self) -> torch.Tensor:
-        """(d_sae,) long: exported latent j is training latent export_order()[j].
+        """Order of the latents in the export, (d_sae,) long.
+
+        Exported latent j is training latent `export_order()[j]`.
 
         Rings first, so that every trained prefix is a prefix of the export; the most frequent
         latents first within a ring.

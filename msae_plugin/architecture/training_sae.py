@@ -77,7 +77,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         )
         terms |= self._sparsity_and_orthogonality(step_input, selection, coefficients, sae_in)
 
-        self._update_statistics(selection, coefficients, feature_acts, step)
+        self._update_statistics(selection, feature_acts, step)
         sae_out = reconstructions.main + (sae_in - target)
         return TrainStepOutput(
             sae_in=step_input.sae_in,
@@ -199,7 +199,8 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         """What changes weights or order before the step: initial bias, unit norms, rings, [R]."""
         cfg = self.cfg
         if step == 0 and cfg.b_dec_init == "mean":
-            self.b_dec.copy_(sae_in.float().mean(dim=0))
+            at_least_float32 = torch.promote_types(sae_in.dtype, torch.float32)
+            self.b_dec.copy_(sae_in.mean(dim=0, dtype=at_least_float32))
         if cfg.unit_norm_decoder:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8))
         if cfg.prefix_sort_every and step and step % cfg.prefix_sort_every == 0:
@@ -234,7 +235,6 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
     def _update_statistics(
         self,
         selection: Selection,
-        coefficients: torch.Tensor,
         feature_acts: torch.Tensor,
         step: int,
     ) -> None:

@@ -45,9 +45,9 @@ def validate_inference(cfg: MultiScaleSAEConfig | MultiScaleTrainingSAEConfig) -
     require(cfg.d_sae >= 1, "d_sae", cfg.d_sae, "be at least 1")
     if cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
         raise InputError(
-            f"normalize_activations={cfg.normalize_activations!r} keeps the statistics of encode for "
-            "one decode and breaks the second: use norm_scales=[1.0] (with norm_centre=False for the "
-            "norm alone) instead"
+            f"normalize_activations={cfg.normalize_activations!r} keeps the statistics of encode "
+            "for one decode and breaks the second: use norm_scales=[1.0] (with norm_centre=False "
+            "for the norm alone) instead"
         )
     require(
         not (cfg.norm_scales and cfg.normalize_activations == "covariance_whitening"),

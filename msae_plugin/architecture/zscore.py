@@ -29,10 +29,9 @@ class PreActivationStatistics(KeepsFloat32):
 
     def __init__(self, d_sae: int, z: float, device: torch.device) -> None:
         super().__init__()
-        kwargs = {"dtype": torch.float32, "device": device}
-        self.register_buffer("mean", torch.zeros(d_sae, **kwargs))
-        self.register_buffer("variance", torch.ones(d_sae, **kwargs))
-        self.register_buffer("z", torch.full((), z, **kwargs))
+        self.register_buffer("mean", torch.zeros(d_sae, dtype=torch.float32, device=device))
+        self.register_buffer("variance", torch.ones(d_sae, dtype=torch.float32, device=device))
+        self.register_buffer("z", torch.full((), z, dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def update(self, hidden_pre: torch.Tensor, rate: float) -> None:
@@ -82,7 +81,7 @@ class PreActivationStatistics(KeepsFloat32):
         return (hidden_pre - strength * self.mean) / self.deviation().pow(strength)
 
     def threshold_of_score(self, cut: torch.Tensor, strength: float) -> torch.Tensor:
-        """(d_sae,) pre-activation at which the score reaches a cut: the inverse of `standardised`."""
+        """(d_sae,) pre-activation whose score is a cut: the inverse of `standardised`."""
         return strength * self.mean + cut * self.deviation().pow(strength)
 
     @torch.no_grad()

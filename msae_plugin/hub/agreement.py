@@ -73,9 +73,14 @@ def export_order(sae: TrainingSAE[Any]) -> torch.Tensor | None:
     return sae.export_order() if isinstance(sae, MultiScaleTrainingSAE) else None
 
 
+def _decoder_norms(sae: MultiScaleTrainingSAE) -> torch.Tensor | float:
+    """What a training latent is multiplied by when its decoder row gets unit norm at export."""
+    return 1.0 if sae.cfg.rescale_acts_by_decoder_norm else sae.get_W_dec_norm()
+
+
 @torch.no_grad()
 def trained_latents(sae: TrainingSAE[Any], activations: torch.Tensor) -> torch.Tensor:
-    """Latents of a training SAE as its export must give them, in the exported order.
+    """Latents of a training SAE as its export must give them: in its order and its units.
 
     In eval mode a SAELens training SAE encodes as it is exported, with one exception: BatchTopK and
     its kin select over the batch even then, and are exported with their running threshold, which is
@@ -88,9 +93,9 @@ def trained_latents(sae: TrainingSAE[Any], activations: torch.Tensor) -> torch.T
     Returns:
         (n, d_sae) dense.
     """
-    order = export_order(sae)
-    if order is not None:
-        return sae.encode(activations)[:, order]
+    if isinstance(sae, MultiScaleTrainingSAE):
+        latents = sae.encode(activations) * _decoder_norms(sae)
+        return latents[:, sae.export_order()]
     threshold = getattr(sae, "topk_threshold", None)
     if isinstance(threshold, torch.Tensor):
         pre = sae.encode_with_hidden_pre(activations)[1]
@@ -101,10 +106,10 @@ def trained_latents(sae: TrainingSAE[Any], activations: torch.Tensor) -> torch.T
 
 @torch.no_grad()
 def trained_reconstruction(sae: TrainingSAE[Any], latents: torch.Tensor) -> torch.Tensor:
-    """Decode latents in exported order with the training SAE. (n, d_sae) -> (n, d_in)."""
-    order = export_order(sae)
-    if order is not None:
-        latents = torch.empty_like(latents).index_copy_(1, order, latents)
+    """Decode what `trained_latents` gave with the training SAE. (n, d_sae) -> (n, d_in)."""
+    if isinstance(sae, MultiScaleTrainingSAE):
+        own = torch.empty_like(latents).index_copy_(1, sae.export_order(), latents)
+        latents = own / _decoder_norms(sae)
     return sae.decode(latents)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -71,7 +71,7 @@ def json_safe(value: Any) -> Any:
 
 
 @contextmanager
-def folder_written_atomically(target: Path) -> Iterator[Path]:
+def folder_written_atomically(target: Path) -> Generator[Path]:
     """Give a temporary folder that becomes `target` when the block ends well.
 
     Every file is flushed to the disk before the rename, so that a folder found under its final

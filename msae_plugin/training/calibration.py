@@ -14,19 +14,27 @@ import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 
-from msae_plugin.training.trainer import SupportsCalibration
+from msae_plugin.training.capabilities import SupportsCalibration
 
 
-def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[str, float] | None:
+def needs_calibration(sae: TrainingSAE[Any]) -> bool:
+    """Whether the architecture has a cut of its own: topk, standard, gated, jumprelu have none."""
+    return isinstance(sae, (SupportsCalibration, BatchTopKTrainingSAE))
+
+
+def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[str, float]:
     """Set the inference cut of an SAE that has one.
 
     Args:
-        sae: A trained SAE, its activation scaling not yet folded in.
+        sae: A trained SAE for which `needs_calibration` holds, its activation scaling not yet
+            folded in.
         batches: Activations, each (tokens, d_in), scaled as training batches are.
 
     Returns:
-        `l0_before`, `l0_after` (active latents per token on these batches) and `threshold`; None
-        for an architecture whose sparsity needs no cut of its own (topk, standard, gated, jumprelu).
+        `l0_before`, `l0_after` (active latents per token on these batches) and `threshold`.
+
+    Raises:
+        TypeError: If the architecture has no cut.
     """
     was_training = sae.training
     sae.eval()
@@ -35,7 +43,7 @@ def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[st
             return {key: float(value) for key, value in sae.calibrate_threshold(batches).items()}
         if isinstance(sae, BatchTopKTrainingSAE):
             return calibrate_batchtopk(sae, batches)
-        return None
+        raise TypeError(f"{type(sae).__name__} has no cut to calibrate")
     finally:
         sae.train(was_training)
 

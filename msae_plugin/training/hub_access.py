@@ -14,7 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -102,9 +108,9 @@ def model_config_folder(name: str) -> Path:
     Raises:
         InputError: If the model is not cached and cannot be fetched.
     """
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return Path(cached).parent
+    cached = _cached_snapshot(name)
+    if cached is not None:
+        return cached
     require_repository(name, "model")
     with _hub_errors_explained(name):
         return Path(hf_hub_download(name, "config.json")).parent
@@ -121,9 +127,9 @@ def model_folder(name: str) -> Path:
     Raises:
         InputError: If the model is not cached and cannot be fetched.
     """
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str) and has_all_weights(Path(cached).parent):
-        return Path(cached).parent
+    cached = _cached_snapshot(name)
+    if cached is not None and has_all_weights(cached):
+        return cached
     require_repository(name, "model")
     logger.info("downloading %s from the Hugging Face Hub", name)
     with _hub_errors_explained(name):
@@ -132,6 +138,14 @@ def model_folder(name: str) -> Path:
             # Older repositories hold pickled weights alone; both kinds would be twice the size.
             folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.bin"]))
         return folder
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    try:
+        cached = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    except HFValidationError:
+        return None  # `require_repository` says what is wrong with the name
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 @contextmanager

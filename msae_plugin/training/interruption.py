@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,7 +37,7 @@ class InterruptedBySignalError(KeyboardInterrupt):
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process ended by this signal: 130 for SIGINT, 143 for SIGTERM."""
+        """What a shell expects after this signal: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signal_number
 
 
@@ -88,7 +88,7 @@ class InterruptionGuard:
             raise InterruptedBySignalError(self._requested)
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self) -> Generator[None]:
         """Let a signal end the block at once: for waiting, never for changing state."""
         self.check()
         self._may_raise = True

@@ -157,6 +157,14 @@ class JsonLines:
             self._handle = None
 
 
+def last_row(path: Path) -> dict[str, Any]:
+    """The last row of a JSON-lines file; empty when there is none."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[-1]) if lines else {}
+
+
 class JsonLinesSink:
     """`metrics.jsonl` in each SAE's folder.
 
@@ -234,7 +242,8 @@ class WandbSink:
         import wandb
 
         self._wandb = wandb
-        self._wandb.init(**{"resume": "allow", **options}, config=dict(config))
+        arguments: dict[str, Any] = {"resume": "allow", **options, "config": dict(config)}
+        self._wandb.init(**arguments)
 
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         """Log the row at its step."""

@@ -4,9 +4,9 @@ Sources: weights that a package carries (`packaged:smollm2-135m`), a local folde
 `save_pretrained`, or a name on the Hugging Face Hub. Loaders: HookedTransformer for TransformerLens
 hooks (`blocks.9.hook_resid_post`), SAELens' HookedProxyLM for module hooks (`model.layers.9`).
 
-SAELens stores `model_from_pretrained_kwargs` in the metadata of every SAE, and a dtype in them later
-breaks SAEBench's core evaluation (two values for the keyword `dtype`): here the dtype is an argument
-of its own, and the loaded model is what the runner receives.
+SAELens stores `model_from_pretrained_kwargs` in the metadata of every SAE, and a dtype in them
+later breaks SAEBench's core evaluation (two values for the keyword `dtype`): here the dtype is an
+argument of its own, and the loaded model is what the runner receives.
 """
 
 from __future__ import annotations
@@ -22,35 +22,32 @@ import torch
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError
+from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookedRootModule
+from transformer_lens.utils import get_tokenizer_with_bos
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from msae_plugin.errors import InputError
 from msae_plugin.training.hook_names import common_style, validate_hook
-from msae_plugin.training.hub_access import (
-    first_line,
-    has_all_weights,
-    model_config_folder,
-    model_folder,
+from msae_plugin.training.hub_access import first_line, model_config_folder
+from msae_plugin.training.model_sources import (
+    hub_name_of,
+    local_folder,
+    read_config,
+    resolve_model,
 )
-from msae_plugin.training.packaged_model import (
-    PACKAGED_PREFIX,
-    packaged_model,
-    prepare_packaged_model,
-)
+from msae_plugin.training.packaged_model import PACKAGED_PREFIX, packaged_model
 from msae_plugin.training.transformer_lens_loader import (
     hooked_transformer,
     require_supported,
     transformer_lens_name,
 )
-from msae_plugin.upstream import official_transformer_lens_name, register_transformer_lens_name
+from msae_plugin.upstream import register_transformer_lens_name
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +90,8 @@ class LanguageModel:
 
     Attributes:
         model: What SAELens' runners take as `override_model`.
-        tokenizer: The model's tokenizer, as `model` uses it.
+        tokenizer: The model's tokenizer, as `model` uses it: it puts the BOS token before a text
+            unless called with `add_special_tokens=False`.
         model_name: What the metadata of an SAE records: a name that loads on other machines
             wherever there is one (the hub name of packaged weights), else the folder.
         model_class_name: SAELens' name of the loader, `HookedTransformer` or
@@ -112,20 +110,12 @@ class LanguageModel:
     vocabulary: int
 
 
-@dataclass(frozen=True)
-class _ModelSource:
-    """A model's name, resolved: where its files are and what the hub calls it."""
-
-    folder: Path
-    hub_name: str | None
-    recorded_name: str
-
-
 def load_language_model(
     name: str,
     hook_names: Sequence[str],
     device: str = "cpu",
     dtype: str = "float32",
+    *,
     model_class: str | None = None,
     from_pretrained_kwargs: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
@@ -156,10 +146,10 @@ def load_language_model(
     for hook in hook_names:
         validate_hook(hook, shape.n_layers)
 
-    source = _resolve(name)
-    config = _read_config(source.folder)
+    source = resolve_model(name)
+    config = read_config(source.folder)
     remote_code = {k: v for k, v in options.items() if k == "trust_remote_code"}
-    lens_name = ""
+    model: HookedTransformer | HookedProxyLM
     if model_class_name == HOOKED_TRANSFORMER:
         if source.hub_name is not None and name.startswith(PACKAGED_PREFIX):
             register_transformer_lens_name(source.hub_name)
@@ -197,10 +187,10 @@ def describe_model(name: str) -> ModelShape:
     if name.startswith(PACKAGED_PREFIX):
         package = packaged_model(name)
         return ModelShape(package.d_model, package.n_layers, package.vocabulary)
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder is None:
-        folder = model_config_folder(_hub_name(name))
-    config = _read_config(folder).get_text_config()
+        folder = model_config_folder(hub_name_of(name))
+    config = read_config(folder).get_text_config()
     try:
         return ModelShape(config.hidden_size, config.num_hidden_layers, config.vocab_size)
     except AttributeError as error:
@@ -273,65 +263,6 @@ def _require_device(device: str) -> None:
         raise InputError(f"device {device!r} is not available on this machine: use cpu")
 
 
-def _resolve(name: str) -> _ModelSource:
-    if name.startswith(PACKAGED_PREFIX):
-        hub_name = packaged_model(name).hub_name
-        return _ModelSource(prepare_packaged_model(name), hub_name, recorded_name=hub_name)
-    folder = _local_folder(name)
-    if folder is not None:
-        if not has_all_weights(folder):
-            raise InputError(
-                f"folder {folder} has a config.json but not all weights "
-                "(model.safetensors, or its shards): save the whole model with save_pretrained"
-            )
-        hub_name = _hub_name_of_snapshot(folder)
-        return _ModelSource(folder, hub_name, recorded_name=hub_name or str(folder))
-    hub_name = _hub_name(name)
-    return _ModelSource(model_folder(hub_name), hub_name, recorded_name=hub_name)
-
-
-def _local_folder(name: str) -> Path | None:
-    """The folder that a name stands for, or None if it can only be a hub name."""
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder.resolve()
-    if folder.is_dir():
-        raise InputError(f"folder {folder.resolve()} has no config.json: it is not a model folder")
-    if folder.is_absolute() or name.startswith("."):
-        raise InputError(f"model folder {folder} does not exist")
-    return None
-
-
-def _hub_name(name: str) -> str:
-    official = official_transformer_lens_name(name) or name
-    if official.startswith(("NeelNanda/", "ArthurConmy/", "Baidicoot/")):
-        raise InputError(
-            f"model {name!r} is kept in a format that only TransformerLens reads: "
-            "load it yourself and hand it to the runner as language_model"
-        )
-    return official
-
-
-def _hub_name_of_snapshot(folder: Path) -> str | None:
-    """The hub name of a folder inside a hub cache, `models--ORG--NAME/snapshots/REVISION`."""
-    repository = folder.parent.parent.name
-    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
-        return None
-    return repository.removeprefix("models--").replace("--", "/")
-
-
-def _read_config(folder: Path) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    # What transformers raises for broken JSON, for an unknown model type, and for a config that
-    # would have to run code from the folder.
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} cannot be used ({first_line(error)}): "
-            "give a causal language model that transformers knows"
-        ) from error
-
-
 def _load_hf_model(
     folder: Path, dtype: torch.dtype, options: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -369,10 +300,14 @@ def _hooked_modules(
     # With a device_map the weights have been placed already; moving them would undo it.
     if options.get("device_map") is None:
         hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-    return HookedProxyLM(hf_model, tokenizer, hook_names=hook_names)
+    # The same tokenizer as HookedTransformer's. SAELens strips the BOS token that a tokenizer puts
+    # before every text only where `add_bos_token` says so, and Gemma's does it without saying so.
+    return HookedProxyLM(hf_model, get_tokenizer_with_bos(tokenizer), hook_names=hook_names)
 
 
-def _require_hooks(model: HookedRootModule, hook_names: Sequence[str], name: str) -> None:
+def _require_hooks(
+    model: HookedTransformer | HookedProxyLM, hook_names: Sequence[str], name: str
+) -> None:
     for hook in hook_names:
         if hook not in model.hook_dict:
             raise InputError(f"model {name!r}: {_missing_hook(hook, list(model.hook_dict))}")

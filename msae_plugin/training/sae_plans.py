@@ -13,15 +13,20 @@ import torch
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
-import msae_plugin
+from msae_plugin.architecture.presets import PRESETS
+from msae_plugin.architecture.presets import preset as build_preset
 from msae_plugin.errors import InputError
 from msae_plugin.training.hook_names import parse_hook_name
 from msae_plugin.training.parsing import coerce, unknown_key_message
+from msae_plugin.training.run_checks import check_gradient_rate
+from msae_plugin.training.schedules import GradientRateConfig
 from msae_plugin.training.seeding import RandomStream, derive_seed
 
 DEFAULT_ARCHITECTURE = "multiscale"
 DEFAULT_PRESET = "default"
 
+# Keys of an SAE's section that are the trainer's, not the architecture's.
+_RATE_KEYS = ("lr", "lr_floor", "gradient_lr")
 # What the runner itself decides: a value in the recipe would be overwritten or would break loading.
 _DECIDED_ELSEWHERE = {
     "device": "model.device",
@@ -48,6 +53,8 @@ class SAEPlan:
         hook: Where its activations come from.
         config: SAELens' training configuration.
         lr: Its own learning rate; None for the run's.
+        lr_floor: Its own floor of the rate; None for the run's.
+        gradient_lr: Its own gradient-driven rule; None for the run's.
         alone: Whether it is the only SAE of the run, and so owns the run's folder.
     """
 
@@ -56,6 +63,8 @@ class SAEPlan:
     hook: str
     config: TrainingSAEConfig
     lr: float | None
+    lr_floor: float | None
+    gradient_lr: GradientRateConfig | None
     alone: bool
 
     def folder(self, output: Path) -> Path:
@@ -69,6 +78,7 @@ def plan_saes(
     *,
     d_model: int,
     training_steps: int,
+    accumulation_steps: int = 1,
 ) -> list[SAEPlan]:
     """One plan per SAE and hook.
 
@@ -77,6 +87,7 @@ def plan_saes(
         hooks: The hooks.
         d_model: Width of the model's residual stream.
         training_steps: Length of the run, which presets fit their schedules to.
+        accumulation_steps: Mini-batches per step of the run, which some presets prescribe.
 
     Raises:
         InputError: For an unknown architecture, preset or field, or a value that cannot work.
@@ -86,15 +97,20 @@ def plan_saes(
     plans: list[SAEPlan] = []
     for base_name, section in sections.items():
         where = "sae" if alone and base_name == "sae" else f"saes.{base_name}"
+        own = dict(section)
+        rates = _own_rates(own, where)
+        _check_accumulation(section, accumulation_steps, where)
         for hook in hooks:
-            config, lr = _configure(dict(section), where, hook, d_model, training_steps)
+            config = _configure(dict(own), where, hook, d_model, training_steps)
             plans.append(
                 SAEPlan(
                     name=base_name + names[hook],
                     base_name=base_name,
                     hook=hook,
                     config=config,
-                    lr=lr,
+                    lr=rates.lr,
+                    lr_floor=rates.lr_floor,
+                    gradient_lr=rates.gradient_lr,
                     alone=alone,
                 )
             )
@@ -119,15 +135,12 @@ def _names_by_hook(hooks: Sequence[str]) -> dict[str, str]:
 
 def _configure(
     section: dict[str, Any], where: str, hook: str, d_model: int, training_steps: int
-) -> tuple[TrainingSAEConfig, float | None]:
+) -> TrainingSAEConfig:
     architecture = section.pop("architecture", DEFAULT_ARCHITECTURE)
     config_class = _config_class(architecture, where)
     preset = section.pop("preset", None)
     if preset is not None and architecture != DEFAULT_ARCHITECTURE:
         raise InputError(f"'{where}.preset' is for multiscale; {architecture!r} has no presets")
-    lr = coerce(section.pop("lr", None), float | None, f"{where}.lr")
-    if lr is not None and not lr > 0:
-        raise InputError(f"'{where}.lr' must be a positive number, not {lr}")
     hints = get_type_hints(config_class)
     known = {item.name for item in dataclasses.fields(config_class)} - set(_DECIDED_ELSEWHERE)
     for key in section:
@@ -137,7 +150,7 @@ def _configure(
             )
         if key not in known:
             raise InputError(
-                unknown_key_message(key, known | {"architecture", "preset", "lr"}, where)
+                unknown_key_message(key, known | {"architecture", "preset", *_RATE_KEYS}, where)
             )
     values = {key: coerce(value, hints[key], f"{where}.{key}") for key, value in section.items()}
     values["d_in"] = _d_in(values, where, hook, d_model)
@@ -146,10 +159,52 @@ def _configure(
     _check_sizes(values, where, architecture)
     try:
         if architecture == DEFAULT_ARCHITECTURE:
-            return _from_preset(preset or DEFAULT_PRESET, values, where, training_steps), lr
-        return config_class(**values), lr
+            return _from_preset(preset or DEFAULT_PRESET, values, where, training_steps)
+        return config_class(**values)
     except (ValueError, TypeError) as error:
         raise InputError(f"{where!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _OwnRates:
+    lr: float | None
+    lr_floor: float | None
+    gradient_lr: GradientRateConfig | None
+
+
+def _own_rates(section: dict[str, Any], where: str) -> _OwnRates:
+    """Take the SAE's own learning-rate settings out of its section; a preset's are the default."""
+    given = {key: section.pop(key) for key in _RATE_KEYS if key in section}
+    values = {**preset_training(section), **given}
+    lr = coerce(values.get("lr"), float | None, f"{where}.lr")
+    if lr is not None and not lr > 0:
+        raise InputError(f"'{where}.lr' must be a positive number, not {lr}")
+    lr_floor = coerce(values.get("lr_floor"), float | None, f"{where}.lr_floor")
+    if lr_floor is not None and lr_floor < 0:
+        raise InputError(f"'{where}.lr_floor' must be 0 or more, not {lr_floor}")
+    rule = coerce(values.get("gradient_lr"), GradientRateConfig | None, f"{where}.gradient_lr")
+    if rule is not None:
+        check_gradient_rate(rule, f"{where}.gradient_lr")
+    return _OwnRates(lr, lr_floor, rule)
+
+
+def preset_training(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the preset of an SAE's section asks of the trainer; empty for an unknown preset."""
+    if section.get("architecture", DEFAULT_ARCHITECTURE) != DEFAULT_ARCHITECTURE:
+        return {}
+    preset = PRESETS.get(section.get("preset", DEFAULT_PRESET))
+    return {} if preset is None else preset.training
+
+
+def _check_accumulation(section: Mapping[str, Any], steps: int, where: str) -> None:
+    # Mini-batches are shared by all SAEs, so this cannot be an SAE's own.
+    wanted = preset_training(section).get("accumulation_steps", steps)
+    if wanted != steps:
+        raise InputError(
+            f"'{where}.preset' {section.get('preset')!r} accumulates {wanted} mini-batches per "
+            f"step but the run {steps}: set training.accumulation_steps to {wanted}, or train it "
+            "in a run of its own"
+        )
 
 
 def _config_class(architecture: Any, where: str) -> type[TrainingSAEConfig]:
@@ -189,15 +244,10 @@ def _check_sizes(values: Mapping[str, Any], where: str, architecture: str) -> No
 def _from_preset(
     preset: str, values: dict[str, Any], where: str, training_steps: int
 ) -> TrainingSAEConfig:
-    if preset not in msae_plugin.preset_names():
-        known = sorted(msae_plugin.preset_names())
-        nearest = difflib.get_close_matches(str(preset), known, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
-        raise InputError(f"'{where}.preset' {preset!r} is unknown: {hint}")
     required = {key: values.pop(key) for key in ("d_in", "d_sae", "k") if key in values}
     if "k" not in required:
         raise InputError(f"'{where}.k' is missing: give the mean number of active latents")
-    return msae_plugin.preset(preset, **required, training_steps=training_steps, **values)
+    return build_preset(preset, **required, training_steps=training_steps, **values)
 
 
 def build_sae(plan: SAEPlan, seed: int, device: str) -> TrainingSAE[Any]:

@@ -15,8 +15,8 @@ class GradientRateConfig:
     Let g be the gradient norm before clipping, e its running mean, and m a multiplier that starts
     at 1. At each step: m <- m * factor if g > threshold * e, otherwise
     m <- min(m * recovery, 1); m is kept from falling below floor / scheduled rate; the step is
-    taken with m * scheduled rate; then e <- ema_decay * e + (1 - ema_decay) * g. A large gradient is thus
-    judged against the gradients before it.
+    taken with m * scheduled rate; then e <- ema_decay * e + (1 - ema_decay) * g. A large gradient
+    is thus judged against the gradients before it.
 
     Attributes:
         enabled: Off by default.

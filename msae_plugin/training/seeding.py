@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import numpy as np
@@ -65,7 +65,7 @@ class RandomStream:
             torch.cuda.set_rng_state(cuda, self._cuda)
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Generator[None]:
         """Draw from this stream inside the block; the generators outside stay untouched."""
         outside = self._capture()
         self._restore(self._state)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from typing_extensions import override
 from msae_plugin import upstream
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.training.atomic_files import json_safe
+from msae_plugin.training.capabilities import SupportsRevival
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.training.metrics_log import REVIVALS_FILE, JsonLines, MetricsLog
@@ -31,7 +34,8 @@ from msae_plugin.training.models import LanguageModel
 from msae_plugin.training.progress import ProgressDisplay
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.sae_plans import SAEPlan
-from msae_plugin.training.trainer import LockstepTrainer, StepOptions, SupportsRevival
+from msae_plugin.training.step_trainer import StepOptions
+from msae_plugin.training.trainer import LockstepTrainer
 
 
 class _NotAboutUs(logging.Filter):
@@ -46,7 +50,7 @@ class _NotAboutUs(logging.Filter):
 
 
 @contextmanager
-def _without_upstream_remarks() -> Iterator[None]:
+def _without_upstream_remarks() -> Generator[None]:
     remark_filter = _NotAboutUs()
     sae_lens_logger.addFilter(remark_filter)
     try:
@@ -78,7 +82,8 @@ def shared_pass_config(
         model_class_name=language_model.model_class_name,
         # SAELens' own default centres the writing weights, which ours are not.
         model_from_pretrained_kwargs={},
-        dataset_path=data.source,
+        # Part of every exported cfg.json: a local corpus is named, its place is not told.
+        dataset_path=Path(data.source).name if Path(data.source).exists() else data.source,
         streaming=data.streaming,
         context_size=data.context_size,
         prepend_bos=data.prepend_bos,
@@ -110,6 +115,14 @@ def shared_pass_config(
         checkpoint_path=None,
         output_path=None,
         logger=LoggingConfig(log_to_wandb=False),
+    )
+
+
+def _own_options(options: StepOptions, plan: SAEPlan) -> StepOptions:
+    return replace(
+        options,
+        lr_floor=options.lr_floor if plan.lr_floor is None else plan.lr_floor,
+        gradient_lr=plan.gradient_lr or options.gradient_lr,
     )
 
 
@@ -156,6 +169,7 @@ class SharedPassRunner(MultiSAETrainingRunner):
             except StopIteration as error:
                 raise InputError("the data set has no documents left for training") from error
         self.config = config
+        self._fit_seconds = 0.0
         self._store = store
         self._guard = guard
         self._metrics = metrics
@@ -167,18 +181,20 @@ class SharedPassRunner(MultiSAETrainingRunner):
             if isinstance(sae, SupportsRevival)
         }
         training = config.training
+        options = StepOptions(
+            accumulation_steps=training.accumulation_steps,
+            weight_decay=training.weight_decay,
+            clip_grad_norm=training.clip_grad_norm,
+            lr_floor=training.lr_floor,
+            gradient_lr=training.gradient_lr,
+        )
         self.trainer = LockstepTrainer(
             self.cfg.to_sae_trainer_config(),
             self.saes,
             self.cfg.hook_names_per_sae,
             self.activations_store.get_multi_hook_data_loader(),
-            options=StepOptions(
-                accumulation_steps=training.accumulation_steps,
-                weight_decay=training.weight_decay,
-                clip_grad_norm=training.clip_grad_norm,
-                lr_floor=training.lr_floor,
-                gradient_lr=training.gradient_lr,
-            ),
+            options=options,
+            own_options={plan.name: _own_options(options, plan) for plan in plans},
             learning_rates={plan.name: plan.lr for plan in plans if plan.lr is not None},
             seed=training.seed,
             log_every=config.logging.every_steps,
@@ -208,20 +224,26 @@ class SharedPassRunner(MultiSAETrainingRunner):
         step = self.trainer.n_training_steps
         for revivals in self._revivals.values():
             revivals.truncate_after(step)
+            # An empty file says that nothing was revived; none would say that nobody looked.
+            revivals.path.parent.mkdir(parents=True, exist_ok=True)
+            revivals.path.touch()
         self._progress.start(
             self.cfg.total_training_tokens, self.trainer.n_training_samples, list(self.saes)
         )
+        started = time.perf_counter()
         try:
             saes = self.trainer.fit()
+            self._fit_seconds = time.perf_counter() - started
             if self.trainer.n_training_steps > step:
                 self.save_checkpoint()
             return saes
         except InterruptedBySignalError as interruption:
             self._progress.stop()
-            checkpoint = self.save_checkpoint() if self.trainer.n_training_steps else None
-            raise InterruptedBySignalError(
-                interruption.signal_number, checkpoint
-            ) from interruption
+            if self.trainer.n_training_steps > step:
+                interruption.checkpoint = self.save_checkpoint()
+            elif (newest := self._store.newest()) is not None:
+                interruption.checkpoint = newest.path
+            raise
         except RunFailure as failure:
             newest = self._store.newest()
             kept = (
@@ -273,3 +295,15 @@ class SharedPassRunner(MultiSAETrainingRunner):
     def fresh_batches(self, count: int) -> list[dict[str, torch.Tensor]]:
         """Mini-batches that no SAE has seen in this epoch, (tokens, d_in) by hook."""
         return [self.trainer.next_batch() for _ in range(count)]
+
+    def speeds(self) -> dict[str, float]:
+        """Tokens per second of this session: each SAE's own steps, and `overall` with the model.
+
+        Empty when no step was left to do.
+        """
+        trainers = self.trainer.step_trainers
+        tokens = next(iter(trainers.values())).session_tokens
+        if tokens == 0:
+            return {}
+        own = {name: trainer.tokens_per_second for name, trainer in trainers.items()}
+        return {**own, "overall": tokens / self._fit_seconds}

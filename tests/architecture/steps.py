@@ -1,0 +1,96 @@
+"""Training steps as SAELens' trainer takes them, and data to take them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+
+from msae_plugin import MultiScaleTrainingSAE, MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.config import mechanisms_off
+
+# Every mechanism that depends on running statistics of the latents or of the decoder, at once.
+EVERYTHING: dict[str, Any] = {
+    "sparsity_scales": [0.5, 2.0],
+    "prefix_fractions": [0.25, 0.5],
+    "prefix_sort_every": 2,
+    "standardise": 0.5,
+    "orthogonality_coefficient": 0.5,
+    "sketch_rank": 4,
+    "neighbour_count": 3,
+    "neighbour_refresh_every": 2,
+    "importance_power": 0.5,
+    "l1_coefficient": 0.1,
+    "token_loss_weight": "inverse_norm",
+    "norm_scales": [0.1, 1.0, 2.0],
+    "norm_eps": 0.1,
+    "norm_eps_mode": "relative",
+    "norm_gate": True,
+    "norm_attention": True,
+    "revival_every": 4,
+    "revival_dead_steps": 3,
+}
+
+
+def plain(**fields: Any) -> dict[str, Any]:
+    """Fields of a configuration with every mechanism off but those given."""
+    return {**mechanisms_off(), "d_in": 6, "d_sae": 13, "k": 3, **fields}
+
+
+def make(seed: int = 0, **fields: Any) -> MultiScaleTrainingSAE:
+    """A training SAE with the given fields on top of the package's defaults."""
+    torch.manual_seed(seed)
+    return MultiScaleTrainingSAE(MultiScaleTrainingSAEConfig(**fields))
+
+
+def activations(n_tokens: int, d_in: int, seed: int, dtype: torch.dtype = torch.float32):
+    """Activations with structure: sparse sums of fixed directions, off-centre, norms that vary."""
+    directions = torch.randn(3 * d_in, d_in, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.rand(n_tokens, 3 * d_in, generator=generator)
+    codes = codes * (torch.rand(n_tokens, 3 * d_in, generator=generator) < 0.2)
+    noise = 0.1 * torch.randn(n_tokens, d_in, generator=generator)
+    norms = torch.exp(0.3 * torch.randn(n_tokens, 1, generator=generator))
+    return ((codes @ directions + noise) * norms + 0.5).to(dtype)
+
+
+def step_input(
+    x: torch.Tensor, step: int, dead: torch.Tensor | None = None, l1: float = 0.0
+) -> TrainStepInput:
+    return TrainStepInput(
+        sae_in=x,
+        coefficients={"l1": l1} if l1 else {},
+        dead_neuron_mask=dead,
+        n_training_steps=step,
+        is_logging_step=step % 5 == 0,
+    )
+
+
+def train(
+    sae: TrainingSAE[Any],
+    n_steps: int,
+    *,
+    n_tokens: int = 64,
+    lr: float = 3e-3,
+    dead: Callable[[int], torch.Tensor | None] = lambda step: None,
+    batch: Callable[[int], torch.Tensor] | None = None,
+    first_step: int = 0,
+    l1: float = 0.0,
+) -> list[TrainStepOutput]:
+    """Adam with SAELens' gradient clipping; returns the output of every step."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    if isinstance(sae, MultiScaleTrainingSAE):
+        sae.attach_optimizer(optimizer)
+    outputs: list[TrainStepOutput] = []
+    for step in range(first_step, first_step + n_steps):
+        sae.train()
+        x = batch(step) if batch else activations(n_tokens, sae.cfg.d_in, step, sae.dtype)
+        output = sae.training_forward_pass(step_input(x, step, dead(step), l1))
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        outputs.append(output)
+    return outputs

@@ -1,0 +1,22 @@
+"""What `msae_plugin.upstream` and the loaders rely on in SAELens and TransformerLens still exists."""
+
+from transformer_lens import loading_from_pretrained, supported_models
+
+from msae_plugin import upstream
+
+
+def test_transformer_lens_reads_its_list_of_names_at_every_call() -> None:
+    name = "some-lab/canary"
+    assert upstream.official_transformer_lens_name(name) is None
+    with upstream.transformer_lens_name_registered(name):
+        assert loading_from_pretrained.get_official_model_name(name) == name
+        assert name in upstream.known_transformer_lens_names()
+    assert name not in supported_models.OFFICIAL_MODEL_NAMES
+    known = supported_models.OFFICIAL_MODEL_NAMES[0]
+    with upstream.transformer_lens_name_registered(known):
+        pass
+    assert supported_models.OFFICIAL_MODEL_NAMES.count(known) == 1
+
+
+def test_aliases_of_transformer_lens() -> None:
+    assert upstream.official_transformer_lens_name("gpt2-small") == "gpt2"
