@@ -53,6 +53,7 @@ from msae_plugin import MultiScaleTrainingSAE, preset
 D_IN, D_SAE, N_FEATURES, BATCH = 192, 512, 2048, 512
 PREFIX_WIDTHS = [D_SAE // 32, D_SAE // 16, D_SAE // 8, D_SAE // 4, D_SAE // 2, D_SAE]
 TUNING_SEEDS, REPORT_SEEDS = [101], [1, 2, 3]
+DEAD_WINDOW = 100
 LEARNING_RATES = [3e-4, 1e-3, 3e-3]
 METRICS = ["f1", "mcc", "explained_variance", "dead", "l0", "uniqueness", "precision", "recall"]
 
@@ -210,6 +211,9 @@ def _trainer(
         lr=lr,
         lr_end=lr / 10,
         lr_decay_steps=steps // 3,
+        # AuxK acts on latents that were silent for this many steps; SAELens' default of 1000 would
+        # leave most of the dictionary dead until the run is over.
+        dead_feature_window=DEAD_WINDOW,
         device="cpu",
         logger=LoggingConfig(log_to_wandb=False),
     )

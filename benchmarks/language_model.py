@@ -131,7 +131,7 @@ def cache_activations(output: Path, n_tokens: int) -> None:
     windows = iterate_windows(language_model.model, language_model.tokenizer, documents, CONTEXT)
     for batch in batched_windows(windows, 32):
         tokens = torch.stack([window.tokens for window in batch])
-        found = activations_at(language_model.model, tokens, [HOOK], autocast=True)[HOOK]
+        found = activations_at(language_model.model, tokens, [HOOK])[HOOK]
         kept.append(found[~torch.isin(tokens, special)].to(torch.bfloat16))
         total += kept[-1].shape[0]
         if total >= n_tokens:
@@ -205,7 +205,6 @@ def evaluate(
         context_size=CONTEXT,
         max_tokens=n_tokens,
         max_loss_tokens=n_loss_tokens,
-        autocast=True,
     )
     return {int(index): metrics.to_dict() for index, metrics in found.items()}
 
@@ -285,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=["cache", "tune", "report", "curve", "table"])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--eval-tokens", type=int, default=40_000)
     parser.add_argument("--loss-tokens", type=int, default=12_000)
     parser.add_argument("--k", type=float, nargs="+", default=REPORT_K)

@@ -195,6 +195,76 @@ def _print_result(result: RunResult) -> None:
         results.print(f"{overall:,.0f} tokens per second, language model included")
 
 
+@app.command()
+def info(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="A run, an export or a checkpoint.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="A recipe: what would its run cost?")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set sae.k=32."),
+    ] = None,
+) -> None:
+    """Say what a checkpoint is, or what a run will cost in memory and tokens."""
+    # As in train: heavy imports.
+    from msae_plugin.reporting.info import describe_config, describe_folder
+
+    if (folder is None) == (config is None):
+        raise InputError("give either a folder or --config: msae info DIR, msae info --config FILE")
+    if folder is not None and set_:
+        raise InputError("--set changes a recipe and needs --config")
+    if folder is not None:
+        results.print(describe_folder(folder))
+    elif config is not None:
+        results.print(describe_config(config, set_ or []))
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the run, the report and the figure.")
+    ],
+    tokens: Annotated[int | None, typer.Option(help="Training tokens.")] = None,
+    d_sae: Annotated[int | None, typer.Option(help="Latents of each SAE.")] = None,
+    k: Annotated[float | None, typer.Option(help="Active latents per token.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
+    model: Annotated[str | None, typer.Option(help="Language model, as in a recipe.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text, as data.source in a recipe.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Where the activations are read.")] = None,
+    heldout_tokens: Annotated[int | None, typer.Option(help="Tokens to evaluate on.")] = None,
+    loss_tokens: Annotated[
+        int | None, typer.Option(help="How many of them the losses are measured on.")
+    ] = None,
+) -> None:
+    """Train multiscale beside batchtopk on a packaged language model and show what came out."""
+    # As in train: heavy imports.
+    from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
+    from msae_plugin.training.interruption import InterruptedBySignalError
+
+    given: dict[str, Any] = {
+        "tokens": tokens,
+        "d_sae": d_sae,
+        "k": k,
+        "seed": seed,
+        "model": model,
+        "text": text,
+        "hook": hook,
+        "heldout_tokens": heldout_tokens,
+        "loss_tokens": loss_tokens,
+    }
+    settings = DemoSettings(**{key: value for key, value in given.items() if value is not None})
+    try:
+        result = run_demo(settings, output, errors)
+    except InterruptedBySignalError as interruption:
+        say(f"{interruption}; the same command continues from here")
+        raise typer.Exit(interruption.exit_status) from interruption
+    results.print(demo_for_terminal(result))
+
+
 def main() -> None:
     """Entry point of the `msae` command."""
     global _debug  # noqa: PLW0603 - see above

@@ -23,6 +23,7 @@ from sae_lens import SAE
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
+from msae_plugin.evaluation.model_pass import faster_in_bfloat16
 from msae_plugin.evaluation.windows import iterate_windows
 from msae_plugin.reporting.context_rendering import (
     contexts_as_json,
@@ -43,8 +44,10 @@ from msae_plugin.training.metrics_log import METRICS_FILE
 from msae_plugin.training.models import LanguageModel, load_language_model
 from msae_plugin.training.progress import ConsoleProgress
 from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.run_folder import check_output
 from msae_plugin.training.run_record import read_run_record
 from msae_plugin.training.runner import MultiScaleRunner
+from msae_plugin.training.sae_plans import default_device
 from msae_plugin.training.text_data import load_text
 
 logger = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ class DemoSettings:
         context_size: Tokens per window.
         heldout_tokens: Tokens of held-out text for explained variance, L0, dead latents, contexts.
         loss_tokens: How many of them the losses are measured on; they need whole passes.
-        autocast: Run the language model in bfloat16.
+        autocast: Run the language model in bfloat16; None chooses what is faster here.
     """
 
     model: str = "packaged:smollm2-135m"
@@ -88,16 +91,16 @@ class DemoSettings:
     context_size: int = 128
     heldout_tokens: int = 40_000
     loss_tokens: int = 8_000
-    autocast: bool = True
+    autocast: bool | None = None
 
-    def run_config(self) -> RunConfig:
-        """The recipe of the demo's run."""
+    def run_config(self, autocast: bool = False) -> RunConfig:
+        """The recipe of the demo's run, with the language model in bfloat16 or not."""
         # A third of the run for warm-up and decay together: short runs need both.
         steps = max(1, self.tokens // self.batch_size_tokens)
         buffer = max(64, -(-4 * self.batch_size_tokens // self.context_size))
         return RunConfig.from_dict(
             {
-                "model": {"name": self.model, "autocast": self.autocast},
+                "model": {"name": self.model, "autocast": autocast},
                 "data": {"source": self.text, "context_size": self.context_size},
                 "hooks": [self.hook],
                 "saes": {
@@ -150,45 +153,69 @@ def run_demo(settings: DemoSettings, output: Path, console: Console) -> DemoResu
         RunFailure: Training diverged, or an export disagrees with what was trained.
     """
     require_matplotlib()
-    started = time.perf_counter()
-    language_model, heldout = _train(settings.run_config(), output, console)
-    trained = time.perf_counter()
-    rows, profiles = _evaluate(settings, output, language_model, heldout, console)
-    seconds = {"training": trained - started, "evaluation": time.perf_counter() - trained}
-    result = DemoResult(rows, profiles, output, seconds)
-    _write(result, settings)
-    return result
-
-
-def _train(config: RunConfig, output: Path, console: Console) -> tuple[LanguageModel, list[str]]:
-    """Run the recipe unless the folder holds its finished run; model and held-out text."""
+    # All that can be refused is refused before a model is loaded.
     record = read_run_record(output)
-    if record is None or record.get("status") != "complete":
+    settings.run_config().validate()
+    complete = record is not None and record.get("status") == "complete"
+    if not complete:
+        check_output(output, None if record is None else "auto")
+    clock = [time.perf_counter()]
+    console.print(Text(f"loading {settings.model}"), soft_wrap=True)
+    language_model = load_language_model(
+        settings.model, [settings.hook], device=default_device("auto")
+    )
+    config = settings.run_config(_autocast(settings, record, language_model))
+    clock.append(time.perf_counter())
+    if record is not None and complete:
+        heldout = _heldout_of_finished_run(record, config, output, console)
+    else:
         runner = MultiScaleRunner(
             config,
             output,
             resume=None if record is None else "auto",
+            language_model=language_model,
             progress=ConsoleProgress(console),
         )
-        result = runner.run()
-        return result.language_model, result.heldout
+        heldout = runner.run().heldout
+    clock.append(time.perf_counter())
+    rows, profiles = _evaluate(
+        settings, config.model.autocast, output, language_model, heldout, console
+    )
+    clock.append(time.perf_counter())
+    parts = ("loading", "training", "evaluation")
+    seconds = {part: end - start for part, start, end in zip(parts, clock, clock[1:], strict=False)}
+    result = DemoResult(rows, profiles, output, seconds)
+    _write(result, settings, config)
+    return result
+
+
+def _autocast(
+    settings: DemoSettings, record: dict[str, Any] | None, language_model: LanguageModel
+) -> bool:
+    """As asked for, else as the run in the folder began, else what is faster here."""
+    if settings.autocast is not None:
+        return settings.autocast
+    if record is not None:
+        return bool(record["config"]["model"]["autocast"])
+    return faster_in_bfloat16(language_model.model, [settings.hook])
+
+
+def _heldout_of_finished_run(
+    record: dict[str, Any], config: RunConfig, output: Path, console: Console
+) -> list[str]:
+    """The held-out text again, when only the evaluation is to be repeated."""
     if record.get("config") != config.to_dict():
         raise InputError(
             f"--output {str(output)!r} holds a finished run with other settings: choose another "
             "--output, or the same settings to evaluate it again"
         )
     console.print(Text(f"training in {output} is complete: evaluating it again"), soft_wrap=True)
-    model, data = config.model, config.data
-    device = cast("dict[str, Any]", record["device"])["device"]
-    text = load_text(data.source, heldout_documents=data.heldout_documents)
-    return (
-        load_language_model(model.name, config.hooks, device=str(device), dtype=model.dtype),
-        text.heldout,
-    )
+    return load_text(config.data.source, heldout_documents=config.data.heldout_documents).heldout
 
 
 def _evaluate(
     settings: DemoSettings,
+    autocast: bool,
     output: Path,
     language_model: LanguageModel,
     heldout: Sequence[str],
@@ -212,7 +239,7 @@ def _evaluate(
             context_size=settings.context_size,
             max_tokens=settings.heldout_tokens,
             max_loss_tokens=settings.loss_tokens,
-            autocast=settings.autocast,
+            autocast=autocast,
             observer=observe,
             progress=advance,
         )
@@ -244,12 +271,12 @@ def _title(settings: DemoSettings) -> str:
     )
 
 
-def _write(result: DemoResult, settings: DemoSettings) -> None:
+def _write(result: DemoResult, settings: DemoSettings, config: RunConfig) -> None:
     record = read_run_record(result.output) or {}
     write_json_atomic(
         result.output / JSON_FILE,
         {
-            "settings": asdict(settings),
+            "settings": {**asdict(settings), "autocast": config.model.autocast},
             "comparison": comparison_json(result.rows),
             "strongest_latents": contexts_as_json(result.profiles),
             "seconds": result.seconds,
@@ -283,8 +310,7 @@ def demo_for_terminal(result: DemoResult) -> RenderableType:
         comparison_table(result.rows, f"On {n_tokens:,} tokens of held-out text"),
         Text(""),
         Text(
-            f"The {len(result.profiles)} strongest latents of {OURS}, "
-            "top tokens in held-out text:",
+            f"The {len(result.profiles)} strongest latents of {OURS}, top tokens in held-out text:",
             style="bold underline",
         ),
         contexts_for_terminal(result.profiles),

@@ -1,4 +1,4 @@
-"""What `msae_plugin.upstream` and the loaders rely on in SAELens and TransformerLens still exists."""
+"""What `msae_plugin.upstream` relies on in SAELens and TransformerLens still exists."""
 
 from transformer_lens import loading_from_pretrained, supported_models
 

@@ -30,18 +30,13 @@ class KeepsFloat32(nn.Module):
 
     @override
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        before = {name: getattr(self, name) for name in self.exact_tensor_names}
+        # Detached: a cast replaces the data of a parameter, not the parameter.
+        before = {name: getattr(self, name).detach() for name in self.exact_tensor_names}
         super()._apply(fn, recurse)
         for name, original in before.items():
             now: torch.Tensor = getattr(self, name)
             if now.is_floating_point() and now.dtype.itemsize < torch.float32.itemsize:
-                kept = original.detach().to(device=now.device, dtype=torch.float32)
-                if name in self._parameters:
-                    self._parameters[name] = nn.Parameter(
-                        kept, requires_grad=original.requires_grad
-                    )
-                else:
-                    self._buffers[name] = kept
+                now.data = original.to(device=now.device, dtype=torch.float32)
         return self
 
 

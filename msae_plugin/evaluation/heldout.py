@@ -5,12 +5,12 @@ Definitions (docs/method.md repeats them beside the tables):
 - Positions: BOS, EOS and PAD tokens (`sae_lens.util.get_special_token_ids`) are left out of
   everything when `exclude_special` is on, which is how the SAEs are trained: their activations are
   up to 200 times larger than the rest. Their activations also stay the model's own in the passes
-  with an SAE and with zeros, so both differ from the clean pass at the same positions only. SAELens'
-  and SAEBench's scores zero BOS as well; scores of the two kinds are not comparable.
+  with an SAE and with zeros, so both differ from the clean pass at the same positions only.
+  SAELens' and SAEBench's scores zero BOS as well; scores of the two kinds are not comparable.
 - Explained variance: 1 - E|x - x_rec|^2 / (E|x|^2 - |E x|^2) over all tokens
   (`sae_lens.evals.ExplainedVarianceCalculator`, streaming), not the mean of per-batch values.
-- Loss recovered: (CE_zero - CE_sae) / (CE_zero - CE_clean), CE in nats per predicted token, averaged
-  over the predictions made at those positions.
+- Loss recovered: (CE_zero - CE_sae) / (CE_zero - CE_clean), CE in nats per predicted token,
+  averaged over the predictions made at those positions.
 - KL: of the clean model's next-token distribution from the one with the SAE, same positions.
 - Dead latents: those that fire on none of the evaluated tokens.
 """
@@ -268,9 +268,7 @@ def evaluate_many(
             "data.heldout_documents or lower data.context_size"
         )
     return {
-        name: _metrics(
-            sae, totals[name], n_tokens, n_loss_tokens, ce_clean, ce_zero[hooks[name]]
-        )
+        name: _metrics(sae, totals[name], n_tokens, n_loss_tokens, ce_clean, ce_zero[hooks[name]])
         for name, sae in saes.items()
     }
 
@@ -303,9 +301,7 @@ def _run_sae(
             totals[name].add(activations[at], recon, latents)
             reconstruction[at] = recon.to(reconstruction.device, reconstruction.dtype)
             if observer is not None:
-                observer(
-                    LatentBatch(name, latents, at[0] + first_window, at[1], documents[at])
-                )
+                observer(LatentBatch(name, latents, at[0] + first_window, at[1], documents[at]))
     finally:
         if reshaping:
             sae.turn_on_forward_pass_hook_z_reshaping()

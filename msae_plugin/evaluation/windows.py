@@ -1,9 +1,9 @@
 """Text to windows of tokens, laid out as in training, each token knowing its document.
 
 SAELens trains on documents that are joined with BOS between them and cut into windows of
-`context_size` (`sae_lens.tokenization_and_batching.concat_and_batch_sequences`). Held-out text is laid
-out the same way here; unlike SAELens' generator this one also says which document a token is from,
-which contexts need to stay inside one document.
+`context_size` (`sae_lens.tokenization_and_batching.concat_and_batch_sequences`). Held-out text is
+laid out the same way here; unlike SAELens' generator this one also says which document a token is
+from, which contexts need to stay inside one document.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Window:
 
     Args:
         tokens: (context_size,) long, the model's input.
-        documents: (context_size,) long, index of the text that each token is from. A BOS in front of
-            a document counts as that document's.
+        documents: (context_size,) long, index of the text that each token is from. A BOS in front
+            of a document counts as that document's.
     """
 
     tokens: torch.Tensor

@@ -1,0 +1,1 @@
+"""What leaves the machine: exports, their checks, and what is kept out of them."""

@@ -12,8 +12,9 @@ from sae_lens import SAE, TrainingSAE
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 
 # Rounding of a float32 dot product of length d_in is about sqrt(d_in) 2^-24 of its operands' size
-# (3e-6 at d_in 2304); 1e-4 of a token's largest latent leaves room for the cancellation in x - b_dec
-# and for folded weights, and is far below any real disagreement. Lower precisions: 4 units of rounding.
+# (3e-6 at d_in 2304); 1e-4 of a token's largest latent leaves room for the cancellation in
+# x - b_dec and for folded weights, and is far below any real disagreement. Lower precisions: 4
+# units of rounding.
 TOLERANCE = 1e-4
 # A latent whose pre-activation is within rounding of its threshold may be on in one version and off
 # in the other. Of the active latents a share of about the rounding error lies that close; ten times
@@ -120,7 +121,14 @@ def compare(
     exported: SAE[Any],
     activations: torch.Tensor,
 ) -> Agreement:
-    """Compare an exported SAE with latents (n, d_sae) and reconstructions (n, d_in) of the trained one."""
+    """Compare an exported SAE with what the trained one gives.
+
+    Args:
+        latents: (n, d_sae) of the trained one, from `trained_latents`.
+        reconstruction: (n, d_in), from `trained_reconstruction`.
+        exported: The reloaded export.
+        activations: (n, d_in) that both are given.
+    """
     other = exported.encode(activations.to(exported.device, exported.dtype))
     other = (other.to_dense() if other.is_sparse else other).to(latents.device)
     other_reconstruction = exported.decode(other).to(latents.device)

@@ -1,8 +1,8 @@
 """The export at the end of a run: written whole or not at all, and checked against the trained SAE.
 
-    FOLDER/sae/        cfg.json, sae_weights.safetensors, sparsity.safetensors, runner_cfg.json
-    FOLDER/jumprelu/   the same SAE as SAELens' own `jumprelu`, when the mathematics allows
-    FOLDER/export.json the numbers of the check; written last, so that its presence says "complete"
+FOLDER/sae/        cfg.json, sae_weights.safetensors, sparsity.safetensors, runner_cfg.json
+FOLDER/jumprelu/   the same SAE as SAELens' own `jumprelu`, when the mathematics allows
+FOLDER/export.json the numbers of the check; written last, so that its presence says "complete"
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 SAE_FOLDER = "sae"
 TWIN_FOLDER = "jumprelu"
 REPORT_FILENAME = "export.json"
-# An exported L0 further than this from the trained k is worth a warning: a running threshold of rate
-# .01 (SAELens' batchtopk) is 5 times off after 100 steps and right after 500.
+# An exported L0 further than this from the trained k is worth a warning: a running threshold of
+# rate .01 (SAELens' batchtopk) is 5 times off after 100 steps and right after 500.
 L0_WARNING_RATIO = 1.25
 
 
@@ -162,9 +162,7 @@ def _write(
         order = export_order(sae)
         if order is not None:
             sparsity = sparsity[order.to(sparsity.device)]
-        save_file(
-            {"sparsity": sparsity.detach().cpu().contiguous()}, folder / SPARSITY_FILENAME
-        )
+        save_file({"sparsity": sparsity.detach().cpu().contiguous()}, folder / SPARSITY_FILENAME)
     text = json.dumps(clean_run_config(runner_cfg), indent=2, allow_nan=False)
     (folder / RUNNER_CFG_FILENAME).write_text(text + "\n", encoding="utf-8")
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from safetensors import SafetensorError, safe_open
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
+from safetensors import SafetensorError, safe_open
 
 from msae_plugin.architecture.config import ARCHITECTURE, mechanisms_off
 from msae_plugin.errors import InputError

@@ -1,8 +1,8 @@
 """Top activating tokens of latents, in context: what a person reads to see what a latent means.
 
 One pass over the latents keeps, for every latent, its strongest token in each of the few documents
-where it is strongest (constant memory, O(d_sae * contexts)). The words around those tokens come from
-a second walk over the text, which needs no language model.
+where it is strongest (constant memory, O(d_sae * contexts)). The words around those tokens come
+from a second walk over the text, which needs no language model.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ class ContextCollector:
             & (frequency <= MAX_FREQUENCY)
             & ((self._values > 0).sum(0) >= self.contexts)
         )
-        ranked = sorted(
-            self.fired.nonzero().squeeze(1).tolist(),
-            key=lambda latent: (not readable[latent], -strength[latent].item(), latent),
-        )
-        return ranked[:count]
+        by_strength = strength.argsort(descending=True, stable=True)
+        readable_first = (~readable[by_strength]).long().argsort(stable=True)
+        ranked = by_strength[readable_first]
+        chosen: list[int] = ranked[self.fired[ranked] > 0][:count].tolist()
+        return chosen
 
     def profiles(
         self,
@@ -160,9 +160,7 @@ class ContextCollector:
         wanted = {
             int(address) // self.context_size
             for latent in chosen
-            for address, value in zip(
-                self._tokens[:, latent], self._values[:, latent], strict=True
-            )
+            for address, value in zip(self._tokens[:, latent], self._values[:, latent], strict=True)
             if value > 0
         }
         kept: dict[int, Window] = {}

@@ -2,18 +2,19 @@
 
 Formulas, in bytes; W = 4 for float32:
 
-    SAE weights        every parameter and buffer of the training SAE, counted on torch's meta device
+    SAE weights        every parameter and buffer, counted on torch's meta device
     gradients          one number per parameter
     Adam               two numbers per parameter
-    step               10 W batch d_sae: the (batch, d_sae) tensors alive at once in a training step,
-                       for the largest SAE (measured: standard 5, topk 8, batchtopk 9, gated 8,
-                       matryoshka 10, multiscale 5)
-    activation buffer  2 W (buffer + LLM batch) * sum of the hooks' d_in: SAELens' mixing buffer holds
-                       its rows twice while it shuffles them
-    model weights      (12 L d_model^2 + 2 V d_model) numbers: attention and MLP of L layers, embedding
-                       and unembedding of V tokens (within 10 % for SmolLM2-135M and Gemma-3-270M)
-    model forward      LLM batch * (16 d_model + 2 context * d_model / 64) numbers: the tensors of one
-                       layer, heads of 64
+    step               10 W batch d_sae: the (batch, d_sae) tensors alive at once in a training
+                       step, for the largest SAE (measured: standard 5, topk 8, batchtopk 9,
+                       gated 8, matryoshka 10, multiscale 5)
+    activation buffer  2 W (buffer + LLM batch) * sum of the hooks' d_in: SAELens' mixing buffer
+                       holds its rows twice while it shuffles them
+    model weights      (12 L d_model^2 + 2 V d_model) numbers: attention and MLP of L layers,
+                       embedding and unembedding of V tokens (within 10 % for SmolLM2-135M and
+                       Gemma-3-270M)
+    model forward      LLM batch * (16 d_model + 2 context * d_model / 64) numbers: the tensors of
+                       one layer, heads of 64
     checkpoint         SAE weights and Adam, on disk
 
 What is not counted: Python and the libraries, about 0.9 GiB.
@@ -94,7 +95,9 @@ class RunCost:
 
         The SAEs are stepped one after another, and never while the model runs.
         """
-        held = sum(c.weight_bytes + c.optimizer_bytes + c.gradient_bytes for c in self.saes.values())
+        held = sum(
+            c.weight_bytes + c.optimizer_bytes + c.gradient_bytes for c in self.saes.values()
+        )
         step = max(c.step_bytes for c in self.saes.values())
         return held + self.model_bytes + self.buffer_bytes + max(step, self.model_forward_bytes)
 

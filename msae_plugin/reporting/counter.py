@@ -1,9 +1,9 @@
-"""Progress of anything that is counted in tokens: a bar in a terminal, a line now and then elsewhere."""
+"""Progress counted in tokens: a bar in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -23,7 +23,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def token_counter(console: Console, title: str, total: int) -> Iterator[Advance]:
+def token_counter(console: Console, title: str, total: int) -> Generator[Advance]:
     """Show how many of `total` tokens are done while the block runs.
 
     Args:

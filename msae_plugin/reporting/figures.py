@@ -132,16 +132,13 @@ def _draw_curves(axis: Any, saes: Sequence[FigureSAE]) -> None:
 
 
 def _draw_quality(axis: Any, saes: Sequence[FigureSAE]) -> None:
-    measures = (
-        ("explained\nvariance", lambda m: m.explained_variance),
-        ("loss\nrecovered", lambda m: m.loss_recovered),
-        ("alive\nlatents", lambda m: 1 - m.dead_latents / m.d_sae),
-        ("decoder\noverlap", lambda m: m.mean_max_decoder_cosine),
-    )
+    measures = ("explained\nvariance", "loss\nrecovered", "alive\nlatents", "decoder\noverlap")
     offsets = [0.16 * (i - (len(saes) - 1) / 2) for i in range(len(saes))]
     for sae, colour, marker, offset in zip(saes, COLOURS, MARKERS, offsets, strict=False):
-        for place, (_, measure) in enumerate(measures):
-            value = measure(sae.metrics)
+        m = sae.metrics
+        alive = 1 - m.dead_latents / m.d_sae
+        values = (m.explained_variance, m.loss_recovered, alive, m.mean_max_decoder_cosine)
+        for place, value in enumerate(values):
             if value is None:
                 continue
             shown = min(max(value, 0.0), 1.0)
@@ -157,7 +154,7 @@ def _draw_quality(axis: Any, saes: Sequence[FigureSAE]) -> None:
                 color=colour,
             )
     axis.set_title("Held-out text")
-    axis.set_xticks(range(len(measures)), [name for name, _ in measures])
+    axis.set_xticks(range(len(measures)), measures)
     axis.set_ylim(0, 1.1)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     axis.set_ylabel("share (overlap: mean max cosine, lower is better)", fontsize=9)
@@ -172,9 +169,7 @@ def _draw_firing(axis: Any, saes: Sequence[FigureSAE]) -> None:
     for sae, colour, line in zip(saes, COLOURS, LINES, strict=False):
         frequency = sae.metrics.firing_frequency
         alive = frequency[frequency > 0].tolist()
-        axis.hist(
-            alive, edges, histtype="stepfilled", color=colour, alpha=0.15, edgecolor="none"
-        )
+        axis.hist(alive, edges, histtype="stepfilled", color=colour, alpha=0.15, edgecolor="none")
         axis.hist(alive, edges, histtype="step", color=colour, ls=line, lw=2)
         notes.append(f"{sae.name}: {sae.metrics.dead_latents} never fire")
     axis.set_xscale("log")

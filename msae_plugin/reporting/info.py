@@ -172,7 +172,10 @@ def _describe_plan(plan: SAEPlan, cost: RunCost) -> RenderableType:
     return _facts(
         f"{plan.name}: {config.architecture()} at {plan.hook}",
         [
-            ("sizes", f"d_in {config.d_in:,}, d_sae {config.d_sae:,}" + (f", k {k:g}" if k else "")),
+            (
+                "sizes",
+                f"d_in {config.d_in:,}, d_sae {config.d_sae:,}" + (f", k {k:g}" if k else ""),
+            ),
             ("parameters", f"{item.parameters:,} ({human_bytes(item.weight_bytes)} with buffers)"),
             ("Adam", human_bytes(item.optimizer_bytes)),
             ("one step", f"{human_bytes(item.step_bytes)} (estimate)"),

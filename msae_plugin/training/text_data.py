@@ -27,7 +27,7 @@ from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from msae_plugin.errors import InputError
-from msae_plugin.training.text_corpora import Corpus, Document, open_corpus
+from msae_plugin.training.text_corpora import Corpus, DatasetCorpus, Document, open_corpus
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,13 @@ MAX_HELDOUT_SHARE = 0.2
 """At most this share of a small corpus is held out, however many documents are asked for."""
 
 
+CHARACTERS_PER_TOKEN = 36
+"""Bytes of a token id in a Python list, where a character of English text takes one."""
+
+REMOTE_BUFFER_CHARACTERS = 8_000_000
+"""Shuffle buffer for a hub dataset: it is downloaded before the first document comes out."""
+
+
 @dataclass(frozen=True)
 class ShuffleBuffer:
     """How much of a stream is mixed at once.
@@ -46,7 +53,7 @@ class ShuffleBuffer:
     activations over a few thousand tokens only. Whatever fits is shuffled completely.
 
     Attributes:
-        characters: Most characters, or tokens, held.
+        characters: Most characters held; a token counts as `CHARACTERS_PER_TOKEN`.
         documents: Most documents held.
     """
 
@@ -105,7 +112,7 @@ def load_text(
         seed: Orders the training documents. The held-out documents do not depend on it.
         streaming: False reads the training documents into memory.
         max_documents: Train on this many documents, the first in the shuffled order.
-        shuffle_buffer: How much is mixed at once.
+        shuffle_buffer: How much is mixed at once; chosen by the kind of source if None.
 
     Raises:
         InputError: If the source does not exist, cannot be read, or has no such column or split.
@@ -115,6 +122,9 @@ def load_text(
     if max_documents is not None and max_documents < 1:
         raise InputError(f"max_documents must be at least 1, but is {max_documents}")
     corpus = open_corpus(str(source), split, text_column)
+    if shuffle_buffer is None:
+        remote = isinstance(corpus, DatasetCorpus) and corpus.folder is None
+        shuffle_buffer = ShuffleBuffer(REMOTE_BUFFER_CHARACTERS) if remote else ShuffleBuffer()
     limit = None if corpus.small else heldout_documents * SCANNED_PER_HELDOUT_DOCUMENT
     heldout, threshold, scanned = choose_heldout(
         corpus.documents(), heldout_documents, limit, corpus.name
@@ -124,7 +134,7 @@ def load_text(
         "threshold": threshold,
         "seed": seed,
         "max_documents": max_documents,
-        "shuffle_buffer": shuffle_buffer or ShuffleBuffer(),
+        "shuffle_buffer": shuffle_buffer,
     }
     tokenised = corpus.tokenised
     train: IterableDataset | Dataset
@@ -251,12 +261,16 @@ def shuffled(documents: Iterable[Document], seed: int, buffer: ShuffleBuffer) ->
     size = 0
     for document in documents:
         held.append(document)
-        size += len(document)
+        size += _size(document)
         while size > buffer.characters or len(held) > buffer.documents:
             chosen = generator.randrange(len(held))
             held[chosen], held[-1] = held[-1], held[chosen]
             taken = held.pop()
-            size -= len(taken)
+            size -= _size(taken)
             yield taken
     generator.shuffle(held)
     yield from held
+
+
+def _size(document: Document) -> int:
+    return len(document) * (1 if isinstance(document, str) else CHARACTERS_PER_TOKEN)

@@ -358,6 +358,8 @@ class LiteralSAE:
     # ---- statistics ---------------------------------------------------------------------------
 
     def importance_factors(self) -> torch.Tensor:
+        if self.contribution.sum() == 0:
+            return torch.full_like(self.contribution, 0.1 if self.cfg.importance_power else 1.0)
         relative = self.contribution / self.contribution.mean()
         return (relative**self.cfg.importance_power).clamp(0.1, 10.0)
 

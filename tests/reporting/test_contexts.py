@@ -38,7 +38,7 @@ def collected(tiny_language_model, tiny_texts):
 
 
 def test_statistics_and_strongest_tokens_are_those_of_all_latents_at_once(collected):
-    sae, collector, batches, _ = collected
+    _, collector, batches, _ = collected
     latents = torch.cat([batch.latents for batch in batches])
     documents = torch.cat([batch.documents for batch in batches])
     addresses = torch.cat([batch.windows * CONTEXT + batch.positions for batch in batches])
@@ -189,5 +189,3 @@ def test_the_terminal_shows_value_context_and_token_on_one_line(profile):
     assert "7.25" in lines[1]
     assert "It was⏎*the*  worst film" in lines[1]
     assert len(lines) == 2
-
-

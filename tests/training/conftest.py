@@ -1,11 +1,16 @@
 """A recipe on the tiny model that trains in about a second, and its text."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from msae_plugin.training.models import LanguageModel
+from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.runner import MultiScaleRunner, RunResult
 from msae_plugin.training.text_data import TextData, load_text
 
 TINY_HOOK = "blocks.1.hook_resid_post"
@@ -43,3 +48,34 @@ def recipe(tiny_model_dir: Path, tiny_corpus: Path) -> dict[str, Any]:
         },
         "logging": {"every_steps": 5, "tensorboard": "off"},
     }
+
+
+@pytest.fixture
+def train(
+    recipe: dict[str, Any], tiny_language_model: LanguageModel, tiny_text: TextData
+) -> Callable[..., RunResult]:
+    """Run the recipe, with changes `key.path=value`, in this process."""
+
+    def run(output: Path, *overrides: str, resume: str | None = None) -> RunResult:
+        return MultiScaleRunner(
+            RunConfig.from_dict(copy.deepcopy(recipe), overrides),
+            output,
+            resume=resume,
+            language_model=tiny_language_model,
+            text=tiny_text,
+        ).run()
+
+    return run
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl, less what depends on the clock."""
+    parsed = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if "per_second" not in key} for row in parsed
+    ]
+
+
+@pytest.fixture
+def read_rows() -> Callable[[Path], list[dict[str, Any]]]:
+    return rows

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_D_MODEL, TINY_LAYERS, TINY_VOCABULARY
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config
 
 from msae_plugin.errors import InputError
@@ -17,6 +16,9 @@ from msae_plugin.training.models import (
     load_language_model,
 )
 from msae_plugin.training.transformer_lens_loader import UNNAMED_MODEL, transformer_lens_name
+
+# The tiny model of tests/conftest.py.
+TINY_LAYERS, TINY_D_MODEL, TINY_VOCABULARY = 3, 64, 512
 
 HOOK = "blocks.1.hook_resid_post"
 MODULE = "model.layers.1"

@@ -303,6 +303,25 @@ def test_saved_datasets(tmp_path: Path, tiny_texts: list[str]) -> None:
         load_text(tmp_path / "splits", split="dev")
 
 
+def test_hub_dataset(monkeypatch: pytest.MonkeyPatch, tiny_texts: list[str]) -> None:
+    asked: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> object:
+        assert streaming
+        asked.append((name, config, split))
+        return Dataset.from_dict({"id": range(400), "text": tiny_texts}).to_iterable_dataset()
+
+    monkeypatch.setattr(text_corpora, "require_repository", lambda _name, _kind: None)
+    monkeypatch.setattr(text_corpora, "load_dataset", load_dataset)
+    data = load_text("some-lab/some-text:english", split="test", heldout_documents=4)
+    texts = training_texts(data)
+    assert set(asked) == {("some-lab/some-text", "english", "test")}
+    assert len(data.heldout) == 4
+    # 4 of the first 200 documents; of the others, those with a hash as small are left out, too.
+    assert 380 < len(texts) < 397
+    assert not set(data.heldout) & set(texts)
+
+
 def test_tokenised_corpus(
     tmp_path: Path, tiny_texts: list[str], tiny_language_model: LanguageModel
 ) -> None:

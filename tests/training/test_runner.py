@@ -1,0 +1,238 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sae_lens import SAE
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.saes.standard_sae import StandardTrainingSAE
+
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.training.models import LanguageModel
+from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.runner import MultiScaleRunner, RunResult
+from msae_plugin.training.shared_pass import SharedPassRunner
+
+Train = Callable[..., RunResult]
+ReadRows = Callable[[Path], list[dict[str, Any]]]
+
+TWO_SAES = (
+    "sae=null",
+    "saes.msae={d_sae: 96, k: 8}",
+    "saes.btk={architecture: batchtopk, d_sae: 96, k: 8, topk_threshold_lr: 0.01}",
+)
+
+
+
+
+def test_one_sae_fills_the_run_folder(train: Train, tmp_path: Path, read_rows: ReadRows) -> None:
+    out = tmp_path / "out"
+    result = train(out)
+    assert result.folders == {"sae": out}
+    assert sorted(path.name for path in (out / "sae").iterdir()) == [
+        "cfg.json",
+        "runner_cfg.json",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+    ]
+    log = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in log] == [5, 10, 15, 20, 25, 30]
+    assert [row["tokens"] for row in log] == [128 * row["step"] for row in log]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["explained_variance"] > log[0]["explained_variance"]
+    assert {"losses/mse_loss", "losses/l1_loss", "coefficients/l1", "dead_latents"} <= set(log[0])
+
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "complete"
+    assert (run["steps"], run["tokens"], run["seed"]) == (30, 3840, 7)
+    assert run["saes"]["sae"]["final"]["loss"] == log[-1]["loss"]
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert run["config"]["training"]["lr"] == 1e-3
+
+    exported = SAE.load_from_disk(out / "sae")
+    metadata = exported.cfg.metadata
+    assert metadata.training_steps == 30
+    assert metadata.final_loss == log[-1]["loss"]
+    assert metadata.hook_name == "blocks.1.hook_resid_post"
+    assert result.hook_names == {"sae": "blocks.1.hook_resid_post"}
+    assert not result.saes["sae"].training
+    assert result.activation_samples["blocks.1.hook_resid_post"].shape == (4096, 64)
+    assert set(result.tokens_per_second) == {"sae", "overall"}
+    assert result.tokens_per_second["sae"] > result.tokens_per_second["overall"] > 0
+    assert len(result.heldout) == 20
+
+
+def test_two_saes_stand_at_the_same_l0(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = train(out, *TWO_SAES, "training.calibrate_batches=64", "training.seed=3")
+    assert result.folders == {"msae": out / "msae", "btk": out / "btk"}
+    run = json.loads((out / "run.json").read_text())
+    [activations] = result.activation_samples.values()
+    for name in ("msae", "btk"):
+        calibration = run["saes"][name]["calibration"]
+        assert calibration["l0_after"] == pytest.approx(8, rel=1e-2)
+        exported = SAE.load_from_disk(out / name / "sae")
+        assert exported.cfg.metadata.l0 == calibration["l0_after"]
+        # Other activations than those the cut was set on.
+        l0 = float((exported.encode(activations) != 0).float().sum(-1).mean())
+        print(name, l0); assert l0 == pytest.approx(8, rel=0.1)
+    # What the calibration is for: 30 steps of SAELens' running threshold are far off.
+    assert run["saes"]["btk"]["calibration"]["l0_before"] > 12
+    assert (out / "msae" / "jumprelu" / "cfg.json").exists()
+    assert (out / "msae" / "revivals.jsonl").exists()
+
+
+def test_calibration_can_be_left_out(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "out", *TWO_SAES, "training.calibrate_batches=0", "training.tokens=640")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["saes"]["btk"]["calibration"] is None
+
+
+def test_exported_sparsity_follows_the_exported_latents(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = train(out, *TWO_SAES)
+    order = result.saes["msae"].export_order()  # type: ignore[attr-defined]
+    assert not torch.equal(order, torch.arange(96))
+    [activations] = result.activation_samples.values()
+    exported = SAE.load_from_disk(out / "msae" / "sae")
+    frequency = (exported.encode(activations) != 0).float().mean(0)
+    sparsity = load_file(out / "msae" / "sae" / "sparsity.safetensors")["sparsity"]
+    # The training window and the exported SAE count different tokens with different cuts; in the
+    # wrong order they would not correlate.
+    correlation = torch.corrcoef(torch.stack([frequency, 10**sparsity]))[0, 1]
+    assert correlation > 0.5
+
+
+def test_same_seed_same_run_other_seed_other_run(
+    train: Train, tmp_path: Path, read_rows: ReadRows
+) -> None:
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        torch.rand(seed * 7)  # whatever was drawn before must not matter
+        train(tmp_path / name, *TWO_SAES, f"training.seed={seed}", "training.tokens=1280")
+    for sae in ("msae", "btk"):
+        a, b, c = (read_rows(tmp_path / name / sae / "metrics.jsonl") for name in "abc")
+        assert a == b
+        assert a != c
+        same = load_file(tmp_path / "a" / sae / "sae" / "sae_weights.safetensors")
+        again = load_file(tmp_path / "b" / sae / "sae" / "sae_weights.safetensors")
+        assert all(torch.equal(same[key], again[key]) for key in same)
+
+
+def test_an_sae_is_the_same_alone_and_in_company(
+    train: Train, tmp_path: Path, read_rows: ReadRows
+) -> None:
+    short = "training.tokens=1280"
+    train(tmp_path / "both", *TWO_SAES, short)
+    train(tmp_path / "alone", TWO_SAES[0], TWO_SAES[2], short)
+    alone = read_rows(tmp_path / "alone" / "metrics.jsonl")
+    assert alone == read_rows(tmp_path / "both" / "btk" / "metrics.jsonl")
+
+
+def test_several_hooks_share_one_pass(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_language_model: LanguageModel
+) -> None:
+    calls = 0
+    run_with_cache = tiny_language_model.model.run_with_cache
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return run_with_cache(*args, **kwargs)
+
+    monkeypatch.setattr(tiny_language_model.model, "run_with_cache", counted)
+    train(tmp_path / "one", "training.tokens=1280")
+    passes_for_one, calls = calls, 0
+    hooks = "hooks=[blocks.0.hook_resid_post, blocks.2.hook_resid_post]"
+    result = train(tmp_path / "two", hooks, "training.tokens=1280")
+    assert calls == passes_for_one
+    assert result.hook_names == {
+        "sae_layer0": "blocks.0.hook_resid_post",
+        "sae_layer2": "blocks.2.hook_resid_post",
+    }
+    for layer in (0, 2):
+        exported = SAE.load_from_disk(tmp_path / "two" / f"sae_layer{layer}" / "sae")
+        assert exported.cfg.metadata.hook_name == f"blocks.{layer}.hook_resid_post"
+
+
+def test_module_hooks_and_data_scaling(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["hooks"] = ["model.layers.1"]
+    recipe["sae"]["normalize_activations"] = "expected_average_only_in"
+    recipe["training"]["norm_estimate_batches"] = 4
+    result = MultiScaleRunner(RunConfig.from_dict(recipe), tmp_path / "out").run()
+    assert SAE.load_from_disk(tmp_path / "out" / "sae").cfg.normalize_activations == "none"
+    assert result.language_model.model_class_name == "AutoModelForCausalLM"
+
+
+def test_bfloat16_model_and_autocast(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["model"]["dtype"] = "bfloat16"
+    recipe["training"]["autocast"] = True
+    recipe["training"]["tokens"] = 1280
+    recipe["sae"] = {"d_sae": 96, "k": 8}
+    MultiScaleRunner(RunConfig.from_dict(recipe), tmp_path / "out").run()
+    exported = SAE.load_from_disk(tmp_path / "out" / "sae")
+    assert exported.W_dec.dtype == torch.float32
+
+
+def test_it_is_saelens_runner(recipe: dict[str, Any]) -> None:
+    assert issubclass(SharedPassRunner, MultiSAETrainingRunner)
+
+
+@pytest.mark.parametrize("content", ["run.json", "notes.txt"])
+def test_a_folder_in_use_is_refused(train: Train, tmp_path: Path, content: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / content).write_text('{"status": "interrupted"}')
+    with pytest.raises(InputError, match="is not empty"):
+        train(out)
+    if content == "notes.txt":
+        with pytest.raises(InputError, match="no run of msae train"):
+            train(out, resume="auto")
+
+
+def test_the_output_may_not_be_a_file(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        train(tmp_path / "out")
+
+
+def test_a_diverging_run_keeps_the_last_good_checkpoint(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = StandardTrainingSAE.training_forward_pass
+
+    def explode(self: Any, step_input: Any) -> Any:
+        output = forward(self, step_input)
+        if step_input.n_training_steps == 20:
+            output.loss = output.loss * math.nan
+        return output
+
+    monkeypatch.setattr(StandardTrainingSAE, "training_forward_pass", explode)
+    out = tmp_path / "out"
+    with pytest.raises(RunFailure, match=r"step 21: the loss.*last good checkpoint is .*1408") as caught:
+        train(out, "training.n_checkpoints=2")
+    assert "\n" not in str(caught.value)
+    assert not (out / "sae").exists()
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "step 21" in record["failure"]
+    weights = load_file(out / "checkpoints" / "1408" / "sae" / "sae_weights.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_a_hook_of_another_width_is_named_once_the_model_shows_it(
+    train: Train, tmp_path: Path
+) -> None:
+    hook = "hooks=[blocks.1.mlp.hook_post]"
+    with pytest.raises(InputError, match=r"d_in 64 but the activations .* have width 128"):
+        train(tmp_path / "out", hook)
+    train(tmp_path / "right", hook, "sae.d_in=128", "training.tokens=640")
+    assert SAE.load_from_disk(tmp_path / "right" / "sae").cfg.d_in == 128
+
+
+def test_tensorboard_files_are_written(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "out", "logging.tensorboard=on", "training.tokens=640")
+    assert list((tmp_path / "out" / "tensorboard" / "sae").glob("events*"))
