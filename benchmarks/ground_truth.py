@@ -1,8 +1,8 @@
 """Ground truth on two cores: a SynthSAEBench-shaped model, several SAEs at matched L0, tuned rates.
 
 Every SAE of a ground-truth seed sees the same batches in the same pass, through SAELens' own
-`SAETrainer`, at the same budget. Learning rates are tuned per method and L0 on ground-truth seeds
-that are not reported on. At the end the cut of every SAE, ours or not, is set to the same mean L0
+`SAETrainer`, at the same budget. Learning rates are tuned per method at k = 11 on a ground-truth seed
+that is not reported on. At the end the cut of every SAE, ours or not, is set to the same mean L0
 over fresh samples, it is exported, and SAELens' own `eval_sae_on_synthetic_data` judges the export.
 
     python benchmarks/ground_truth.py tune   --output runs/ground_truth
@@ -54,7 +54,8 @@ D_IN, D_SAE, N_FEATURES, BATCH = 192, 512, 2048, 512
 PREFIX_WIDTHS = [D_SAE // 32, D_SAE // 16, D_SAE // 8, D_SAE // 4, D_SAE // 2, D_SAE]
 TUNING_SEEDS, REPORT_SEEDS = [101], [1, 2, 3]
 DEAD_WINDOW = 100
-LEARNING_RATES = [3e-4, 1e-3, 3e-3]
+LEARNING_RATES = [2e-3, 4e-3, 8e-3]
+TUNING_K = 11.0
 METRICS = ["f1", "mcc", "explained_variance", "dead", "l0", "uniqueness", "precision", "recall"]
 
 
@@ -252,15 +253,14 @@ def run_missing(
     return _read(path)
 
 
-def best_rates(rows: list[dict[str, Any]]) -> dict[tuple[str, float], float]:
-    """Learning rate with the best mean of F1 and MCC per method and k."""
-    scores: dict[tuple[str, float], dict[float, list[float]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+def best_rates(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Learning rate with the best mean of F1 and MCC per method."""
+    scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        scores[row["method"], row["k"]][row["lr"]].append(row["f1"] + row["mcc"])
+        scores[row["method"]][row["lr"]].append(row["f1"] + row["mcc"])
     return {
-        key: max(by_lr, key=lambda lr: statistics.mean(by_lr[lr])) for key, by_lr in scores.items()
+        name: max(by_lr, key=lambda lr: statistics.mean(by_lr[lr]))
+        for name, by_lr in scores.items()
     }
 
 
@@ -292,8 +292,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=["tune", "report"])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=768_000)
-    parser.add_argument("--eval-samples", type=int, default=100_000)
+    parser.add_argument("--samples", type=int, default=400_000)
+    parser.add_argument("--eval-samples", type=int, default=50_000)
     parser.add_argument("--k", type=float, nargs="+", default=[5, 11, 16])
     parser.add_argument("--methods", nargs="+", default=[method.name for method in METHODS])
     parser.add_argument("--seeds", type=int, nargs="+")
@@ -301,7 +301,7 @@ def main() -> None:
     torch.set_num_threads(1)
     methods = [method for method in METHODS if method.name in args.methods]
     if args.stage == "tune":
-        wanted = [(m, k, lr) for m in methods for k in args.k for lr in LEARNING_RATES]
+        wanted = [(m, TUNING_K, lr) for m in methods for lr in LEARNING_RATES]
         rows = run_missing(
             args.output / "tuning.jsonl",
             wanted,
@@ -309,11 +309,11 @@ def main() -> None:
             args.samples,
             args.eval_samples,
         )
-        for (name, k), lr in sorted(best_rates(rows).items()):
-            print(f"{name:30s} k={k:<4g} best lr {lr:g}")
+        for name, lr in sorted(best_rates(rows).items()):
+            print(f"{name:30s} best lr {lr:g}")
         return
     rates = best_rates(_read(args.output / "tuning.jsonl"))
-    wanted = [(m, k, rates[m.name, k]) for m in methods for k in args.k]
+    wanted = [(m, k, rates[m.name]) for m in methods for k in args.k]
     rows = run_missing(
         args.output / "results.jsonl",
         wanted,

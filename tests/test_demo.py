@@ -34,6 +34,7 @@ def settings(tiny_model_dir, corpus) -> DemoSettings:
         tokens=12_800,
         d_sae=128,
         k=8,
+        lr=1e-2,
         batch_size_tokens=256,
         context_size=32,
         heldout_tokens=1_600,

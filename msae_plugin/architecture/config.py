@@ -186,7 +186,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     prefix_fractions: list[float] = field(
         default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
     )
-    prefix_weight: float = 1.0
+    prefix_weight: float = 0.25
     detach_inner_prefixes: bool = False
     prefix_sort_every: int = 100
     firing_rate_decay: float = 0.99

@@ -19,6 +19,9 @@ from typing_extensions import override
 from msae_plugin.architecture.attention import ScaleAttention
 from msae_plugin.architecture.exact import KeepsFloat32
 
+# Keeps an all-zero first batch finite, and the gradient, which takes it to the power -3/2.
+_SMALLEST_VARIANCE = 1e-24
+
 
 class NormalisationFields(Protocol):
     """The configuration fields that the normalisation reads."""
@@ -121,15 +124,14 @@ class MultiScaleNormalisation(KeepsFloat32):
         if self.cfg.norm_eps_mode == "absolute":
             return torch.rsqrt(scales * (variance + self.cfg.norm_eps))
         eps = self.cfg.norm_eps * self.running_variance.to(variance.dtype)
-        # The smallest normal number keeps an all-zero first batch finite.
-        return torch.rsqrt(scales * variance + eps + torch.finfo(variance.dtype).tiny)
+        return torch.rsqrt(scales * variance + eps + _SMALLEST_VARIANCE)
 
     def _unit(self, centred: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         """(..., d_in) tokens of unit variance, which the gate and the attention look at."""
         eps = self.cfg.norm_eps
         if self.cfg.norm_eps_mode == "relative":
             eps = eps * self.running_variance.to(variance.dtype)
-        return centred * torch.rsqrt(variance + eps + torch.finfo(variance.dtype).tiny)
+        return centred * torch.rsqrt(variance + eps + _SMALLEST_VARIANCE)
 
     def _mixture(self, centred: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
         """(..., n_scales): softmax of the mixture logits, plus attention when on."""

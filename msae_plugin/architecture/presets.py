@@ -44,7 +44,7 @@ _RECONSTRUCTION: dict[str, Any] = {
 _DEFAULT: dict[str, Any] = {
     **_RECONSTRUCTION,
     "prefix_fractions": [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2],
-    "prefix_weight": 1.0,
+    "prefix_weight": 0.25,
     "prefix_sort_every": 100,
 }
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from msae_plugin.architecture.selection import batch_top_k
 
-# Scores kept per batch, as a multiple of k: room for batches that are denser than the average.
+# Scores kept per batch at first, as a multiple of k: room for batches denser than the average.
 _KEPT_MULTIPLE = 2.0
 
 
 @torch.no_grad()
 def calibrated_cut(
-    batches: Iterable[torch.Tensor],
+    batches: Sequence[torch.Tensor],
     hidden_pre_of: Callable[[torch.Tensor], torch.Tensor],
     scores_of: Callable[[torch.Tensor], torch.Tensor],
     k: float,
@@ -31,18 +31,30 @@ def calibrated_cut(
         The cut, halfway between the last score kept and the first one dropped; zero when no more
         than k latents per token are positive; None when there was no batch.
     """
-    kept: list[torch.Tensor] = []
-    n_tokens = 0
-    for batch in batches:
-        hidden_pre = hidden_pre_of(batch)
-        scores = scores_of(hidden_pre)
-        chosen = batch_top_k(hidden_pre, scores, _KEPT_MULTIPLE * k, [])
-        kept.append(scores[chosen.tokens, chosen.latents].float())
-        n_tokens += hidden_pre.shape[0]
-    if not kept:
+    if not batches:
         return None
-    scores = torch.sort(torch.cat(kept), descending=True).values
-    n_wanted = round(k * n_tokens)
+    multiple = _KEPT_MULTIPLE
+    while True:
+        kept: list[torch.Tensor] = []
+        # Scores below the last one kept of a batch that had more are not known.
+        known_down_to = float("-inf")
+        n_tokens = 0
+        for batch in batches:
+            hidden_pre = hidden_pre_of(batch)
+            scores = scores_of(hidden_pre)
+            chosen = batch_top_k(hidden_pre, scores, multiple * k, [])
+            kept.append(scores[chosen.tokens, chosen.latents].float())
+            if kept[-1].numel() < int((hidden_pre > 0).sum()):
+                known_down_to = max(known_down_to, float(chosen.lowest_score))
+            n_tokens += hidden_pre.shape[0]
+        cut = _cut_among(torch.cat(kept), round(k * n_tokens))
+        if not cut < known_down_to:
+            return cut
+        multiple *= 2
+
+
+def _cut_among(scores: torch.Tensor, n_wanted: int) -> float:
+    scores = torch.sort(scores, descending=True).values
     if scores.numel() <= n_wanted:
         return 0.0
     return float((scores[n_wanted - 1] + scores[n_wanted]) / 2) if n_wanted else float("inf")

@@ -198,8 +198,8 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             return self.pre_activations(x_hat)
 
         def mean_l0() -> float:
-            counts = [(hidden_pre_of(b) > self.threshold()).sum(-1).float().mean() for b in kept]
-            return float(torch.stack(counts).mean())
+            active = sum(int((hidden_pre_of(b) > self.threshold()).sum()) for b in kept)
+            return active / sum(batch.shape[0] for batch in kept)
 
         cut = calibrated_cut(kept, hidden_pre_of, self.scores, self.cfg.k)
         if cut is None:

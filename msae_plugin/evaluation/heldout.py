@@ -197,8 +197,8 @@ def evaluate_many(
         context_size: Tokens of a window, as in training.
         batch_size: Windows in a forward pass (fewer where the vocabulary is large).
         max_tokens: Stop after this many tokens, special ones included; None reads all texts.
-        max_loss_tokens: Measure the losses on this many of them only (each costs two full passes
-            and one more per SAE); None measures them on all.
+        max_loss_tokens: Measure the losses on this many of them only, rounded up to a whole batch
+            (they cost two full passes and one more per SAE); None measures them on all.
         exclude_special: Leave BOS, EOS and PAD out (see the module).
         prepend_bos: Begin each window with BOS, as in training.
         autocast: Run the language model in bfloat16; the SAEs stay in their own dtype.

@@ -8,7 +8,6 @@ the package; AuxK is SAELens' own function.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts

@@ -78,6 +78,7 @@ def train(
     batch: Callable[[int], torch.Tensor] | None = None,
     first_step: int = 0,
     l1: float = 0.0,
+    autocast: bool = False,
 ) -> list[TrainStepOutput]:
     """Adam with SAELens' gradient clipping; returns the output of every step."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
@@ -87,7 +88,8 @@ def train(
     for step in range(first_step, first_step + n_steps):
         sae.train()
         x = batch(step) if batch else activations(n_tokens, sae.cfg.d_in, step, sae.dtype)
-        output = sae.training_forward_pass(step_input(x, step, dead(step), l1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = sae.training_forward_pass(step_input(x, step, dead(step), l1))
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         optimizer.step()

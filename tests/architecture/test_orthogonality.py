@@ -64,9 +64,7 @@ def test_weighted_chunks_match_the_naive_sum(
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 12), st.integers(2, 6), st.integers(2, 12), st.integers(0, 99))
-def test_unweighted_chunks_match_ortsae(
-    d_sae: int, d_in: int, chunk_size: int, seed: int
-) -> None:
+def test_unweighted_chunks_match_ortsae(d_sae: int, d_in: int, chunk_size: int, seed: int) -> None:
     W_dec = decoder(d_sae, d_in, seed)
     chunks = random_chunks(d_sae, chunk_size, CPU)
     per_chunk = []
@@ -106,9 +104,7 @@ def test_listed_pairs_match_the_naive_sum(d_sae: int, n_pairs: int, seed: int) -
     second = (first + torch.randint(1, d_sae, (n_pairs,), generator=generator)) % d_sae
     weights = torch.rand(n_pairs, generator=generator, dtype=torch.float64)
     squares = cosines(W_dec)[first, second].clamp(min=0) ** 2
-    compare(
-        pair_penalty(W_dec, first, second, weights), (weights * squares).sum() / d_sae, W_dec
-    )
+    compare(pair_penalty(W_dec, first, second, weights), (weights * squares).sum() / d_sae, W_dec)
 
 
 def test_gradient_leaves_norms_alone_and_spreads_directions() -> None:
@@ -149,9 +145,9 @@ def test_neighbours_are_the_nearest_whatever_the_block(
     found, index = nearest_neighbours(W_dec, count, rows_at_a_time)
     gram = cosines(W_dec)
     for i in range(d_sae):
-        others = sorted(
-            (j for j in range(d_sae) if j != i), key=lambda j, i=i: -float(gram[i, j])
-        )[:count]
+        others = sorted((j for j in range(d_sae) if j != i), key=lambda j, i=i: -float(gram[i, j]))[
+            :count
+        ]
         assert index[i].tolist() == others
         torch.testing.assert_close(found[i], gram[i, others])
 
@@ -169,9 +165,7 @@ def test_co_activation_of_listed_pairs_is_the_exact_running_mean() -> None:
     for step in range(8):
         if step in (0, 4):
             tracker.refresh(first_decoder if step == 0 else second_decoder, 3)
-            listed = {
-                (i, j) for i in range(d_sae) for j in tracker.neighbours[i].tolist()
-            }
+            listed = {(i, j) for i in range(d_sae) for j in tracker.neighbours[i].tolist()}
             kept = listed & set(history)
             history = {pair: history.get(pair, []) for pair in listed}
             if step == 4:

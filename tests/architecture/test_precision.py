@@ -123,9 +123,7 @@ def test_cast_keeps_every_buffer(weighting: str) -> None:
 
 @pytest.mark.parametrize("how", ["load_from_disk", "load_weights_from_checkpoint"])
 @pytest.mark.parametrize("saved_as", ["float32", "bfloat16"])
-def test_training_checkpoints_keep_every_buffer(
-    tmp_path: Path, how: str, saved_as: str
-) -> None:
+def test_training_checkpoints_keep_every_buffer(tmp_path: Path, how: str, saved_as: str) -> None:
     sae = train_state(dtype=saved_as)
     sae.save_model(tmp_path)
     if how == "load_from_disk":
@@ -199,15 +197,14 @@ def test_an_autocast_step_is_close_to_a_float32_step(dtype: str) -> None:
 
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_training_in_low_precision_reaches_the_same_error(mode: str) -> None:
-    def final_error(**fields: Any) -> float:
-        sae = make(**plain(sparsity_scales=[2.0], prefix_fractions=[0.3], **fields))
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast" and not fields):
-            outputs = train(sae, 120, lr=5e-3)
+    def final_error(dtype: str, autocast: bool) -> float:
+        sae = make(**plain(sparsity_scales=[2.0], prefix_fractions=[0.3], dtype=dtype))
+        outputs = train(sae, 120, lr=5e-3, autocast=autocast)
         return sum(float(o.losses["mse_loss"]) for o in outputs[-20:]) / 20
 
-    exact = final_error(dtype="float32", k=3)
-    low = final_error(dtype="bfloat16") if mode == "bf16" else final_error()
-    assert low == pytest.approx(exact, rel=0.1)
+    exact = final_error("float32", autocast=False)
+    dtype = "bfloat16" if mode == "bf16" else "float32"
+    assert final_error(dtype, autocast=mode == "autocast") == pytest.approx(exact, rel=0.1)
 
 
 def test_eval_under_autocast_is_per_token() -> None:

@@ -90,16 +90,12 @@ def test_optimiser_forgets_exactly_the_revived_rows() -> None:
         optimizer.step()
         optimizer.zero_grad()
         kill(sae)
-    before = {
-        name: optimizer.state[p]["exp_avg"].clone() for name, p in sae.named_parameters()
-    }
+    before = {name: optimizer.state[p]["exp_avg"].clone() for name, p in sae.named_parameters()}
     sae.training_forward_pass(step_input(activations(64, 6, 5), 5))
     revived = sorted(e["latent"] for e in sae.pop_events())
     assert revived == [9, 10, 11, 12]
     live = [i for i in range(13) if i not in revived]
-    by_latent = {
-        name: optimizer.state[p]["exp_avg"] for name, p in sae.named_parameters()
-    }
+    by_latent = {name: optimizer.state[p]["exp_avg"] for name, p in sae.named_parameters()}
     for name, rows in (("W_dec", 0), ("b_enc", 0), ("W_enc", 1)):
         moments, old = by_latent[name].movedim(rows, 0), before[name].movedim(rows, 0)
         assert (old[revived] != 0).all(), name

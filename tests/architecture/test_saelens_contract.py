@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from sae_lens import SAE, TrainingSAE
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAEConfig, TrainStepOutput
+from safetensors.torch import load_file
 from steps import activations, step_input, train
 
 from msae_plugin import (
@@ -182,9 +182,7 @@ def test_the_export_is_the_trained_sae(
     assert isinstance(exported, MultiScaleSAE)
     names = set(load_file(tmp_path / "sae_weights.safetensors"))
     assert not [n for n in names if n.startswith(TRAINING_ONLY)]
-    torch.testing.assert_close(
-        exported.W_dec.norm(dim=-1), torch.ones(D_SAE), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(exported.W_dec.norm(dim=-1), torch.ones(D_SAE), rtol=0, atol=1e-6)
     with torch.no_grad():
         theirs, mine = exported.encode(batch), trained.to_export_units(trained.encode(batch))
         assert torch.equal(theirs > 0, mine > 0)
@@ -201,9 +199,7 @@ def test_the_export_is_the_trained_sae(
         assert not torch.equal(order, torch.arange(D_SAE))  # it was re-sorted at least once
 
 
-def test_exported_prefixes_are_the_trained_ones(
-    batch: torch.Tensor, tmp_path: Path
-) -> None:
+def test_exported_prefixes_are_the_trained_ones(batch: torch.Tensor, tmp_path: Path) -> None:
     """The first `width` exported latents reconstruct as the trained prefix did."""
     torch.manual_seed(0)
     sae = MultiScaleTrainingSAE(config("default"))

@@ -71,9 +71,7 @@ def train(
 def rows(path: Path) -> list[dict[str, Any]]:
     """All rows of a metrics.jsonl, less what depends on the clock."""
     parsed = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        {key: value for key, value in row.items() if "per_second" not in key} for row in parsed
-    ]
+    return [{key: value for key, value in row.items() if "per_second" not in key} for row in parsed]
 
 
 @pytest.fixture

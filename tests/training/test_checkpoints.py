@@ -117,9 +117,14 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None
     target = tmp_path / "folder"
     with folder_written_atomically(target) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(OSError, match="disk full"), folder_written_atomically(target) as folder:
-        (folder / "a").write_text("new")
-        raise OSError("disk full")
+
+    def fail_half_way() -> None:
+        with folder_written_atomically(target) as folder:
+            (folder / "a").write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail_half_way()
     assert (target / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -133,7 +138,9 @@ def test_an_existing_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_text_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_file_is_replaced_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run.json"
     write_text_atomic(path, "old")
 

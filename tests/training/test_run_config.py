@@ -33,7 +33,12 @@ def test_a_file_is_read_with_overrides(recipe: dict[str, Any], tmp_path: Path) -
     path.write_text(yaml.safe_dump(recipe))
     config = RunConfig.load(
         path,
-        ["training.lr=5e-4", "sae.d_sae=32", "training.gradient_lr.enabled=true", "logging.wandb.project=x"],
+        [
+            "training.lr=5e-4",
+            "sae.d_sae=32",
+            "training.gradient_lr.enabled=true",
+            "logging.wandb.project=x",
+        ],
     )
     assert config.training.lr == 5e-4
     assert config.sae is not None

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from sae_lens import SAE
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.standard_sae import StandardTrainingSAE
+from safetensors.torch import load_file
 
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.training.models import LanguageModel
@@ -25,8 +25,6 @@ TWO_SAES = (
     "saes.msae={d_sae: 96, k: 8}",
     "saes.btk={architecture: batchtopk, d_sae: 96, k: 8, topk_threshold_lr: 0.01}",
 )
-
-
 
 
 def test_one_sae_fills_the_run_folder(train: Train, tmp_path: Path, read_rows: ReadRows) -> None:
@@ -68,18 +66,21 @@ def test_one_sae_fills_the_run_folder(train: Train, tmp_path: Path, read_rows: R
 
 def test_two_saes_stand_at_the_same_l0(train: Train, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = train(out, *TWO_SAES, "training.calibrate_batches=64", "training.seed=3")
+    result = train(out, *TWO_SAES, "training.calibrate_batches=64")
     assert result.folders == {"msae": out / "msae", "btk": out / "btk"}
     run = json.loads((out / "run.json").read_text())
     [activations] = result.activation_samples.values()
+    l0 = {}
     for name in ("msae", "btk"):
         calibration = run["saes"][name]["calibration"]
         assert calibration["l0_after"] == pytest.approx(8, rel=1e-2)
         exported = SAE.load_from_disk(out / name / "sae")
         assert exported.cfg.metadata.l0 == calibration["l0_after"]
-        # Other activations than those the cut was set on.
-        l0 = float((exported.encode(activations) != 0).float().sum(-1).mean())
-        print(name, l0); assert l0 == pytest.approx(8, rel=0.1)
+        l0[name] = float((exported.encode(activations) != 0).float().sum(-1).mean())
+    # On other documents than the cuts were set on. The tiny model's L0 depends on the topic: 5 to
+    # 10 per thousand tokens, for both SAEs alike.
+    assert l0["msae"] == pytest.approx(l0["btk"], rel=0.03)
+    assert l0["btk"] == pytest.approx(8, rel=0.25)
     # What the calibration is for: 30 steps of SAELens' running threshold are far off.
     assert run["saes"]["btk"]["calibration"]["l0_before"] > 12
     assert (out / "msae" / "jumprelu" / "cfg.json").exists()
@@ -133,7 +134,10 @@ def test_an_sae_is_the_same_alone_and_in_company(
 
 
 def test_several_hooks_share_one_pass(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_language_model: LanguageModel
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_language_model: LanguageModel,
 ) -> None:
     calls = 0
     run_with_cache = tiny_language_model.model.run_with_cache
@@ -212,7 +216,9 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(StandardTrainingSAE, "training_forward_pass", explode)
     out = tmp_path / "out"
-    with pytest.raises(RunFailure, match=r"step 21: the loss.*last good checkpoint is .*1408") as caught:
+    with pytest.raises(
+        RunFailure, match=r"step 21: the loss.*last good checkpoint is .*1408"
+    ) as caught:
         train(out, "training.n_checkpoints=2")
     assert "\n" not in str(caught.value)
     assert not (out / "sae").exists()

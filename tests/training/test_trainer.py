@@ -339,7 +339,9 @@ def test_adding_an_sae_that_draws_random_numbers_changes_nothing_else() -> None:
 
 def test_too_little_text_is_an_input_error() -> None:
     def nothing() -> Iterator[dict[str, torch.Tensor]]:
-        raise ValueError("Unable to fill buffer after starting new epoch. Dataset may be too small.")
+        raise ValueError(
+            "Unable to fill buffer after starting new epoch. Dataset may be too small."
+        )
         yield {}
 
     trainer = LockstepTrainer(

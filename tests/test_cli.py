@@ -1,0 +1,164 @@
+"""The command line: what it prints, where, and its exit status."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from msae_plugin import cli
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.training import run_config
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_model_dir: Path, tiny_texts: list[str]) -> Path:
+    corpus = tmp_path / "notes.txt"
+    corpus.write_text("\n\n".join(tiny_texts))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name": str(tiny_model_dir), "device": "cpu"},
+                "data": {"source": str(corpus), "context_size": 32, "heldout_documents": 5},
+                "hooks": ["blocks.1.hook_resid_post"],
+                "sae": {"d_sae": 96, "k": 8},
+                "training": {
+                    "tokens": 1280,
+                    "batch_size_tokens": 128,
+                    "n_batches_in_buffer": 16,
+                    "store_batch_size_prompts": 8,
+                    "calibrate_batches": 4,
+                },
+                "logging": {"every_steps": 1, "tensorboard": "off"},
+            }
+        )
+    )
+    return path
+
+
+def msae(*words: str) -> Any:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def test_help_names_the_commands_and_options() -> None:
+    assert msae("--help").exit_code == 0
+    assert "train" in msae("--help").output
+    output = msae("train", "--help").output
+    for option in ("--config", "--set", "--output", "--resume"):
+        assert option in output
+
+
+def test_train_prints_where_the_results_are(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = msae("train", "-c", str(recipe_file), "-o", str(out), "--set", "training.tokens=640")
+    assert result.exit_code == 0, result.output
+    assert (out / "sae" / "cfg.json").exists()
+    for heading in ("SAE", "L0 exported", "export agrees to", "tokens per second"):
+        assert heading in " ".join(result.stdout.split())
+    assert "training" not in result.stdout
+    assert "100 %" in result.stderr
+    assert "explained variance" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "sae.kk=3"], "error: unknown key 'kk' in 'sae': did you mean 'k'?"),
+        (["--set", "training.tokens=3"], "error: training.tokens = 3 is less than one step"),
+        (["--resume", "nowhere"], "error: 'nowhere' is not a checkpoint of msae train"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(
+    recipe_file: Path, tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    result = msae("train", "-c", str(recipe_file), "-o", str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(expected)
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_missing_option_is_status_2() -> None:
+    assert msae("train").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("field x: wrong [red]"), 2, "error: field x: wrong [red]\n"),
+        (RunFailure("step 3: diverged"), 1, "failed: step 3: diverged\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            MemoryError("no memory\nsecond line"),
+            1,
+            "failed: MemoryError: no memory (--debug shows where)\n",
+        ),
+    ],
+)
+def test_every_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    recipe_file: Path,
+    error: BaseException,
+    status: int,
+    line: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run_config.RunConfig, "load", fail)
+    result = msae("train", "-c", str(recipe_file), "-o", "out")
+    assert result.exit_code == status
+    assert result.stderr == line
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, recipe_file: Path) -> None:
+    monkeypatch.setattr(cli, "_debug", False)
+    result = msae("--debug", "train", "-c", str(recipe_file), "-o", "out", "--set", "x")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "error: --set 'x' is not of the form key.path=value" in result.stderr
+
+
+def test_the_resume_command_can_be_pasted() -> None:
+    command = cli.resume_command(Path("my recipe.yaml"), ["sae.k=3", "hooks=[a, b]"], Path("o"))
+    assert command == (
+        "msae train --config 'my recipe.yaml' --set sae.k=3 --set 'hooks=[a, b]' "
+        "--output o --resume auto"
+    )
+
+
+def test_ctrl_c_prints_a_command_that_continues(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            *("-m", "msae_plugin", "train", "--config", str(recipe_file), "--output", str(out)),
+            *("--set", "training.tokens=12800", "--set", "training.n_checkpoints=50"),
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 90
+    while not any((out / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert re.search(r"stopped by SIGINT; everything so far is in \S+checkpoints/\d+", errors)
+    continuation = re.search(r"continue with: msae (.*)", errors)
+    assert continuation is not None
+    result = msae(*continuation[1].split())
+    assert result.exit_code == 0, result.output
+    assert (out / "sae" / "cfg.json").exists()

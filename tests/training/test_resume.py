@@ -1,0 +1,248 @@
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from msae_plugin.errors import InputError
+from msae_plugin.training.interruption import InterruptedBySignalError
+from msae_plugin.training.runner import RunResult
+from msae_plugin.training.trainer import LockstepTrainer
+
+Train = Callable[..., RunResult]
+ReadRows = Callable[[Path], list[dict[str, Any]]]
+
+# A schedule with warm-up and decay, a warming-up coefficient, and checkpoints on the way.
+LONG = (
+    "training.lr_warm_up_steps=10",
+    "training.lr_decay_steps=10",
+    "training.n_checkpoints=5",
+    "training.keep_checkpoints=9",
+    "sae.l1_warm_up_steps=25",
+)
+
+
+@contextmanager
+def signal_after(step: int, number: int = signal.SIGINT) -> Iterator[None]:
+    """Send this process a real signal once the trainer has done so many steps."""
+    one_step = LockstepTrainer._one_step
+
+    def counted(self: LockstepTrainer) -> None:
+        one_step(self)
+        if self.n_training_steps == step:
+            os.kill(os.getpid(), number)
+
+    LockstepTrainer._one_step = counted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LockstepTrainer._one_step = one_step  # type: ignore[method-assign]
+
+
+def interrupt(train: Train, out: Path, step: int, *overrides: str) -> Path:
+    with signal_after(step), pytest.raises(InterruptedBySignalError) as caught:
+        train(out, *overrides)
+    assert caught.value.checkpoint is not None
+    return caught.value.checkpoint
+
+
+def test_an_interrupted_run_continues_where_it_was(
+    train: Train, tmp_path: Path, read_rows: ReadRows
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train(whole, *LONG)
+    checkpoint = interrupt(train, out, 13, *LONG)
+    assert checkpoint == out / "checkpoints" / str(13 * 128)
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+
+    train(out, *LONG, resume="auto")
+    expected, resumed = read_rows(whole / "metrics.jsonl"), read_rows(out / "metrics.jsonl")
+    # No step twice, none missing; schedules and coefficients as if nothing had happened.
+    for key in ("step", "tokens", "lr", "coefficients/l1"):
+        assert [row[key] for row in resumed] == [row[key] for row in expected]
+    # Up to the interruption the run is the same bit for bit; afterwards the data differ.
+    assert resumed[:2] == expected[:2]
+    assert resumed[3] != expected[3]
+    assert resumed[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=0.2)
+    # Each threshold fired once: 30 steps, five checkpoints on the way, one at the end, one by hand.
+    names = sorted(int(path.name) // 128 for path in (out / "checkpoints").iterdir())
+    assert names == [6, 11, 13, 16, 21, 26, 30]
+    run = json.loads((out / "run.json").read_text())
+    assert run["status"] == "complete"
+    assert run["resumed_at_steps"] == [13]
+    assert (out / "sae" / "cfg.json").exists()
+
+
+def test_rows_and_events_after_the_checkpoint_are_dropped(
+    train: Train, tmp_path: Path, read_rows: ReadRows
+) -> None:
+    # A kill between two checkpoints: the log is ahead of the newest one.
+    out = tmp_path / "out"
+    overrides = ("sae=null", "saes.m={d_sae: 96, k: 8}")
+    interrupt(train, out, 13, *overrides)
+    log = out / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 15, "loss": 99.0}\n{"step": 20, "lo')
+    revivals = out / "revivals.jsonl"
+    revivals.write_text('{"logged_at_step": 12, "kept": 1}\n{"logged_at_step": 14}\n')
+    train(out, *overrides, resume="auto")
+    assert [row["step"] for row in read_rows(log)] == [5, 10, 15, 20, 25, 30]
+    assert all(row["loss"] != 99.0 for row in read_rows(log))
+    events = [json.loads(line) for line in revivals.read_text().splitlines()]
+    assert events[0] == {"logged_at_step": 12, "kept": 1}
+    assert {"logged_at_step": 14} not in events
+
+
+def test_two_resumes_from_one_checkpoint_are_the_same(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    interrupt(train, out, 13)
+    shutil.copytree(out, tmp_path / "b")
+    for name in "ab":
+        torch.rand(3)
+        train(tmp_path / name, resume="auto")
+    a, b = (load_file(tmp_path / name / "sae" / "sae_weights.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_rate_rule_and_the_optimiser_continue(train: Train, tmp_path: Path) -> None:
+    rule = (
+        "training.gradient_lr={enabled: true, threshold: 1.0, recovery: 1.001}",
+        "training.weight_decay=0.01",
+        "training.accumulation_steps=2",
+        "training.tokens=7680",
+    )
+    checkpoint = interrupt(train, tmp_path / "out", 13, *rule)
+    saved = torch.load(checkpoint / "sae" / "learning_rate_rule.pt")
+    assert saved["multiplier"] < 1
+    seen: list[dict[str, Any]] = []
+    load = LockstepTrainer.load_checkpoint
+
+    def watched(self: LockstepTrainer, path: Any) -> None:
+        load(self, path)
+        [trainer] = self.step_trainers.values()
+        seen.append(
+            {
+                **trainer.rate_rule.state_dict(),
+                "step": trainer.n_training_steps,
+                "adam": next(iter(trainer.optimizer.state.values()))["step"].item(),
+                "decay": [group["weight_decay"] for group in trainer.optimizer.param_groups],
+            }
+        )
+
+    LockstepTrainer.load_checkpoint = watched  # type: ignore[method-assign]
+    try:
+        train(tmp_path / "out", *rule, resume="auto")
+    finally:
+        LockstepTrainer.load_checkpoint = load  # type: ignore[method-assign]
+    assert seen == [{**saved, "step": 13, "adam": 13, "decay": [0.01, 0.0]}]
+
+
+def test_estimated_scaling_is_kept_on_resume(train: Train, tmp_path: Path) -> None:
+    overrides = (
+        "sae.normalize_activations=expected_average_only_in",
+        "training.norm_estimate_batches=3",
+    )
+    checkpoint = interrupt(train, tmp_path / "out", 8, *overrides)
+    scaler = json.loads((checkpoint / "sae" / "activation_scaler.json").read_text())
+    assert scaler["scaling_factor"] > 0
+    train(tmp_path / "out", *overrides, resume="auto")
+    final = tmp_path / "out" / "checkpoints" / str(30 * 128) / "sae" / "activation_scaler.json"
+    assert json.loads(final.read_text()) == scaler
+
+
+def test_auto_starts_a_new_run_in_a_new_folder(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "out", "training.tokens=640", resume="auto")
+    assert (tmp_path / "out" / "sae" / "cfg.json").exists()
+
+
+def test_a_stop_while_exporting_loses_nothing(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_rows: ReadRows
+) -> None:
+    from msae_plugin.training import runner
+
+    def stop(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise InterruptedBySignalError(signal.SIGTERM)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "export_sae", stop)
+        with pytest.raises(InterruptedBySignalError) as caught:
+            train(out)
+    assert caught.value.checkpoint == out / "checkpoints" / str(30 * 128)
+    before = read_rows(out / "metrics.jsonl")
+    result = train(out, resume="auto")
+    # Nothing was left to train: the same log, the same weights, now exported.
+    assert read_rows(out / "metrics.jsonl") == before
+    assert result.tokens_per_second == {}
+    assert (out / "sae" / "cfg.json").exists()
+    assert json.loads((out / "run.json").read_text())["status"] == "complete"
+
+
+def test_a_complete_run_is_not_resumed(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "out", "training.tokens=640")
+    with pytest.raises(InputError, match="complete: there is nothing to resume"):
+        train(tmp_path / "out", "training.tokens=640", resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.lr=0.5", r"'training\.lr' was 0\.001 and is now 0\.5"),
+        ("sae.d_sae=64", r"'sae\.d_sae' was 96 and is now 64"),
+        ("training.seed=8", r"'training\.seed' was 7"),
+        ("hooks=[blocks.0.hook_resid_post]", r"'hooks' was"),
+    ],
+)
+def test_another_recipe_is_refused(
+    train: Train, stopped_run: Path, override: str, expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        train(stopped_run, override, resume="auto")
+
+
+@pytest.fixture
+def stopped_run(train: Train, tmp_path: Path) -> Path:
+    interrupt(train, tmp_path / "stopped", 3)
+    return tmp_path / "stopped"
+
+
+def test_logging_and_checkpointing_may_change(train: Train, stopped_run: Path) -> None:
+    train(stopped_run, "logging.every_steps=10", "training.keep_checkpoints=1", resume="auto")
+    assert (stopped_run / "sae").exists()
+
+
+@pytest.mark.parametrize("file", ["sae/sae_weights.safetensors", "sae/trainer_state.pt"])
+def test_a_truncated_checkpoint_is_refused_by_name(
+    train: Train, stopped_run: Path, file: str
+) -> None:
+    checkpoint = stopped_run / "checkpoints" / str(3 * 128)
+    os.truncate(checkpoint / file, 100)
+    with pytest.raises(InputError) as caught:
+        train(stopped_run, resume=str(checkpoint))
+    assert str(checkpoint / file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["sae/sae_weights.safetensors", "sae/trainer_state.pt"])
+def test_a_scrambled_checkpoint_of_the_right_size_is_refused(
+    train: Train, stopped_run: Path, file: str
+) -> None:
+    path = stopped_run / "checkpoints" / str(3 * 128) / file
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(InputError, match=r"cannot be read") as caught:
+        train(stopped_run, resume="auto")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_run_can_be_continued_elsewhere(
+    train: Train, stopped_run: Path, tmp_path: Path, read_rows: ReadRows
+) -> None:
+    train(tmp_path / "fork", resume=str(stopped_run / "checkpoints" / str(3 * 128)))
+    assert [row["step"] for row in read_rows(tmp_path / "fork" / "metrics.jsonl")][-1] == 30
