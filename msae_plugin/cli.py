@@ -173,23 +173,27 @@ def resume_command(config: Path, overrides: list[str], output: Path) -> str:
 
 
 def _print_result(result: RunResult) -> None:
-    table = Table(title=None)
-    for heading in ("SAE", "hook", "L0 trained for", "L0 exported", "export agrees to", "twin"):
+    table = Table()
+    for heading in ("SAE", "expl. var.", "dead", "L0", "of k", "export check", "twin"):
         table.add_column(heading, overflow="fold")
-    table.add_column("folder", overflow="fold")
     for name, export in result.exports.items():
-        target = "-" if export.l0_target is None else f"{export.l0_target:g}"
-        agreement = export.agreement
+        final, agreement = result.final_rows[name], export.agreement
         table.add_row(
             Text(name),
-            Text(result.hook_names[name]),
-            target,
+            f"{final['explained_variance']:.3f}",
+            f"{final['dead_latents']:.0f}",
             f"{export.l0_exported:.1f}",
-            f"{max(agreement.max_latent_difference, agreement.max_reconstruction_difference):.1e}",
-            "jumprelu" if export.has_twin else "none",
-            Text(str(result.folders[name])),
+            "-" if export.l0_target is None else f"{export.l0_target:g}",
+            f"{max(agreement.max_latent_difference, agreement.max_reconstruction_difference):.0e}",
+            "yes" if export.has_twin else "no",
         )
     results.print(table)
+    results.print(
+        "expl. var. and dead: end of training. L0: the export, on real activations.\n"
+        "export check: largest relative difference to the trained SAE. twin: jumprelu copy."
+    )
+    for name, folder in result.folders.items():
+        results.print(Text(f"{name}: {folder}"), soft_wrap=True)
     overall = result.tokens_per_second.get("overall")
     if overall is not None:
         results.print(f"{overall:,.0f} tokens per second, language model included")

@@ -26,9 +26,9 @@ from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
 from msae_plugin.evaluation.model_pass import faster_in_bfloat16
 from msae_plugin.evaluation.windows import iterate_windows
 from msae_plugin.reporting.context_rendering import (
+    ContextsForTerminal,
     contexts_as_json,
     contexts_as_markdown,
-    contexts_for_terminal,
 )
 from msae_plugin.reporting.contexts import ContextCollector, LatentProfile
 from msae_plugin.reporting.counter import token_counter
@@ -313,7 +313,7 @@ def demo_for_terminal(result: DemoResult) -> RenderableType:
             f"The {len(result.profiles)} strongest latents of {OURS}, top tokens in held-out text:",
             style="bold underline",
         ),
-        contexts_for_terminal(result.profiles),
+        ContextsForTerminal(result.profiles),
         Text(""),
         Text(f"{minutes:.1f} minutes. Figure: {result.output / FIGURE_FILE}"),
         Text(f"Report: {result.output / MARKDOWN_FILE}, numbers: {result.output / JSON_FILE}"),

@@ -61,9 +61,9 @@ def test_train_prints_where_the_results_are(recipe_file: Path, tmp_path: Path) -
     result = msae("train", "-c", str(recipe_file), "-o", str(out), "--set", "training.tokens=640")
     assert result.exit_code == 0, result.output
     assert (out / "sae" / "cfg.json").exists()
-    for heading in ("SAE", "L0 exported", "export agrees to", "tokens per second"):
+    for heading in ("SAE", "expl. var.", "export check", "tokens per second"):
         assert heading in " ".join(result.stdout.split())
-    assert "training" not in result.stdout
+    assert "loading" not in result.stdout
     assert "100 %" in result.stderr
     assert "explained variance" in result.stderr
 

@@ -1,5 +1,9 @@
 """What `msae_plugin.upstream` relies on in SAELens and TransformerLens still exists."""
 
+import inspect
+
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from transformer_lens import loading_from_pretrained, supported_models
 
 from msae_plugin import upstream
@@ -20,3 +24,14 @@ def test_transformer_lens_reads_its_list_of_names_at_every_call() -> None:
 
 def test_aliases_of_transformer_lens() -> None:
     assert upstream.official_transformer_lens_name("gpt2-small") == "gpt2"
+
+
+def test_the_wrapped_private_methods_of_saelens_are_still_what_its_own_loop_calls() -> None:
+    # Our trainer and runner replace `fit` and `run`; these are the steps of theirs that they keep.
+    assert "_estimate_scaling_factors" in MultiSAETrainer.fit.__code__.co_names
+    assert "_set_sae_metadata" in MultiSAETrainingRunner.run.__code__.co_names
+    for method in (
+        MultiSAETrainer._estimate_scaling_factors,
+        MultiSAETrainingRunner._set_sae_metadata,
+    ):
+        assert list(inspect.signature(method).parameters) == ["self"]

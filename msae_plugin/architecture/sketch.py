@@ -107,7 +107,8 @@ def leading_directions(errors: torch.Tensor, count: int) -> torch.Tensor:
     with torch.autocast(errors.device.type, enabled=False):
         errors = errors.float()
         count = min(count, *errors.shape)
-        _, _, right = torch.svd_lowrank(errors, q=count)
+        _, _, right = torch.svd_lowrank(errors, q=min(count + _OVERSAMPLING, *errors.shape))
+        right = right[:, :count]
         # ReLU latents reconstruct one side of a direction only: take the heavier one.
         projections = errors @ right
         heavier = (projections.clamp(min=0).square().sum(0)) >= (

@@ -28,8 +28,8 @@ def calibrated_cut(
         k: Mean number of active latents wanted.
 
     Returns:
-        The cut, halfway between the last score kept and the first one dropped; zero when no more
-        than k latents per token are positive; None when there was no batch.
+        The cut, halfway between the last score kept and the first one dropped; low enough to admit
+        all when no more than k latents per token are positive; None when there was no batch.
     """
     if not batches:
         return None
@@ -55,6 +55,10 @@ def calibrated_cut(
 
 def _cut_among(scores: torch.Tensor, n_wanted: int) -> float:
     scores = torch.sort(scores, descending=True).values
-    if scores.numel() <= n_wanted:
+    if scores.numel() == 0:
         return 0.0
+    if scores.numel() <= n_wanted:
+        # Scores that are not standardised are positive; others are admitted down to the last.
+        below = torch.nextafter(scores[-1], scores.new_tensor(-torch.inf))
+        return min(0.0, float(below))
     return float((scores[n_wanted - 1] + scores[n_wanted]) / 2) if n_wanted else float("inf")

@@ -263,7 +263,8 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         super().fold_activation_norm_scaling_factor(scaling_factor)
         if self.cfg.rescale_acts_by_decoder_norm:
             # Pre-activations carry the decoder norm, which the fold has just divided.
-            self.topk_threshold /= scaling_factor
+            # Standardised scores carry the unit to the power that standardising leaves.
+            self.topk_threshold /= scaling_factor ** (1 - self.cfg.standardise)
             self.candidate_cut /= scaling_factor
             if self.mechanisms.statistics is not None:
                 self.mechanisms.statistics.rescale(1 / scaling_factor)

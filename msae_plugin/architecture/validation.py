@@ -118,7 +118,8 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
         "importance_power",
         "zscore_z_lr",
     ):
-        require(getattr(cfg, name) >= 0, name, getattr(cfg, name), "not be negative")
+        value = getattr(cfg, name)
+        require(0 <= value < math.inf, name, value, "be finite and not negative")
     for name in ("l1_warm_up_steps", "prefix_sort_every", "sketch_rank", "revival_every"):
         require(getattr(cfg, name) >= 0, name, getattr(cfg, name), "not be negative")
     for name in ("firing_rate_decay", "zscore_decay", "coactivation_decay", "importance_decay"):
@@ -146,6 +147,12 @@ def _validate_scales(cfg: MultiScaleTrainingSAEConfig) -> None:
         "prefix_fractions",
         cfg.prefix_fractions,
         "hold shares of d_sae between 0 and 1 (the whole dictionary is always there)",
+    )
+    require(
+        cfg.prefix_weight > 0 or not (cfg.detach_inner_prefixes and cfg.prefix_fractions),
+        "prefix_weight",
+        cfg.prefix_weight,
+        "be positive with detach_inner_prefixes, or the inner prefixes would learn from no loss",
     )
     _require_choice("selection", cfg.selection, ("batchtopk", "zscore"))
     require(

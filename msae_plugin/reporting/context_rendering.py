@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from msae_plugin.reporting.contexts import LatentProfile, TokenContext
@@ -28,21 +28,32 @@ def _headline(rank: int, profile: LatentProfile) -> str:
 BEFORE_WIDTH, AFTER_WIDTH = 38, 22
 
 
-def contexts_for_terminal(profiles: Sequence[LatentProfile]) -> RenderableType:
-    """One block per latent; the tokens under one another in reverse video, values in front."""
-    parts: list[RenderableType] = []
-    for rank, profile in enumerate(profiles, 1):
-        parts.append(Text(_headline(rank, profile), style="bold"))
-        for context in profile.contexts:
-            before, after = one_line(context.before), one_line(context.after)
-            # One line per context: what does not fit the terminal is cut at its end.
-            line = Text(no_wrap=True, overflow="ellipsis")
-            line.append(f"{context.activation:8.3g}  ", style="dim")
-            line.append(before[-BEFORE_WIDTH:].rjust(BEFORE_WIDTH))
-            line.append(one_line(context.token), style="reverse bold")
-            line.append(after[:AFTER_WIDTH])
-            parts.append(line)
-    return Group(*parts)
+class ContextsForTerminal:
+    """One block per latent; the tokens under one another, values in front.
+
+    The token is in reverse video, or between «» where the output has no styles (a file, a pipe).
+
+    Args:
+        profiles: The latents.
+    """
+
+    def __init__(self, profiles: Sequence[LatentProfile]) -> None:
+        self._profiles = profiles
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One line per heading and context; what does not fit the terminal is cut at its end."""
+        styled = console.is_terminal and console.color_system is not None
+        for rank, profile in enumerate(self._profiles, 1):
+            yield Text(_headline(rank, profile), style="bold")
+            for context in profile.contexts:
+                before, after = one_line(context.before), one_line(context.after)
+                token = one_line(context.token)
+                line = Text(no_wrap=True, overflow="ellipsis")
+                line.append(f"{context.activation:8.3g}  ", style="dim")
+                line.append(before[-BEFORE_WIDTH:].rjust(BEFORE_WIDTH))
+                line.append(token if styled else f"«{token}»", style="reverse bold")
+                line.append(after[:AFTER_WIDTH])
+                yield line
 
 
 def _escaped(text: str) -> str:

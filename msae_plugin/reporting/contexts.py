@@ -116,7 +116,9 @@ class ContextCollector:
 
         Ordered by mean activation when active times decoder norm, among latents that fire on
         0.01 % to 5 % of the tokens and in at least as many documents as contexts are shown; where
-        fewer than `count` qualify, the others that fire follow in the same order.
+        fewer than `count` qualify, the others that fire follow in the same order. A latent most of
+        whose strongest tokens are those of one already chosen is passed over: a person would read
+        the same lines twice.
 
         Args:
             W_dec: (d_sae, d_in).
@@ -132,7 +134,17 @@ class ContextCollector:
         by_strength = strength.argsort(descending=True, stable=True)
         readable_first = (~readable[by_strength]).long().argsort(stable=True)
         ranked = by_strength[readable_first]
-        chosen: list[int] = ranked[self.fired[ranked] > 0][:count].tolist()
+        chosen: list[int] = []
+        shown: list[set[int]] = []
+        for latent in ranked[self.fired[ranked] > 0].tolist():
+            held = self._values[:, latent] > 0
+            tokens = set(self._tokens[held, latent][: self.contexts].tolist())
+            if any(2 * len(tokens & others) > len(tokens) for others in shown):
+                continue
+            chosen.append(latent)
+            shown.append(tokens)
+            if len(chosen) == count:
+                break
         return chosen
 
     def profiles(

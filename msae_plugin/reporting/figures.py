@@ -132,7 +132,13 @@ def _draw_curves(axis: Any, saes: Sequence[FigureSAE]) -> None:
 
 
 def _draw_quality(axis: Any, saes: Sequence[FigureSAE]) -> None:
-    measures = ("explained\nvariance", "loss\nrecovered", "alive\nlatents", "decoder\noverlap")
+    # An arrow says which way is better.
+    measures = (
+        "explained\nvariance ↑",
+        "loss\nrecovered ↑",
+        "alive\nlatents ↑",
+        "decoder\noverlap ↓",
+    )
     offsets = [0.16 * (i - (len(saes) - 1) / 2) for i in range(len(saes))]
     for sae, colour, marker, offset in zip(saes, COLOURS, MARKERS, offsets, strict=False):
         m = sae.metrics
@@ -157,7 +163,7 @@ def _draw_quality(axis: Any, saes: Sequence[FigureSAE]) -> None:
     axis.set_xticks(range(len(measures)), measures)
     axis.set_ylim(0, 1.1)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-    axis.set_ylabel("share (overlap: mean max cosine, lower is better)", fontsize=9)
+    axis.set_ylabel("share; overlap: mean max cosine")
     axis.grid(visible=False, axis="x")
 
 
@@ -176,6 +182,7 @@ def _draw_firing(axis: Any, saes: Sequence[FigureSAE]) -> None:
     axis.set_title("How often latents fire")
     axis.set_xlabel("share of held-out tokens on which a latent fires")
     axis.set_ylabel("number of latents")
+    axis.set_ylim(top=1.22 * axis.get_ylim()[1])  # room for the note
     axis.text(
         0.98, 0.97, "\n".join(notes), transform=axis.transAxes, ha="right", va="top", fontsize=9
     )

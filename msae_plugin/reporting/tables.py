@@ -90,7 +90,7 @@ class ComparisonRow:
             f"{m.l0:.1f}",
             f"{m.explained_variance:.4f}",
             NOT_DEFINED if recovered is None else f"{recovered:.4f}",
-            f"{m.dead_latents} of {m.d_sae} ({m.dead_latents / m.d_sae:.1%})",
+            f"{m.dead_latents} ({m.dead_latents / m.d_sae:.1%})",
             f"{m.mean_max_decoder_cosine:.3f}",
             NOT_DEFINED if speed is None else f"{speed:,.0f}",
         ]

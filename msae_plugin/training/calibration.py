@@ -78,8 +78,8 @@ def calibrate_batchtopk(
             largest = torch.topk(largest, wanted + 1, sorted=False).values
     threshold = 0.0
     if len(largest) > wanted:
-        lowest_two = torch.topk(largest, min(2, len(largest)), largest=False).values.double()
-        threshold = float(lowest_two.mean())
+        lowest_two = torch.topk(largest, min(2, len(largest)), largest=False).values.tolist()
+        threshold = sum(lowest_two) / len(lowest_two)
     sae.topk_threshold.fill_(threshold)
     return {
         "l0_before": l0_before,

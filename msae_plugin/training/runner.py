@@ -74,6 +74,7 @@ class RunResult:
             and under `overall` (everything), of this session; empty if no step was left to do.
         activation_samples: (n, d_in) raw activations by hook.
         exports: What the export check measured, by SAE name.
+        final_rows: Last row of each SAE's metrics.jsonl.
     """
 
     saes: dict[str, TrainingSAE[Any]]
@@ -84,6 +85,7 @@ class RunResult:
     tokens_per_second: dict[str, float]
     activation_samples: dict[str, torch.Tensor]
     exports: dict[str, ExportReport]
+    final_rows: dict[str, dict[str, Any]]
 
 
 class MultiScaleRunner:
@@ -285,10 +287,11 @@ class MultiScaleRunner:
         samples = self._activation_samples(runner)
         runner.trainer.fold_scaling()
         exports: dict[str, ExportReport] = {}
+        final_rows: dict[str, dict[str, Any]] = {}
         for plan in self.plans:
             guard.check()
             sae = runner.saes[plan.name]
-            final = last_row(self.folders[plan.name] / METRICS_FILE)
+            final = final_rows[plan.name] = last_row(self.folders[plan.name] / METRICS_FILE)
             calibration = calibrations.get(plan.name)
             self._complete_metadata(sae, final, calibration)
             sae.eval()
@@ -311,6 +314,7 @@ class MultiScaleRunner:
             tokens_per_second=speeds,
             activation_samples=samples,
             exports=exports,
+            final_rows=final_rows,
         )
 
     def _calibrate(self, runner: SharedPassRunner) -> dict[str, dict[str, float]]:

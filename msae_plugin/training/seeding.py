@@ -48,7 +48,13 @@ class RandomStream:
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         self._cuda = torch.device(device) if torch.device(device).type == "cuda" else None
         outside = self._capture()
-        seed_everything(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # Not torch.manual_seed: it would reseed the devices that are not this stream's as well.
+        torch.default_generator.manual_seed(seed)
+        if self._cuda is not None:
+            with torch.cuda.device(self._cuda):
+                torch.cuda.manual_seed(seed)
         self._state = self._capture()
         self._restore(outside)
 

@@ -213,7 +213,7 @@ def test_exported_prefixes_are_the_trained_ones(batch: torch.Tensor, tmp_path: P
         acts = output.feature_acts[:, order]
         for width in sae.cfg.prefix_widths[:-1]:
             prefix = acts[:, :width] @ exported.W_dec[:width] + exported.b_dec
-            error = (prefix - batch).pow(2).sum(-1).mean()
+            error = sae.cfg.prefix_weight * (prefix - batch).pow(2).sum(-1).mean()
             torch.testing.assert_close(
                 output.losses[f"inner_mse_loss_{width}"], error, rtol=1e-4, atol=1e-4
             )

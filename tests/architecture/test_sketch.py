@@ -31,14 +31,14 @@ def filled(sketch: CoactivationSketch, true_rank: int, seed: int) -> torch.Tenso
     return exact
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(1, 5), st.integers(0, 3), st.integers(6, 30), st.integers(0, 50))
 def test_exact_when_the_rank_suffices(true_rank: int, more: int, d_sae: int, seed: int) -> None:
     torch.manual_seed(seed)
     sketch = CoactivationSketch(d_sae, true_rank + more, CPU)
     exact = filled(sketch, true_rank, seed)
     factors = sketch.factors()
-    assert factors.shape == (d_sae, true_rank + more)
+    assert factors.shape == (d_sae, min(true_rank + more, d_sae))
     error = (factors @ factors.T - exact).norm() / exact.norm()
     assert error < 1e-3
     assert sketch.relative_error(factors) < 1e-3
@@ -117,7 +117,7 @@ def test_sketch_stays_float32_under_autocast() -> None:
     assert torch.equal(plain.sample, autocast.sample)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.integers(1, 6), st.integers(0, 20))
 def test_leading_directions_are_the_singular_vectors(count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

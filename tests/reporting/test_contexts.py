@@ -7,7 +7,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
 from msae_plugin.evaluation.windows import iterate_windows
-from msae_plugin.reporting.context_rendering import contexts_as_markdown, contexts_for_terminal
+from msae_plugin.reporting.context_rendering import ContextsForTerminal, contexts_as_markdown
 from msae_plugin.reporting.contexts import ContextCollector, LatentProfile, TokenContext
 
 CONTEXT = 16
@@ -126,6 +126,32 @@ def test_a_document_in_two_batches_keeps_its_better_token():
         assert collector._documents[held, 0].tolist() == [0, 1]
 
 
+def test_a_latent_with_the_same_tokens_as_a_stronger_one_is_passed_over():
+    collector = ContextCollector(3, 8, contexts=2)
+    for document in range(4):
+        latents = torch.zeros(8, 3)
+        latents[2, :2] = torch.tensor([5.0, 4.0]) + document
+        latents[5, 2] = 1.0
+        collector.update(
+            LatentBatch(
+                name="a",
+                latents=latents,
+                windows=torch.full((8,), document),
+                positions=torch.arange(8),
+                documents=torch.full((8,), document),
+            )
+        )
+    assert collector.strongest(torch.ones(3, 2), count=3) == [0, 2]
+
+
+def test_the_terminal_marks_the_token_by_style_where_there_are_styles(profile):
+    console = Console(width=100, force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        console.print(ContextsForTerminal([profile]))
+    assert "\x1b[1;7m worst\x1b[0m" in capture.get()
+    assert "«" not in capture.get()
+
+
 def test_memory_does_not_grow_with_the_text():
     collector = ContextCollector(5, 8, contexts=2)
     before = {name: getattr(collector, name).numel() for name in ("_values", "_tokens")}
@@ -183,9 +209,9 @@ def test_markdown_marks_the_token_and_stays_valid(profile):
 def test_the_terminal_shows_value_context_and_token_on_one_line(profile):
     console = Console(width=80, record=True, file=None, color_system=None, quiet=False)
     with console.capture() as capture:
-        console.print(contexts_for_terminal([profile]))
+        console.print(ContextsForTerminal([profile]))
     lines = capture.get().splitlines()
     assert lines[0].startswith("1. latent 12: fires on 1.23%")
     assert "7.25" in lines[1]
-    assert "It was⏎*the*  worst film" in lines[1]
+    assert "It was⏎*the* « worst» film" in lines[1]
     assert len(lines) == 2
