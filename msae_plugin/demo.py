@@ -86,26 +86,32 @@ class DemoSettings:
     d_sae: int = 2048
     k: float = 32
     seed: int = 42
-    lr: float = 1e-3
-    batch_size_tokens: int = 1024
+    lr: float = 3e-3
+    batch_size_tokens: int = 512
     context_size: int = 128
     heldout_tokens: int = 40_000
-    loss_tokens: int = 8_000
+    loss_tokens: int = 5_000
     autocast: bool | None = None
 
     def run_config(self, autocast: bool = False) -> RunConfig:
         """The recipe of the demo's run, with the language model in bfloat16 or not."""
-        # A third of the run for warm-up and decay together: short runs need both.
         steps = max(1, self.tokens // self.batch_size_tokens)
         buffer = max(64, -(-4 * self.batch_size_tokens // self.context_size))
+        # Scaled to a norm of sqrt(d_in), the mean of the activations is learned within the first
+        # steps: explained variance .79 instead of .73 after 140,000 tokens, for either SAE.
+        common = {
+            "d_sae": self.d_sae,
+            "k": float(self.k),
+            "normalize_activations": "expected_average_only_in",
+        }
         return RunConfig.from_dict(
             {
                 "model": {"name": self.model, "autocast": autocast},
                 "data": {"source": self.text, "context_size": self.context_size},
                 "hooks": [self.hook],
                 "saes": {
-                    OURS: {"architecture": OURS, "d_sae": self.d_sae, "k": float(self.k)},
-                    THEIRS: {"architecture": THEIRS, "d_sae": self.d_sae, "k": float(self.k)},
+                    OURS: {"architecture": OURS, **common},
+                    THEIRS: {"architecture": THEIRS, **common},
                 },
                 "training": {
                     "tokens": self.tokens,
@@ -115,6 +121,9 @@ class DemoSettings:
                     "lr_decay_steps": steps // 5,
                     "seed": self.seed,
                     "n_batches_in_buffer": buffer,
+                    # Each costs passes of the language model: 8,000 tokens settle either number.
+                    "norm_estimate_batches": 16,
+                    "calibrate_batches": 16,
                     "keep_checkpoints": 0,
                 },
                 "logging": {"every_steps": max(1, steps // 40), "tensorboard": "off"},
@@ -296,7 +305,8 @@ held-out text (losses on {result.rows[0].metrics.n_loss_tokens:,}), with the exp
 ## The {len(result.profiles)} strongest latents of {OURS}
 
 By mean activation when active, times decoder norm, among latents that fire on 0.01 % to 5 % of the
-tokens. Each line is another document; the activating token is bold, its activation in front.
+tokens; one whose top tokens are mostly those of another is left out. Each line is from another
+document; the activating token is bold, its activation in front.
 
 {contexts_as_markdown(result.profiles)}"""
     write_text_atomic(result.output / MARKDOWN_FILE, text)

@@ -148,12 +148,12 @@ def test_ctrl_c_prints_a_command_that_continues(recipe_file: Path, tmp_path: Pat
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not any((out / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert re.search(r"stopped by SIGINT; everything so far is in \S+checkpoints/\d+", errors)

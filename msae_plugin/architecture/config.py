@@ -197,9 +197,9 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     zscore_z_lr: float = 0.0
     zscore_decay: float = 0.99
 
-    orthogonality_coefficient: float = 0.0
-    orthogonality_pairs: Literal["chunks", "neighbours"] = "neighbours"
-    orthogonality_weighting: Literal["none", "coactivation", "correlation"] = "coactivation"
+    orthogonality_coefficient: float = 0.1
+    orthogonality_pairs: Literal["chunks", "neighbours"] = "chunks"
+    orthogonality_weighting: Literal["none", "coactivation", "correlation"] = "none"
     orthogonality_tau: float = 0.1
     orthogonality_chunk_size: int = 512
     orthogonality_every: int = 1

@@ -46,6 +46,9 @@ _DEFAULT: dict[str, Any] = {
     "prefix_fractions": [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2],
     "prefix_weight": 0.25,
     "prefix_sort_every": 100,
+    "orthogonality_coefficient": 0.1,
+    "orthogonality_pairs": "chunks",
+    "orthogonality_weighting": "none",
 }
 
 _SOURCE_1: dict[str, Any] = {

@@ -15,6 +15,7 @@ from msae_plugin.training.run_record import RUN_FILE, read_run_record
 _MAY_CHANGE = (
     "logging.",
     "model.device",
+    "model.autocast",
     "training.n_checkpoints",
     "training.keep_checkpoints",
     "training.calibrate_batches",

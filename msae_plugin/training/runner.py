@@ -17,6 +17,7 @@ import torch
 from sae_lens.saes.sae import TrainingSAE
 
 from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.evaluation.model_pass import faster_in_bfloat16
 from msae_plugin.hub.export_run import REPORT_FILENAME, ExportReport, export_sae
 from msae_plugin.training.atomic_files import json_safe
 from msae_plugin.training.calibration import calibrate, needs_calibration
@@ -153,13 +154,16 @@ class MultiScaleRunner:
             for plan in self.plans
         }
         language_model = self._load_language_model()
+        autocast = self._autocast(language_model)
         text = self._load_text()
-        record = self._start_record(language_model, text)
+        record = self._start_record(language_model, text, autocast)
         metrics = MetricsLog(self._sinks())
         try:
             with InterruptionGuard() as guard:
                 runner = SharedPassRunner(
-                    shared_pass_config(self.config, self.plans, language_model, self.device),
+                    shared_pass_config(
+                        self.config, self.plans, language_model, self.device, autocast=autocast
+                    ),
                     config=self.config,
                     dataset=text.train,
                     language_model=language_model,
@@ -206,6 +210,15 @@ class MultiScaleRunner:
                 )
         return self._language_model
 
+    def _autocast(self, language_model: LanguageModel) -> bool:
+        setting = self.config.model.autocast
+        if setting != "auto":
+            return setting
+        faster = faster_in_bfloat16(language_model.model, self.config.hooks)
+        outcome = "faster here: on" if faster else "slower here: off"
+        self._progress.message(f"bfloat16 autocast is {outcome}")
+        return faster
+
     def _load_text(self) -> TextData:
         if self._text is None:
             data = self.config.data
@@ -233,7 +246,9 @@ class MultiScaleRunner:
             sinks.append(WandbSink(options, self.config.to_dict()))
         return sinks
 
-    def _start_record(self, language_model: LanguageModel, text: TextData) -> RunRecord:
+    def _start_record(
+        self, language_model: LanguageModel, text: TextData, autocast: bool
+    ) -> RunRecord:
         earlier = (read_run_record(self.output) or {}) if self.checkpoint is not None else {}
         resumed = cast("list[int]", earlier.get("resumed_at_steps", []))
         record = RunRecord(
@@ -247,6 +262,7 @@ class MultiScaleRunner:
                     "loader": language_model.model_class_name,
                     "d_model": language_model.d_model,
                     "n_layers": language_model.n_layers,
+                    "autocast": autocast,
                 },
                 "data": {
                     "description": text.description,

@@ -64,7 +64,12 @@ def _without_upstream_remarks() -> Generator[None]:
 
 
 def shared_pass_config(
-    config: RunConfig, plans: list[SAEPlan], language_model: LanguageModel, device: str
+    config: RunConfig,
+    plans: list[SAEPlan],
+    language_model: LanguageModel,
+    device: str,
+    *,
+    autocast: bool,
 ) -> MultiSAETrainingRunnerConfig:
     """SAELens' configuration of the run that a recipe describes.
 
@@ -73,6 +78,7 @@ def shared_pass_config(
         plans: Its SAEs.
         language_model: The loaded model, whose recorded name goes into the SAEs' metadata.
         device: Device of SAEs and activations.
+        autocast: Whether the model runs in bfloat16.
     """
     training, data = config.training, config.data
     return MultiSAETrainingRunnerConfig(
@@ -98,7 +104,7 @@ def shared_pass_config(
         seed=training.seed,
         dtype="float32",
         autocast=training.autocast,
-        autocast_lm=config.model.autocast,
+        autocast_lm=autocast,
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
         lr=training.lr,

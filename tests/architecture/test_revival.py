@@ -190,6 +190,22 @@ def test_outcomes_follow_after_the_survival_window(source: str) -> None:
     assert max(per_step.values()) <= int(0.2 * 13)
 
 
+def test_the_after_life_counts_from_the_revival() -> None:
+    record = RevivalRecord(3, CPU)
+    for _ in range(4):
+        record.observe(torch.tensor([5, 9, 0]))
+    record.mark_revived(torch.tensor([1, 2]), 4)
+    for _ in range(4):
+        record.observe(torch.tensor([5, 2, 0]))
+    assert record.judge(7, 4, 3, 10) == []
+    outcomes = {e["latent"]: e for e in record.judge(8, 4, 3, 10)}
+    assert {latent: e["firing_rate"] for latent, e in outcomes.items()} == {1: 0.2, 2: 0.0}
+    assert {latent: e["survived"] for latent, e in outcomes.items()} == {1: True, 2: False}
+    assert record.judge(20, 4, 3, 10) == []  # judged once
+    summary = record.summary(8)
+    assert (summary["revivals_total"], summary["revival_survival_rate"]) == (2.0, 0.5)
+
+
 def test_revival_brings_latents_back_to_life() -> None:
     """The point of it: the same run leaves fewer latents dead with revival than without."""
 

@@ -12,6 +12,7 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE
 from safetensors.torch import load_file
 
 from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.training import runner as runner_module
 from msae_plugin.training.models import LanguageModel
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
@@ -179,6 +180,21 @@ def test_bfloat16_model_and_autocast(recipe: dict[str, Any], tmp_path: Path) -> 
     MultiScaleRunner(RunConfig.from_dict(recipe), tmp_path / "out").run()
     exported = SAE.load_from_disk(tmp_path / "out" / "sae")
     assert exported.W_dec.dtype == torch.float32
+
+
+def test_autocast_auto_does_what_is_faster(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples: dict[bool, torch.Tensor] = {}
+    for faster in (True, False):
+        monkeypatch.setattr(runner_module, "faster_in_bfloat16", lambda *_, answer=faster: answer)
+        out = tmp_path / str(faster)
+        result = train(out, "model.autocast=auto", "training.tokens=640")
+        assert json.loads((out / "run.json").read_text())["model"]["autocast"] is faster
+        [samples[faster]] = result.activation_samples.values()
+    # The same tokens in the same order, with the rounding of bfloat16 (2^-8) in between.
+    error = (samples[True] - samples[False]).norm() / samples[False].norm()
+    assert 1e-4 < error < 3e-2
 
 
 def test_it_is_saelens_runner(recipe: dict[str, Any]) -> None:
