@@ -1,8 +1,8 @@
-"""Ground truth on two cores: a SynthSAEBench-shaped model, several SAEs at matched L0, tuned rates.
+"""Ground truth on two cores: a SynthSAEBench-shaped model, SAEs at matched L0, tuned rates.
 
 Every SAE of a ground-truth seed sees the same batches in the same pass, through SAELens' own
-`SAETrainer`, at the same budget. Learning rates are tuned per method at k = 11 on a ground-truth seed
-that is not reported on. At the end the cut of every SAE, ours or not, is set to the same mean L0
+`SAETrainer`, at the same budget. Learning rates are tuned per method at k = 11 on a ground truth
+of another seed, not reported on. At the end the cut of every SAE, ours or not, is set to the same mean L0
 over fresh samples, it is exported, and SAELens' own `eval_sae_on_synthetic_data` judges the export.
 
     python benchmarks/ground_truth.py tune   --output runs/ground_truth
@@ -60,7 +60,7 @@ METRICS = ["f1", "mcc", "explained_variance", "dead", "l0", "uniqueness", "preci
 
 
 def ground_truth_model(seed: int) -> SyntheticModel:
-    """ANCHORS' SynthSAEBench-16k with an eighth of the features; mean true L0 printed by `report`."""
+    """SynthSAEBench-16k (arXiv 2602.14687) with an eighth of the features."""
     return SyntheticModel(
         SyntheticModelConfig(
             num_features=N_FEATURES,
@@ -99,9 +99,7 @@ def multiscale(preset_name: str, **overrides: Any) -> Callable[[float, int], Tra
     """Maker of a preset, with overrides."""
 
     def make(k: float, steps: int) -> TrainingSAE[Any]:
-        cfg = preset(
-            preset_name, d_in=D_IN, d_sae=D_SAE, k=k, training_steps=steps, **overrides
-        )
+        cfg = preset(preset_name, d_in=D_IN, d_sae=D_SAE, k=k, training_steps=steps, **overrides)
         return MultiScaleTrainingSAE(cfg)
 
     return make
@@ -203,9 +201,7 @@ def train_together(
     return rows
 
 
-def _trainer(
-    sae: TrainingSAE[Any], n_samples: int, lr: float, steps: int
-) -> SAETrainer[Any, Any]:
+def _trainer(sae: TrainingSAE[Any], n_samples: int, lr: float, steps: int) -> SAETrainer[Any, Any]:
     cfg = SAETrainerConfig(
         total_training_samples=n_samples,
         train_batch_size_samples=BATCH,

@@ -234,8 +234,10 @@ def run_missing(
         step_ms: dict[int, float] = {}
         for number, (name, k, lr, seed) in enumerate(group):
             exported[number], step_ms[number] = train(makers[name], k, lr, seed, acts, n_tokens)
-            print(f"trained {name} k={k:g} lr={lr:g} seed={seed}: {step_ms[number]:.0f} ms/step",
-                  flush=True)
+            print(
+                f"trained {name} k={k:g} lr={lr:g} seed={seed}: {step_ms[number]:.0f} ms/step",
+                flush=True,
+            )
         found = evaluate(exported, args.eval_tokens, args.loss_tokens)
         with path.open("a", encoding="utf-8") as file:
             for number, (name, k, lr, seed) in enumerate(group):

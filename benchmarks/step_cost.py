@@ -60,9 +60,7 @@ def training_saes(d_in: int, d_sae: int, k: int) -> dict[str, TrainingSAE[Any]]:
         return MultiScaleTrainingSAE(cfg)
 
     return {
-        "batchtopk": BatchTopKTrainingSAE(
-            BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k)
-        ),
+        "batchtopk": BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k)),
         "matryoshka_batchtopk": MatryoshkaBatchTopKTrainingSAE(
             MatryoshkaBatchTopKTrainingSAEConfig(
                 d_in=d_in, d_sae=d_sae, k=k, matryoshka_widths=widths

@@ -121,6 +121,9 @@ class DemoSettings:
                     "lr_decay_steps": steps // 5,
                     "seed": self.seed,
                     "n_batches_in_buffer": buffer,
+                    # A run this short cannot wait 1000 batches before AuxK helps a silent latent:
+                    # after 100,000 tokens 193 latents were dead instead of 1234.
+                    "dead_feature_window": max(1, 20_000 // self.batch_size_tokens),
                     # Each costs passes of the language model: 8,000 tokens settle either number.
                     "norm_estimate_batches": 16,
                     "calibrate_batches": 16,

@@ -1,0 +1,1 @@
+"""Many SAEs on one stream of activations, side by side."""

@@ -1,0 +1,1 @@
+"""Training runs: the language model, the text, the recipe and the loop."""

@@ -81,7 +81,10 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
             "orthogonality_weighting": "correlation",
         },
     ),
-    ("sketch_rank", {"orthogonality_coefficient": 1.0, "orthogonality_pairs": "chunks"}),
+    (
+        "sketch_rank",
+        {"orthogonality_pairs": "chunks", "orthogonality_weighting": "coactivation"},
+    ),
     ("sketch_rank", {"sketch_rank": -1}),
     ("orthogonality_tau", {"orthogonality_tau": 2.0}),
     ("orthogonality_chunk_size", {"orthogonality_chunk_size": 0}),
@@ -177,7 +180,13 @@ def test_configs_survive_json(name: str) -> None:
 # ---- every field does something ----------------------------------------------------------------
 
 # For each field a base in which it matters, and a value that differs.
-PENALTY = {"orthogonality_coefficient": 3.0, "orthogonality_tau": 0.0, "neighbour_count": 3}
+PENALTY = {
+    "orthogonality_coefficient": 3.0,
+    "orthogonality_pairs": "neighbours",
+    "orthogonality_weighting": "coactivation",
+    "orthogonality_tau": 0.0,
+    "neighbour_count": 3,
+}
 SCORED = {"selection": "zscore", "zscore_z": 0.5}
 REVIVED = {"revival_every": 3, "revival_dead_steps": 2, "k": 1, "revival_max_fraction": 0.5}
 SCALES = {"norm_scales": [0.5, 2.0], "norm_eps": 0.1, "norm_eps_mode": "relative"}

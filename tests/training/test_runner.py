@@ -94,6 +94,24 @@ def test_calibration_can_be_left_out(train: Train, tmp_path: Path) -> None:
     assert run["saes"]["btk"]["calibration"] is None
 
 
+def test_every_revival_is_written_down_once(
+    train: Train, tmp_path: Path, read_rows: ReadRows
+) -> None:
+    sae = (
+        "sae={preset: reconstruction, d_sae: 512, k: 4, revival_every: 10, revival_dead_steps: 10, "
+        "revival_survival_steps: 10}"
+    )
+    train(tmp_path / "out", sae, "training.tokens=7680", "training.n_checkpoints=3")
+    events = read_rows(tmp_path / "out" / "revivals.jsonl")
+    revivals = [event for event in events if event["event"] == "revival"]
+    last = read_rows(tmp_path / "out" / "metrics.jsonl")[-1]
+    assert len(revivals) == last["metrics/revivals_total"] > 0
+    assert len({(event["step"], event["latent"]) for event in revivals}) == len(revivals)
+    assert all(event["step"] <= event["logged_at_step"] for event in events)
+    # What became of them is written down, too.
+    assert len(events) > len(revivals)
+
+
 def test_exported_sparsity_follows_the_exported_latents(train: Train, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = train(out, *TWO_SAES)
