@@ -1,9 +1,10 @@
 """Ground truth on two cores: a SynthSAEBench-shaped model, SAEs at matched L0, tuned rates.
 
 Every SAE of a ground-truth seed sees the same batches in the same pass, through SAELens' own
-`SAETrainer`, at the same budget. Learning rates are tuned per method at k = 11 on a ground truth
-of another seed, not reported on. At the end the cut of every SAE, ours or not, is set to the same mean L0
-over fresh samples, it is exported, and SAELens' own `eval_sae_on_synthetic_data` judges the export.
+`SAETrainer`, at the same budget. Learning rates are tuned per method at k = 11 on a ground truth of
+another seed, which is not reported on. At the end the cut of every SAE, ours or not, is set to the
+same mean L0 over fresh samples, it is exported, and SAELens' own `eval_sae_on_synthetic_data`
+judges the export.
 
     python benchmarks/ground_truth.py tune   --output runs/ground_truth
     python benchmarks/ground_truth.py report --output runs/ground_truth
