@@ -176,7 +176,8 @@ def run_demo(settings: DemoSettings, output: Path, console: Console) -> DemoResu
     language_model = load_language_model(
         settings.model, [settings.hook], device=default_device("auto")
     )
-    config = settings.run_config(_autocast(settings, record, language_model))
+    autocast = _autocast(settings, record, language_model)
+    config = settings.run_config(autocast)
     clock.append(time.perf_counter())
     if record is not None and complete:
         heldout = _heldout_of_finished_run(record, config, output, console)
@@ -190,9 +191,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Console) -> DemoResu
         )
         heldout = runner.run().heldout
     clock.append(time.perf_counter())
-    rows, profiles = _evaluate(
-        settings, config.model.autocast, output, language_model, heldout, console
-    )
+    rows, profiles = _evaluate(settings, autocast, output, language_model, heldout, console)
     clock.append(time.perf_counter())
     parts = ("loading", "training", "evaluation")
     seconds = {part: end - start for part, start, end in zip(parts, clock, clock[1:], strict=False)}
