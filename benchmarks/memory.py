@@ -4,7 +4,8 @@
 
 Each width runs in a fresh process. The peak is that of the whole process while the penalty and the
 statistics of one step run, less what it held before (weights, latents), so it counts everything
-that they allocate. Growth must be linear: a d_sae x d_sae matrix at 131k would be 69 GB.
+that they allocate. Growth must be linear: a d_sae x d_sae matrix at 131k would be 69 GB. The search
+for neighbours takes minutes at 131k on a CPU core (18 TFLOP).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="variants by name")
     parser.add_argument("--one", help="internal: run this variant in this process")
     args = parser.parse_args()
     if args.one:
@@ -84,7 +86,7 @@ def main() -> None:
     widths = " | ".join(f"{width:,}" for width in args.d_sae)
     print(f"Extra peak memory in MiB, d_in {args.d_in}, {args.tokens} tokens\n")
     print(f"| penalty and statistics | {widths} |\n|---|" + "---|" * len(args.d_sae))
-    for variant in VARIANTS:
+    for variant in args.only:
         cells: list[str] = []
         for width in args.d_sae:
             command = [sys.executable, __file__, "--one", variant, "--d-sae", str(width)]

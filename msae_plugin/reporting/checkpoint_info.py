@@ -24,6 +24,7 @@ _LETTERS = {
     "sparsity_scales": "S",
     "prefix_fractions": "S",
     "k_initial_multiplier": "S",
+    "k_anneal_steps": "S",
     "norm_scales": "N",
     "norm_gate": "N",
     "norm_attention": "A",

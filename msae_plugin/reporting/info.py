@@ -17,7 +17,7 @@ from msae_plugin.reporting.checkpoint_info import (
     mechanisms_on,
     read_folder,
 )
-from msae_plugin.reporting.costs import RunCost, run_cost
+from msae_plugin.reporting.costs import LOADED_MODEL_FACTOR, RunCost, run_cost
 from msae_plugin.training.models import describe_model
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.sae_plans import SAEPlan
@@ -147,7 +147,11 @@ def describe_config(path: Path, overrides: Sequence[str] = ()) -> RenderableType
             "memory and disk",
             [
                 ("SAEs", f"{human_bytes(_held(cost))} weights, gradients and Adam"),
-                ("model", f"{human_bytes(cost.model_bytes)} weights (estimate)"),
+                (
+                    "model",
+                    f"{human_bytes(cost.model_bytes)} weights, "
+                    f"{human_bytes(LOADED_MODEL_FACTOR * cost.model_bytes)} once loaded (estimate)",
+                ),
                 ("buffer", f"{human_bytes(cost.buffer_bytes)} activations, while they are mixed"),
                 ("one pass", f"{human_bytes(cost.model_forward_bytes)} in the model (estimate)"),
                 ("peak", f"{human_bytes(cost.peak_bytes)} (estimate), + 0.9 GiB of libraries"),

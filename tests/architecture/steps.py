@@ -35,8 +35,12 @@ EVERYTHING: dict[str, Any] = {
 
 
 def plain(**fields: Any) -> dict[str, Any]:
-    """Fields of a configuration with every mechanism off but those given."""
-    return {**mechanisms_off(), "d_in": 6, "d_sae": 13, "k": 3, **fields}
+    """Fields of a configuration with every mechanism off but those given.
+
+    A penalty is the weighted one over neighbours unless the fields say otherwise.
+    """
+    weighted = {"orthogonality_pairs": "neighbours", "orthogonality_weighting": "coactivation"}
+    return {**mechanisms_off(), **weighted, "d_in": 6, "d_sae": 13, "k": 3, **fields}
 
 
 def make(seed: int = 0, **fields: Any) -> MultiScaleTrainingSAE:

@@ -213,6 +213,7 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
         "skip_scale": draw(st.sampled_from([0.0, 0.1])),
         "token_loss_weight": draw(st.sampled_from(["none", "inverse_norm"])),
         "orthogonality_coefficient": draw(st.sampled_from([0.0, 0.5])),
+        "orthogonality_pairs": "neighbours",
         "orthogonality_weighting": draw(st.sampled_from(["none", "coactivation", "correlation"])),
         "neighbour_count": draw(st.integers(1, 12)),
         "neighbour_refresh_every": draw(st.sampled_from([1, 99])),
