@@ -30,16 +30,25 @@ class FigureSAE:
         metrics: On held-out text, with firing frequencies.
         tokens: Training tokens of each logged row.
         explained_variance: Explained variance of the training batches of each logged row.
+        l0: Active latents per token in those batches; not the exported SAE's.
     """
 
     name: str
     metrics: HeldoutMetrics
     tokens: list[int]
     explained_variance: list[float]
+    l0: list[float]
+
+    @property
+    def training_label(self) -> str:
+        """Name and L0 while training: curves at different L0 must not be read as a comparison."""
+        first, last = round(self.l0[0]), round(self.l0[-1])
+        span = f"{last}" if first == last else f"{first} falling to {last}"
+        return f"{self.name} (training L0 {span})"
 
 
-def training_curve(metrics_file: Path) -> tuple[list[int], list[float]]:
-    """Tokens and explained variance from a `metrics.jsonl`.
+def training_curve(metrics_file: Path) -> tuple[list[int], list[float], list[float]]:
+    """Tokens, explained variance and L0 from a `metrics.jsonl`.
 
     Raises:
         InputError: The file is missing or not JSON lines.
@@ -49,7 +58,11 @@ def training_curve(metrics_file: Path) -> tuple[list[int], list[float]]:
     except (OSError, ValueError) as error:
         raise InputError(f"{str(metrics_file)!r} cannot be read: {error}") from error
     rows = [row for row in rows if row.get("explained_variance") is not None]
-    return [int(row["tokens"]) for row in rows], [row["explained_variance"] for row in rows]
+    return (
+        [int(row["tokens"]) for row in rows],
+        [row["explained_variance"] for row in rows],
+        [row["l0"] for row in rows],
+    )
 
 
 def _pyplot() -> Any:
@@ -122,7 +135,9 @@ def demo_figure(saes: Sequence[FigureSAE], path: Path, title: str) -> None:
 def _draw_curves(axis: Any, saes: Sequence[FigureSAE]) -> None:
     for sae, colour, line in zip(saes, COLOURS, LINES, strict=False):
         thousands = [tokens / 1000 for tokens in sae.tokens]
-        axis.plot(thousands, sae.explained_variance, line, color=colour, label=sae.name, lw=2)
+        axis.plot(
+            thousands, sae.explained_variance, line, color=colour, label=sae.training_label, lw=2
+        )
     axis.set_title("Training")
     axis.set_xlabel("training tokens (thousands)")
     axis.set_ylabel("explained variance of training batches")
@@ -194,6 +209,5 @@ def figure_saes(
     """What `demo_figure` needs, from evaluations and training logs by SAE name."""
     found: list[FigureSAE] = []
     for name, measured in metrics.items():
-        tokens, variance = training_curve(metrics_files[name])
-        found.append(FigureSAE(name, measured, tokens, variance))
+        found.append(FigureSAE(name, measured, *training_curve(metrics_files[name])))
     return found

@@ -73,7 +73,7 @@ def test_the_terminal_table_shows_every_number_at_80_columns():
 
 def test_the_figure_is_a_png_of_a_useful_size(tmp_path):
     saes = [
-        FigureSAE(name, metrics(None), [100, 200, 300], [-2.0, 0.5, 0.8])
+        FigureSAE(name, metrics(None), [100, 200, 300], [-2.0, 0.5, 0.8], [96.0, 64.0, 32.0])
         for name in ("multiscale", "batchtopk")
     ]
     demo_figure(saes, tmp_path / "demo.png", "title")
@@ -86,7 +86,7 @@ def test_the_figure_is_a_png_of_a_useful_size(tmp_path):
 
 
 def test_too_many_saes_for_the_palette_are_refused(tmp_path):
-    saes = [FigureSAE(str(i), metrics(), [1], [0.5]) for i in range(5)]
+    saes = [FigureSAE(str(i), metrics(), [1], [0.5], [32.0]) for i in range(5)]
     with pytest.raises(InputError, match="not 5"):
         demo_figure(saes, tmp_path / "demo.png", "title")
 
@@ -107,11 +107,18 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 def test_the_training_curve_comes_from_the_log(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [
-        {"step": 1, "tokens": 100, "explained_variance": 0.1},
-        {"step": 2, "tokens": 200, "explained_variance": None},
-        {"step": 3, "tokens": 300, "explained_variance": 0.3},
+        {"step": 1, "tokens": 100, "explained_variance": 0.1, "l0": 96.0},
+        {"step": 2, "tokens": 200, "explained_variance": None, "l0": 64.0},
+        {"step": 3, "tokens": 300, "explained_variance": 0.3, "l0": 32.0},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert training_curve(path) == ([100, 300], [0.1, 0.3])
+    assert training_curve(path) == ([100, 300], [0.1, 0.3], [96.0, 32.0])
     with pytest.raises(InputError, match="cannot be read"):
         training_curve(Path(tmp_path / "none.jsonl"))
+
+
+def test_curves_at_another_l0_say_so():
+    annealed = FigureSAE("a", metrics(), [1, 2], [0.1, 0.2], [95.6, 32.1])
+    constant = FigureSAE("b", metrics(), [1, 2], [0.1, 0.2], [32.0, 32.0])
+    assert annealed.training_label == "a (training L0 96 falling to 32)"
+    assert constant.training_label == "b (training L0 32)"
