@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.heldout import evaluate_many
 from msae_plugin.training.models import load_language_model
+from msae_plugin.training.progress import ConsoleProgress
 from msae_plugin.training.text_data import load_text
 
 HOOK = "blocks.1.hook_resid_post"
@@ -133,3 +136,24 @@ def test_the_command_refuses_bad_input_with_status_2(tmp_path, settings):
     )
     assert outcome.exit_code == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_a_stopped_demo_continues_with_the_same_command(tmp_path, settings, monkeypatch):
+    output = tmp_path / "out"
+    command = ["demo", "--output", str(output), "--model", settings.model, "--hook", HOOK]
+    command += ["--text", settings.text, "--tokens", "20480", "--d-sae", "96", "--k", "8"]
+    command += ["--heldout-tokens", "1600", "--loss-tokens", "320"]
+    with monkeypatch.context() as patch:
+
+        def stop_half_way(self: ConsoleProgress, done_tokens: int) -> None:
+            if done_tokens >= 10_240:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(ConsoleProgress, "advance", stop_half_way)
+        assert CliRunner().invoke(app, command).exit_code == 128 + signal.SIGTERM
+    assert not (output / "demo.json").exists()
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 0
+    assert "explained" in outcome.stdout
+    assert json.loads((output / "run.json").read_text())["resumed_at_steps"] == [20]
+    assert (output / "demo.json").exists()
