@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One thread per process: with anything else running, two torch threads fall far below one.
-export OMP_NUM_THREADS ?= 1
+# Tests and benchmarks run on one thread: beside anything else, two torch threads fall far below one.
+# The demo takes the cores that there are.
+test test-slow bench: export OMP_NUM_THREADS ?= 1
 
 .PHONY: env demo test test-slow check bench clean
 
