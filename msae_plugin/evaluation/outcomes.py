@@ -1,0 +1,182 @@
+"""What the evaluations exchange: the SAEs under evaluation, the model, and what came out."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from sae_lens import SAE
+
+from msae_plugin.errors import RunFailure
+from msae_plugin.training.models import LanguageModel
+
+Status = Literal["measured", "failed", "skipped", "not_measurable"]
+
+SAEBENCH_ID = "custom_sae"
+"""What SAEBench calls every SAE that it is given as an object, in file names too."""
+
+SAEBENCH_MARKER = -1
+"""What SAEBench writes in place of a NaN, and of a probe that it did not train."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE under evaluation.
+
+    Args:
+        name: Unique in one evaluation, safe as a file name.
+        reference: What the user wrote.
+        sae: In float32 and eval mode, decoder norms folded in float32. Shared by all evaluations:
+            none changes it; SAEBench, which writes into an SAE and its config, gets a copy.
+        weights_sha256: Hash of the weights as they were loaded, before folding.
+        model_name: The language model in the checkpoint's metadata.
+        hook_name: Where the SAE reads, TransformerLens style.
+        folder: The checkpoint's folder, where it is local.
+    """
+
+    name: str
+    reference: str
+    sae: SAE[Any]
+    weights_sha256: str
+    model_name: str | None
+    hook_name: str
+    folder: Path | None = None
+
+    @property
+    def layer(self) -> int:
+        """The first number in the hook's name, which is how SAEBench finds the layer."""
+        found = re.search(r"\d+", self.hook_name)
+        if found is None:
+            raise RunFailure(f"SAE {self.name!r}: hook {self.hook_name!r} names no layer")
+        return int(found.group())
+
+    def for_saebench(self, dtype: torch.dtype, device: str) -> SAE[Any]:
+        """A copy that SAEBench may change: cast as it casts, its metadata complete.
+
+        Args:
+            dtype: SAEBench casts every SAE to the language model's.
+            device: A torch device.
+        """
+        sae = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
+        sae.cfg.dtype = str(dtype).removeprefix("torch.")
+        metadata = sae.cfg.metadata
+        metadata.model_name = self.model_name
+        metadata.hook_name = self.hook_name
+        metadata.hook_layer = self.layer
+        # SAELens stores what the model was loaded with; a dtype in it makes SAEBench's core fail
+        # ("multiple values for keyword argument 'dtype'"), and here the model is loaded already.
+        metadata.model_from_pretrained_kwargs = {}
+        if metadata.prepend_bos is None:
+            metadata.prepend_bos = True
+        return sae
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """The language model of an evaluation, loaded once for all SAEs.
+
+    Args:
+        language_model: `.model` is a HookedTransformer in eval mode, already in `dtype`.
+        weights_sha256: Hash of its parameters.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: A torch device.
+        name: What SAEBench writes as `model_name`.
+        cache: Root of the model-side caches.
+    """
+
+    language_model: LanguageModel
+    weights_sha256: str
+    dtype: str
+    device: str
+    name: str
+    cache: Path
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one evaluation of one SAE with one seed gave.
+
+    Args:
+        status: `measured`; `failed` (an error); `skipped` (something is missing and the user asked
+            to skip); `not_measurable` (everything worked, but there is nothing to measure).
+        metrics: Value by metric name, empty unless measured.
+        file: SAEBench's own JSON.
+        reason: One line, for everything but `measured`.
+        facts: What the number depends on and a reader must know. `text` is a hash of the text:
+            seeds with the same one are not independent.
+    """
+
+    status: Status
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    file: Path | None = None
+    reason: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class MetricDefinition:
+    """What a number of `summary.json` means.
+
+    Args:
+        definition: A formula or a sentence.
+        unit: `nats per token`, `share`, `latents per token`, ...
+        tokens: Which tokens or examples it covers, and whether BOS is among them.
+        source: `saebench` (its number, under its name) or `msae` (computed here).
+        higher_is_better: None where neither is.
+    """
+
+    definition: str
+    unit: str
+    tokens: str
+    source: Literal["saebench", "msae"]
+    higher_is_better: bool | None
+
+
+class Reporter(Protocol):
+    """Shows progress."""
+
+    def __call__(self, message: str, done: int | None = None, total: int | None = None) -> None:
+        """Say what is being done, and how much of it."""
+        ...
+
+
+def no_report(message: str, done: int | None = None, total: int | None = None) -> None:
+    """A reporter that shows nothing."""
+    del message, done, total
+
+
+def require_real(metrics: Mapping[str, float], where: str) -> None:
+    """Refuse numbers that were not measured.
+
+    Raises:
+        RunFailure: A metric is NaN, infinite, or SAEBench's marker -1.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise RunFailure(f"{where}: {name} is {value}: nothing is reported for this SAE")
+        if value == SAEBENCH_MARKER:
+            raise RunFailure(
+                f"{where}: {name} is -1, which SAEBench writes for NaN: nothing is reported"
+            )
+
+
+def failure(error: Exception) -> Outcome:
+    """The outcome of an SAE whose evaluation raised."""
+    text = " ".join(str(error).split())
+    return Outcome("failed", reason=text if text else type(error).__name__)
+
+
+def result_file(output: Path, subject: Subject) -> Path:
+    """Where SAEBench's JSON of a subject goes, under the name that SAEBench gives it."""
+    return output / f"{subject.name}_{SAEBENCH_ID}_eval_results.json"

@@ -1,0 +1,196 @@
+"""What the core evaluation needs of the language model alone: computed once, kept on disk.
+
+Per batch of tokens: the activations at the hook; for the batches of the reconstruction metrics also
+the residual stream before the last norm (from which the clean logits follow by the unembedding
+alone; stored logits of SAEBench's protocol would take hundreds of GB) and the losses of the clean
+model and of the one with zeros at the hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from msae_plugin.evaluation.cache import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.evaluation.outcomes import ModelContext, Reporter
+from msae_plugin.evaluation.saebench.core_predictions import CleanPredictions, Predictions
+from msae_plugin.evaluation.saebench.core_text import tokens_sha256
+
+KIND = "core"
+# Raised when what is stored changes.
+FORMAT = 1
+# Logits of a pass that starts in the middle against those of a whole one, relative. The same
+# operations on the same shapes: 0 was measured in float32.
+TAIL_TOLERANCE = 1e-5
+# A file that says that this model cannot be started in the middle.
+WHOLE_PASSES = "whole-passes"
+
+
+def tail_start(hook_name: str) -> int | None:
+    """The layer from which the model can be run when the hook's activations are known.
+
+    None where they do not determine the rest (an MLP's or a head's output): then every pass begins
+    with the tokens.
+    """
+    parts = hook_name.split(".")
+    if len(parts) != 3 or parts[0] != "blocks" or not parts[1].isdecimal():
+        return None
+    return {"hook_resid_post": int(parts[1]) + 1, "hook_resid_pre": int(parts[1])}.get(parts[2])
+
+
+class CoreModelSide:
+    """The model's side of the core evaluation for one hook and one list of token batches.
+
+    Args:
+        context: The model.
+        hook_name: Where the SAEs read.
+        tokens: (n_batches, prompts, context) long.
+        n_reconstruction: The first so many batches also serve the reconstruction metrics.
+    """
+
+    def __init__(
+        self, context: ModelContext, hook_name: str, tokens: torch.Tensor, n_reconstruction: int
+    ) -> None:
+        self.context = context
+        self.hook_name = hook_name
+        self.tokens = tokens
+        self.n_reconstruction = n_reconstruction
+        self._model = context.language_model.model
+        self._start = tail_start(hook_name)
+        self.key: Mapping[str, Any] = {
+            "format": FORMAT,
+            "model": context.weights_sha256,
+            "model_config": str(sorted(self._model.cfg.to_dict().items(), key=str)),
+            "dtype": context.dtype,
+            "device": context.device.split(":")[0],
+            "hook": hook_name,
+            "tokens": tokens_sha256(tokens),
+            "n_reconstruction": n_reconstruction,
+            "versions": versions("torch", "transformer-lens", "sae-lens", "sae-bench"),
+        }
+        self.folder: Path = keyed_folder(context.cache, KIND, self.key)
+
+    def prepare(self, report: Reporter) -> bool:
+        """Compute what is not on disk yet.
+
+        Returns:
+            Whether anything had to be computed.
+        """
+        if is_complete(self.folder):
+            if (self.folder / WHOLE_PASSES).exists():
+                self._start = None
+            return False
+        for index in range(len(self.tokens)):
+            report("core: language model", index, len(self.tokens))
+            if index < self.n_reconstruction:
+                stored = self._reconstruction_batch(index)
+            else:
+                stored = {"activations": self._activations(self.batch(index))}
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in stored.items()},
+                self._file(index),
+            )
+        mark_complete(self.folder, self.key)
+        return True
+
+    def activations(self, index: int) -> torch.Tensor:
+        """(prompts, context, ...) what the hook gives for a batch, in the model's dtype."""
+        return self._load(index)["activations"]
+
+    def clean(self, index: int) -> tuple[CleanPredictions, torch.Tensor, Predictions]:
+        """For a batch of the reconstruction metrics: the clean model, its loss, and the ablation.
+
+        Returns:
+            The clean predictions, their loss (prompts, context - 1), and what zeros at the hook do.
+        """
+        stored = self._load(index)
+        n_layers = int(self._model.cfg.n_layers)
+        logits = self._model(stored["final_residual"], start_at_layer=n_layers)
+        clean = CleanPredictions(self._model, logits, self.batch(index))
+        zeros = Predictions(stored["ce_zero"], stored["kl_zero"], stored["kl_zero_float32"])
+        return clean, stored["ce_clean"], zeros
+
+    def logits_with(self, index: int, values: torch.Tensor) -> torch.Tensor:
+        """Logits (prompts, context, vocabulary) of a batch when the hook gives these values."""
+        return self._logits(self.batch(index), values)
+
+    def batch(self, index: int) -> torch.Tensor:
+        """(prompts, context) tokens, on the model's device."""
+        return self.tokens[index].to(self.context.device)
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"batch-{index:05d}.safetensors"
+
+    def _load(self, index: int) -> dict[str, torch.Tensor]:
+        return load_file(self._file(index), device=self.context.device)
+
+    def _activations(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As SAEBench reads them: stopping after the hook's layer."""
+        layer = int(self.hook_name.split(".")[1])
+        cache = self._model.run_with_cache(
+            tokens, prepend_bos=False, names_filter=[self.hook_name], stop_at_layer=layer + 1
+        )[1]
+        return cache[self.hook_name]
+
+    @torch.no_grad()
+    def _reconstruction_batch(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = self.batch(index)
+        final = f"blocks.{int(self._model.cfg.n_layers) - 1}.hook_resid_post"
+        seen: dict[str, torch.Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook_fn(value: torch.Tensor, hook: Any) -> None:
+                del hook  # TransformerLens passes it by keyword
+                # A copy: a later block may write in place.
+                seen[name] = value.clone()
+
+            return hook_fn
+
+        logits, loss = self._model.run_with_hooks(
+            tokens,
+            return_type="both",
+            loss_per_token=True,
+            fwd_hooks=[(name, keep(name)) for name in dict.fromkeys((self.hook_name, final))],
+        )
+        activations = seen[self.hook_name]
+        if index == 0:
+            self._require_same_tail(tokens, activations, logits)
+        clean = CleanPredictions(self._model, logits, tokens)
+        zeros = clean.compare(self._logits(tokens, torch.zeros_like(activations)))
+        return {
+            "activations": activations,
+            "final_residual": seen[final],
+            "ce_clean": loss,
+            "ce_zero": zeros.ce,
+            "kl_zero": zeros.kl,
+            "kl_zero_float32": zeros.kl_float32,
+        }
+
+    def _require_same_tail(
+        self, tokens: torch.Tensor, activations: torch.Tensor, logits: torch.Tensor
+    ) -> None:
+        """Start in the middle only if it gives what the whole model gives."""
+        if self._start is None:
+            return
+        tail = self._logits(tokens, activations)
+        error = (tail - logits).abs().max() / logits.abs().max()
+        if not float(error) <= TAIL_TOLERANCE:
+            self._start = None
+            (self.folder / WHOLE_PASSES).touch()
+
+    @torch.no_grad()
+    def _logits(self, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if self._start is not None:
+            return self._model(values, start_at_layer=self._start)
+
+        def replace(value: torch.Tensor, hook: Any) -> torch.Tensor:
+            del value, hook  # TransformerLens passes both
+            return values
+
+        return self._model.run_with_hooks(
+            tokens, return_type="logits", fwd_hooks=[(self.hook_name, replace)]
+        )
