@@ -48,3 +48,43 @@ def token_counter(console: Console, title: str, total: int) -> Generator[Advance
             console.print(f"{100 * done / total:3.0f} %  {done:,}/{total:,} tokens")
 
     yield advance
+
+
+class Report(Protocol):
+    """Called with what is being done, and how much of it is done."""
+
+    def __call__(self, message: str, done: int | None = None, total: int | None = None) -> None:
+        """Show it."""
+        ...
+
+
+@contextmanager
+def step_reporter(console: Console) -> Generator[Report]:
+    """Show steps whose names and lengths are not known beforehand.
+
+    Args:
+        console: Where to show them: a line that changes in a terminal, elsewhere a line when the
+            message is new and now and then.
+    """
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+
+            def update(message: str, done: int | None = None, total: int | None = None) -> None:
+                bar.update(task, description=message, total=total, completed=done or 0)
+
+            yield update
+        return
+    last, next_line = "", 0.0
+
+    def lines(message: str, done: int | None = None, total: int | None = None) -> None:
+        nonlocal last, next_line
+        now = time.perf_counter()
+        if message == last and now < next_line:
+            return
+        last, next_line = message, now + PLAIN_LINE_SECONDS
+        count = "" if done is None or total is None else f" {done}/{total}"
+        console.print(Text(message + count), soft_wrap=True)
+
+    yield lines

@@ -119,6 +119,15 @@ def packaged_model(name: str) -> PackagedModel:
     return PACKAGED_MODELS[key]
 
 
+def is_installed(model: PackagedModel) -> bool:
+    """Whether the packages that carry a model's weights are installed."""
+    try:
+        _installed_parts(model)
+    except InputError:
+        return False
+    return True
+
+
 def default_cache_dir() -> Path:
     """The folder for converted models: MSAE_CACHE, or the platform's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)

@@ -1,0 +1,111 @@
+"""summary.json and summary.csv: means, spreads, and what was not measured."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation.outcomes import MetricDefinition, Outcome
+from msae_plugin.evaluation.stored_outcomes import read_outcomes, write_outcomes
+from msae_plugin.evaluation.summary import result_entry, summary, summary_csv, write_summary
+from msae_plugin.reporting.evaluation_tables import summary_markdown, unmeasured
+
+L0 = MetricDefinition("latents that are not 0", "latents per token", "all", "saebench", None)
+
+
+def measured(value: float, tmp_path: Path, seed: int, **facts: str) -> Outcome:
+    file = tmp_path / "core" / f"seed_{seed}" / "a.json"
+    return Outcome("measured", {"l0": value}, file, facts=facts)
+
+
+def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
+    outcomes = {seed: measured(value, tmp_path, seed) for seed, value in ((2, 30.0), (0, 34.0))}
+    entry = result_entry("a", "core", outcomes, tmp_path)
+    assert entry["metrics"]["l0"] == {
+        "mean": 32.0,
+        "std": pytest.approx(8**0.5),
+        "per_seed": {"0": 34.0, "2": 30.0},
+    }
+    assert entry["files"] == ["core/seed_0/a.json", "core/seed_2/a.json"]
+    assert entry["seeds"] == [0, 2]
+
+
+def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+    entry = result_entry("a", "core", {7: measured(30.0, tmp_path, 7)}, tmp_path)
+    assert entry["metrics"]["l0"]["std"] is None
+
+
+def test_seeds_with_the_same_text_have_no_spread_and_say_so(tmp_path: Path) -> None:
+    outcomes = {seed: measured(30.0, tmp_path, seed, text="same") for seed in (0, 1)}
+    entry = result_entry("a", "core", outcomes, tmp_path)
+    assert entry["metrics"]["l0"]["std"] is None
+    assert "same text" in entry["note"]
+
+
+def test_a_failed_seed_is_a_failed_evaluation(tmp_path: Path) -> None:
+    outcomes = {0: measured(30.0, tmp_path, 0), 1: Outcome("failed", reason="l0 is nan")}
+    entry = result_entry("a", "core", outcomes, tmp_path)
+    assert (entry["status"], entry["reason"]) == ("failed", "seed 1: l0 is nan")
+    assert entry["metrics"] == {}
+
+
+def contents(entries: list[dict]) -> dict:
+    return summary(
+        model={"name": "m"},
+        seeds=[0],
+        config={},
+        saes={"a": {}},
+        results=entries,
+        definitions={"core": {"l0": L0}},
+    )
+
+
+def test_a_metric_that_nobody_defined_is_not_reported(tmp_path: Path) -> None:
+    strange = Outcome("measured", {"vibes": 1.0}, tmp_path / "x.json")
+    with pytest.raises(KeyError, match="vibes"):
+        contents([result_entry("a", "core", {0: strange}, tmp_path)])
+
+
+def test_files_hold_the_numbers_their_meaning_and_the_reasons(tmp_path: Path) -> None:
+    entries = [
+        result_entry("a", "core", {0: measured(30.0, tmp_path, 0)}, tmp_path),
+        result_entry("a", "unlearning", {0: Outcome("skipped", reason="no corpus")}, tmp_path),
+    ]
+    write_summary(contents(entries), tmp_path)
+    stored = json.loads((tmp_path / "summary.json").read_text())
+    assert stored["metrics"]["core/l0"]["unit"] == "latents per token"
+    assert stored["results"][1]["reason"] == "no corpus"
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "summary.csv").read_text())))
+    assert [(r["evaluation"], r["metric"], r["mean"], r["status"]) for r in rows] == [
+        ("core", "l0", "30.0", "measured"),
+        ("unlearning", "", "", "skipped"),
+    ]
+    assert rows == list(csv.DictReader(io.StringIO(summary_csv(stored))))
+    page = summary_markdown(stored)
+    assert "| a | 30.0 |" in page
+    assert "unlearning skipped for all SAEs: no corpus" in page
+
+
+def test_the_same_reason_is_said_once() -> None:
+    entries = [
+        {"sae": name, "status": "failed", "reason": reason}
+        for name, reason in (("a", "x"), ("b", "x"), ("c", "y"))
+    ]
+    assert unmeasured("core", entries) == ["core failed for a, b: x", "core failed for c: y"]
+
+
+def test_outcomes_are_taken_up_again_only_under_the_same_key(tmp_path: Path) -> None:
+    folder = tmp_path / "core" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "a.json").write_text("{}")
+    good, bad = measured(30.0, tmp_path, 0, text="t"), Outcome("failed", reason="once")
+    write_outcomes(folder, {"a": "key", "b": "key"}, {"a": good, "b": bad})
+    assert read_outcomes(folder, {"a": "key", "b": "key"}) == {"a": good}
+    assert read_outcomes(folder, {"c": "key"}) == {}
+    with pytest.raises(InputError, match="other weights, settings or versions"):
+        read_outcomes(folder, {"a": "another"})
+    (folder / "a.json").unlink()
+    assert read_outcomes(folder, {"a": "key"}) == {}
