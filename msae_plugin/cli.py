@@ -227,6 +227,85 @@ def info(
         results.print(describe_config(config, set_ or []))
 
 
+@app.command(name="eval")
+def evaluate_command(
+    references: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAE...",
+            help="Run folder, export, its jumprelu twin, any SAELens checkpoint folder, "
+            "user/repo:folder, or release:sae_id.",
+            show_default=False,
+        ),
+    ],
+    config: Annotated[
+        Path,
+        typer.Option("--config", "-c", help="Protocol: a YAML file, or the name of a shipped one."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds in place of the protocol's: --seeds 0,1,2.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the protocol."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Language model in place of the checkpoint's.")
+    ] = None,
+    hook: Annotated[str | None, typer.Option(help="Hook in place of the checkpoint's.")] = None,
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Leave out what lacks data, keys or packages."),
+    ] = False,
+) -> None:
+    """Evaluate SAEs with SAEBench: core, sparse probing, sae-probes, unlearning and others."""
+    # As in train: heavy imports.
+    from msae_plugin.evaluation.eval_config import EvalConfig
+    from msae_plugin.evaluation.evaluate import evaluate
+    from msae_plugin.evaluation.subjects import load_subjects
+    from msae_plugin.reporting.counter import step_reporter
+    from msae_plugin.reporting.evaluation_tables import summary_for_terminal
+    from msae_plugin.training.sae_plans import default_device
+
+    changes = list(set_ or [])
+    if seeds is not None:
+        changes.append(f"seeds=[{seeds.replace(' ', ',')}]")
+    if model is not None:
+        changes.append(f"model.name={model}")
+    if hook is not None:
+        changes.append(f"hook={hook}")
+    protocol = EvalConfig.load(config, changes)
+    subjects = load_subjects(
+        references,
+        device=default_device(protocol.model.device),
+        hook=protocol.hook,
+        model_name=protocol.model.name,
+    )
+    with step_reporter(errors) as report:
+        result = evaluate(protocol, subjects, output, skip_missing=skip_missing, report=report)
+    results.print(summary_for_terminal(result.summary))
+    results.print(Text(f"summary: {output / 'summary.json'}, {output / 'summary.csv'}"))
+    if not result.complete:
+        raise RunFailure("not everything was measured: see the lines above")
+
+
+@app.command(
+    name="saebench",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def saebench(
+    context: typer.Context,
+    evaluation: Annotated[str, typer.Argument(help="core, sparse_probing, unlearning, ...")],
+) -> None:
+    """Run SAEBench's own script of an evaluation with `multiscale` registered."""
+    # As in train: heavy imports.
+    from msae_plugin.evaluation.saebench.command import run_saebench_script
+
+    run_saebench_script(evaluation, context.args)
+
+
 @app.command()
 def demo(
     output: Annotated[
@@ -269,6 +348,17 @@ def demo(
     results.print(demo_for_terminal(result))
 
 
+def joined_seeds(words: list[str]) -> list[str]:
+    """`--seeds 0 1 2` as `--seeds 0,1,2`: an option of one value, wherever SAEs are named."""
+    joined: list[str] = []
+    for word in words:
+        if joined[-2:-1] == ["--seeds"] and word.isdecimal():
+            joined[-1] += f",{word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def main() -> None:
     """Entry point of the `msae` command."""
     global _debug  # noqa: PLW0603 - see above
@@ -276,6 +366,7 @@ def main() -> None:
     if "--debug" in sys.argv[1:]:
         _debug = True
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--debug")]
+    sys.argv = joined_seeds(sys.argv)
     app(prog_name="msae")
 
 

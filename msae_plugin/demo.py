@@ -21,6 +21,12 @@ from rich.text import Text
 from sae_lens import SAE
 
 from msae_plugin.architecture.config import ARCHITECTURE
+from msae_plugin.demo_evaluation import (
+    HOW_TO_INSTALL,
+    PROBES,
+    evaluate_with_saebench,
+    saebench_installed,
+)
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
 from msae_plugin.evaluation.model_pass import faster_in_bfloat16
@@ -31,7 +37,8 @@ from msae_plugin.reporting.context_rendering import (
     contexts_as_markdown,
 )
 from msae_plugin.reporting.contexts import ContextCollector, LatentProfile
-from msae_plugin.reporting.counter import token_counter
+from msae_plugin.reporting.counter import step_reporter, token_counter
+from msae_plugin.reporting.evaluation_tables import summary_for_terminal, summary_markdown
 from msae_plugin.reporting.figures import demo_figure, figure_saes, require_matplotlib
 from msae_plugin.reporting.tables import (
     ComparisonRow,
@@ -77,6 +84,8 @@ class DemoSettings:
         heldout_tokens: Tokens of held-out text for explained variance, L0, dead latents, contexts.
         loss_tokens: How many of them the losses are measured on; they need whole passes.
         autocast: Run the language model in bfloat16; None chooses what is faster here.
+        saebench: End with SAEBench's core and sae-probes, when the extra `eval` is installed.
+        probes: Data sets of sae-probes; short texts, so that a CPU reads them in seconds.
     """
 
     model: str = "packaged:smollm2-135m"
@@ -92,6 +101,8 @@ class DemoSettings:
     heldout_tokens: int = 40_000
     loss_tokens: int = 5_000
     autocast: bool | None = None
+    saebench: bool = True
+    probes: tuple[str, ...] = PROBES
 
     def run_config(self, autocast: bool = False) -> RunConfig:
         """The recipe of the demo's run, with the language model in bfloat16 or not."""
@@ -143,12 +154,14 @@ class DemoResult:
         profiles: The strongest latents of the multiscale SAE, in context.
         output: The folder.
         seconds: Wall time by part.
+        saebench: Summary of SAEBench's evaluations; None when they did not run.
     """
 
     rows: list[ComparisonRow]
     profiles: list[LatentProfile]
     output: Path
     seconds: dict[str, float]
+    saebench: dict[str, Any] | None = None
 
 
 def run_demo(settings: DemoSettings, output: Path, console: Console) -> DemoResult:
@@ -193,9 +206,11 @@ def run_demo(settings: DemoSettings, output: Path, console: Console) -> DemoResu
     clock.append(time.perf_counter())
     rows, profiles = _evaluate(settings, autocast, output, language_model, heldout, console)
     clock.append(time.perf_counter())
-    parts = ("loading", "training", "evaluation")
+    saebench = _saebench(settings, config, output, language_model, console)
+    clock.append(time.perf_counter())
+    parts = ("loading", "training", "evaluation", "saebench")
     seconds = {part: end - start for part, start, end in zip(parts, clock, clock[1:], strict=False)}
-    result = DemoResult(rows, profiles, output, seconds)
+    result = DemoResult(rows, profiles, output, seconds, saebench)
     _write(result, settings, config)
     return result
 
@@ -275,6 +290,31 @@ def _evaluate(
     return rows, profiles
 
 
+def _saebench(
+    settings: DemoSettings,
+    config: RunConfig,
+    output: Path,
+    language_model: LanguageModel,
+    console: Console,
+) -> dict[str, Any] | None:
+    if not settings.saebench:
+        return None
+    if not saebench_installed():
+        console.print(Text(f"SAEBench's evaluations are left out: {HOW_TO_INSTALL}"))
+        return None
+    with step_reporter(console) as report:
+        return evaluate_with_saebench(
+            [output / name / "sae" for name in (OURS, THEIRS)],
+            output,
+            language_model,
+            text=settings.text,
+            heldout_documents=config.data.heldout_documents,
+            context_size=settings.context_size,
+            probes=settings.probes,
+            report=report,
+        )
+
+
 def _title(settings: DemoSettings) -> str:
     return (
         f"{settings.model.removeprefix('packaged:')}, {settings.hook}: {settings.d_sae:,} latents, "
@@ -291,6 +331,7 @@ def _write(result: DemoResult, settings: DemoSettings, config: RunConfig) -> Non
             "comparison": comparison_json(result.rows),
             "strongest_latents": contexts_as_json(result.profiles),
             "seconds": result.seconds,
+            "saebench": result.saebench,
             "versions": record.get("versions"),
             "data": record.get("data"),
         },
@@ -311,6 +352,8 @@ tokens; one whose top tokens are mostly those of another is left out. Each line 
 document; the activating token is bold, its activation in front.
 
 {contexts_as_markdown(result.profiles)}"""
+    if result.saebench is not None:
+        text += f"\n## By SAEBench\n\n{summary_markdown(result.saebench)}"
     write_text_atomic(result.output / MARKDOWN_FILE, text)
 
 
@@ -327,6 +370,7 @@ def demo_for_terminal(result: DemoResult) -> RenderableType:
         ),
         ContextsForTerminal(result.profiles),
         Text(""),
+        *([] if result.saebench is None else [summary_for_terminal(result.saebench)]),
         Text(f"{minutes:.1f} minutes. Figure: {result.output / FIGURE_FILE}"),
         Text(f"Report: {result.output / MARKDOWN_FILE}, numbers: {result.output / JSON_FILE}"),
         Text(f"SAEs: {result.output / OURS / 'sae'}, {result.output / THEIRS / 'sae'}"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -49,14 +51,19 @@ def columns_of(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[tu
     return known or [(name, name) for name in list(measured)[:_MOST_COLUMNS]]
 
 
-def cell(value: Mapping[str, Any] | None) -> str:
+def cell(value: Mapping[str, Any] | None, digits: int = 4) -> str:
     """Mean and spread of one metric."""
     if value is None:
         return "-"
     mean, std = float(value["mean"]), value["std"]
-    digits = 1 if abs(mean) >= 10 else 4
+    digits = 1 if abs(mean) >= 10 else digits
     text = f"{mean:.{digits}f}"
     return text if std is None else f"{text} ± {float(std):.{digits}f}"
+
+
+def _narrow(value: Mapping[str, Any] | None) -> str:
+    """Six columns side by side in a terminal of 80: `.957±.024`."""
+    return re.sub(r"(?<!\d)0\.", ".", cell(value, digits=3).replace(" ± ", "±"))
 
 
 def _by_evaluation(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -72,13 +79,13 @@ def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
     for evaluation, entries in _by_evaluation(summary).items():
         columns = columns_of(evaluation, entries)
         if columns:
-            table = Table(title=evaluation, title_justify="left")
+            table = Table(title=evaluation, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
             table.add_column("SAE", overflow="fold")
             for _, heading in columns:
-                table.add_column(heading, justify="right")
+                table.add_column(f" {heading}", justify="right", no_wrap=True)
             for entry in entries:
                 if entry["metrics"]:
-                    cells = [cell(entry["metrics"].get(name)) for name, _ in columns]
+                    cells = [f" {_narrow(entry['metrics'].get(name))}" for name, _ in columns]
                     table.add_row(Text(str(entry["sae"])), *cells)
             parts.append(table)
         parts += [Text(line) for line in unmeasured(evaluation, entries)]

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.outcomes import MetricDefinition, Outcome
 from msae_plugin.evaluation.stored_outcomes import read_outcomes, write_outcomes
 from msae_plugin.evaluation.summary import result_entry, summary, summary_csv, write_summary
-from msae_plugin.reporting.evaluation_tables import summary_markdown, unmeasured
+from msae_plugin.reporting.evaluation_tables import (
+    summary_for_terminal,
+    summary_markdown,
+    unmeasured,
+)
 
 L0 = MetricDefinition("latents that are not 0", "latents per token", "all", "saebench", None)
 
@@ -109,3 +114,13 @@ def test_outcomes_are_taken_up_again_only_under_the_same_key(tmp_path: Path) -> 
         read_outcomes(folder, {"a": "another"})
     (folder / "a.json").unlink()
     assert read_outcomes(folder, {"a": "key"}) == {}
+
+
+def test_the_terminal_shows_numbers_shorter_but_not_other_numbers(tmp_path: Path) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    outcomes = {seed: measured(value, tmp_path, seed) for seed, value in ((0, 10.5), (1, 20.25))}
+    console.print(summary_for_terminal(contents([result_entry("a", "core", outcomes, tmp_path)])))
+    assert "15.4±6.9" in console.export_text()
+    one = {0: measured(0.0625, tmp_path, 0)}
+    console.print(summary_for_terminal(contents([result_entry("a", "core", one, tmp_path)])))
+    assert " .062" in console.export_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def core_tokens(
         InputError: The text is too short. SAEBench would begin it again and count tokens twice.
     """
     sae = subject.for_saebench(context.torch_dtype, "cpu")
-    with quiet():
+    # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         store = ActivationsStore.from_sae(
             context.language_model.model,
             sae,

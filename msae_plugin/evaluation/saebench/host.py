@@ -9,10 +9,12 @@ upstream renames or changes what is touched here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 import jaxtyping
 import numpy as np
 import torch
+import tqdm.std
 
 
 @contextmanager
@@ -83,6 +86,20 @@ def quiet() -> Generator[io.StringIO, None, None]:
 
 
 @contextmanager
+def without_noise() -> Generator[None, None, None]:
+    """Leave out the progress bars of SAEBench and sae-probes, and scikit-learn's deprecations.
+
+    sae-probes alone draws a bar and warns a dozen times per SAE and data set; progress is shown by
+    the evaluation's own reporter.
+    """
+    disabled = functools.partialmethod(tqdm.std.tqdm.__init__, disable=True)
+    with replaced(tqdm.std.tqdm, "__init__", disabled), warnings.catch_warnings():
+        for category in (FutureWarning, UserWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        yield
+
+
+@contextmanager
 def scratch_working_directory() -> Generator[Path, None, None]:
     """Run in an empty temporary working directory, for upstream code that reads `./...`."""
     before = Path.cwd()
@@ -101,4 +118,5 @@ def evaluation_environment(seed: int) -> Generator[None, None, None]:
         stack.enter_context(seeded(seed))
         stack.enter_context(without_jaxtyping())
         stack.enter_context(quiet())
+        stack.enter_context(without_noise())
         yield

@@ -1,0 +1,332 @@
+"""Evaluate SAEs: model outside, SAEs inside, every result on disk as soon as it exists.
+
+`evaluate` is what `msae eval` runs. The order is fixed: check everything, load the model, then each
+evaluation with each seed for all SAEs together. A killed evaluation is taken up where it stopped:
+outcomes are kept per evaluation and seed, under a key of everything they depend on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation.cache import (
+    default_cache,
+    files_sha256,
+    key_digest,
+    tensors_sha256,
+    versions,
+)
+from msae_plugin.evaluation.eval_config import EvalConfig
+from msae_plugin.evaluation.outcomes import (
+    MetricDefinition,
+    ModelContext,
+    Outcome,
+    Reporter,
+    Subject,
+    no_report,
+)
+from msae_plugin.evaluation.preflight import preflight
+from msae_plugin.evaluation.stored_outcomes import read_outcomes, write_outcomes
+from msae_plugin.evaluation.subjects import subject_record
+from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
+from msae_plugin.training.models import HOOKED_TRANSFORMER, LanguageModel, load_language_model
+from msae_plugin.training.packaged_model import PACKAGED_MODELS, PACKAGED_PREFIX, is_installed
+from msae_plugin.training.sae_plans import default_device
+
+MODULES = {
+    "core": "core",
+    "sparse_probing": "sparse_probing",
+    "sparse_probing_sae_probes": "sae_probes",
+    "unlearning": "unlearning",
+}
+"""SAEBench's names of the evaluations, and our modules for them; all others run in `others`."""
+
+_VERSIONS = ("sae-bench", "sae-probes", "sae-lens", "transformer-lens", "torch")
+
+
+class Evaluation(Protocol):
+    """A module of `msae_plugin.evaluation.saebench`."""
+
+    def __call__(
+        self,
+        context: ModelContext,
+        settings: Mapping[str, Any],
+        subjects: Sequence[Subject],
+        seed: int,
+        output: Path,
+        report: Reporter,
+    ) -> dict[str, Outcome]:
+        """Run it."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation left.
+
+    Args:
+        summary: The contents of `summary.json`.
+        output: The folder.
+        complete: Whether everything that was asked for was measured or skipped as asked.
+    """
+
+    summary: dict[str, Any]
+    output: Path
+    complete: bool
+
+
+def evaluate(
+    config: EvalConfig,
+    subjects: Sequence[Subject],
+    output: Path,
+    *,
+    language_model: LanguageModel | None = None,
+    skip_missing: bool = False,
+    report: Reporter = no_report,
+) -> EvaluationResult:
+    """Run the evaluations of a config on SAEs and write SAEBench's JSON and a summary.
+
+    Args:
+        config: What to run.
+        subjects: The SAEs, all of one language model.
+        output: Folder for the results. One that holds results of the same config and other SAEs is
+            added to; results of another config are never overwritten.
+        language_model: A model that is loaded already, in the config's dtype.
+        skip_missing: Leave evaluations out whose data, keys or packages are missing, and say so.
+        report: Shows progress.
+
+    Returns:
+        The summary. SAEs that failed are in it with their reason.
+
+    Raises:
+        InputError: Something is missing, the SAEs are of different models, or the folder holds
+            other results.
+    """
+    if not subjects:
+        raise InputError("no SAE to evaluate: name at least one")
+    device = default_device(config.model.device)
+    name = model_for(config.model.name, subjects)
+    missing = _missing(config, subjects, name, language_model is not None, skip_missing)
+    _check_output(output, config)
+    output.mkdir(parents=True, exist_ok=True)
+    if language_model is None and len(missing) < len(config.evaluations):
+        report(f"loading {name}")
+        hooks = list(dict.fromkeys(subject.hook_name for subject in subjects))
+        language_model = load_language_model(name, hooks, device=device, dtype=config.model.dtype)
+    context = None if language_model is None else _context(config, language_model, device)
+    entries: list[dict[str, Any]] = []
+    definitions: dict[str, Mapping[str, MetricDefinition]] = {}
+    contents: dict[str, Any] = {}
+    for evaluation, settings in config.evaluations.items():
+        if evaluation in missing or context is None:
+            skipped = Outcome("skipped", reason=missing[evaluation])
+            found = {s.name: dict.fromkeys(config.seeds, skipped) for s in subjects}
+        else:
+            own_model: str | None = settings.get("model")
+            at = context if own_model is None else _other(own_model, config, context, subjects)
+            found = _run(evaluation, config, settings, at, subjects, output, report)
+            definitions[evaluation] = _definitions(evaluation, found)
+        entries += [
+            result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
+        ]
+        contents = summary(
+            model=_model_record(context, name, config),
+            seeds=config.seeds,
+            config=config.to_dict(),
+            saes={subject.name: subject_record(subject) for subject in subjects},
+            results=entries,
+            definitions=definitions,
+        )
+        write_summary(contents, output)
+    complete = all(entry["status"] in ("measured", "skipped") for entry in entries)
+    return EvaluationResult(contents, output, complete)
+
+
+def model_for(asked: str | None, subjects: Sequence[Subject]) -> str:
+    """The language model to load.
+
+    Weights that a package carries are taken for a model of that name when the package is installed:
+    an SAE that was trained on them records the name on the hub.
+
+    Raises:
+        InputError: The SAEs are of different models, or name none.
+    """
+    if asked is not None:
+        return asked
+    names = {subject.model_name for subject in subjects}
+    if None in names:
+        nameless = next(s for s in subjects if s.model_name is None)
+        raise InputError(
+            f"SAE {nameless.reference!r} does not say which model it was trained on: give --model"
+        )
+    if len(names) > 1:
+        raise InputError(
+            f"the SAEs are of different models ({', '.join(sorted(map(str, names)))}): evaluate "
+            "each model's SAEs by themselves, or give --model"
+        )
+    name = str(names.pop())
+    for package in PACKAGED_MODELS.values():
+        if package.hub_name == name and is_installed(package):
+            return PACKAGED_PREFIX + package.key
+    return name
+
+
+def _missing(
+    config: EvalConfig, subjects: Sequence[Subject], model: str, loaded: bool, skip: bool
+) -> dict[str, str]:
+    """Why evaluations cannot run, by evaluation."""
+    findings = preflight(config, subjects, model_name=None if loaded else model)
+    if findings and not skip:
+        lines = "; ".join(f"{f.evaluation}: {f.what} - {f.how}" for f in findings)
+        raise InputError(f"not everything is there ({lines}); --skip-missing runs the rest")
+    found: dict[str, list[str]] = {}
+    for finding in findings:
+        found.setdefault(finding.evaluation, []).append(f"{finding.what} - {finding.how}")
+    # What every evaluation needs, such as the model, is under the name "all".
+    common = found.pop("all", [])
+    if common:
+        return {name: "; ".join(common) for name in config.evaluations}
+    return {name: "; ".join(reasons) for name, reasons in found.items()}
+
+
+def _check_output(output: Path, config: EvalConfig) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: give a folder")
+    if not output.is_dir() or (output / JSON_FILE).exists():
+        return
+    strange = [p.name for p in output.iterdir() if p.name not in config.evaluations]
+    if strange:
+        raise InputError(
+            f"--output {output} holds {strange[0]!r} and no evaluation: give a new or empty folder"
+        )
+
+
+def _context(config: EvalConfig, language_model: LanguageModel, device: str) -> ModelContext:
+    if language_model.model_class_name != HOOKED_TRANSFORMER:
+        raise InputError(
+            "SAEBench needs a HookedTransformer: load the model with a hook such as "
+            "blocks.9.hook_resid_post"
+        )
+    return ModelContext(
+        language_model=language_model,
+        weights_sha256=tensors_sha256(dict(language_model.model.named_parameters())),
+        dtype=config.model.dtype,
+        device=device,
+        name=language_model.model_name,
+        cache=Path(config.cache) if config.cache else default_cache(),
+    )
+
+
+def _other(
+    model: str, config: EvalConfig, context: ModelContext, subjects: Sequence[Subject]
+) -> ModelContext:
+    """Another model for one evaluation: unlearning asks an instruct model."""
+    hooks = list(dict.fromkeys(subject.hook_name for subject in subjects))
+    loaded = load_language_model(model, hooks, device=context.device, dtype=config.model.dtype)
+    return _context(config, loaded, context.device)
+
+
+def _run(
+    evaluation: str,
+    config: EvalConfig,
+    settings: Mapping[str, Any],
+    context: ModelContext,
+    subjects: Sequence[Subject],
+    output: Path,
+    report: Reporter,
+) -> dict[str, dict[int, Outcome]]:
+    found: dict[str, dict[int, Outcome]] = {subject.name: {} for subject in subjects}
+    run = _runner(evaluation)
+    for seed in config.seeds:
+        folder = output / evaluation / f"seed_{seed}"
+        keys = {
+            subject.name: _outcome_key(evaluation, settings, context, subject, seed)
+            for subject in subjects
+        }
+        stored = read_outcomes(folder, keys)
+        todo = [subject for subject in subjects if subject.name not in stored]
+        if todo:
+            fresh = run(context, settings, todo, seed, folder, report)
+            write_outcomes(folder, keys, fresh)
+            stored |= fresh
+        for subject in subjects:
+            found[subject.name][seed] = stored[subject.name]
+    return found
+
+
+def _runner(evaluation: str) -> Evaluation:
+    # Imported here: importing sae_bench takes seconds and needs the extra `eval`.
+    if evaluation in MODULES:
+        module = importlib.import_module(f"msae_plugin.evaluation.saebench.{MODULES[evaluation]}")
+        return cast("Evaluation", getattr(module, f"run_{MODULES[evaluation]}"))
+    others = importlib.import_module("msae_plugin.evaluation.saebench.others")
+
+    def run(
+        context: ModelContext,
+        settings: Mapping[str, Any],
+        subjects: Sequence[Subject],
+        seed: int,
+        output: Path,
+        report: Reporter,
+    ) -> dict[str, Outcome]:
+        return others.run_other(evaluation, context, settings, subjects, seed, output, report)
+
+    return run
+
+
+def _definitions(
+    evaluation: str, found: Mapping[str, Mapping[int, Outcome]]
+) -> dict[str, MetricDefinition]:
+    """Definitions of the metrics that were measured."""
+    names = {name for by_seed in found.values() for o in by_seed.values() for name in o.metrics}
+    # As in `_runner`.
+    if evaluation not in MODULES:
+        others = importlib.import_module("msae_plugin.evaluation.saebench.others_definitions")
+        return {name: others.definition(evaluation, name) for name in names}
+    module_name = "core_definitions" if evaluation == "core" else MODULES[evaluation]
+    module = importlib.import_module(f"msae_plugin.evaluation.saebench.{module_name}")
+    return {name: module.DEFINITIONS[name] for name in names}
+
+
+def _outcome_key(
+    evaluation: str, settings: Mapping[str, Any], context: ModelContext, subject: Subject, seed: int
+) -> str:
+    return key_digest(
+        {
+            "evaluation": evaluation,
+            "settings": dict(settings),
+            "files": _local_contents(settings),
+            "model": context.weights_sha256,
+            "dtype": context.dtype,
+            "sae": subject.weights_sha256,
+            "hook": subject.hook_name,
+            "seed": seed,
+            "versions": versions(*_VERSIONS),
+        }
+    )
+
+
+def _local_contents(value: Any) -> list[str]:
+    """Hashes of the files and folders that settings name: the same path may hold other text."""
+    if isinstance(value, Mapping):
+        return [h for v in cast("Mapping[str, Any]", value).values() for h in _local_contents(v)]
+    if isinstance(value, (list, tuple)):
+        return [found for item in cast("list[Any]", value) for found in _local_contents(item)]
+    if isinstance(value, str) and Path(value).is_absolute() and Path(value).exists():
+        return [files_sha256([Path(value)])]
+    return []
+
+
+def _model_record(context: ModelContext | None, name: str, config: EvalConfig) -> dict[str, Any]:
+    return {
+        "name": name if context is None else context.name,
+        "source": name,
+        "weights_sha256": None if context is None else context.weights_sha256,
+        "dtype": config.model.dtype,
+        "device": None if context is None else context.device,
+    }

