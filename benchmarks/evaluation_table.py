@@ -30,7 +30,6 @@ from msae_plugin.evaluation.subjects import load_subjects
 
 ROWS = [
     "multiscale default",
-    "multiscale reconstruction",
     "batchtopk",
     "matryoshka_batchtopk",
     "jumprelu",

@@ -92,8 +92,13 @@ def without_noise() -> Generator[None, None, None]:
     sae-probes alone draws a bar and warns a dozen times per SAE and data set; progress is shown by
     the evaluation's own reporter.
     """
-    disabled = functools.partialmethod(tqdm.std.tqdm.__init__, disable=True)
-    with replaced(tqdm.std.tqdm, "__init__", disabled), warnings.catch_warnings():
+    start = tqdm.std.tqdm.__init__
+
+    @functools.wraps(start)
+    def silent(bar: Any, *arguments: Any, **options: Any) -> None:
+        start(bar, *arguments, **{**options, "disable": True})
+
+    with replaced(tqdm.std.tqdm, "__init__", silent), warnings.catch_warnings():
         for category in (FutureWarning, UserWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
         yield
