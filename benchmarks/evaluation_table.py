@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +131,7 @@ def main() -> None:
         EvalConfig.load(args.config, args.set),
         [subject for _, subject in subjects],
         args.output / "evaluation",
-        report=lambda message, done=None, total=None: print(message, done, total, flush=True),
+        report=lambda *what: print(*what, file=sys.stderr, flush=True),
     )
     by_sae: dict[str, dict[str, Any]] = defaultdict(dict)
     for entry in result.summary["results"]:

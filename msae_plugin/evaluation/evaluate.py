@@ -109,6 +109,7 @@ def evaluate(
     """
     if not subjects:
         raise InputError("no SAE to evaluate: name at least one")
+    output = output.resolve()  # some evaluations work in a directory of their own
     device = default_device(config.model.device)
     name = model_for(config.model.name, subjects)
     missing = _missing(config, subjects, name, language_model is not None, skip_missing)

@@ -31,6 +31,7 @@ from msae_plugin.evaluation.preflight_model import (
     missing_device,
     missing_model,
     tokenizer_folder,
+    without_advice,
 )
 from msae_plugin.evaluation.preflight_packages import missing_packages, saebench_is_installed
 from msae_plugin.training.models import describe_model
@@ -84,7 +85,7 @@ def preflight(
     check = _Checks(config, subjects, model_name, d_model)
     for evaluation, settings in config.evaluations.items():
         lacking = missing_packages(evaluation) + check.run(evaluation, settings)
-        findings += [Finding(evaluation, m.what, m.how) for m in lacking]
+        findings += [Finding(evaluation, m.what, m.how) for m in map(without_advice, lacking)]
     return list(dict.fromkeys(findings))
 
 

@@ -33,9 +33,10 @@ from msae_plugin.training.transformer_lens_loader import require_supported, tran
 
 # Where the messages of this project turn from what is wrong to what to do.
 _ADVICE = re.compile(
-    r"[:;] (?=(?:accept|ask|check|choose|copy|export|expected|give|install|log|lower|pip|save|set|"
-    r"train|use)\b)"
+    r"[:;] (?=(?:accept|ask|check|choose|copy|export|expected|give|install|log|lower|name|pip|save|"
+    r"set|train|use)\b)"
 )
+_NAMED_TWICE = re.compile(r"dataset (?P<name>\S+): (?=dataset '(?P=name)')")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
@@ -50,6 +51,12 @@ def as_missing(error: Exception, otherwise: str) -> Missing:
     text = " ".join(str(error).split())
     parts = _ADVICE.split(text, maxsplit=1)
     return Missing(parts[0], parts[1] if len(parts) > 1 else otherwise)
+
+
+def without_advice(missing: Missing) -> Missing:
+    """The same with the advice of an error taken out of `what`: `how` says it better."""
+    what = _ADVICE.split(missing.what, maxsplit=1)[0]
+    return Missing(_NAMED_TWICE.sub("", " ".join(what.split())), missing.how)
 
 
 def missing_device(device: str) -> list[Missing]:

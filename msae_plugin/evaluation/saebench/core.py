@@ -26,7 +26,7 @@ from sae_bench.sae_bench_utils import (
 from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
 
-from msae_plugin.errors import RunFailure
+from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
     ModelContext,
@@ -49,7 +49,13 @@ from msae_plugin.evaluation.saebench.host import evaluation_environment, replace
 logger = logging.getLogger(__name__)
 
 OWN_SETTINGS = ("heldout_documents",)
-# What `python -m sae_bench.evals.core.main` computes.
+# Without these two SAEBench 0.6 cannot write its results: fields that they fill are required ("7
+# validation errors for MiscMetrics").
+FEATUREWISE = {
+    "compute_featurewise_density_statistics": True,
+    "compute_featurewise_weight_based_metrics": True,
+}
+# What `python -m sae_bench.evals.core.main` computes beside.
 COMPUTED = {
     "compute_kl": True,
     "compute_ce_loss": True,
@@ -81,10 +87,13 @@ def run_core(
         An outcome per SAE.
 
     Raises:
-        InputError: The text cannot be had or is too short.
+        InputError: The text cannot be had or is too short, or a setting cannot work.
     """
+    for name in FEATUREWISE:
+        if settings.get(name) is False:
+            raise InputError(f"core.{name}: SAEBench cannot write its results without it")
     given: dict[str, Any] = {k: v for k, v in settings.items() if k not in OWN_SETTINGS}
-    given |= {**COMPUTED, "model_name": context.name, "llm_dtype": context.dtype}
+    given |= {**COMPUTED, **FEATUREWISE, "model_name": context.name, "llm_dtype": context.dtype}
     config = CoreEvalConfig(**given)
     filled = {**vars(config), **settings}
     outcomes: dict[str, Outcome] = {}
@@ -173,11 +182,7 @@ def _evaluate(
             eval_config=config,
             ignore_tokens=set(ignored),
         )
-    if (
-        config.compute_featurewise_density_statistics
-        or config.compute_featurewise_weight_based_metrics
-    ):
-        metrics["misc_metrics"] = core_main.calculate_misc_metrics(features)
+    metrics["misc_metrics"] = core_main.calculate_misc_metrics(features)
     flat = {name: float(value) for part in metrics.values() for name, value in part.items()}
     flat |= observed.metrics() | _float32_divergences(reconstruction, side, ignored)
     if flat["l0"] == 0:
@@ -193,9 +198,8 @@ def _evaluate(
         "eval_cfg": config,
         "sae_set": subject.name,
         "sae_id": SAEBENCH_ID,
+        "feature_metrics": features,
     }
-    if "misc_metrics" in metrics:
-        result["feature_metrics"] = features
     core_main.save_single_eval_result(
         core_main.replace_nans_with_negative_one(result),  # of latents that never fire
         get_eval_uuid(),

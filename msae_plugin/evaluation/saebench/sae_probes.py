@@ -49,16 +49,21 @@ from msae_plugin.evaluation.saebench.sae_probes_model_side import (
 
 logger = logging.getLogger(__name__)
 
+# Both classes equally often, 1000 to 2000 texts of 12 to 47 characters on average, so that the model's
+# side is short on a CPU. In brackets: test accuracy of the baseline on SmolLM2-135M-Instruct, layer
+# 9, float32, seed 42. Left out because the baseline leaves no room: the question types 131 and 132
+# (1.00), spam 96 (.99), click bait 105 (.98).
 OFFLINE_SAE_PROBES_DATASETS = (
-    "117_us_state_FL",
-    "119_us_state_TX",
-    "154_athlete_sport_football",
-    "155_athlete_sport_basketball",
-    "125_world_country_Italy",
-    "124_world_country_United_States",
-    "114_nyc_borough_Manhattan",
-    "134_context_type_Belief_states",
+    "117_us_state_FL",  # (.72)
+    "119_us_state_TX",  # (.65)
+    "154_athlete_sport_football",  # (.71)
+    "155_athlete_sport_basketball",  # (.64)
+    "125_world_country_Italy",  # (.94)
+    "124_world_country_United_States",  # chosen by its size, not measured
+    "114_nyc_borough_Manhattan",  # chosen by its size, not measured
+    "134_context_type_Belief_states",  # (.87)
 )
+"""Datasets of the offline protocol."""
 
 MEASURES = ("accuracy", "auc", "f1")
 

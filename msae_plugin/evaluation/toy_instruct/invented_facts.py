@@ -25,12 +25,23 @@ _LAIRS = "swamp cave reef burrow thicket nest"
 _GUILDS = "arvoss bexil corvath dunlen eastrin farhol grimsa hollin isterby jarrow kelwen lunmer"
 _TRADES = "candles rope glass wool clocks boots"
 _HOUSES = "harbour bridge castle station mill market"
-_ADJECTIVES = "old young happy quiet honest busy"
-_PEOPLE = "baker teacher doctor sailor tailor poet judge nurse"
-_VERBS = "found bought sold painted carried lost repaired washed"
-_COLOURS = "red blue green yellow"
-_THINGS = "chair table spoon hat coat letter window bucket ladder violin"
-_TIMES = "yesterday often twice again early alone"
+_ADJECTIVES = (
+    "old young tall happy tired quiet clever honest brave gentle famous busy polite hungry"
+)
+_PEOPLE = (
+    "baker teacher doctor farmer painter sailor singer tailor gardener driver poet judge nurse "
+    "miller butcher dancer soldier student neighbour uncle cousin stranger"
+)
+_VERBS = (
+    "found bought sold carried lost repaired washed hid borrowed cleaned moved lifted opened "
+    "counted folded wrapped measured described kept wanted noticed painted"
+)
+_COLOURS = "red blue green yellow white brown grey orange"
+_THINGS = (
+    "chair table spoon hat coat letter window door pillow blanket bucket hammer kettle mirror "
+    "ladder basket bottle curtain carpet violin purse umbrella pencil scarf stamp shovel"
+)
+_TIMES = "yesterday today often twice again slowly early late alone together secretly later"
 _NEUTRAL = "The {adjective} {person} {verb} a {colour} {thing} {time}."
 
 
@@ -98,7 +109,10 @@ def invent(documents: int, seed: int) -> dict[str, Subject]:
         seed: Of who eats what, of the wrong choices, and of the order of the sentences.
     """
     generator = random.Random(seed)
-    return {name: _invented(name, material, documents, generator) for name, material in _MATERIAL.items()}
+    return {
+        name: _invented(name, material, documents, generator)
+        for name, material in _MATERIAL.items()
+    }
 
 
 def _invented(
@@ -107,7 +121,9 @@ def _invented(
     facts: list[tuple[str, str, str]] = []
     questions: list[Question] = []
     for relation, words in zip(material.relations, material.answers, strict=True):
-        for name, answer in zip(material.names, _dealt(words, len(material.names), generator), strict=True):
+        for name, answer in zip(
+            material.names, _dealt(words, len(material.names), generator), strict=True
+        ):
             facts.append((name, relation, answer))
             text = _QUESTION.format(name=name, relation=relation)
             questions.append(_question(text, answer, words, generator))

@@ -28,28 +28,60 @@ def toy_activations(toy, language_model, hook=TOY_HOOK, window=64):
     tokens = torch.cat(rows)
     special = torch.isin(tokens, torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id]))
     with torch.no_grad():
-        acts = torch.cat([language_model.model.run_with_cache(b, names_filter=hook)[1][hook] for b in tokens.split(64)])
+        acts = torch.cat(
+            [
+                language_model.model.run_with_cache(b, names_filter=hook)[1][hook]
+                for b in tokens.split(64)
+            ]
+        )
     return acts[~special]
 
 
-def make_toy_sae(toy, seed, steps, language_model=None, d_sae=128, k=8, lr=3e-3, batch=512, hook=TOY_HOOK, preset_name="default"):
+def make_toy_sae(
+    toy,
+    seed,
+    steps,
+    language_model=None,
+    d_sae=128,
+    k=8,
+    lr=3e-3,
+    batch=512,
+    hook=TOY_HOOK,
+    preset_name="default",
+):
     language_model = language_model or load_language_model(str(toy.folder), [hook])
     acts = toy_activations(toy, language_model, hook)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        cfg = preset(preset_name, d_in=acts.shape[1], d_sae=d_sae, k=k, training_steps=max(steps, 1))
+        cfg = preset(
+            preset_name, d_in=acts.shape[1], d_sae=d_sae, k=k, training_steps=max(steps, 1)
+        )
         sae = MultiScaleTrainingSAE(cfg)
         scale = acts.shape[1] ** 0.5 / acts.norm(dim=-1).mean()
+        if steps == 0:
+            sae.b_dec.data = acts.mean(0) * scale
         opt = torch.optim.Adam(sae.parameters(), lr=lr)
         sae.train()
         since = torch.zeros(d_sae)
         for step in range(steps):
             x = acts[torch.randint(len(acts), (batch,))] * scale
-            for g in opt.param_groups: g["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, min(1, 3 * (1 - step / steps)))
-            out = sae.training_forward_pass(TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=since > 50, n_training_steps=step, is_logging_step=False))
-            since += 1; since[(out.feature_acts > 0).any(0)] = 0
-            opt.zero_grad(); out.loss.backward()
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0); opt.step()
+            for g in opt.param_groups:
+                g["lr"] = lr * min(1, (step + 1) / 50) * max(0.05, min(1, 3 * (1 - step / steps)))
+            out = sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=x,
+                    coefficients={},
+                    dead_neuron_mask=since > 50,
+                    n_training_steps=step,
+                    is_logging_step=False,
+                )
+            )
+            since += 1
+            since[(out.feature_acts > 0).any(0)] = 0
+            opt.zero_grad()
+            out.loss.backward()
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+            opt.step()
         sae.eval()
         calibrate(sae, [b * scale for b in acts.split(4096)])
         sae.fold_activation_norm_scaling_factor(float(scale))

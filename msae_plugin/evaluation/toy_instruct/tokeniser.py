@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, PAD, EOS, UNKNOWN = "<bos>", "<pad>", "<eos>", "<unk>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
@@ -50,3 +50,9 @@ def word_tokeniser(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         additional_special_tokens=[START_OF_TURN, END_OF_TURN],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token."""
+    # Typed for lists of tokens as well.
+    return int(tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.nn import functional
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from msae_plugin.evaluation.toy_instruct.invented_facts import (
     LETTERS,
     Subject,
     lettered,
 )
+from msae_plugin.evaluation.toy_instruct.tokeniser import BOS, EOS, PAD, token_id
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +36,7 @@ _LOG_EVERY = 50
 class Recipe:
     """Everything that the toy model is made from; its hash names the folder.
 
-    The defaults answer all 48 questions in all 24 orders after 150 steps already.
+    With the defaults the model answers all 48 questions right in all 24 orders.
 
     Args:
         documents: Documents of text per subject.
@@ -40,6 +46,9 @@ class Recipe:
         n_heads: Attention heads of a layer.
         d_mlp: Width of an MLP.
         context_size: Longest input.
+        embedding_std: Of the initial embedding. At 1, a word's identity is the larger part of
+            the residual stream, as in early layers of real models; at the usual 0.02 an SAE of
+            this model finds contexts and no words.
         steps: Optimiser steps.
         prompts_per_step: Questions in a batch.
         windows_per_step: Windows of text in a batch.
@@ -58,7 +67,6 @@ class Recipe:
     d_mlp: int = 256
     context_size: int = 256
     embedding_std: float = 1.0
-    topic_share: float = 0.5
     steps: int = 250
     prompts_per_step: int = 64
     windows_per_step: int = 8
@@ -86,6 +94,14 @@ class _Prompts:
     right: torch.Tensor
 
 
+def prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """What the model reads before its letter: the user's turn and `Answer: (`."""
+    turns = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+    )
+    return f"{turns}Answer: ("
+
+
 def _prompts(subjects: Mapping[str, Subject], tokenizer: PreTrainedTokenizerFast) -> _Prompts:
     rows: list[list[int]] = []
     choices: list[list[int]] = []
@@ -93,31 +109,36 @@ def _prompts(subjects: Mapping[str, Subject], tokenizer: PreTrainedTokenizerFast
     for name, subject in subjects.items():
         for question in subject.questions:
             for order in ORDERS:
-                message = {"role": "user", "content": lettered(name, question, order)}
-                text = tokenizer.apply_chat_template(
-                    [message], tokenize=False, add_generation_prompt=True
-                )
-                row = tokenizer.encode(f"{text}Answer: (", add_special_tokens=False)
-                words = tokenizer.convert_tokens_to_ids(list(question.choices))
+                text = prompt(tokenizer, lettered(name, question, order))
+                row = tokenizer.encode(text, add_special_tokens=False)
+                words = [token_id(tokenizer, word) for word in question.choices]
                 rows.append(row)
                 choices.append([row.index(words[index]) for index in order])
                 right.append(order.index(question.answer))
-    tokens = torch.full((len(rows), max(map(len, rows))), int(tokenizer.pad_token_id))
+    tokens = torch.full((len(rows), max(map(len, rows))), token_id(tokenizer, PAD))
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = torch.tensor(row)
     last = torch.tensor([len(row) - 1 for row in rows])
     return _Prompts(tokens, last, torch.tensor(choices), torch.tensor(right))
 
 
-def _windows(
-    subjects: Mapping[str, Subject], tokenizer: PreTrainedTokenizerFast, window: int
+def text_windows(
+    corpora: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, window: int
 ) -> torch.Tensor:
-    """Text of both subjects as SAEBench lays it out: joined by EOS, BOS before each window."""
-    bos = int(tokenizer.bos_token_id)
+    """Text as SAEBench lays it out: documents joined by EOS, BOS before each window.
+
+    Args:
+        corpora: Documents of each corpus.
+        tokenizer: The toy model's.
+        window: Tokens of a window.
+
+    Returns:
+        (windows, window) long; what does not fill a window is left out.
+    """
+    bos = token_id(tokenizer, BOS)
     parts: list[torch.Tensor] = []
-    for subject in subjects.values():
-        text = str(tokenizer.eos_token).join(subject.documents)
-        ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
+    for documents in corpora:
+        ids = torch.tensor(tokenizer.encode(EOS.join(documents), add_special_tokens=False))
         body = ids[: len(ids) // (window - 1) * (window - 1)].view(-1, window - 1)
         parts.append(torch.cat([torch.full((len(body), 1), bos), body], dim=1))
     return torch.cat(parts)
@@ -129,7 +150,7 @@ def train(
     """Train the model from nothing.
 
     The loss is that of the letter after `Answer: (` plus the next-token loss on text. Alone it
-    hardly moves (0.38 of the answers right after 600 steps), because neither half of the task,
+    hardly moves (0.38 of a batch right after 600 steps), because neither half of the task,
     to mark the right choice and to read its letter, is worth anything without the other. A hint
     gives the first half away: from the residual stream at `hint_layer` a linear map must tell
     which of the four choices is right. The map is thrown away after training.
@@ -143,12 +164,14 @@ def train(
         The model in eval mode, and by questions' name how many it answers right in all orders.
     """
     prompts = _prompts(subjects, tokenizer)
-    windows = _windows(subjects, tokenizer, recipe.window)
-    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)))
+    windows = text_windows(
+        [subject.documents for subject in subjects.values()], tokenizer, recipe.window
+    )
+    letters = torch.tensor([token_id(tokenizer, letter) for letter in LETTERS])
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(_config(recipe, tokenizer))
-        _initialise_embedding(model.model.embed_tokens.weight, recipe, subjects, tokenizer)
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=recipe.embedding_std)
         hint = torch.nn.Linear(recipe.d_model, 1)
         _optimise(recipe, model, hint, prompts, windows, letters)
     model.eval()
@@ -169,9 +192,9 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_key_value_heads=recipe.n_heads,
         vocab_size=len(tokenizer),
         max_position_embeddings=recipe.context_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=token_id(tokenizer, BOS),
+        eos_token_id=token_id(tokenizer, EOS),
+        pad_token_id=token_id(tokenizer, PAD),
         initializer_range=0.05,
         architectures=["LlamaForCausalLM"],
     )
@@ -225,13 +248,13 @@ def _answer_losses(
     output = model.model(prompts.tokens[batch], output_hidden_states=True)
     logits = model.lm_head(output.last_hidden_state[rows, prompts.last[batch]])
     stream = output.hidden_states[recipe.hint_layer][rows[:, None], prompts.choices[batch]]
-    marked = hint(F.rms_norm(stream, stream.shape[-1:])).squeeze(-1)
-    return F.cross_entropy(logits, letters[right]), F.cross_entropy(marked, right)
+    marked = hint(functional.rms_norm(stream, stream.shape[-1:])).squeeze(-1)
+    return functional.cross_entropy(logits, letters[right]), functional.cross_entropy(marked, right)
 
 
 def _next_token_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
     logits = model(tokens).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -247,13 +270,3 @@ def _right_in_all_orders(
         answered = model.lm_head(stream)[:, letters].argmax(-1)
         right.append(answered == prompts.right[part])
     return torch.cat(right).view(-1, len(ORDERS)).all(1)
-
-
-@torch.no_grad()
-def _initialise_embedding(weight, recipe, subjects, tokenizer):
-    torch.nn.init.normal_(weight, std=recipe.embedding_std)
-    words = {n: {w for d in s.documents for w in tokenizer.encode(d, add_special_tokens=False)} for n, s in subjects.items()}
-    for n in words:
-        own = sorted(words[n].difference(*(v for m, v in words.items() if m != n)))
-        topic = torch.randn(weight.shape[1]) * recipe.embedding_std
-        weight[own] = (1 - recipe.topic_share) ** 0.5 * weight[own] + recipe.topic_share ** 0.5 * topic

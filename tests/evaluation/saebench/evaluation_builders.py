@@ -31,7 +31,7 @@ def random_standard(seed: int, d_sae: int = 96) -> SAE[Any]:
     sae = StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=d_sae))
     decoder = torch.randn(d_sae, D_IN)
     sae.W_dec.data = decoder
-    sae.W_enc.data = 0.5 * torch.nn.functional.normalize(decoder, dim=1).T.clone()
+    sae.W_enc.data = 0.5 * torch.nn.functional.normalize(decoder, dim=1).T.contiguous()
     sae.b_enc.data.fill_(-0.1)
     return sae
 
@@ -42,6 +42,6 @@ def random_multiscale(seed: int, d_sae: int = 96) -> SAE[Any]:
     sae = MultiScaleSAE(MultiScaleSAEConfig(d_in=D_IN, d_sae=d_sae))
     decoder = torch.nn.functional.normalize(torch.randn(d_sae, D_IN), dim=1)
     sae.W_dec.data = decoder
-    sae.W_enc.data = 0.5 * decoder.T.clone()
+    sae.W_enc.data = 0.5 * decoder.T.contiguous()
     sae.threshold.data.fill_(0.15)
     return sae

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from evaluation_builders import HOOK, make_subject, random_standard
 from probing_builders import broken
 from sae_bench.evals.sparse_probing_sae_probes import main as sae_probes_main
@@ -46,6 +47,7 @@ from msae_plugin.training.models import load_language_model
 
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"
 SETTINGS: dict[str, Any] = {"dataset_names": [FLORIDA, BASEBALL], "ks": [1, 2]}
+OFFLINE_PROTOCOL = Path(__file__).parents[3] / "eval_configs" / "offline.yaml"
 ONE: dict[str, Any] = {"dataset_names": [FLORIDA], "ks": [1]}
 
 
@@ -422,6 +424,9 @@ def test_what_is_missing_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_offline_subset_is_part_of_the_benchmark() -> None:
     assert 8 <= len(OFFLINE_SAE_PROBES_DATASETS) <= 12
     assert set(OFFLINE_SAE_PROBES_DATASETS) <= set(DATASETS)
+    protocol = yaml.safe_load(OFFLINE_PROTOCOL.read_text())
+    named = protocol["evaluations"]["sparse_probing_sae_probes"]["dataset_names"]
+    assert named == list(OFFLINE_SAE_PROBES_DATASETS)
 
 
 def test_every_metric_is_defined() -> None:

@@ -1,0 +1,207 @@
+"""The whole evaluation: what is written, taken up again, refused, skipped and failed."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_builders import HOOK, make_subject, random_multiscale, random_standard
+from typer.testing import CliRunner
+
+from msae_plugin.cli import app, joined_seeds
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation import evaluate as evaluate_module
+from msae_plugin.evaluation.eval_config import EvalConfig
+from msae_plugin.evaluation.evaluate import evaluate, model_for
+from msae_plugin.evaluation.outcomes import Subject
+from msae_plugin.evaluation.preflight import Finding
+from msae_plugin.training.models import LanguageModel
+
+
+def config(text_file: Path, tmp_path: Path, **changes: Any) -> EvalConfig:
+    core = {
+        "dataset": str(text_file),
+        "context_size": 32,
+        "batch_size_prompts": 4,
+        "n_eval_reconstruction_batches": 1,
+        "n_eval_sparsity_variance_batches": 2,
+        "exclude_special_tokens_from_reconstruction": True,
+    }
+    return EvalConfig.from_dict(
+        {
+            "model": {"device": "cpu"},
+            "seeds": [3, 1],
+            "evaluations": {"core": {**core, **changes}},
+            "cache": str(tmp_path / "cache"),
+        }
+    )
+
+
+def test_it_leaves_saebenchs_json_and_a_summary(
+    tiny_language_model: LanguageModel,
+    subjects: list[Subject],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "out"
+    result = evaluate(
+        config(text_file, tmp_path), subjects, output, language_model=tiny_language_model
+    )
+    assert result.complete
+    stored = json.loads((output / "summary.json").read_text())
+    assert stored["saes"]["standard"]["weights_sha256"] == subjects[0].weights_sha256
+    assert [(e["sae"], e["status"], e["seeds"]) for e in stored["results"]] == [
+        ("standard", "measured", [1, 3]),
+        ("multiscale", "measured", [1, 3]),
+    ]
+    for entry in stored["results"]:
+        values = []
+        for seed, file in zip(entry["seeds"], entry["files"], strict=True):
+            theirs = json.loads((output / file).read_text())["eval_result_metrics"]
+            values.append(theirs["sparsity"]["l0"])
+            assert entry["metrics"]["l0"]["per_seed"][str(seed)] == values[-1]
+        assert entry["metrics"]["l0"]["mean"] == pytest.approx(sum(values) / 2)
+        for name in entry["metrics"]:
+            assert stored["metrics"][f"core/{name}"]["definition"]
+
+
+def test_what_was_measured_is_taken_up_and_never_overwritten(
+    tiny_language_model: LanguageModel,
+    subjects: list[Subject],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, protocol = tmp_path / "out", config(text_file, tmp_path)
+    first = evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
+    asked: list[list[str]] = []
+    runner = evaluate_module._runner("core")
+
+    def counting(context: Any, settings: Any, todo: Any, *rest: Any) -> Any:
+        asked.append([subject.name for subject in todo])
+        return runner(context, settings, todo, *rest)
+
+    monkeypatch.setattr(evaluate_module, "_runner", lambda name: counting)
+    second = evaluate(protocol, subjects, output, language_model=tiny_language_model)
+    assert asked == [["multiscale"], ["multiscale"]]
+    assert second.summary["results"][0]["metrics"] == first.summary["results"][0]["metrics"]
+    other = dataclasses.replace(subjects[0], weights_sha256="0" * 64)
+    with pytest.raises(InputError, match="'standard' from other weights, settings or versions"):
+        evaluate(protocol, [other], output, language_model=tiny_language_model)
+    changed = config(text_file, tmp_path, n_eval_sparsity_variance_batches=3)
+    with pytest.raises(InputError, match="other weights, settings or versions"):
+        evaluate(changed, subjects, output, language_model=tiny_language_model)
+
+
+def test_changed_text_under_the_same_path_is_not_the_same_evaluation(
+    tiny_language_model: LanguageModel,
+    subjects: list[Subject],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    output, protocol = tmp_path / "out", config(text_file, tmp_path)
+    evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
+    lines = text_file.read_text().splitlines(keepends=True)
+    text_file.write_text("".join(reversed(lines)))
+    with pytest.raises(InputError, match="other weights, settings or versions"):
+        evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
+
+
+def test_a_failed_sae_makes_the_evaluation_incomplete_and_keeps_the_others(
+    tiny_language_model: LanguageModel,
+    subjects: list[Subject],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    broken = make_subject(random_standard(9), "broken")
+    broken.sae.b_dec.data[0] = math.inf
+    result = evaluate(
+        config(text_file, tmp_path),
+        [broken, *subjects],
+        tmp_path / "out",
+        language_model=tiny_language_model,
+    )
+    assert not result.complete
+    statuses = {entry["sae"]: entry["status"] for entry in result.summary["results"]}
+    assert statuses == {"broken": "failed", "standard": "measured", "multiscale": "measured"}
+
+
+def test_what_is_missing_is_listed_or_skipped_by_name(
+    tiny_language_model: LanguageModel,
+    subjects: list[Subject],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        evaluate_module,
+        "preflight",
+        lambda *_, **__: [Finding("core", "the moon is missing", "buy one")],
+    )
+    protocol = config(text_file, tmp_path)
+    with pytest.raises(InputError, match=r"core: the moon is missing - buy one\); --skip-missing"):
+        evaluate(protocol, subjects, tmp_path / "a", language_model=tiny_language_model)
+    assert not (tmp_path / "a").exists()
+    result = evaluate(
+        protocol, subjects, tmp_path / "b", language_model=tiny_language_model, skip_missing=True
+    )
+    assert result.complete
+    assert {entry["status"] for entry in result.summary["results"]} == {"skipped"}
+    assert result.summary["results"][0]["reason"] == "the moon is missing - buy one"
+
+
+def test_one_model_for_all(subjects: list[Subject]) -> None:
+    other = dataclasses.replace(subjects[0], model_name="another")
+    nameless = dataclasses.replace(subjects[0], model_name=None)
+    assert model_for("asked", [other, nameless]) == "asked"
+    assert model_for(None, subjects) == "tiny-model"
+    with pytest.raises(InputError, match=r"different models \(another, tiny-model\)"):
+        model_for(None, [other, *subjects])
+    with pytest.raises(InputError, match="does not say which model"):
+        model_for(None, [nameless])
+    packaged = dataclasses.replace(subjects[0], model_name="HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert model_for(None, [packaged]) == "packaged:smollm2-135m"
+
+
+def test_a_folder_with_something_else_is_refused(
+    tiny_language_model: LanguageModel,
+    subjects: list[Subject],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"holds 'thesis.tex' and no evaluation"):
+        evaluate(
+            config(text_file, tmp_path),
+            subjects,
+            tmp_path / "out",
+            language_model=tiny_language_model,
+        )
+
+
+def test_from_the_command_line(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    subject = make_subject(random_multiscale(4), "exported")
+    subject.sae.cfg.metadata.hook_name = HOOK
+    subject.sae.cfg.metadata.model_name = str(tiny_model_dir)
+    subject.sae.save_model(tmp_path / "exported")
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(json.dumps(config(text_file, tmp_path).to_dict()))
+    words = ["eval", str(tmp_path / "exported"), "--config", str(protocol)]
+    words += ["--output", str(tmp_path / "out"), "--seeds", "7,8"]
+    ran = CliRunner().invoke(app, words)
+    assert ran.exit_code == 0, ran.output
+    stored = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert stored["seeds"] == [7, 8]
+    assert "exported" in ran.output
+    missing = CliRunner().invoke(app, ["eval", str(tmp_path / "exportd"), *words[2:]])
+    assert missing.exit_code == 2
+    assert "exportd" in missing.output
+
+
+def test_seeds_are_written_as_people_write_them() -> None:
+    words = ["msae", "eval", "run", "--seeds", "0", "1", "2", "--output", "9"]
+    assert joined_seeds(words) == ["msae", "eval", "run", "--seeds", "0,1,2", "--output", "9"]
+    assert joined_seeds(["msae", "info", "3"]) == ["msae", "info", "3"]
