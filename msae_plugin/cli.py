@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 from typing_extensions import override
 
+from msae_plugin.cli_hub import download, publish
 from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.terminal import errors, results, say
 
 if TYPE_CHECKING:
     from msae_plugin.training.runner import RunResult
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
-
-errors = Console(stderr=True, highlight=False)
-results = Console(highlight=False)
 
 
 class _ReportingGroup(TyperGroup):
@@ -78,11 +76,6 @@ _debug = False
 def _show_traceback_if_debugging() -> None:
     if _debug:
         errors.print_exception()
-
-
-def say(message: str) -> None:
-    """Print one line on standard error, whatever characters are in it."""
-    errors.print(Text(" ".join(message.splitlines())), soft_wrap=True)
 
 
 class _LineHandler(logging.Handler):
@@ -346,6 +339,10 @@ def demo(
         say(f"{interruption}; the same command continues from here")
         raise typer.Exit(interruption.exit_status) from interruption
     results.print(demo_for_terminal(result))
+
+
+app.command()(publish)
+app.command()(download)
 
 
 def joined_seeds(words: list[str]) -> list[str]:

@@ -36,6 +36,14 @@ _PRIVATE_FIELDS = frozenset(
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
+# A path in the middle of any text: one that starts at a usual root, or at a Windows drive.
+_PATH_IN_TEXT = re.compile(
+    r"(?<![\w./:~-])(?:~|/(?:home|Users|root|mnt|media|tmp|var|srv|opt|data|scratch|workspace|Volumes))"
+    r"/[\w.~-][^\s\"'<>|\\]*"
+    r"|(?<!\w)[A-Za-z]:\\{1,2}[\w.~-][^\s\"'<>|]*"
+)
+
+
 def _is_local_path(value: str) -> bool:
     if _URL.match(value):
         return value.lower().startswith("file:")
@@ -43,7 +51,34 @@ def _is_local_path(value: str) -> bool:
         value.startswith(("~", "./", "../", ".\\", "..\\"))
         or PurePosixPath(value).is_absolute()
         or PureWindowsPath(value).is_absolute()
+        or _names_something_on_disk(value)
     )
+
+
+def _names_something_on_disk(value: str) -> bool:
+    """Whether a relative path exists: `models/tiny` is a folder then and not a name on the Hub."""
+    if "/" not in value and "\\" not in value:
+        return False
+    try:
+        return Path(value).exists()
+    except (OSError, ValueError):
+        return False  # too long for a path, or no path at all
+
+
+def private_traces(text: str) -> list[str]:
+    """Local paths and the user's home folder in a text that is to be published as it is.
+
+    Args:
+        text: Contents of a file.
+
+    Returns:
+        What was found, without duplicates; empty for a clean text.
+    """
+    found = dict.fromkeys(match.group() for match in _PATH_IN_TEXT.finditer(text))
+    home = str(Path.home())
+    if len(home) > 1 and home in text:
+        found.setdefault(home)
+    return list(found)
 
 
 def _account_name() -> str | None:

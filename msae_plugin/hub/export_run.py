@@ -2,6 +2,7 @@
 
 FOLDER/sae/        cfg.json, sae_weights.safetensors, sparsity.safetensors, runner_cfg.json
 FOLDER/jumprelu/   the same SAE as SAELens' own `jumprelu`, when the mathematics allows
+FOLDER/check_activations.safetensors  some of the activations of the check, for later checks
 FOLDER/export.json the numbers of the check; written last, so that its presence says "complete"
 """
 
@@ -31,13 +32,20 @@ from msae_plugin.hub.agreement import (
     trained_reconstruction,
 )
 from msae_plugin.hub.clean_config import clean_run_config
-from msae_plugin.training.atomic_files import folder_written_atomically, write_json_atomic
+from msae_plugin.training.atomic_files import (
+    TEMPORARY_PREFIX,
+    folder_written_atomically,
+    write_json_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
 SAE_FOLDER = "sae"
 TWIN_FOLDER = "jumprelu"
 REPORT_FILENAME = "export.json"
+ACTIVATIONS_FILENAME = "check_activations.safetensors"
+# Kept to compare a published copy with; 2 MB at d_in 2304. Never published: they show the text.
+KEPT_ACTIVATIONS = 256
 # An exported L0 further than this from the trained k is worth a warning: a running threshold of
 # rate .01 (SAELens' batchtopk) is 5 times off after 100 steps and right after 500.
 L0_WARNING_RATIO = 1.25
@@ -87,7 +95,8 @@ def export_sae(
     Args:
         sae: A trained SAE with every scaling of the activations folded in. It is put in eval mode
             for the check and returned to its mode.
-        folder: Gets `sae/`, `jumprelu/` and `export.json`; made if missing.
+        folder: Gets `sae/`, `jumprelu/`, some of the activations, and `export.json`; made if
+            missing.
         activations: (n, d_in) real activations as the exported SAE will see them.
         sparsity: (d_sae,) log10 firing frequency in the training SAE's order of latents, or None.
         runner_cfg: Configuration of the run; local paths and account names are removed.
@@ -126,10 +135,20 @@ def export_sae(
             report = _check(sae, plain, twin, obstacle, activations)
     finally:
         sae.train(was_training)
+    _keep_activations(folder, activations)
     write_json_atomic(folder / REPORT_FILENAME, report.to_dict())
     for warning in report.warnings:
         logger.warning("%s: %s", folder, warning)
     return report
+
+
+def _keep_activations(folder: Path, activations: torch.Tensor) -> None:
+    # Evenly over the batch: neighbouring rows may be of one document.
+    step = max(1, len(activations) // KEPT_ACTIVATIONS)
+    kept = activations[::step][:KEPT_ACTIVATIONS].detach().float().cpu().contiguous()
+    temporary = folder / f"{TEMPORARY_PREFIX}{ACTIVATIONS_FILENAME}"
+    save_file({"activations": kept}, temporary)
+    temporary.replace(folder / ACTIVATIONS_FILENAME)
 
 
 def _require_trained(sae: TrainingSAE[Any]) -> None:

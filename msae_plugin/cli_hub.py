@@ -1,0 +1,100 @@
+"""The commands that speak to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from msae_plugin.terminal import results, say
+
+
+def _ask() -> Callable[[str], bool] | None:
+    """Asks on a terminal; nobody is asked where there is none."""
+    if not sys.stdin.isatty():
+        return None
+    return lambda question: typer.confirm(question, err=True)
+
+
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run, one SAE of it, or an export.")
+    ],
+    repo: Annotated[str, typer.Option("--repo", metavar="USER/NAME", help="Made when missing.")],
+    sae_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--folder",
+            metavar="PATH",
+            help="Folder in the repository; MODEL/HOOK/WIDTH_l0-N_seedK by default.",
+        ),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Output of msae eval on these SAEs.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder whose figures/*.png go along.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Render everything locally, upload nothing.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where --dry-run renders to.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to commit to; made when missing.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Name for the commit, once checked.")] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
+    licence: Annotated[
+        str | None,
+        typer.Option("--licence", "--license", help="The repository's, or mit, by default."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that exists without asking.")
+    ] = False,
+) -> None:
+    """Publish SAEs on the Hugging Face Hub in one commit, and check what others will get."""
+    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.hub.publish import publish as publish_run
+    from msae_plugin.hub.publish_report import report_lines
+
+    result = publish_run(
+        folder,
+        repo,
+        folder=sae_folder,
+        evaluation=evaluation,
+        report=report,
+        dry_run=dry_run,
+        output=output,
+        private=private,
+        revision=revision,
+        tag=tag,
+        pr=pr,
+        licence=licence,
+        overwrite=overwrite,
+        confirm=_ask(),
+        say=say,
+    )
+    for line in report_lines(result):
+        results.print(Text(line), soft_wrap=True)
+
+
+def download(
+    reference: Annotated[
+        str, typer.Argument(metavar="USER/REPO[@REVISION][:FOLDER]", help="What to fetch.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")],
+) -> None:
+    """Fetch an SAE, or a whole repository, from the Hugging Face Hub."""
+    # As in publish: heavy imports.
+    from msae_plugin.hub.download import download as download_reference
+
+    results.print(Text(str(download_reference(reference, output))), soft_wrap=True)

@@ -1,0 +1,333 @@
+"""`msae publish`: a run becomes a repository on the Hugging Face Hub, in one commit, checked.
+
+    local SAEs and evaluation -> plan (files, card) -> confirmations -> one commit -> check -> tag
+
+Nothing is written on the Hub before everything that can be refused here has been.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.hub import remote
+from msae_plugin.hub.hub_errors import explained, hub_errors, require_token, status_of
+from msae_plugin.hub.publish_plan import PublishPlan, make_plan
+from msae_plugin.hub.references import require_repo_name
+from msae_plugin.hub.release import dashboard_command, pretrained_saes_stanza
+from msae_plugin.hub.remote import Committed, RepositoryState
+from msae_plugin.hub.sae_folder import private_content
+from msae_plugin.hub.verification import Verification, check_files, check_latents
+from msae_plugin.training.atomic_files import folder_written_atomically
+
+Confirm = Callable[[str], bool]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """What `publish` did, or would do.
+
+    Args:
+        repo: `user/name`.
+        folders: The SAEs' folders in it.
+        files: Every file that was (would be) written, with its size in bytes.
+        removed: Every file that was (would be) removed.
+        notes: What the user should know.
+        output: Where a dry run rendered the files; None for a real one.
+        commit: Hash of the commit; None for a dry run.
+        url: Page of the commit.
+        pull_request: Page of the pull request; None without one.
+        revision: Branch of the commit; None for main.
+        tag: The tag that it got.
+        verifications: What the check after the upload found.
+        stanza: Entry for SAELens' `pretrained_saes.yaml`; empty where SAELens cannot load any.
+        dashboard: SAEDashboard's command for each SAE that it can load.
+    """
+
+    repo: str
+    folders: tuple[str, ...]
+    files: dict[str, int]
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]
+    output: Path | None
+    commit: str | None
+    url: str | None
+    pull_request: str | None
+    revision: str | None
+    tag: str | None
+    verifications: tuple[Verification, ...]
+    stanza: str
+    dashboard: tuple[str, ...]
+
+
+def publish(
+    run: Path,
+    repo: str,
+    *,
+    folder: str | None = None,
+    dry_run: bool = False,
+    output: Path | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    pr: bool = False,
+    licence: str | None = None,
+    evaluation: Path | None = None,
+    report: Path | None = None,
+    overwrite: bool = False,
+    confirm: Confirm | None = None,
+    say: Say | None = None,
+) -> PublishResult:
+    """Publish the SAEs of a run.
+
+    Args:
+        run: A run folder, the folder of one of its SAEs, or an export.
+        repo: `user/name`; made when it does not exist.
+        folder: Folder in the repository; None for `<model>/<hook>/<width>_l0-<n>_seed<k>`.
+        dry_run: Render everything into `output` and upload nothing. Needs no token.
+        output: Where a dry run goes; None for a new temporary folder.
+        private: Make the repository private.
+        revision: Branch to commit to; made from main when it does not exist.
+        tag: Name for the commit, given when it has been checked.
+        pr: Open a pull request in place of committing to main.
+        licence: Identifier of the licence; None keeps the repository's, or takes MIT.
+        evaluation: Output folder of `msae eval` on these SAEs.
+        report: Output folder of `msae report`; its figures are published with the first SAE.
+        overwrite: Replace folders that exist without asking.
+        confirm: Asks the user a question; None refuses whatever would have been asked.
+        say: Shows one line of progress.
+
+    Raises:
+        InputError: Something must not be published, a name is wrong, a permission is missing, or
+            the user said no. Nothing was published.
+        RunFailure: The network, the Hub or the disk failed, and whether anything was published is
+            in the message; or the check after the upload failed, with the commit named.
+    """
+    say = say or (lambda _message: None)
+    require_repo_name(repo)
+    _require_sensible(dry_run, output, revision, tag, pr)
+    notes: list[str] = []
+    if dry_run:
+        state = _state_if_reachable(repo, revision, notes)
+    else:
+        _require_valid_token(require_token())
+        state = remote.read_state(repo, revision)
+    _require_possible(state, private, tag)
+    plan = make_plan(
+        run, state, folder=folder, licence=licence, evaluation=evaluation, report=report
+    )
+    traces = [line for sae in plan.folders for line in private_content(sae)]
+    notes += plan.notes
+    notes += [f"local path in a file that is published unmodified: {line}" for line in traces]
+    if dry_run:
+        where = _render(plan, output)
+        return _result(plan, notes, output=where, revision=revision)
+    if not overwrite:
+        _ask_before_replacing(plan, confirm)
+    if traces and not (state.private if state.exists else private):
+        _ask_before_showing(traces, confirm)
+    say(f"uploading {len(plan.additions)} files to {repo}")
+    committed = _commit(plan, private, revision, pr)
+    say(f"checking commit {committed.oid[:12]}")
+    on_main = revision in (None, remote.MAIN) and not pr
+    verifications = _verify(plan, committed, on_main)
+    if tag is not None:
+        try:
+            remote.add_tag(repo, tag, committed.oid)
+        except (InputError, RunFailure) as error:
+            raise RunFailure(
+                f"published as commit {committed.oid} and checked, but without the tag: {error}"
+            ) from error
+    return _result(
+        plan,
+        notes,
+        revision=revision,
+        tag=tag,
+        commit=committed.oid,
+        url=committed.url,
+        pull_request=committed.pull_request,
+        verifications=verifications,
+    )
+
+
+def _require_sensible(
+    dry_run: bool, output: Path | None, revision: str | None, tag: str | None, pr: bool
+) -> None:
+    if output is not None and not dry_run:
+        raise InputError("--output is where --dry-run renders to: add --dry-run or leave it out")
+    if pr and tag is not None:
+        raise InputError("--tag names a commit of the repository; merge the --pr first, then tag")
+    if pr and revision is not None:
+        raise InputError("--pr asks for a change of main: leave --revision out")
+
+
+def _require_valid_token(token: str) -> None:
+    with hub_errors("logging in"):
+        HfApi().whoami(token)
+
+
+def _state_if_reachable(repo: str, revision: str | None, notes: list[str]) -> RepositoryState:
+    try:
+        state = remote.read_state(repo, revision)
+    except (InputError, RunFailure) as error:
+        notes.append(f"rendered as for a new repository, because the Hub was not reached: {error}")
+        return RepositoryState(repo, exists=False)
+    if not state.exists:
+        notes.append(f"{repo} does not exist (or is not visible to you): it would be made")
+    return state
+
+
+def _require_possible(state: RepositoryState, private: bool, tag: str | None) -> None:
+    if not state.exists:
+        return
+    if private and state.private is False:
+        raise InputError(
+            f"{state.repo} exists and is public: --private makes new repositories only; change it "
+            "in its settings on the Hub"
+        )
+    if tag is not None and remote.existing_tag(state.repo, tag):
+        raise InputError(f"{state.repo} has a tag {tag!r} already: choose another")
+
+
+def _ask_before_replacing(plan: PublishPlan, confirm: Confirm | None) -> None:
+    for sae in plan.folders:
+        present = plan.state.files_in(sae.path)
+        if not present:
+            continue
+        question = f"{plan.state.repo} has {sae.path} already ({len(present)} files). Replace it?"
+        if confirm is None or not confirm(question):
+            raise InputError(
+                f"{plan.state.repo} has {sae.path} already: choose another --folder, or replace it "
+                "with --overwrite; nothing was published"
+            )
+
+
+def _ask_before_showing(traces: list[str], confirm: Confirm | None) -> None:
+    question = f"These files name local paths: {'; '.join(traces)}. Publish them all the same?"
+    if confirm is None or not confirm(question):
+        raise InputError(
+            f"{'; '.join(traces)}: a public repository would show it; evaluate with a model and "
+            "data under hub names, or publish with --private; nothing was published"
+        )
+
+
+def _render(plan: PublishPlan, output: Path | None) -> Path:
+    where = output or Path(tempfile.mkdtemp(prefix="msae-publish-")) / "repository"
+    if where.exists() and (not where.is_dir() or any(where.iterdir())):
+        raise InputError(f"--output {str(where)!r} is not empty: choose another folder")
+    with hub_errors(f"writing {where}"), folder_written_atomically(where) as folder:
+        for path, content in plan.additions.items():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                target.write_bytes(content)
+            else:
+                shutil.copyfile(content, target)
+    return where
+
+
+def _commit(plan: PublishPlan, private: bool, revision: str | None, pr: bool) -> Committed:
+    repo, before = plan.state.repo, plan.state
+    state = remote.prepare(before, private, revision)
+    made = "" if before.exists else f"; the repository {repo} was made and is empty"
+    try:
+        return remote.commit(
+            state,
+            plan.additions,
+            plan.deletions,
+            message=f"Publish {', '.join(sae.path for sae in plan.folders)}",
+            revision=revision,
+            pull_request=pr,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"unless the very last request got through, nothing was published: look at "
+            f"{constants.ENDPOINT}/{repo}{made}"
+        ) from None
+    # Errors of the HTTP library share no base class (see hub_errors).
+    except Exception as error:
+        reason = explained(error, f"uploading to {repo}")
+        status = status_of(error)
+        if status is None or status >= 500:
+            # The Hub may have committed before the connection broke.
+            landed = _commit_that_landed(plan, state, revision, pr, reason)
+            if landed is not None:
+                return landed
+        raise type(reason)(f"{reason}; nothing was published{made}") from error
+
+
+def _commit_that_landed(
+    plan: PublishPlan, state: RepositoryState, revision: str | None, pr: bool, reason: Exception
+) -> Committed | None:
+    """The commit, if the Hub has it although the upload seemed to fail."""
+    repo = state.repo
+    page = f"{constants.ENDPOINT}/{repo}"
+    if pr:
+        raise RunFailure(
+            f"{reason}; whether a pull request was opened is to be seen on {page}/discussions"
+        )
+    try:
+        head = remote.read_state(repo, revision).head
+    except (InputError, RunFailure):
+        raise RunFailure(
+            f"{reason}; whether anything was published is to be seen on {page}: the Hub cannot be "
+            "asked now"
+        ) from reason
+    if head is None or head == state.head:
+        return None
+    try:
+        check_files(repo, head, plan.additions)
+    except (InputError, RunFailure):
+        return None  # somebody else's commit
+    return Committed(head, f"{page}/commit/{head}", None)
+
+
+def _verify(plan: PublishPlan, committed: Committed, on_main: bool) -> tuple[Verification, ...]:
+    repo = plan.state.repo
+    try:
+        check_files(repo, committed.oid, plan.additions)
+        return tuple(check_latents(repo, committed.oid, on_main, folder) for folder in plan.folders)
+    except (InputError, RunFailure) as error:
+        raise RunFailure(
+            f"{repo} has the new commit {committed.oid}, but the check of it failed: {error}; "
+            f"do not rely on it before you have looked at {committed.url}"
+        ) from error
+
+
+def _result(
+    plan: PublishPlan,
+    notes: list[str],
+    *,
+    revision: str | None,
+    output: Path | None = None,
+    tag: str | None = None,
+    commit: str | None = None,
+    url: str | None = None,
+    pull_request: str | None = None,
+    verifications: tuple[Verification, ...] = (),
+) -> PublishResult:
+    repo = plan.state.repo
+    commands = [dashboard_command(repo, entry) for entry in plan.new_entries]
+    return PublishResult(
+        repo=repo,
+        folders=tuple(sae.path for sae in plan.folders),
+        files=plan.sizes(),
+        removed=plan.deletions,
+        notes=tuple(notes),
+        output=output,
+        commit=commit,
+        url=url,
+        pull_request=pull_request,
+        revision=revision,
+        tag=tag,
+        verifications=verifications,
+        stanza=pretrained_saes_stanza(repo, plan.entries),
+        dashboard=tuple(command for command in commands if command is not None),
+    )

@@ -1,0 +1,229 @@
+"""A repository on the Hub as publishing sees it: what is in it, and one commit more."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+
+from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
+from msae_plugin.hub.card_entry import CardEntry, usable_summary
+from msae_plugin.hub.export_run import REPORT_FILENAME, TWIN_FOLDER
+from msae_plugin.hub.hub_errors import hub_errors
+from msae_plugin.hub.sae_folder import FIGURES_FOLDER
+
+CARD_FILENAME = "README.md"
+MAIN = "main"
+# What a listing waits for; uploads and downloads have huggingface_hub's own limits.
+LISTING_TIMEOUT_SECONDS = 20.0
+_SMALL_FILES = (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, REPORT_FILENAME, SUMMARY_FILENAME)
+
+
+@dataclass(frozen=True)
+class RepositoryState:
+    """A repository at one commit.
+
+    Args:
+        repo: `user/name`.
+        exists: Whether there is one.
+        private: Whether it is private; None where the Hub does not say.
+        head: The commit; None for a repository that does not exist.
+        has_revision: Whether the branch asked for exists; `head` is that of main otherwise.
+        files: Paths of all files at the commit.
+    """
+
+    repo: str
+    exists: bool
+    private: bool | None = None
+    head: str | None = None
+    has_revision: bool = False
+    files: frozenset[str] = frozenset()
+
+    def sae_folders(self) -> list[str]:
+        """Folders that SAELens can load an SAE from, without twins."""
+        found = {
+            path.removesuffix(f"/{SAE_CFG_FILENAME}")
+            for path in self.files
+            if path.endswith(f"/{SAE_CFG_FILENAME}")
+        }
+        loadable = {folder for folder in found if f"{folder}/{SAE_WEIGHTS_FILENAME}" in self.files}
+        twins = {f"{folder}/{TWIN_FOLDER}" for folder in loadable}
+        return sorted(loadable - twins)
+
+    def files_in(self, folder: str) -> set[str]:
+        """Paths of the files in a folder, its sub-folders included."""
+        return {path for path in self.files if path.startswith(f"{folder}/")}
+
+
+def read_state(repo: str, revision: str | None) -> RepositoryState:
+    """Ask the Hub what is in a repository.
+
+    Args:
+        repo: `user/name`.
+        revision: Branch, tag or commit; None for the main branch.
+
+    Raises:
+        InputError: The token may not read it.
+        RunFailure: The Hub does not answer.
+    """
+    api = HfApi()
+    with hub_errors(f"reading {repo}"):
+        try:
+            has_revision = True
+            try:
+                info = api.model_info(repo, revision=revision, timeout=LISTING_TIMEOUT_SECONDS)
+            except RevisionNotFoundError:
+                has_revision = False
+                info = api.model_info(repo, timeout=LISTING_TIMEOUT_SECONDS)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return RepositoryState(repo, exists=False)
+    files = frozenset(sibling.rfilename for sibling in info.siblings or ())
+    return RepositoryState(repo, True, info.private, info.sha, has_revision, files)
+
+
+def read_card(state: RepositoryState) -> str | None:
+    """The repository's README.md, None without one."""
+    if CARD_FILENAME not in state.files:
+        return None
+    path = _snapshot(state, [CARD_FILENAME]) / CARD_FILENAME
+    # As bytes: reading as text would change line breaks that are the user's.
+    return path.read_bytes().decode("utf-8")
+
+
+def read_entries(state: RepositoryState, leave_out: Iterable[str] = ()) -> list[CardEntry]:
+    """What the card says of the SAEs in a repository.
+
+    Args:
+        state: The repository.
+        leave_out: Folders that will be replaced.
+    """
+    folders = [folder for folder in state.sae_folders() if folder not in set(leave_out)]
+    if not folders:
+        return []
+    root = _snapshot(state, [f"*{name}" for name in _SMALL_FILES])
+    return [_entry(state, root, folder) for folder in folders]
+
+
+def _entry(state: RepositoryState, root: Path, folder: str) -> CardEntry:
+    def read(name: str) -> Any:
+        path = root / folder / name
+        with hub_errors(f"reading {state.repo}:{folder}/{name}"):
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    return CardEntry(
+        folder=folder,
+        config=read(SAE_CFG_FILENAME),
+        run=read(RUNNER_CFG_FILENAME) or {},
+        export=read(REPORT_FILENAME) or {},
+        summary=usable_summary(read(SUMMARY_FILENAME)),
+        has_twin=f"{folder}/{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files,
+        figures=tuple(sorted(fnmatch.filter(state.files, f"{folder}/{FIGURES_FOLDER}/*.png"))),
+    )
+
+
+def _snapshot(state: RepositoryState, patterns: Sequence[str]) -> Path:
+    with hub_errors(f"reading {state.repo}"):
+        return Path(
+            snapshot_download(state.repo, revision=state.head, allow_patterns=list(patterns))
+        )
+
+
+def prepare(state: RepositoryState, private: bool, revision: str | None) -> RepositoryState:
+    """Make the repository and the branch where they are missing.
+
+    Raises:
+        InputError: The token may not do it.
+        RunFailure: The Hub does not answer.
+    """
+    api = HfApi()
+    if not state.exists:
+        with hub_errors(f"creating {state.repo}"):
+            # None leaves it to the organisation's default; False would make it public.
+            api.create_repo(state.repo, private=True if private else None)
+        state = read_state(state.repo, revision)
+    if not state.has_revision and revision is not None:
+        with hub_errors(f"creating the branch {revision} of {state.repo}"):
+            api.create_branch(state.repo, branch=revision, revision=state.head)
+        state = read_state(state.repo, revision)
+    return state
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A commit.
+
+    Args:
+        oid: Its hash.
+        url: Its page.
+        pull_request: Page of the pull request; None without one.
+    """
+
+    oid: str
+    url: str
+    pull_request: str | None
+
+
+def commit(
+    state: RepositoryState,
+    additions: Mapping[str, bytes | Path],
+    deletions: Iterable[str],
+    *,
+    message: str,
+    revision: str | None,
+    pull_request: bool,
+) -> Committed:
+    """Change the repository in one commit, or not at all.
+
+    The commit names its parent: had somebody else committed meanwhile, the Hub refuses it.
+
+    Args:
+        state: The repository as it was read.
+        additions: Contents, or the file that holds them, by path.
+        deletions: Paths to remove.
+        message: Title of the commit.
+        revision: Branch; None for main.
+        pull_request: Whether to open a pull request in place of changing the branch.
+    """
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationDelete(path, is_folder=False) for path in sorted(deletions)
+    ]
+    operations += [CommitOperationAdd(path, content) for path, content in additions.items()]
+    done = HfApi().create_commit(
+        state.repo,
+        operations,
+        commit_message=message,
+        revision=revision,
+        create_pr=pull_request,
+        parent_commit=state.head,
+    )
+    return Committed(done.oid, done.commit_url, done.pr_url)
+
+
+def existing_tag(repo: str, tag: str) -> bool:
+    """Whether a repository has a tag."""
+    with hub_errors(f"reading the tags of {repo}"):
+        return any(ref.name == tag for ref in HfApi().list_repo_refs(repo).tags)
+
+
+def add_tag(repo: str, tag: str, oid: str) -> None:
+    """Give a commit a name."""
+    with hub_errors(f"tagging {repo}"):
+        HfApi().create_tag(repo, tag=tag, revision=oid)

@@ -1,0 +1,172 @@
+"""After an upload: is what others will get what was published?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import hf_hub_download
+from sae_lens import SAE
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
+from safetensors.torch import load_file
+
+from msae_plugin.errors import RunFailure
+from msae_plugin.hub.agreement import Agreement, compare
+from msae_plugin.hub.export_run import ACTIVATIONS_FILENAME, TWIN_FOLDER
+from msae_plugin.hub.hub_errors import hub_errors
+from msae_plugin.hub.local_sae import LocalSAE, file_sha256
+from msae_plugin.hub.sae_folder import SAEFolder, content_sha256
+
+_RANDOM_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the check of one published SAE found.
+
+    Args:
+        folder: Its folder in the repository.
+        files: Number of files whose bytes are those that were sent.
+        agreement: The downloaded SAE against the local one.
+        twin_agreement: The downloaded twin against the local SAE; None without a twin.
+        activations: What they were compared on.
+    """
+
+    folder: str
+    files: int
+    agreement: Agreement
+    twin_agreement: Agreement | None
+    activations: str
+
+
+def check_files(repo: str, oid: str, files: dict[str, bytes | Path]) -> None:
+    """Download every file of a commit that was sent, and compare the bytes.
+
+    Raises:
+        RunFailure: A file cannot be had, or differs.
+    """
+    for path, content in files.items():
+        with hub_errors(f"downloading {path}"):
+            # Forced: a copy in the local cache proves nothing about the Hub.
+            downloaded = Path(hf_hub_download(repo, path, revision=oid, force_download=True))
+            same = file_sha256(downloaded) == content_sha256(content)
+        if not same:
+            raise RunFailure(f"{path} on the Hub differs from what was sent")
+
+
+def check_latents(repo: str, oid: str, on_main: bool, folder: SAEFolder) -> Verification:
+    """Load what was published as a user would, and compare its latents with the local SAE's.
+
+    Args:
+        repo: `user/name`.
+        oid: The commit, whose files are in the local cache already (`check_files`).
+        on_main: Whether the commit is on the main branch, the only one that SAELens loads.
+        folder: The SAE.
+
+    Raises:
+        RunFailure: It cannot be loaded, is silent, or computes something else.
+    """
+    local = SAE.load_from_disk(folder.sae.export)
+    activations, source = check_activations(folder.sae, local)
+    with torch.no_grad():
+        latents = local.encode(activations)
+        latents = latents.to_dense() if latents.is_sparse else latents
+        reconstruction = local.decode(latents)
+    if not (latents != 0).any():
+        raise RunFailure(f"{folder.path}: no latent is on for {source}: nothing can be compared")
+
+    def compared(path: str) -> Agreement:
+        with hub_errors(f"loading {repo}:{path}"):
+            loaded = _load(repo, oid, path, on_main)
+        agreement = compare(latents, reconstruction, loaded, activations)
+        failure = agreement.failure()
+        if failure is not None:
+            raise RunFailure(f"{path} on the Hub computes something else: {failure}")
+        return agreement
+
+    return Verification(
+        folder=folder.path,
+        files=len(folder.files),
+        agreement=compared(folder.path),
+        twin_agreement=(
+            None if folder.sae.twin is None else compared(f"{folder.path}/{TWIN_FOLDER}")
+        ),
+        activations=source,
+    )
+
+
+def _load(repo: str, oid: str, path: str, on_main: bool) -> SAE[Any]:
+    if on_main:
+        return SAE.from_pretrained(repo, path)
+    return SAE.from_pretrained(repo, path, converter=_AtRevision(oid))
+
+
+class _AtRevision:
+    """A loader of SAELens, which knows the main branch alone, for another revision."""
+
+    def __init__(self, revision: str) -> None:
+        self._revision = revision
+
+    def __call__(
+        self,
+        repo_id: str,
+        folder_name: str,
+        device: str,
+        force_download: bool,
+        cfg_overrides: dict[str, Any] | None,
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
+        del force_download  # `check_files` has just downloaded them
+        files = [
+            hf_hub_download(repo_id, f"{folder_name}/{name}", revision=self._revision)
+            for name in ("cfg.json", SAE_WEIGHTS_FILENAME)
+        ]
+        config, state = sae_lens_disk_loader(Path(files[0]).parent, device, cfg_overrides)
+        return config, state, None
+
+
+def check_activations(sae: LocalSAE, loaded: SAE[Any]) -> tuple[torch.Tensor, str]:
+    """Activations to compare two copies of an SAE on.
+
+    Args:
+        sae: The SAE's folders; the activations that its run kept are used where there are any.
+        loaded: The SAE.
+
+    Returns:
+        (n, d_in), and what they are.
+    """
+    kept = sae.root / ACTIVATIONS_FILENAME
+    if kept.is_file():
+        activations = load_file(kept)["activations"]
+        if activations.shape[1] == loaded.cfg.d_in:
+            return activations.to(loaded.dtype), f"{len(activations)} real activations of the run"
+    # None were kept: decoder directions and noise around b_dec, at sizes from far below to far
+    # above what the encoder was trained on, so that latents of any threshold fire.
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(loaded.cfg.d_sae, (_RANDOM_TOKENS,), generator=generator)
+    noise = torch.randn(_RANDOM_TOKENS, loaded.cfg.d_in, generator=generator)
+    sizes = torch.logspace(-1, 3, _RANDOM_TOKENS)[:, None]
+    decoder, centre = cast(torch.Tensor, loaded.W_dec), cast(torch.Tensor, loaded.b_dec)
+    unit = torch.nn.functional.normalize(decoder.detach()[rows].float(), dim=1)
+    noise = torch.nn.functional.normalize(noise, dim=1)
+    activations = centre.detach().float() + sizes * (unit + 0.5 * noise)
+    return activations.to(loaded.dtype), (
+        f"{_RANDOM_TOKENS} made-up activations (the run kept no real ones)"
+    )
+
+
+def describe(verifications: Sequence[Verification]) -> list[str]:
+    """One line per SAE for a terminal."""
+    lines: list[str] = []
+    for check in verifications:
+        worst = check.agreement.max_latent_difference
+        agree = "are equal" if worst == 0 else f"agree to {worst:.0e}"
+        twin = "" if check.twin_agreement is None else ", the twin too"
+        lines.append(
+            f"{check.folder}: {check.files} files downloaded again and equal; loaded with "
+            f"SAE.from_pretrained, latents {agree} on {check.activations}{twin}"
+        )
+    return lines
