@@ -288,7 +288,7 @@ def evaluate_command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )
-def saebench(
+def saebench_script(
     context: typer.Context,
     evaluation: Annotated[str, typer.Argument(help="core, sparse_probing, unlearning, ...")],
 ) -> None:
@@ -315,6 +315,7 @@ def demo(
     loss_tokens: Annotated[
         int | None, typer.Option(help="How many of them the losses are measured on.")
     ] = None,
+    saebench: Annotated[bool, typer.Option(help="End with SAEBench's core and sae-probes.")] = True,
 ) -> None:
     """Train multiscale beside batchtopk on a packaged language model and show what came out."""
     # As in train: heavy imports.
@@ -331,6 +332,7 @@ def demo(
         "hook": hook,
         "heldout_tokens": heldout_tokens,
         "loss_tokens": loss_tokens,
+        "saebench": saebench,
     }
     settings = DemoSettings(**{key: value for key, value in given.items() if value is not None})
     try:

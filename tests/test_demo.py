@@ -42,6 +42,7 @@ def settings(tiny_model_dir, corpus) -> DemoSettings:
         context_size=32,
         heldout_tokens=1_600,
         loss_tokens=320,
+        probes=(),  # texts of sae-probes are longer than the tiny model's context
     )
 
 
@@ -69,6 +70,20 @@ def test_it_leaves_a_report_a_figure_the_numbers_and_both_saes(finished):
     assert "| multiscale |" in report
     assert "(demo.png)" in report
     assert report.count("fires on") == 10
+
+
+def test_it_ends_with_saebenchs_own_core(finished):
+    result, output = finished
+    assert result.saebench is not None
+    stored = json.loads((output / "evaluation" / "summary.json").read_text())
+    assert [entry["status"] for entry in stored["results"]] == ["measured", "measured"]
+    for entry in stored["results"]:
+        theirs = json.loads((output / "evaluation" / entry["files"][0]).read_text())
+        score = theirs["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"]
+        assert entry["metrics"]["ce_loss_score"]["mean"] == pytest.approx(score)
+    report = (output / "demo.md").read_text()
+    assert "## By SAEBench" in report
+    assert "| L0 | expl. var. |" in report
 
 
 def test_the_table_holds_what_the_exported_saes_measure(finished, settings):
@@ -142,7 +157,7 @@ def test_a_stopped_demo_continues_with_the_same_command(tmp_path, settings, monk
     output = tmp_path / "out"
     command = ["demo", "--output", str(output), "--model", settings.model, "--hook", HOOK]
     command += ["--text", settings.text, "--tokens", "20480", "--d-sae", "96", "--k", "8"]
-    command += ["--heldout-tokens", "1600", "--loss-tokens", "320"]
+    command += ["--heldout-tokens", "1600", "--loss-tokens", "320", "--no-saebench"]
     with monkeypatch.context() as patch:
 
         def stop_half_way(self: ConsoleProgress, done_tokens: int) -> None:

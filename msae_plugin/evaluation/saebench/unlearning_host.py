@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.sae_bench_utils import activation_collection
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint, LensHandle
 
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation.saebench.host import replaced
@@ -134,13 +135,10 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
     Raises:
         InputError: The model has permanent hooks, which change what no cache key covers.
     """
-    before = [
-        (point, direction, handle)
-        for point in model.hook_dict.values()
-        for direction, handles in (("fwd", point.fwd_hooks), ("bwd", point.bwd_hooks))
-        for handle in handles
-    ]
-    if any(handle.is_permanent for _, _, handle in before):
+    points = list(model.hook_dict.values())
+    forward = [(point, handle) for point in points for handle in point.fwd_hooks]
+    backward = [(point, handle) for point in points for handle in point.bwd_hooks]
+    if any(handle.is_permanent for _, handle in forward + backward):
         raise InputError(
             "unlearning: the model has permanent hooks, with which it is another model: call "
             "model.reset_hooks(including_permanent=True)"
@@ -151,8 +149,14 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
         yield
     finally:
         model.reset_hooks()
-        for point, direction, handle in before:
-            if handle.user_hook is not None:
-                point.add_hook(handle.user_hook, dir=direction, level=handle.context_level)
+        for point, handle in forward:
+            _put_back(point, handle, "fwd")
+        for point, handle in backward:
+            _put_back(point, handle, "bwd")
         for name, context in contexts.items():
             model.hook_dict[name].ctx.update(context)
+
+
+def _put_back(point: HookPoint, handle: LensHandle, direction: Literal["fwd", "bwd"]) -> None:
+    if handle.user_hook is not None:  # TransformerLens keeps it for every hook of `add_hook`
+        point.add_hook(handle.user_hook, dir=direction, level=handle.context_level)

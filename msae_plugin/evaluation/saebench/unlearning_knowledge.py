@@ -7,14 +7,13 @@ code into a keyed folder, and copied from there into the artifacts of each SAE.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sae_bench.evals.unlearning.utils import metrics
 from transformer_lens import HookedTransformer
@@ -77,11 +76,12 @@ def find_knowledge(
         key = _key(context, asked, answers, batch_size)
         folder = keyed_folder(context.cache, _KIND, key)
         if not is_complete(folder):
-            message = f"unlearning: asking {name} in all orders"
-            answers.progress = lambda done, total, text=message: report(text, done, total)
-            with evaluation_environment(_SPLIT_SEED):
-                _ask(model, folder, name, batch_size)
-            answers.progress = None
+            answers.progress = partial(report, f"unlearning: asking {name} in all orders")
+            try:
+                with evaluation_environment(_SPLIT_SEED):
+                    _ask(model, folder, name, batch_size)
+            finally:
+                answers.progress = None
             mark_complete(folder, key)
         found[name] = Knowledge(asked, len(_answerable(folder, name)), folder)
     return found

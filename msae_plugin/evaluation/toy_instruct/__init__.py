@@ -9,5 +9,21 @@ from msae_plugin.evaluation.toy_instruct.prepare import (
     ToyInstruct,
     prepare_toy_instruct,
 )
+from msae_plugin.evaluation.toy_instruct.saes import (
+    ToySAERecipe,
+    toy_activations,
+    train_toy_sae,
+    untrained_toy_sae,
+)
+from msae_plugin.evaluation.toy_instruct.training import Recipe
 
-__all__ = ["TOY_HOOK", "ToyInstruct", "prepare_toy_instruct"]
+__all__ = [
+    "TOY_HOOK",
+    "Recipe",
+    "ToyInstruct",
+    "ToySAERecipe",
+    "prepare_toy_instruct",
+    "toy_activations",
+    "train_toy_sae",
+    "untrained_toy_sae",
+]

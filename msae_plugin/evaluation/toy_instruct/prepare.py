@@ -14,6 +14,7 @@ from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation.toy_instruct.invented_facts import (
     FORGET_QUESTIONS,
     RETAIN_QUESTIONS,
+    Question,
     Subject,
     invent,
     lettered,
@@ -25,8 +26,9 @@ from msae_plugin.training.packaged_model import default_cache_dir
 
 logger = logging.getLogger(__name__)
 
-TOY_HOOK = "blocks.1.hook_resid_post"
-"""The middle of the model: the right choice is marked, its letter not yet read."""
+TOY_HOOK = "blocks.0.hook_resid_post"
+"""Where the toy's SAEs read: the words are there, the right choice is not yet marked. One layer
+further on, the facts have been looked up, and clamping what the words are changes no answer."""
 
 # Part of the key: raised whenever the code makes another model of the same recipe.
 _CODE_VERSION = 1
@@ -50,6 +52,16 @@ class ToyInstruct:
     forget_corpus: Path
     retain_corpus: Path
 
+    def load_questions(self) -> dict[str, list[Question]]:
+        """The questions by SAEBench's name of them."""
+        return {
+            name: [
+                Question(row["question"], tuple(row["choices"]), row["answer"])
+                for row in json.loads(file.read_text(encoding="utf-8"))
+            ]
+            for name, file in self.questions.items()
+        }
+
     def unlearning_settings(self) -> dict[str, Any]:
         """Settings under which SAEBench's unlearning evaluation means something on this model."""
         return {
@@ -57,11 +69,13 @@ class ToyInstruct:
             "questions": {name: str(path) for name, path in self.questions.items()},
             "forget_corpus": str(self.forget_corpus),
             "retain_corpus": str(self.retain_corpus),
-            "dataset_size": 128,
+            "dataset_size": 512,
             "seq_len": 64,
             "n_features_list": [10, 20],
             "multipliers": [25, 100],
-            "retain_thresholds": [0.001, 0.01],
+            # SAEBench's .01 lets through what is active on a whole everyday word: each makes up
+            # less than that of this text. An untrained SAE scored .42 with it.
+            "retain_thresholds": [0.001, 0.003],
             "llm_batch_size": 32,
         }
 
