@@ -3,10 +3,10 @@
     python benchmarks/evaluation_speed.py --saes runs/language_model/saes/results/*_seed1
 
 Every measurement is a process of its own, started cold: imports, loading the model, reading the
-text, evaluating. SAEBench loads models and text by name only, so its `multiple_evals` is handed the
-same packaged model and held-out text; nothing else of it is touched. Batches of reconstruction and
-of variance stand in SAEBench's own ratio, 1 : 10. The last line repeats ours with the model's side
-on disk already.
+text, evaluating, in seconds of processor time on one thread. SAEBench loads models and text by name
+only, so its `multiple_evals` is handed the same packaged model and held-out text; nothing else of
+it is touched. Batches of reconstruction and of variance stand in SAEBench's own ratio, 1 : 10. The
+last line repeats ours with the model's side on disk already.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +102,22 @@ def work(args: argparse.Namespace) -> None:
 
 
 def measured(kind: str, saes: list[Path], args: argparse.Namespace) -> float:
-    """Wall time of a process, seconds."""
+    """Processor time of a process, seconds: on one thread what an idle machine's clock shows."""
     command = [sys.executable, __file__, "--work", kind, "--folder", str(args.folder)]
     command += ["--prompts", str(args.prompts), "--threads", str(args.threads)]
     command += ["--reconstruction-batches", str(args.reconstruction_batches)]
     command += ["--heldout-documents", str(args.heldout_documents), "--saes", *map(str, saes)]
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (args.folder / f"{kind}.log").open("a") as log:
         subprocess.run(
             command, check=True, stdout=log, stderr=log,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
+            env={
+                **os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+                "OMP_NUM_THREADS": str(args.threads),
+            },
         )  # fmt: skip
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def numbers(file: Path) -> dict[str, float]:

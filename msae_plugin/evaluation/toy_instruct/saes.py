@@ -1,8 +1,9 @@
 """SAEs of the toy model: trained in seconds, and untrained ones at the same L0.
 
 A latent of the trained SAE is active on one or two words; clamping those of the animals takes the
-animals' questions away and leaves the guilds'. A latent of the untrained SAE is active on a random
-few per cent of all words, everyday ones among them, and almost none passes the retain thresholds.
+animals' questions away and leaves most of the guilds'. A latent of the untrained SAE is active on a
+random few per cent of all words, everyday ones among them: 3 to 6 pass the retain thresholds, where
+65 of the trained one do. docs/evaluation.md has what both do to the answers.
 
 That comparison needs many words. An untrained latent that is active on a share p of all words, p
 being L0 / d_sae, misses all n words of the retain corpus with probability (1 - p)^n: a corpus of

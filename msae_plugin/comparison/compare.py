@@ -1,0 +1,190 @@
+"""`msae compare`: train what is missing, measure everything, write comparison.json.
+
+OUTPUT/recipe.json       the recipe, as the comparison was started last
+OUTPUT/activations/      the language model's one pass
+OUTPUT/search/           trials of coefficients
+OUTPUT/saes/<name>/      one run folder per SAE; complete ones are not trained again
+OUTPUT/heldout/, ground_truth/, evaluation/   what was measured, SAE by SAE
+OUTPUT/comparison.json   the rows, written last
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msae_plugin.comparison import (
+    language_model_bench,
+    measured_ground_truth,
+    measured_language_model,
+    stored_activations,
+    training_schedule,
+    tuning,
+)
+from msae_plugin.comparison.compare_config import CompareConfig
+from msae_plugin.comparison.comparison_file import (
+    COMPARISON_FILE,
+    comparison_contents,
+    control_row,
+    training_metrics,
+)
+from msae_plugin.comparison.entries import SAES_FOLDER, Entry, expand, sae_folder
+from msae_plugin.comparison.finished_saes import missing_entries
+from msae_plugin.comparison.ground_truth_bench import GroundTruthBench
+from msae_plugin.comparison.group_training import Workplace
+from msae_plugin.comparison.language_model_bench import LanguageModelBench
+from msae_plugin.comparison.training_schedule import Part, TrainingOutcome, train_all
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.evaluation.outcomes import Reporter, no_report
+from msae_plugin.training.atomic_files import TEMPORARY_PREFIX, write_json_atomic
+from msae_plugin.training.interruption import InterruptionGuard
+from msae_plugin.training.models import LanguageModel
+from msae_plugin.training.run_record import read_run_record
+
+RECIPE_FILE = "recipe.json"
+_OURS = frozenset(
+    {
+        RECIPE_FILE,
+        COMPARISON_FILE,
+        SAES_FOLDER,
+        tuning.FOLDER,
+        stored_activations.FOLDER,
+        training_schedule.CHECKPOINTS,
+        measured_language_model.FOLDER,
+        measured_ground_truth.FOLDER,
+        language_model_bench.EVALUATION_FOLDER,
+        "report",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison left.
+
+    Args:
+        output: Its folder.
+        contents: The contents of comparison.json; None where only a part was trained.
+        failures: Reason by name, of SAEs that could not be trained.
+        complete: Whether everything was trained and measured.
+    """
+
+    output: Path
+    contents: dict[str, Any] | None
+    failures: dict[str, str]
+    complete: bool
+
+
+def compare(
+    config: CompareConfig,
+    output: Path,
+    *,
+    report: Reporter = no_report,
+    language_model: LanguageModel | None = None,
+    part: Part | None = None,
+    skip_missing: bool = False,
+) -> Comparison:
+    """Train, evaluate and write; again and again until everything is there.
+
+    Args:
+        config: The recipe.
+        output: The comparison's folder. What is complete in it is kept: a killed comparison goes
+            on, and SAEs that were added to the recipe are added to the results.
+        report: Shows progress.
+        language_model: A model that is loaded already, as `config.model` describes it.
+        part: Train a share only and measure nothing: for several processes on one folder.
+        skip_missing: Leave evaluations out whose data or packages are missing.
+
+    Raises:
+        InputError: The recipe or the folder cannot work.
+        RunFailure: A number could not be measured, or nothing could be trained.
+        InterruptedBySignalError: While training; everything finished is kept.
+    """
+    _check_folder(output)
+    part = part or Part()
+    bench: LanguageModelBench | GroundTruthBench
+    if config.synthetic is None:
+        bench = LanguageModelBench(
+            config, output, report, language_model, skip_missing=skip_missing
+        )
+    else:
+        bench = GroundTruthBench(config, output, report)
+    bench.check()
+    expansion = expand(config, bench.widths())
+    missing = missing_entries(expansion.entries, config, output)
+    _require_activations(config, output, part, missing)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(output / RECIPE_FILE, {"kind": config.kind, "config": config.to_dict()})
+    record, outcome = None, TrainingOutcome()
+    if missing or config.synthetic is not None:
+        with InterruptionGuard() as guard:
+            source = bench.source(guard)
+            record = source.record()
+            place = Workplace(config, source, output, bench.device, guard, report)
+            # The width of an MLP's inside is known once the model has run.
+            expansion = expand(config, {hook: source.d_in(hook) for hook in bench.widths()})
+            outcome = train_all(place, expansion.entries, part)
+    if part.of > 1:
+        return Comparison(output, None, outcome.failures, complete=False)
+    trained = [e for e in expansion.entries if e.name not in outcome.failures]
+    if not trained:
+        name, reason = next(iter(outcome.failures.items()))
+        raise RunFailure(f"no SAE could be trained; {name}: {reason}")
+    records = [_record(sae_folder(output, entry.name)) for entry in trained]
+    record = record or {key: records[0][key] for key in ("model", "data")}
+    measured = bench.measure(expansion, trained, record)
+    rows: list[dict[str, Any]] = []
+    for of_sae in records:
+        row = dict(of_sae["comparison"]["row"])
+        measured.add(str(row["name"]), training_metrics(of_sae, row))
+        rows.append(row)
+    for control in expansion.controls:
+        if control.name in measured.metrics:
+            rows.append(control_row(control, bench.widths()[control.hook]))
+    contents = comparison_contents(config, rows, measured, record, bench.device, outcome.failures)
+    write_json_atomic(output / COMPARISON_FILE, contents)
+    if not config.keep_activations and not outcome.failures:
+        shutil.rmtree(output / stored_activations.FOLDER, ignore_errors=True)
+    complete = not outcome.failures and all(
+        item["status"] in ("skipped", "not_measurable") for item in measured.missing
+    )
+    return Comparison(output, contents, outcome.failures, complete)
+
+
+def _record(folder: Path) -> Mapping[str, Any]:
+    record = read_run_record(folder)
+    assert record is not None, "it was complete a moment ago"
+    return record
+
+
+def _check_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {str(output)!r} is a file: give a folder")
+    if not output.is_dir():
+        return
+    strange = [
+        path.name
+        for path in sorted(output.iterdir())
+        if path.name not in _OURS and not path.name.startswith((TEMPORARY_PREFIX, "."))
+    ]
+    if strange and not (output / RECIPE_FILE).is_file():
+        raise InputError(
+            f"--output {str(output)!r} holds {strange[0]!r} and no comparison: give a new or empty "
+            "folder"
+        )
+
+
+def _require_activations(
+    config: CompareConfig, output: Path, part: Part, missing: list[Entry]
+) -> None:
+    """Of several processes the first makes the model's pass."""
+    if config.synthetic is not None or part.number == 1 or not missing:
+        return
+    if stored_activations.open_activations(output) is None:
+        raise InputError(
+            f"--part {part.number}/{part.of}: {output / stored_activations.FOLDER} is not complete "
+            f"yet: start --part 1/{part.of} first, and this one when the model's pass is over"
+        )

@@ -1,0 +1,245 @@
+"""The end of an SAE's training: cut, export, record. What is recorded is not trained again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
+
+from msae_plugin.comparison.coefficient_search import is_matched
+from msae_plugin.comparison.compare_config import CompareConfig
+from msae_plugin.comparison.entries import SAES_FOLDER, Entry, sae_folder
+from msae_plugin.comparison.group_training import TrainedGroup, Workplace
+from msae_plugin.comparison.sparsity_knobs import mean_l0, scale_thresholds
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.evaluation.cache import key_digest
+from msae_plugin.hub.export_run import REPORT_FILENAME, export_sae
+from msae_plugin.training.atomic_files import json_safe
+from msae_plugin.training.calibration import calibrate, needs_calibration
+from msae_plugin.training.metrics_log import METRICS_FILE, last_row
+from msae_plugin.training.run_record import (
+    RunRecord,
+    describe_device,
+    read_run_record,
+    software_versions,
+)
+
+# Changing these trains the same SAE.
+_NOT_OF_AN_SAE = (
+    "l0", "seeds", "saes", "ladder", "heldout", "evaluation", "reference", "quick",
+    "log_every_steps", "keep_activations", "common",
+)  # fmt: skip
+_NOT_OF_TRAINING = ("n_checkpoints", "keep_checkpoints", "store_batch_size_prompts")
+
+
+def entry_key(entry: Entry, config: CompareConfig) -> str:
+    """A digest of everything that an SAE depends on."""
+    values = config.to_dict()
+    shared = {key: value for key, value in values.items() if key not in _NOT_OF_AN_SAE}
+    training = cast("dict[str, Any]", dict(shared["training"]))
+    for key in _NOT_OF_TRAINING:
+        training.pop(key)
+    shared["training"] = training
+    shared.get("model", {}).pop("device", None)
+    if "synthetic" in shared and shared["synthetic"] is not None:
+        for key in ("eval_samples", "eval_batch_size", "saes_at_once", "device"):
+            shared["synthetic"].pop(key)
+    if not entry.method.knob.searched:
+        shared.pop("search")
+    method = entry.method
+    own = [
+        json_safe(dict(method.section)), method.accumulation_steps, method.frozen_decoder,
+        entry.hook, entry.l0, entry.seed,
+    ]  # fmt: skip
+    return key_digest({"shared": json_safe(shared), "own": own})
+
+
+def search_key(entry: Entry, config: CompareConfig) -> str:
+    """The same for a search, which all seeds of a method at an L0 share."""
+    return entry_key(replace(entry, seed=0), config)
+
+
+def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
+    """What `run.json` says of an SAE that is complete; None for one to train.
+
+    Args:
+        folder: The SAE's folder.
+        key: What it depends on.
+
+    Raises:
+        InputError: The folder holds an SAE of this name that was trained otherwise.
+    """
+    record = read_run_record(folder)
+    if record is None or record.get("status") != "complete":
+        return None
+    stored = cast("Mapping[str, Any]", record.get("comparison") or {})
+    if stored.get("key") != key:
+        raise InputError(
+            f"{folder} holds an SAE that was trained with other settings: give another --output, "
+            "rename the method, or delete the folder to train it again"
+        )
+    return record
+
+
+def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Path) -> list[Entry]:
+    """The entries that are still to be trained.
+
+    Raises:
+        InputError: One was trained with other settings.
+    """
+    return [
+        entry
+        for entry in entries
+        if finished_record(sae_folder(output, entry.name), entry_key(entry, config)) is None
+    ]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The inference cut of a trained SAE.
+
+    Args:
+        l0: Active latents per token on fresh activations.
+        calibration: What was changed for it; None for an architecture without a cut.
+    """
+
+    l0: float
+    calibration: Mapping[str, float] | None
+
+
+def set_cut(place: Workplace, trained: TrainedGroup, entry: Entry) -> Cut:
+    """Set the cut of an SAE that has one to its target L0, and measure the L0."""
+    trainer = trained.trainer
+    sae = trainer.saes[entry.name]
+    sae.eval()
+    count = place.config.training.calibrate_batches
+    fresh = place.source.fresh(entry.hook, entry.seed, count)
+    batches = [trainer.scaled(entry.name, batch) for batch in fresh]
+    if needs_calibration(sae):
+        found = calibrate(sae, batches)
+        return Cut(found["l0_after"], found)
+    if isinstance(sae, JumpReLUTrainingSAE) and not entry.method.knob.searched:
+        found = scale_thresholds(sae, batches, entry.l0)
+        return Cut(found["l0_after"], found)
+    return Cut(mean_l0(sae, batches), None)
+
+
+def finish(
+    place: Workplace,
+    trained: TrainedGroup,
+    cuts: Mapping[str, Cut],
+    keys: Mapping[str, str],
+    search_tokens: Mapping[str, int],
+) -> None:
+    """Fold, export and record every SAE of a group.
+
+    Args:
+        place: The comparison.
+        trained: The group.
+        cuts: By name.
+        keys: By name.
+        search_tokens: Tokens of the search of its coefficient, by name.
+
+    Raises:
+        RunFailure: An export does not agree with what was trained, or is silent.
+    """
+    trained.trainer.fold_scaling()
+    for entry in trained.group.entries:
+        _finish_one(
+            place,
+            trained,
+            entry,
+            cuts[entry.name],
+            keys[entry.name],
+            search_tokens.get(entry.name, 0),
+        )
+
+
+def _finish_one(
+    place: Workplace, trained: TrainedGroup, entry: Entry, cut: Cut, key: str, search_tokens: int
+) -> None:
+    folder, config = place.folder(entry.name), place.config
+    sae, plan = trained.trainer.saes[entry.name], trained.plans[entry.name]
+    final = last_row(folder / METRICS_FILE)
+    metadata = sae.cfg.metadata
+    place.source.describe(metadata, entry.hook)
+    metadata.training_steps, metadata.training_tokens = trained.steps, trained.tokens
+    metadata.final_loss, metadata.seed = final.get("loss"), entry.seed
+    metadata.l0 = cut.l0
+    place.report(f"exporting {entry.name}")
+    # Left by a run that was killed between the export and its record.
+    (folder / REPORT_FILENAME).unlink(missing_ok=True)
+    try:
+        exported = export_sae(
+            sae,
+            folder,
+            place.source.samples(entry.hook, entry.seed),
+            trained.trainer.step_trainers[entry.name].log_feature_sparsity,
+            {"sae": plan.config.to_dict(), "comparison": config.to_dict()},
+        )
+    except RunFailure as failure:
+        raise RunFailure(f"SAE {entry.name!r}: {failure}") from failure
+    method = entry.method
+    row = {
+        "name": entry.name,
+        "method": method.name,
+        "architecture": plan.config.architecture(),
+        "preset": method.section.get("preset"),
+        "hook": None if config.synthetic is not None else entry.hook,
+        "l0_target": entry.l0,
+        "l0_measured": cut.l0,
+        "l0_matched": is_matched(cut.l0, entry.l0, config.search.tolerance),
+        "seed": entry.seed,
+        "lr": trained.training.lr if plan.lr is None else plan.lr,
+        "coefficient": _coefficient(trained, entry),
+        "folder": f"{SAES_FOLDER}/{entry.name}",
+        "training_steps": trained.steps,
+        "training_tokens": trained.tokens,
+        "search_tokens": search_tokens,
+        "seconds": trained.seconds[entry.name],
+        "control": "frozen random decoder" if method.frozen_decoder else None,
+    }
+    if method.variant is not None:
+        variant = method.variant
+        row |= {
+            "group": variant.group,
+            "mechanism": variant.mechanism,
+            "claim": variant.claim,
+            "against": variant.against,
+        }
+    record = RunRecord(
+        folder,
+        {
+            "versions": software_versions(),
+            "seed": entry.seed,
+            "device": describe_device(place.device),
+            **place.source.record(),
+            "steps": trained.steps,
+            "tokens": trained.tokens,
+            "saes": {
+                entry.name: {
+                    "hook": entry.hook,
+                    "architecture": plan.config.architecture(),
+                    "folder": ".",
+                    "final": final,
+                    "calibration": cut.calibration,
+                    "tokens_per_second": trained.tokens / max(trained.seconds[entry.name], 1e-9),
+                    "export": json_safe(exported.to_dict()),
+                }
+            },
+            "config": config.to_dict(),
+            "comparison": {"key": key, "row": row},
+        },
+        trained.seconds[entry.name],
+    )
+    record.write("complete")
+
+
+def _coefficient(trained: TrainedGroup, entry: Entry) -> dict[str, float] | None:
+    knob = entry.method.knob
+    if not knob.searched:
+        return None
+    return {knob.name: float(getattr(trained.plans[entry.name].config, knob.name))}

@@ -1,0 +1,270 @@
+"""What is trained when: everything that is missing, in groups, each as soon as it may begin."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from msae_plugin.comparison.entries import Entry
+from msae_plugin.comparison.finished_saes import (
+    Cut,
+    entry_key,
+    finish,
+    finished_record,
+    search_key,
+    set_cut,
+)
+from msae_plugin.comparison.group_training import (
+    Group,
+    TrainedGroup,
+    Workplace,
+    train_group,
+    trained_or_failed,
+)
+from msae_plugin.comparison.tuning import Search, Tuner
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.evaluation.cache import key_digest
+from msae_plugin.training.atomic_files import TEMPORARY_PREFIX
+from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the training for one of several processes.
+
+    Args:
+        number: From 1.
+        of: How many there are.
+    """
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read `2/3`.
+
+        Raises:
+            InputError: The text is not of this form.
+        """
+        number, slash, of = text.partition("/")
+        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            raise InputError(f"--part {text!r} is not of the form NUMBER/OF, such as 1/2")
+        return cls(int(number), int(of))
+
+
+@dataclass
+class TrainingOutcome:
+    """What training left.
+
+    Attributes:
+        failures: Reason by name, of the SAEs that could not be trained.
+    """
+
+    failures: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def train_all(place: Workplace, entries: Sequence[Entry], part: Part) -> TrainingOutcome:
+    """Train what is missing.
+
+    Args:
+        place: The comparison.
+        entries: All SAEs.
+        part: Which share of them.
+
+    Returns:
+        What failed; of a part nothing else is known.
+
+    Raises:
+        InputError: A folder holds an SAE that was trained with other settings.
+        InterruptedBySignalError: A signal arrived; everything finished so far is kept.
+    """
+    schedule = _Schedule(place, entries)
+    schedule.run(_share(entries, part))
+    checkpoints = place.output / CHECKPOINTS
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        # Another process may put a checkpoint into it meanwhile.
+        with contextlib.suppress(OSError):
+            checkpoints.rmdir()
+    return schedule.outcome()
+
+
+def _share(entries: Sequence[Entry], part: Part) -> list[Entry]:
+    """The entries of one process: seeds that share a coefficient stay together."""
+    bundles = list(dict.fromkeys(entry.bundle for entry in entries))
+    ours = set(bundles[part.number - 1 :: part.of])
+    return [entry for entry in entries if entry.bundle in ours]
+
+
+class _Schedule:
+    def __init__(self, place: Workplace, entries: Sequence[Entry]) -> None:
+        self._place = place
+        self._entries = entries
+        self._keys = {entry.name: entry_key(entry, place.config) for entry in entries}
+        self._first: dict[str, Entry] = {}
+        for entry in entries:
+            self._first.setdefault(entry.bundle, entry)
+        self._tuner = Tuner(place)
+        self._coefficients: dict[str, float] = {}
+        self._search_tokens: dict[str, int] = {}
+        self._failures: dict[str, str] = {}
+        self._done = 0
+        self._total = 0
+
+    def run(self, entries: Sequence[Entry]) -> None:
+        missing = [entry for entry in entries if self._record(entry) is None]
+        self._done, self._total = len(entries) - len(missing), len(entries)
+        for group, store, checkpoint in self._interrupted(missing):
+            go_on = partial(self._train, store=store, checkpoint=checkpoint)
+            trained_or_failed(go_on, group, self._failed)
+        for entry in {e.bundle: self._first[e.bundle] for e in missing}.values():
+            if entry.method.knob.searched:
+                self._tune(entry)
+        rest = [e for e in missing if self._record(e) is None and e.name not in self._failures]
+        for group in self._groups(rest):
+            trained_or_failed(self._train, group, self._failed)
+
+    def outcome(self) -> TrainingOutcome:
+        return TrainingOutcome(self._failures)
+
+    def _record(self, entry: Entry) -> Mapping[str, Any] | None:
+        return finished_record(self._place.folder(entry.name), self._keys[entry.name])
+
+    def _failed(self, entry: Entry, failure: RunFailure) -> None:
+        logger.warning("%s is left out: %s", entry.name, failure)
+        self._failures[entry.name] = str(failure)
+
+    def _groups(self, entries: Sequence[Entry]) -> list[Group]:
+        together: dict[tuple[int, int], list[Entry]] = {}
+        for entry in entries:
+            key = entry.seed, entry.method.accumulation_steps
+            together.setdefault(key, []).append(entry)
+        at_once = self._place.source.side_by_side
+        return [
+            self._group(members[start : start + (at_once or len(members))])
+            for members in together.values()
+            for start in range(0, len(members), at_once or len(members))
+        ]
+
+    def _group(self, entries: Sequence[Entry]) -> Group:
+        for entry in entries:
+            if entry.method.knob.searched:
+                self._take_coefficient(entry)
+        coefficients = {
+            entry.name: self._coefficients[entry.name]
+            for entry in entries
+            if entry.method.knob.searched
+        }
+        return Group(entries, coefficients, self._place.config.training.tokens)
+
+    def _take_coefficient(self, entry: Entry) -> None:
+        search = self._search(entry)
+        assert search.coefficient is not None, "the search comes first"
+        self._coefficients[entry.name] = search.coefficient
+        self._search_tokens[entry.name] = search.tokens
+
+    def _search(self, entry: Entry) -> Search:
+        return self._tuner.load(entry, search_key(entry, self._place.config))
+
+    def _tune(self, entry: Entry) -> None:
+        """Search the coefficient, and train the first seed with it."""
+        search = self._search(entry)
+        try:
+            self._tuner.short_trials(entry, search)
+            while not search.settled and self._record(entry) is None:
+                group = self._group([entry])
+                self._train(group, judge=True)
+                search = self._search(entry)
+        except RunFailure as failure:
+            for other in self._entries:
+                if other.bundle == entry.bundle and self._record(other) is None:
+                    self._failed(other, failure)
+
+    def _train(
+        self,
+        group: Group,
+        store: CheckpointStore | None = None,
+        checkpoint: Checkpoint | None = None,
+        *,
+        judge: bool = False,
+    ) -> None:
+        # Of a group in which one export failed, the others are finished.
+        group = replace(group, entries=[e for e in group.entries if self._record(e) is None])
+        if not group.entries:
+            return
+        keys = {entry.name: self._keys[entry.name] for entry in group.entries}
+        if store is None:
+            store = self._store(sorted(keys.values()))
+        if checkpoint is None:
+            # Of a run that is not continued; a later step of it would be taken for the newest.
+            shutil.rmtree(store.folder, ignore_errors=True)
+        names = group.entries[0].name
+        if len(group.entries) > 1:
+            names = f"{len(group.entries)} SAEs of seed {group.seed}"
+        title = f"training {names} ({self._done} of {self._total} done)"
+        trained = train_group(
+            self._place, group, keys=keys, store=store, checkpoint=checkpoint, title=title
+        )
+        cuts = {entry.name: set_cut(self._place, trained, entry) for entry in group.entries}
+        if judge and not self._accepted(trained, cuts):
+            shutil.rmtree(store.folder, ignore_errors=True)
+            return
+        finish(self._place, trained, cuts, keys, self._search_tokens)
+        self._done += len(group.entries)
+        store.finish()
+
+    def _accepted(self, trained: TrainedGroup, cuts: Mapping[str, Cut]) -> bool:
+        (entry,) = trained.group.entries
+        search = self._search(entry)
+        return self._tuner.judge_whole_run(entry, search, cuts[entry.name].l0, trained.tokens)
+
+    def _store(self, keys: Sequence[str]) -> CheckpointStore:
+        folder = self._place.output / CHECKPOINTS / key_digest({"keys": list(keys)})
+        return CheckpointStore(folder, self._place.config.training.keep_checkpoints)
+
+    def _interrupted(self, missing: list[Entry]) -> list[tuple[Group, CheckpointStore, Checkpoint]]:
+        """Groups that a killed run left a checkpoint of, in their members that are still missing.
+
+        Other checkpoints are left alone: another process may be at work on them.
+        """
+        root = self._place.output / CHECKPOINTS
+        found: list[tuple[Group, CheckpointStore, Checkpoint]] = []
+        # A whole run of a search is judged when it ends: `_tune` begins it again.
+        open_ = {entry.name: entry for entry in missing if self._may_resume(entry)}
+        for folder in sorted(root.iterdir()) if root.is_dir() else []:
+            newest = _newest(folder)
+            if newest is None:
+                continue
+            stored = cast("dict[str, str]", newest.config["entries"])
+            names = [name for name in stored if stored[name] == self._keys.get(name)]
+            members = [open_.pop(name) for name in names if name in open_]
+            if members:
+                store = CheckpointStore(folder, self._place.config.training.keep_checkpoints)
+                found.append((self._group(members), store, newest))
+        return found
+
+    def _may_resume(self, entry: Entry) -> bool:
+        return not entry.method.knob.searched or self._search(entry).settled
+
+
+def _newest(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a store, without touching what is not complete."""
+    found: list[Checkpoint] = []
+    for path in folder.iterdir():
+        if path.name.startswith(TEMPORARY_PREFIX):
+            continue
+        try:
+            found.append(open_checkpoint(path))
+        except InputError as error:
+            logger.warning("%s", error)
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)

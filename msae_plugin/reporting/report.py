@@ -1,0 +1,213 @@
+"""`msae report`: what was measured, as tables, figures and one page that can be forwarded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation.outcomes import Reporter, no_report
+from msae_plugin.reporting.page import page
+from msae_plugin.reporting.report_analyses import SAEAnalysis, analyse
+from msae_plugin.reporting.report_benches import benches as benches_of
+from msae_plugin.reporting.report_closing_sections import definitions_section, missing_section
+from msae_plugin.reporting.report_comparison_sections import (
+    all_metrics_table,
+    protocol_section,
+    results_section,
+)
+from msae_plugin.reporting.report_difference_sections import differences_section
+from msae_plugin.reporting.report_document import Document, Section
+from msae_plugin.reporting.report_feature_sections import contexts_section, diversity_section
+from msae_plugin.reporting.report_figure_style import looks, pyplot
+from msae_plugin.reporting.report_ladder import ladder_section
+from msae_plugin.reporting.report_revival_section import revival_section
+from msae_plugin.reporting.report_rows import Bench
+from msae_plugin.reporting.report_sources import Sources, read_json, read_sources
+from msae_plugin.reporting.report_tables import markdown, table_csv
+from msae_plugin.reporting.report_trained import trained_saes
+from msae_plugin.reporting.report_training_sections import (
+    curves_section,
+    missing_of_runs,
+    runs_section,
+)
+from msae_plugin.training.atomic_files import folder_written_atomically
+
+PAGE_FILE, MARKDOWN_FILE, RECORD_FILE = "report.html", "report.md", "report.json"
+TABLES_FOLDER, FIGURES_FOLDER = "tables", "figures"
+FORMAT = 1
+_OWN = {PAGE_FILE, MARKDOWN_FILE, RECORD_FILE, TABLES_FOLDER, FIGURES_FOLDER}
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """What a report left.
+
+    Args:
+        output: The folder.
+        page: The page, one self-contained file.
+        tables: CSV files.
+        figures: PNG files.
+        not_measured: How many entries the list of what was not measured has.
+    """
+
+    output: Path
+    page: Path
+    tables: list[Path]
+    figures: list[Path]
+    not_measured: int
+
+
+def report(folders: Sequence[Path], output: Path, progress: Reporter = no_report) -> ReportResult:
+    """Make a report of runs, evaluations and comparisons.
+
+    The same data gives the same bytes: nothing of the time or the place of the report is in it.
+
+    Args:
+        folders: Run folders (run.json), evaluation folders (summary.json) and comparison folders
+            (comparison.json), in any mixture.
+        output: New or empty, or an earlier report, which is replaced whole.
+        progress: Shows what is being done.
+
+    Raises:
+        InputError: The folders cannot be read, or the output holds something else.
+    """
+    sources = read_sources(folders)
+    _check_output(output, sources)
+    pyplot()  # refused before minutes of analysis, when matplotlib is missing
+    document, not_measured = build(sources, progress)
+    progress("writing")
+    with folder_written_atomically(output) as folder:
+        _write(document, folder)
+        names = [source.label for source in sources.all]
+        record = {"format": FORMAT, "sources": names, "page": PAGE_FILE}
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return ReportResult(
+        output=output,
+        page=output / PAGE_FILE,
+        tables=sorted((output / TABLES_FOLDER).glob("*.csv")),
+        figures=sorted((output / FIGURES_FOLDER).glob("*.png")),
+        not_measured=not_measured,
+    )
+
+
+def build(sources: Sources, progress: Reporter = no_report) -> tuple[Document, int]:
+    """The document of a report, and how many things were not measured.
+
+    Args:
+        sources: What was read.
+        progress: Shows what is being done.
+    """
+    trained = trained_saes(sources)
+    measured = benches_of(sources, trained)
+    analyses = analyse(trained, progress)
+    progress("drawing")
+    styles = looks(
+        [group.method for bench in measured for group in bench.groups()]
+        + [sae.method for sae in trained]
+    )
+    parts: list[Section | None] = [protocol_section(measured) if measured else None]
+    for bench in measured:
+        if bench.rows:
+            parts.append(results_section(bench, styles))
+            parts.append(differences_section(bench, styles))
+            parts.append(ladder_section(bench, styles))
+    optional: dict[str, Callable[[], Section | None]] = {
+        "training runs": lambda: runs_section(sources.runs),
+        "training curves": lambda: curves_section(trained, styles),
+        "revival": lambda: revival_section(analyses),
+        "feature statistics": lambda: diversity_section(analyses, styles),
+        "sample features": lambda: contexts_section(sources.runs, analyses),
+    }
+    absent: list[str] = []
+    for name, make in optional.items():
+        section = make()
+        parts.append(section)
+        if section is None and name != "training runs":
+            absent.append(name)
+    missing = [item for bench in measured for item in bench.missing]
+    missing += missing_of_runs(
+        sources.runs, evaluated=bool(sources.comparisons or sources.evaluations)
+    )
+    parts += [missing_section(missing, absent), definitions_section(measured)]
+    document = Document(
+        title=_title(sources, measured),
+        lead=_lead(measured, analyses, sources),
+        sections=[part for part in parts if part is not None],
+        origin=f"Made by msae_plugin {_version()} from {_names(sources)}.",
+        files_only=[all_metrics_table(bench) for bench in measured if bench.rows],
+    )
+    return document, len(missing)
+
+
+def _write(document: Document, folder: Path) -> None:
+    tables, figures = folder / TABLES_FOLDER, folder / FIGURES_FOLDER
+    tables.mkdir()
+    figures.mkdir()
+    for table in [*document.tables(), *document.files_only]:
+        (tables / f"{table.name}.csv").write_text(table_csv(table), encoding="utf-8")
+    for figure in document.figures():
+        (figures / f"{figure.name}.png").write_bytes(figure.png)
+    (folder / MARKDOWN_FILE).write_text(markdown(document, FIGURES_FOLDER), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(page(document), encoding="utf-8")
+
+
+def _check_output(output: Path, sources: Sources) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {str(output)!r} is a file: give a folder")
+    if output.resolve() in {source.folder.resolve() for source in sources.all}:
+        raise InputError(
+            f"--output {str(output)!r} is a folder of the report's own data: give another"
+        )
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    record = output / RECORD_FILE
+    if not record.is_file() or read_json(record).get("page") != PAGE_FILE:
+        raise InputError(f"--output {str(output)!r} is not empty and holds no report: give another")
+    strange = sorted(path.name for path in output.iterdir() if path.name not in _OWN)
+    if strange:
+        raise InputError(
+            f"--output {str(output)!r} holds {strange[0]!r} beside a report, and a report replaces "
+            "the whole folder: move it or give another folder"
+        )
+
+
+def _title(sources: Sources, measured: Sequence[Bench]) -> str:
+    kinds = dict.fromkeys(bench.title for bench in measured)
+    if kinds:
+        return f"Sparse autoencoders compared: {', '.join(kinds)}"
+    return f"Training runs: {', '.join(source.label for source in sources.all)}"
+
+
+def _names(sources: Sources) -> str:
+    return ", ".join(dict.fromkeys(source.label for source in sources.all))
+
+
+def _lead(measured: Sequence[Bench], analyses: Sequence[SAEAnalysis], sources: Sources) -> str:
+    rows = sum(len(bench.rows) for bench in measured)
+    methods = {row.method for bench in measured for row in bench.rows}
+    parts: list[str] = []
+    if rows:
+        parts.append(f"{_counted(rows, 'measured row')} of {_counted(len(methods), 'method')}")
+    if analyses:
+        parts.append(f"{_counted(len(analyses), 'SAE')} on disk")
+    if sources.runs:
+        parts.append(_counted(len(sources.runs), "training run"))
+    return (
+        f"{'; '.join(parts)}. Spreads are standard deviations over seeds; a difference counts only "
+        "when its 95 % interval leaves out zero; what was not measured is listed as such."
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _version() -> str:
+    try:
+        return version("msae-plugin")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,219 @@
+"""Which metrics a report shows first, under which heading, and how numbers are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Role:
+    """A quantity that different evaluations measure under different names.
+
+    Args:
+        key: Ours.
+        heading: In tables and on axes.
+        names: Metrics that fill it, the preferred first: `evaluation/metric`, or the metric alone
+            for any evaluation.
+    """
+
+    key: str
+    heading: str
+    names: tuple[str, ...]
+
+
+# core's own `explained_variance` is missing on purpose: SAEBench 0.6 computes something else under
+# that name (see its definition).
+ROLES = (
+    Role("l0", "L0", ("core/l0", "l0")),
+    Role(
+        "explained_variance",
+        "explained variance",
+        ("core/explained_variance_streaming", "explained_variance", "r2"),
+    ),
+    Role("loss_recovered", "loss recovered", ("core/ce_loss_score", "loss_recovered")),
+    Role("kl", "KL", ("core/kl_div_with_sae_float32", "core/kl_div_with_sae", "kl")),
+    Role("f1", "F1", ("f1", "f1_score")),
+    Role("mcc", "MCC", ("mcc",)),
+    Role("precision", "precision", ("precision",)),
+    Role("recall", "recall", ("recall",)),
+    Role("uniqueness", "uniqueness", ("uniqueness",)),
+    Role("shrinkage", "shrinkage", ("shrinkage",)),
+    Role("alive", "alive", ("core/frac_alive", "frac_alive")),
+    Role("dead", "dead", ("dead_latents", "dead", "dead_fraction")),
+    Role(
+        "decoder_cosine",
+        "decoder cosine",
+        (
+            "core/average_max_decoder_cosine_sim",
+            "mean_max_decoder_cosine",
+            "average_max_decoder_cosine_sim",
+        ),
+    ),
+    Role("probing_1", "probing top-1", ("sparse_probing/sae_top_1_test_accuracy",)),
+    Role("probing_5", "probing top-5", ("sparse_probing/sae_top_5_test_accuracy",)),
+    Role(
+        "sae_probes_1",
+        "sae-probes top-1",
+        ("sparse_probing_sae_probes/sae_top_1_test_accuracy",),
+    ),
+    Role("unlearning", "unlearning", ("unlearning/unlearning_score",)),
+    Role("final_loss", "final loss", ("training/final_loss",)),
+)
+BY_KEY: Mapping[str, Role] = {role.key: role for role in ROLES}
+
+PARETO = (
+    "explained_variance", "loss_recovered", "f1", "mcc", "probing_1", "probing_5", "sae_probes_1",
+)  # fmt: skip
+"""Roles drawn against L0."""
+
+LADDER = {
+    "language_model": (
+        "l0", "explained_variance", "loss_recovered", "kl", "alive", "dead", "decoder_cosine",
+        "probing_1", "sae_probes_1", "final_loss",
+    ),
+    "ground_truth": (
+        "l0", "explained_variance", "f1", "mcc", "uniqueness", "alive", "dead", "decoder_cosine",
+        "final_loss",
+    ),
+}  # fmt: skip
+"""Roles of the ladder's table by kind of data."""
+
+LADDER_PLOTS = 7
+"""As many as the source drew."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a metric is. Missing parts are empty.
+
+    Args:
+        name: `evaluation/metric`.
+        definition: A formula or a sentence.
+        unit: Of the value.
+        tokens: What it covers.
+        source: Whose number it is.
+        higher_is_better: None where neither is, or nobody said.
+    """
+
+    name: str
+    definition: str
+    unit: str
+    tokens: str
+    source: str
+    higher_is_better: bool | None
+
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words."""
+        if self.higher_is_better is None:
+            return "neither"
+        return "higher" if self.higher_is_better else "lower"
+
+    @property
+    def arrow(self) -> str:
+        """The same as an arrow, empty where neither is better."""
+        if self.higher_is_better is None:
+            return ""
+        return "↑" if self.higher_is_better else "↓"
+
+
+def read_definition(name: str, value: Any) -> Definition:
+    """A definition as stored; what it lacks stays empty."""
+    given: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    higher = given.get("higher_is_better")
+    return Definition(
+        name=name,
+        definition=str(given.get("definition") or "no definition was given"),
+        unit=str(given.get("unit") or ""),
+        tokens=str(given.get("tokens") or ""),
+        source=str(given.get("source") or ""),
+        higher_is_better=higher if isinstance(higher, bool) else None,
+    )
+
+
+def metric_of(role: Role, metrics: Iterable[str]) -> str | None:
+    """The metric that fills a role, None when there is none.
+
+    Args:
+        role: What is wanted.
+        metrics: What was measured, as `evaluation/metric` or plain.
+    """
+    known = list(metrics)
+    for name in role.names:
+        for metric in known:
+            if metric == name:
+                return metric
+        if "/" in name:
+            continue
+        for metric in known:
+            # core's metrics are named in full above, and training batches are no evaluation.
+            evaluation, _, leaf = metric.rpartition("/")
+            if leaf == name and evaluation not in ("", "core", "training"):
+                return metric
+    return None
+
+
+def roles_of(keys: Iterable[str], metrics: Iterable[str]) -> dict[str, str]:
+    """Role key to metric, for those of the roles that were measured."""
+    known = list(metrics)
+    found = {key: metric_of(BY_KEY[key], known) for key in keys}
+    return {key: metric for key, metric in found.items() if metric is not None}
+
+
+def digits_for(values: Sequence[float]) -> int:
+    """Decimal places that suit a column of values; the same for all, so that they line up."""
+    finite = [abs(value) for value in values if math.isfinite(value)]
+    if not finite or all(value == round(value) for value in finite):
+        return 0
+    largest = max(finite)
+    for bound, digits in ((1000, 0), (100, 1), (10, 2), (1, 3), (0.1, 4)):
+        if largest >= bound:
+            return digits
+    return min(12, 2 - math.floor(math.log10(largest)))
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number with so many decimal places; what was not measured is said so."""
+    if value is None or not math.isfinite(value):
+        return NOT_MEASURED
+    text = f"{abs(value):,.{digits}f}"
+    # No minus in front of nothing but zeros.
+    return f"−{text}" if value < 0 and any(c in "123456789" for c in text) else text
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign."""
+    text = number(value, digits)
+    return text if text.startswith("−") or value <= 0 else f"+{text}"
+
+
+def digits_for_difference(values: Sequence[float]) -> int:
+    """Decimal places that leave two or three significant digits of the largest."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return 0 if largest >= 100 or largest == 0 else min(12, 2 - math.floor(math.log10(largest)))
+
+
+def percent(share: float) -> str:
+    """A share in whole percent."""
+    return f"{100 * share:.0f} %"
+
+
+def sentence(text: str) -> str:
+    """The same with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person reads them."""
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
