@@ -1,14 +1,17 @@
 """The table at the end of a comparison."""
 
+import io
+
 from rich.console import Console
 
 from msae_plugin.comparison.terminal import comparison_for_terminal
 
 
 def shown(contents: dict[str, object]) -> str:
-    console = Console(width=160, record=True, quiet=True)
-    console.print(comparison_for_terminal(contents))
-    return console.export_text()
+    console = Console(width=160, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(comparison_for_terminal(contents))
+    return captured.get()
 
 
 def test_means_spread_misses_and_what_is_missing_are_shown() -> None:
