@@ -13,6 +13,7 @@ import torch
 
 from msae_plugin.architecture.exact import KeepsFloat32
 from msae_plugin.architecture.orthogonality import nearest_neighbours
+from msae_plugin.architecture.ranks import ALONE, Ranks
 
 
 class NeighbourCoactivation(KeepsFloat32):
@@ -72,6 +73,7 @@ class NeighbourCoactivation(KeepsFloat32):
         tokens: torch.Tensor,
         latents: torch.Tensor,
         rate: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Fold one batch into the moments.
 
@@ -81,16 +83,18 @@ class NeighbourCoactivation(KeepsFloat32):
             tokens: (n_pairs,) their tokens.
             latents: (n_pairs,) their indices.
             rate: Weight of this batch.
+            ranks: The processes that share the batch.
         """
         n_tokens = feature_acts.shape[0]
         values = values.float()
         moment = torch.zeros_like(self.second_moment)
-        self.second_moment.lerp_(moment.index_add(0, latents, values.square()) / n_tokens, rate)
-        self.mean.lerp_(moment.index_add(0, latents, values) / n_tokens, rate)
+        squares = ranks.mean(moment.index_add(0, latents, values.square()) / n_tokens)
+        self.second_moment.lerp_(squares, rate)
+        self.mean.lerp_(ranks.mean(moment.index_add(0, latents, values) / n_tokens), rate)
         partner = feature_acts[tokens[:, None], self.neighbours[latents]].float()
         products = torch.zeros_like(self.pair_moment)
         products.index_add_(0, latents, values[:, None] * partner)
-        self.pair_moment.lerp_(products / n_tokens, rate)
+        self.pair_moment.lerp_(ranks.mean(products / n_tokens), rate)
         self.pair_weight.lerp_(torch.ones_like(self.pair_weight), rate)
 
     def normalised(self, kind: Literal["coactivation", "correlation"]) -> torch.Tensor:

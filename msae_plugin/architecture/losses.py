@@ -8,15 +8,17 @@ import torch
 
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.nested import Reconstructions
+from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.architecture.selection import Selection
 
 
 @torch.no_grad()
-def token_weight(x_c: torch.Tensor) -> torch.Tensor:
+def token_weight(x_c: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """Weight 1 / |x - b_dec| per token, mean 1 over the batch.
 
     Args:
         x_c: (n_tokens, d_in) activations minus b_dec.
+        ranks: The processes that share the batch.
 
     Returns:
         (n_tokens,) constants. A token at b_dec itself weighs as much as the heaviest other one; if
@@ -25,8 +27,8 @@ def token_weight(x_c: torch.Tensor) -> torch.Tensor:
     norms = x_c.float().norm(dim=-1)
     present = norms > 0
     inverse = torch.where(present, 1 / norms.clamp(min=1e-30), 0.0)
-    inverse = torch.where(present, inverse, inverse.max())
-    mean = inverse.mean()
+    inverse = torch.where(present, inverse, ranks.largest(inverse.max()))
+    mean = ranks.mean(inverse.mean())
     return torch.where(mean > 0, inverse / mean.clamp(min=1e-30), torch.ones_like(inverse))
 
 

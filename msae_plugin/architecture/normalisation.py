@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from msae_plugin.architecture.attention import ScaleAttention
 from msae_plugin.architecture.exact import KeepsFloat32
+from msae_plugin.architecture.ranks import ALONE, Ranks
 
 # Keeps an all-zero first batch finite, and the gradient, which takes it to the power -3/2.
 _SMALLEST_VARIANCE = 1e-24
@@ -98,10 +99,10 @@ class MultiScaleNormalisation(KeepsFloat32):
         return x_hat, 1 / branch.sum(dim=-1, keepdim=True)
 
     @torch.no_grad()
-    def update_running_variance(self, x_c: torch.Tensor, rate: float) -> None:
+    def update_running_variance(self, x_c: torch.Tensor, rate: float, ranks: Ranks = ALONE) -> None:
         """Follow the mean variance of the tokens; training only, read when eps is relative."""
         _, variance = self._centre(x_c)
-        self.running_variance.lerp_(variance.float().mean(), rate)
+        self.running_variance.lerp_(ranks.mean(variance.float().mean()), rate)
 
     @torch.no_grad()
     def fold_input_scaling(self, scaling_factor: float) -> None:

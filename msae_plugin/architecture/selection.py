@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from msae_plugin.architecture.ranks import ALONE, Ranks
+
 # The previous cut times this share admits the candidates of the next ranking: enough that the exact
 # top-k lies among them in all but a few steps, few enough that the ranking costs 22 ms instead of
 # 240 ms (2048 x 4608, k 32, one CPU core).
@@ -22,7 +24,8 @@ class Selection:
     """Active pairs of a batch.
 
     Attributes:
-        values: (n_pairs,) pre-activations at the pairs, positive, without gradient.
+        values: (n_pairs,) pre-activations at the pairs, positive, without gradient; zero at
+            padding, which is never active (static_selection.py).
         tokens: (n_pairs,) token of each pair, long.
         latents: (n_pairs,) latent of each pair, long.
         tiers: (n_pairs,) index of the smallest budget that includes the pair, long.
@@ -41,8 +44,8 @@ class Selection:
     lowest_score: torch.Tensor
 
     def active(self) -> torch.Tensor:
-        """(n_pairs,) bool: the pairs within the budget k."""
-        return self.tiers <= self.main_tier
+        """(n_pairs,) bool: the pairs within the budget k, without padding."""
+        return (self.tiers <= self.main_tier) & (self.values > 0)
 
 
 def batch_top_k(
@@ -51,6 +54,7 @@ def batch_top_k(
     k: float,
     sparsity_scales: Sequence[float],
     candidate_cut: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> Selection:
     """Rank the positive pre-activations of a batch and cut at k and at every s * k (BatchTopK).
 
@@ -62,21 +66,28 @@ def batch_top_k(
         sparsity_scales: Further budgets as multiples of k.
         candidate_cut: A guess below the final cut that shortens the ranking. It never changes the
             result: when too few entries lie above it, all are ranked.
+        ranks: The processes that share the batch: the pairs of all are ranked together, and each
+            keeps those of its own tokens.
 
     Returns:
         The selection; its tiers follow the budgets in ascending order.
     """
     n_tokens = hidden_pre.shape[0]
     multiples = sorted({1.0, *sparsity_scales})
-    budgets = [min(int(s * k * n_tokens), hidden_pre.numel()) for s in multiples]
+    n_entries = hidden_pre.numel() * ranks.count
+    budgets = [min(int(s * k * n_tokens * ranks.count), n_entries) for s in multiples]
     flat_pre, flat_scores = hidden_pre.flatten(), scores.flatten()
-    candidates = _candidates(flat_pre, flat_scores, budgets[-1], candidate_cut)
-    n_kept = min(budgets[-1], candidates.numel())
-    top_scores, positions = torch.topk(flat_scores[candidates], n_kept)
-    chosen = candidates[positions]
+    candidates = _candidates(flat_pre, flat_scores, budgets[-1], candidate_cut, ranks)
+    candidate_scores, start = ranks.concatenated(flat_scores[candidates])
+    n_kept = min(budgets[-1], candidate_scores.numel())
+    top_scores, positions = torch.topk(candidate_scores, n_kept)
     main_tier = multiples.index(1.0)
-    ranks = torch.arange(n_kept, device=chosen.device)
-    tiers = torch.bucketize(ranks, torch.tensor(budgets, device=chosen.device), right=True)
+    order = torch.arange(n_kept, device=positions.device)
+    tiers = torch.bucketize(order, torch.tensor(budgets, device=positions.device), right=True)
+    if ranks.count > 1:
+        own = (positions >= start) & (positions < start + candidates.numel())
+        positions, tiers = positions[own] - start, tiers[own]
+    chosen = candidates[positions]
     infinity = scores.new_tensor(torch.inf)
     n_main = min(budgets[main_tier], n_kept)
     return Selection(
@@ -91,23 +102,38 @@ def batch_top_k(
 
 
 def _candidates(
-    flat_pre: torch.Tensor, flat_scores: torch.Tensor, n_needed: int, candidate_cut: float
+    flat_pre: torch.Tensor,
+    flat_scores: torch.Tensor,
+    n_needed: int,
+    candidate_cut: float,
+    ranks: Ranks,
 ) -> torch.Tensor:
     """Indices of all positive entries, or of those above the guess when they suffice."""
     positive = flat_pre > 0
     if candidate_cut > 0:
         above = (positive & (flat_scores > candidate_cut)).nonzero().squeeze(1)
-        if above.numel() >= n_needed:
+        if _on_all(above.numel(), ranks) >= n_needed:
             return above
-    return positive.nonzero().squeeze(1)
+    candidates = positive.nonzero().squeeze(1)
+    if ranks.count > 1 and candidates.numel() > n_needed:
+        # No more can be among the best of all ranks: what is sent stays within the budget.
+        candidates = candidates[torch.topk(flat_scores[candidates], n_needed).indices]
+    return candidates
 
 
-def above_threshold(hidden_pre: torch.Tensor, threshold: torch.Tensor) -> Selection:
+def _on_all(count: int, ranks: Ranks) -> int:
+    return count if ranks.count == 1 else int(ranks.sum(torch.tensor(count)))
+
+
+def above_threshold(
+    hidden_pre: torch.Tensor, threshold: torch.Tensor, ranks: Ranks = ALONE
+) -> Selection:
     """Keep the positive pre-activations above a threshold per latent.
 
     Args:
         hidden_pre: (n_tokens, d_sae) pre-activations.
         threshold: (d_sae,) or scalar; compared in float32 whatever the dtype of `hidden_pre`.
+        ranks: The processes that share the batch, of which the smallest score is found.
 
     Returns:
         The selection, with a single tier.
@@ -115,7 +141,7 @@ def above_threshold(hidden_pre: torch.Tensor, threshold: torch.Tensor) -> Select
     tokens, latents = ((hidden_pre > threshold) & (hidden_pre > 0)).nonzero(as_tuple=True)
     values = hidden_pre[tokens, latents]
     infinity = hidden_pre.new_tensor(torch.inf)
-    lowest = values.min() if values.numel() else infinity
+    lowest = ranks.smallest(values.min() if values.numel() else infinity)
     return Selection(
         values=values,
         tokens=tokens,

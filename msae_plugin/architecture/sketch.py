@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from msae_plugin.architecture.exact import KeepsFloat32
+from msae_plugin.architecture.ranks import ALONE, Ranks
 
 _OVERSAMPLING = 8
 _N_PROBES = 8
@@ -44,18 +45,19 @@ class CoactivationSketch(KeepsFloat32):
         self.register_buffer("diagonal", torch.zeros(d_sae, dtype=torch.float32, device=device))
 
     @torch.no_grad()
-    def update(self, feature_acts: torch.Tensor, rate: float) -> None:
+    def update(self, feature_acts: torch.Tensor, rate: float, ranks: Ranks = ALONE) -> None:
         """Fold one batch in.
 
         Args:
             feature_acts: (n_tokens, d_sae) latents.
             rate: Weight of this batch.
+            ranks: The processes that share the batch.
         """
         with torch.autocast(feature_acts.device.type, enabled=False):
             acts = feature_acts.float()
             product = acts.T @ (acts @ self.test_matrix) / acts.shape[0]
-            self.sample.lerp_(product, rate)
-            self.diagonal.lerp_(acts.square().mean(dim=0), rate)
+            self.sample.lerp_(ranks.mean(product), rate)
+            self.diagonal.lerp_(ranks.mean(acts.square().mean(dim=0)), rate)
 
     @torch.no_grad()
     def factors(self) -> torch.Tensor:

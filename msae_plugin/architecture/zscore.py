@@ -6,6 +6,7 @@ import torch
 from typing_extensions import override
 
 from msae_plugin.architecture.exact import KeepsFloat32
+from msae_plugin.architecture.ranks import ALONE, Ranks
 
 _MIN_DEVIATION = 1e-6
 
@@ -34,15 +35,16 @@ class PreActivationStatistics(KeepsFloat32):
         self.register_buffer("z", torch.full((), z, dtype=torch.float32, device=device))
 
     @torch.no_grad()
-    def update(self, hidden_pre: torch.Tensor, rate: float) -> None:
+    def update(self, hidden_pre: torch.Tensor, rate: float, ranks: Ranks = ALONE) -> None:
         """Fold one batch into the running mean and variance.
 
         Args:
             hidden_pre: (n_tokens, d_sae) pre-activations, any dtype; reduced in float32.
             rate: Weight of this batch; 1 replaces what was there.
+            ranks: The processes that share the batch.
         """
         with torch.autocast(hidden_pre.device.type, enabled=False):
-            variance, mean = torch.var_mean(hidden_pre.float(), dim=0, correction=0)
+            variance, mean = ranks.var_mean(hidden_pre.float())
             shift = mean - self.mean
             # Variance of the mixture of the old and the new population, exact for any rate.
             self.variance.mul_(1 - rate).add_(rate * variance + rate * (1 - rate) * shift.pow(2))
