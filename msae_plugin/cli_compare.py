@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from msae_plugin.errors import RunFailure
+from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.terminal import errors, results, say
+
+if TYPE_CHECKING:
+    from msae_plugin.reporting.report import ReportResult
+
+REPORT_FOLDER = "report"
 
 
 def compare(
@@ -22,34 +27,65 @@ def compare(
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short variant.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER/OF",
+            help="Train a share only and measure nothing: one of several processes on one folder. "
+            "Run without it at the end.",
+        ),
+    ] = None,
     skip_missing: Annotated[
         bool,
         typer.Option("--skip-missing", help="Leave out what lacks data, keys or packages."),
     ] = False,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Make OUTPUT/report at the end.")
+    ] = True,
 ) -> None:
-    """Train SAEs side by side, evaluate them at matched L0, and write comparison.json.
+    """Train SAEs side by side, evaluate them at matched L0, write comparison.json and a page.
 
     The same command goes on where a killed comparison stopped; finished SAEs are kept.
     """
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
     from msae_plugin.comparison.compare import compare as run_comparison
     from msae_plugin.comparison.compare_config import CompareConfig
+    from msae_plugin.comparison.terminal import comparison_for_terminal
+    from msae_plugin.comparison.training_schedule import Part
     from msae_plugin.reporting.counter import step_reporter
     from msae_plugin.training.interruption import InterruptedBySignalError
 
+    share = None if part is None else Part.parse(part)
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
     try:
         with step_reporter(errors) as report:
-            comparison = run_comparison(recipe, output, report=report, skip_missing=skip_missing)
+            comparison = run_comparison(
+                recipe, output, report=report, part=share, skip_missing=skip_missing
+            )
     except InterruptedBySignalError as interruption:
         say(f"{interruption}; the same command continues from here")
         raise typer.Exit(interruption.exit_status) from interruption
     for name, reason in comparison.failures.items():
         say(f"{name}: {reason}")
+    if comparison.contents is None:
+        if comparison.failures:
+            raise RunFailure(f"part {part} is not complete: see the lines above")
+        results.print(f"part {part} is trained: run without --part when all parts are")
+        return
+    results.print(comparison_for_terminal(comparison.contents))
     results.print(Text(f"comparison: {output / 'comparison.json'}"), soft_wrap=True)
-    results.print(Text(f"page: msae report {output} --output {output / 'report'}"), soft_wrap=True)
+    if page:
+        _page_of_comparison(output)
     if not comparison.complete:
         raise RunFailure("not everything was trained and measured: see the lines above")
+
+
+def _page_of_comparison(output: Path) -> None:
+    try:
+        _written_report([output], output / REPORT_FOLDER)
+    except InputError as error:
+        # Without matplotlib, say: what was measured is there all the same.
+        say(f"no page was made: {error}")
 
 
 def report(
@@ -66,15 +102,22 @@ def report(
     """Tables, figures and one self-contained page of what was trained and measured."""
     # As in compare: heavy imports.
     from msae_plugin.hub.download import local_folder
+
+    result = _written_report([local_folder(text) for text in folders], output)
+    if result.not_measured:
+        results.print(f"{result.not_measured} entries were not measured: the page names them")
+
+
+def _written_report(folders: list[Path], output: Path) -> ReportResult:
+    # As in compare: heavy imports.
     from msae_plugin.reporting.counter import step_reporter
     from msae_plugin.reporting.report import report as write_report
 
     with step_reporter(errors) as progress:
-        result = write_report([local_folder(text) for text in folders], output, progress)
+        result = write_report(folders, output, progress)
     results.print(Text(f"page: {result.page}"), soft_wrap=True)
     results.print(
         Text(f"{len(result.tables)} tables, {len(result.figures)} figures in {result.output}"),
         soft_wrap=True,
     )
-    if result.not_measured:
-        results.print(f"{result.not_measured} entries were not measured: the page names them")
+    return result
