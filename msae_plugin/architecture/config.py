@@ -116,6 +116,10 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         zscore_z (float): [Z] z, or its initial value when it corrects itself.
         zscore_z_lr (float): [Z] Rate at which z follows the target L0 = k. 0 keeps z fixed.
         zscore_decay (float): [Z] Decay of the running mean and variance of the pre-activations.
+        firing_floor (float): [Z] Firing rate below which a latent gets a lower cut of its own, as a
+            share of the mean rate k / d_sae. 0 disables: all latents share one cut.
+        firing_floor_rate (float): [Z] Step by which the cut of such a latent falls, and rises again
+            once it fires often enough, as a share of the common cut.
         orthogonality_coefficient (float): [O] Weight of the orthogonality penalty, in units of the
             running variance of the activations. 0 disables.
         orthogonality_pairs (Literal["chunks", "neighbours"]): [O] Pairs of latents that are
@@ -196,6 +200,8 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     zscore_z: float = 2.0
     zscore_z_lr: float = 0.0
     zscore_decay: float = 0.99
+    firing_floor: float = 0.0
+    firing_floor_rate: float = 0.02
 
     orthogonality_coefficient: float = 0.1
     orthogonality_pairs: Literal["chunks", "neighbours"] = "chunks"
@@ -289,6 +295,7 @@ def mechanisms_off() -> dict[str, Any]:
         "prefix_fractions": [],
         "selection": "batchtopk",
         "standardise": 0.0,
+        "firing_floor": 0.0,
         "orthogonality_coefficient": 0.0,
         "sketch_rank": 0,
         "revival_every": 0,

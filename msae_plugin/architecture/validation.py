@@ -117,6 +117,8 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
         "orthogonality_coefficient",
         "importance_power",
         "zscore_z_lr",
+        "firing_floor",
+        "firing_floor_rate",
     ):
         value = getattr(cfg, name)
         require(0 <= value < math.inf, name, value, "be finite and not negative")
@@ -175,6 +177,16 @@ def _validate_scales(cfg: MultiScaleTrainingSAEConfig) -> None:
         "be 0 with selection='zscore', which standardises fully by itself",
     )
     require(math.isfinite(cfg.zscore_z), "zscore_z", cfg.zscore_z, "be finite")
+    require(
+        cfg.firing_floor < 1, "firing_floor", cfg.firing_floor, "be below 1, the mean firing rate"
+    )
+    require(
+        cfg.firing_floor == 0 or (cfg.selection == "batchtopk" and cfg.standardise == 0),
+        "firing_floor",
+        cfg.firing_floor,
+        "be 0 unless selection='batchtopk' and standardise=0: standardised latents fire equally "
+        "often by themselves",
+    )
 
 
 def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:

@@ -36,6 +36,7 @@ class LiteralSAE:
         self.pre_mean = torch.zeros(d_sae, dtype=torch.float64)
         self.pre_square = torch.ones(d_sae, dtype=torch.float64)
         self.z = cfg.zscore_z
+        self.allowance = torch.zeros(d_sae, dtype=torch.float64)
         self.C = torch.zeros(d_sae, d_sae, dtype=torch.float64)
         self.C_mean = torch.zeros(d_sae, dtype=torch.float64)
         self.neighbours: list[list[int]] | None = None
@@ -140,6 +141,7 @@ class LiteralSAE:
             for i in range(pre.shape[1]):
                 if pre[t, i] > 0:
                     score = (pre[t, i] - a * self.pre_mean[i]) / deviation[i] ** a
+                    score = score + self.allowance[i]
                     scored.append((float(score), t, i))
         scored.sort(reverse=True)
         return {(t, i) for _, t, i in scored[:budget]}
@@ -263,7 +265,22 @@ class LiteralSAE:
             for t, i in chosen[1.0]:
                 acts[t, i] = scale[t] * pre[t, i]
             self.observe(acts, step, len(chosen[1.0]) / n_tokens, budgets[1.0] / n_tokens)
+            if cfg.firing_floor:
+                scores = [float(pre[t, i] + self.allowance[i]) for t, i in chosen[1.0]]
+                self.follow_floor(min(scores, default=0.0), step)
         return terms
+
+    def follow_floor(self, cut: float, step: int) -> None:
+        """Up a step below the floor, down a step above it, never out of [0, cut]."""
+        cfg = self.cfg
+        k = cfg.k
+        if step < cfg.k_anneal_steps:
+            share = step / cfg.k_anneal_steps
+            k = cfg.k_initial_multiplier * cfg.k * (1 - share) + cfg.k * share
+        for i in range(cfg.d_sae):
+            rare = float(self.firing_rate[i]) < cfg.firing_floor * k / cfg.d_sae
+            moved = float(self.allowance[i]) + (1 if rare else -1) * cfg.firing_floor_rate * cut
+            self.allowance[i] = min(max(moved, 0.0), max(cut, 0.0))
 
     def prefix_widths(self) -> list[int]:
         d_sae = self.cfg.d_sae

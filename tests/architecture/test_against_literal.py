@@ -101,6 +101,14 @@ FLOAT32_CASES: dict[str, dict[str, Any]] = {
     "z-score that corrects itself": {"selection": "zscore", "zscore_z": 0.3, "zscore_z_lr": 0.2},
     "half standardised": {"standardise": 0.5},
     "fully standardised": {"standardise": 1.0, "sparsity_scales": [2.0]},
+    "firing floor": {"firing_floor": 0.7, "firing_floor_rate": 0.3, "sparsity_scales": [2.0]},
+    "firing floor, k annealed": {
+        "firing_floor": 0.9,
+        "firing_floor_rate": 0.5,
+        "k_anneal_steps": 3,
+        "k_initial_multiplier": 2.0,
+        "rescale_acts_by_decoder_norm": False,
+    },
     "token weights": {"token_loss_weight": "inverse_norm"},
     "OrtSAE's penalty": {
         "orthogonality_coefficient": 0.3,
@@ -199,6 +207,7 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
         "aux_loss_coefficient": draw(st.sampled_from([0.0, 1.0])),
         "selection": "batchtopk" if batchtopk else "zscore",
         "standardise": draw(st.sampled_from([0.0, 0.3, 1.0])) if batchtopk else 0.0,
+        "firing_floor": draw(st.sampled_from([0.0, 0.5])) if batchtopk else 0.0,
         "zscore_z": draw(st.floats(-1, 1.5)),
         "zscore_z_lr": draw(st.sampled_from([0.0, 0.1])),
         "sparsity_scales": draw(st.lists(st.sampled_from([0.25, 0.5, 2.0, 4.0]), unique=True))
@@ -225,6 +234,8 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
         "norm_gate": n_scales > 0 and draw(st.booleans()),
         "norm_attention": n_scales > 1 and draw(st.booleans()),
     }
+    if fields["standardise"]:
+        fields["firing_floor"] = 0.0
     # Neighbours that are searched anew start their co-activation afresh; the full matrix of the
     # reference does not. With all pairs listed both are the same.
     if fields["neighbour_refresh_every"] == 1:

@@ -28,6 +28,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "default": {"prefix_fractions": [0.2, 0.5], "prefix_sort_every": 3, "sparsity_scales": [2.0]},
     "skip": {"skip_scale": 0.1},
     "standardised": {"standardise": 0.5},
+    "firing floor": {"firing_floor": 0.8, "firing_floor_rate": 0.1},
     "z-score": {"selection": "zscore", "zscore_z": 1.0},
 }
 NORMALISED: dict[str, dict[str, Any]] = {

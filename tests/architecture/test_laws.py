@@ -38,6 +38,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "default": {"d_in": 8, "d_sae": 24, "k": 3},
     "everything": {"d_in": 8, "d_sae": 24, "k": 3, **EVERYTHING},
     "z-score": plain(d_in=8, d_sae=24, selection="zscore", zscore_z_lr=0.01, norm_scales=[1.0]),
+    "firing floor": plain(d_in=8, d_sae=24, firing_floor=0.8, firing_floor_rate=0.1),
     "absolute eps": plain(d_in=8, d_sae=24, norm_scales=[0.5, 1.0], norm_gate=True),
 }
 
@@ -235,11 +236,12 @@ def test_calibration_weighs_batches_by_their_tokens() -> None:
     assert report["l0_after"] == pytest.approx(float(l0), rel=1e-4)
 
 
-@pytest.mark.parametrize("flavour", ["plain", "standardised", "z-score"])
+@pytest.mark.parametrize("flavour", ["plain", "standardised", "floor", "z-score"])
 def test_calibration_admits_everything_positive_when_k_exceeds_it(flavour: str) -> None:
     fields = {
         "plain": {},
         "standardised": {"standardise": 1.0},
+        "floor": {"firing_floor": 0.9, "firing_floor_rate": 0.5},
         "z-score": {"selection": "zscore", "zscore_z_lr": 0.1},
     }[flavour]
     sae = make(**plain(k=13, **fields))

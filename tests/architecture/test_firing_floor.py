@@ -1,0 +1,67 @@
+"""[Z] The firing floor: steps worked out by hand, and what it is for."""
+
+from __future__ import annotations
+
+import torch
+from steps import activations, make, plain, train
+
+from msae_plugin.architecture.firing_floor import FiringFloor
+
+
+def test_steps_by_hand() -> None:
+    floor = FiringFloor(4, torch.device("cpu"))
+    floor.allowance.copy_(torch.tensor([0.0, 0.3, 0.95, 0.05]))
+    rates = torch.tensor([0.5, 0.01, 0.01, 0.5])
+    floor.follow(rates, floor=0.02, cut=torch.tensor(1.0), rate=0.1)
+    # Above the floor: down a tenth of the cut, not below zero. Below it: up, not above the cut.
+    torch.testing.assert_close(floor.allowance, torch.tensor([0.0, 0.4, 1.0, 0.0]))
+
+
+def test_an_allowance_shrinks_with_the_cut() -> None:
+    floor = FiringFloor(1, torch.device("cpu"))
+    floor.allowance.fill_(2.0)
+    floor.follow(torch.zeros(1), floor=0.02, cut=torch.tensor(0.5), rate=0.1)
+    assert float(floor.allowance) == 0.5
+
+
+def test_a_latent_that_hardly_fires_fires_again() -> None:
+    """A latent pushed under the cut by its bias, without AuxK and with the weights at rest."""
+    fired = {}
+    for name, share in (("without", 0.0), ("with", 0.5)):
+        sae = make(
+            **plain(
+                d_in=8,
+                d_sae=24,
+                firing_floor=share,
+                firing_floor_rate=0.02,
+                firing_rate_decay=0.8,
+                aux_loss_coefficient=0.0,
+            )
+        )
+        with torch.no_grad():
+            # Positive on about a quarter of the tokens, and never among the largest.
+            sae.W_enc[:, 0] *= 0.05
+            sae.b_enc[0] -= (activations(512, 8, 0) @ sae.W_enc[:, 0]).quantile(0.75)
+        train(sae, 200, lr=0.0)
+        sae.calibrate_threshold([activations(512, 8, step) for step in range(3)])
+        sae.eval()
+        with torch.no_grad():
+            latents = sae.encode(activations(512, 8, 77)) > 0
+        fired[name] = int(latents[:, 0].sum())
+        assert abs(float(latents.sum(-1).float().mean()) - 3) < 0.3
+    assert fired["without"] == 0
+    # The floor is half the mean rate of 3 / 24: 32 of 512 tokens.
+    assert 16 < fired["with"] < 64
+
+
+def test_thresholds_never_fall_below_zero_and_only_for_the_rare() -> None:
+    sae = make(**plain(d_in=8, d_sae=24, firing_floor=0.5, firing_floor_rate=0.05))
+    train(sae, 60)
+    threshold = sae.threshold()
+    assert threshold.shape == (24,)
+    assert float(threshold.min()) >= 0
+    frequent = sae.firing_rate > 1.5 * 0.5 * 3 / 24
+    assert frequent.any()
+    torch.testing.assert_close(
+        threshold[frequent], sae.topk_threshold.expand(int(frequent.sum())), rtol=0.2, atol=0.0
+    )
