@@ -40,18 +40,18 @@ def test_a_latent_that_hardly_fires_fires_again() -> None:
         )
         with torch.no_grad():
             # Positive on about a quarter of the tokens, and never among the largest.
-            sae.W_enc[:, 0] *= 0.05
+            sae.W_enc[:, 0] *= 0.2
             sae.b_enc[0] -= (activations(512, 8, 0) @ sae.W_enc[:, 0]).quantile(0.75)
-        train(sae, 200, lr=0.0)
+        train(sae, 100, lr=0.0)
         sae.calibrate_threshold([activations(512, 8, step) for step in range(3)])
         sae.eval()
         with torch.no_grad():
-            latents = sae.encode(activations(512, 8, 77)) > 0
-        fired[name] = int(latents[:, 0].sum())
+            latents = torch.cat([sae.encode(activations(512, 8, s)) for s in range(77, 81)]) > 0
+        fired[name] = float(latents[:, 0].float().mean())
         assert abs(float(latents.sum(-1).float().mean()) - 3) < 0.3
-    assert fired["without"] == 0
-    # The floor is half the mean rate of 3 / 24: 32 of 512 tokens.
-    assert 16 < fired["with"] < 64
+    floor = 0.5 * 3 / 24
+    assert fired["without"] < floor / 50
+    assert floor / 2 < fired["with"] < 2 * floor
 
 
 def test_thresholds_never_fall_below_zero_and_only_for_the_rare() -> None:
