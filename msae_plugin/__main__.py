@@ -1,6 +1,6 @@
 """`python -m msae_plugin` is `msae`."""
 
-from msae_plugin.cli import main
+from msae_cli.app import main
 
 if __name__ == "__main__":
     main()

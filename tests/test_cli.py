@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from msae_plugin import cli
+from msae_cli import app as cli
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.training import run_config
 
@@ -54,6 +54,51 @@ def test_help_names_the_commands_and_options() -> None:
     output = msae("train", "--help").output
     for option in ("--config", "--set", "--output", "--resume"):
         assert option in output
+
+
+ANSWERED_AT_ONCE = """
+import sys
+from msae_cli.app import main
+sys.argv = ["msae", *sys.argv[1:]]
+try:
+    main()
+finally:
+    heavy = sorted({"torch", "sae_lens", "msae_plugin"} & set(sys.modules))
+    assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "line"),
+    [
+        (["--help"], 0, "train"),
+        (["eval", "--help"], 0, "--skip-missing"),
+        (["train"], 2, "Missing option"),
+        (["info"], 2, "error: give either a folder or --config"),
+        (["info", "folder", "--set", "a=1"], 2, "error: --set changes a recipe"),
+        (["info", "/nowhere/at/all"], 2, "error: '/nowhere/at/all' does not exist: / holds "),
+        (["train", "-c", "here/fil.yaml", "-o", "out"], 2, "did you mean {here}/file.yaml?"),
+        (["train", "-c", "here", "-o", "out"], 2, "error: config 'here' is a folder: give a"),
+        (["compare", "-c", "here/file.yaml", "-o", "here/file.yaml"], 2, "is a file: give a"),
+        (["eval", "./no", "-c", "smoke", "-o", "out"], 2, "error: 'no' does not exist: "),
+        (["publish", "here/file.yaml", "--repo", "a/b"], 2, "is a file: give the folder it is in"),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_torch(
+    tmp_path: Path, words: list[str], status: int, line: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file.yaml").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERED_AT_ONCE, *words],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+        env={**os.environ, "COLUMNS": "200", "TERM": "dumb"},
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    said = done.stdout + done.stderr
+    assert line.format(here=(tmp_path / "here").resolve()) in said
+    if "error:" in line:
+        assert said.count("\n") == 1
 
 
 def test_train_prints_where_the_results_are(recipe_file: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from sae_lens import SAE
 from typer.testing import CliRunner
 
-from msae_plugin.cli import app
+from msae_cli.app import app
 from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.heldout import evaluate_many

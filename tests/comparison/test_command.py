@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from msae_plugin import cli
+from msae_cli import app as cli
 from msae_plugin.errors import InputError
 from msae_plugin.reporting import report as report_module
 
@@ -53,11 +53,17 @@ def test_parts_are_trained_by_several_processes(recipe_file: Path, tmp_path: Pat
     common = ("compare", "--config", recipe_file, "--output", tmp_path / "out", "--no-page")
     first = msae(*common, "--part", "1/2")
     assert first.exit_code == 0, first.output
-    assert "part 1/2 is trained: run without --part" in first.stdout
+    assert "part 1/2 is trained and measured: run without --part" in first.stdout
     assert not (tmp_path / "out/comparison.json").exists()
+    (measured,) = (tmp_path / "out/ground_truth").iterdir()
+    kept = measured.read_bytes()
     assert msae(*common, "--part", "2/2").exit_code == 0
     assert msae(*common).exit_code == 0
-    assert len(json.loads((tmp_path / "out/comparison.json").read_text())["rows"]) == 2
+    rows = json.loads((tmp_path / "out/comparison.json").read_text())["rows"]
+    assert len(rows) == 2
+    assert measured.read_bytes() == kept
+    (row,) = [row for row in rows if row["name"] == measured.stem]
+    assert json.loads(kept)["metrics"].items() <= row["metrics"].items()
     assert not (tmp_path / "out/report").exists()
     wrong = msae(*common, "--part", "2")
     assert wrong.exit_code == 2

@@ -11,7 +11,7 @@ from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from typer.testing import CliRunner
 
 import msae_plugin
-from msae_plugin.cli import app
+from msae_cli.app import app
 from msae_plugin.errors import InputError
 from msae_plugin.hub.export_run import export_sae
 from msae_plugin.reporting.checkpoint_info import RunInfo, mechanisms_on, read_folder

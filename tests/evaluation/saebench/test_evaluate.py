@@ -10,7 +10,7 @@ import pytest
 from evaluation_builders import HOOK, make_subject, random_multiscale, random_standard
 from typer.testing import CliRunner
 
-from msae_plugin.cli import app, joined_seeds
+from msae_cli.app import app, joined_seeds
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation import evaluate as evaluate_module
 from msae_plugin.evaluation.eval_config import EvalConfig

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.terminal import errors, results, say
+from msae_cli.arguments import check_config, check_output
+from msae_cli.terminal import errors, results, say
 
 if TYPE_CHECKING:
     from msae_plugin.reporting.report import ReportResult
 
 REPORT_FOLDER = "report"
+_FILE_WIDTH = 160
 
 
 def compare(
@@ -31,8 +32,8 @@ def compare(
         str | None,
         typer.Option(
             metavar="NUMBER/OF",
-            help="Train a share only and measure nothing: one of several processes on one folder. "
-            "Run without it at the end.",
+            help="Train and measure a share only: one of several processes on one folder. Run "
+            "without it at the end.",
         ),
     ] = None,
     skip_missing: Annotated[
@@ -47,11 +48,14 @@ def compare(
 
     The same command goes on where a killed comparison stopped; finished SAEs are kept.
     """
+    check_config(config)
+    check_output(output)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
     from msae_plugin.comparison.compare import compare as run_comparison
     from msae_plugin.comparison.compare_config import CompareConfig
     from msae_plugin.comparison.terminal import comparison_for_terminal
     from msae_plugin.comparison.training_schedule import Part
+    from msae_plugin.errors import RunFailure
     from msae_plugin.reporting.counter import step_reporter
     from msae_plugin.training.interruption import InterruptedBySignalError
 
@@ -70,9 +74,11 @@ def compare(
     if comparison.contents is None:
         if comparison.failures:
             raise RunFailure(f"part {part} is not complete: see the lines above")
-        results.print(f"part {part} is trained: run without --part when all parts are")
+        results.print(f"part {part} is trained and measured: run without --part at the end")
         return
-    results.print(comparison_for_terminal(comparison.contents))
+    table = comparison_for_terminal(comparison.contents)
+    # A file has no width that a table would have to fit.
+    results.print(table, width=None if results.is_terminal else _FILE_WIDTH, crop=False)
     results.print(Text(f"comparison: {output / 'comparison.json'}"), soft_wrap=True)
     if page:
         _page_of_comparison(output)
@@ -81,6 +87,9 @@ def compare(
 
 
 def _page_of_comparison(output: Path) -> None:
+    # As in compare: heavy imports.
+    from msae_plugin.errors import InputError
+
     try:
         _written_report([output], output / REPORT_FOLDER)
     except InputError as error:
@@ -100,6 +109,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")],
 ) -> None:
     """Tables, figures and one self-contained page of what was trained and measured."""
+    check_output(output)
     # As in compare: heavy imports.
     from msae_plugin.hub.download import local_folder
 

@@ -19,10 +19,16 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from msae_plugin.cli_compare import compare, report
-from msae_plugin.cli_hub import download, publish
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.terminal import errors, results, say
+from msae_cli.arguments import (
+    ArgumentMistake,
+    check_config,
+    check_folder,
+    check_output,
+    check_reference,
+)
+from msae_cli.compare import compare, report
+from msae_cli.hub import download, publish
+from msae_cli.terminal import errors, results, say
 
 if TYPE_CHECKING:
     from msae_plugin.training.runner import RunResult
@@ -39,11 +45,8 @@ class _ReportingGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except InputError as error:
+        except ArgumentMistake as error:
             status, message = EXIT_INPUT, f"error: {error}"
-            _show_traceback_if_debugging()
-        except RunFailure as error:
-            status, message = EXIT_FAILED, f"failed: {error}"
             _show_traceback_if_debugging()
         except KeyboardInterrupt as error:
             status, message = EXIT_INTERRUPTED, f"interrupted{f': {error}' if str(error) else ''}"
@@ -54,12 +57,22 @@ class _ReportingGroup(TyperGroup):
         except Exception as error:
             if type(error).__module__.startswith(("click", "typer")):
                 raise
-            first_line = next(iter(str(error).splitlines()), "")
-            status = EXIT_FAILED
-            message = f"failed: {type(error).__name__}: {first_line} (--debug shows where)"
+            status, message = _status_and_message(error)
             _show_traceback_if_debugging()
         say(message)
         raise typer.Exit(status)
+
+
+def _status_and_message(error: Exception) -> tuple[int, str]:
+    # Imported here: an error of a command comes after the command's own imports.
+    from msae_plugin.errors import InputError, RunFailure
+
+    if isinstance(error, InputError):
+        return EXIT_INPUT, f"error: {error}"
+    if isinstance(error, RunFailure):
+        return EXIT_FAILED, f"failed: {error}"
+    first_line = next(iter(str(error).splitlines()), "")
+    return EXIT_FAILED, f"failed: {type(error).__name__}: {first_line} (--debug shows where)"
 
 
 app = typer.Typer(
@@ -131,6 +144,8 @@ def train(
     ] = None,
 ) -> None:
     """Train the SAEs of a recipe on a language model's activations and export them."""
+    check_config(config)
+    check_output(output)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
     from msae_plugin.training.interruption import InterruptedBySignalError
     from msae_plugin.training.progress import ConsoleProgress
@@ -208,13 +223,19 @@ def info(
     ] = None,
 ) -> None:
     """Say what a checkpoint is, or what a run will cost in memory and tokens."""
+    if (folder is None) == (config is None):
+        raise ArgumentMistake(
+            "give either a folder or --config: msae info DIR, msae info --config FILE"
+        )
+    if folder is not None:
+        if set_:
+            raise ArgumentMistake("--set changes a recipe and needs --config")
+        check_folder(folder)
+    elif config is not None:
+        check_config(config)
     # As in train: heavy imports.
     from msae_plugin.reporting.info import describe_config, describe_folder
 
-    if (folder is None) == (config is None):
-        raise InputError("give either a folder or --config: msae info DIR, msae info --config FILE")
-    if folder is not None and set_:
-        raise InputError("--set changes a recipe and needs --config")
     if folder is not None:
         results.print(describe_folder(folder))
     elif config is not None:
@@ -254,7 +275,12 @@ def evaluate_command(
     ] = False,
 ) -> None:
     """Evaluate SAEs with SAEBench: core, sparse probing, sae-probes, unlearning and others."""
+    check_config(config)
+    check_output(output)
+    for reference in references:
+        check_reference(reference)
     # As in train: heavy imports.
+    from msae_plugin.errors import RunFailure
     from msae_plugin.evaluation.eval_config import EvalConfig
     from msae_plugin.evaluation.evaluate import evaluate
     from msae_plugin.evaluation.subjects import load_subjects
@@ -319,6 +345,7 @@ def demo(
     saebench: Annotated[bool, typer.Option(help="End with SAEBench's core and sae-probes.")] = True,
 ) -> None:
     """Train multiscale beside batchtopk on a packaged language model and show what came out."""
+    check_output(output)
     # As in train: heavy imports.
     from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
     from msae_plugin.training.interruption import InterruptedBySignalError

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from msae_plugin.terminal import results, say
+from msae_cli.arguments import check_folder, check_output
+from msae_cli.terminal import results, say
 
 
 def _ask() -> Callable[[str], bool] | None:
@@ -62,6 +63,7 @@ def publish(
     ] = False,
 ) -> None:
     """Publish SAEs on the Hugging Face Hub in one commit, and check what others will get."""
+    check_folder(folder)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
     from msae_plugin.hub.publish import publish as publish_run
     from msae_plugin.hub.publish_report import report_lines
@@ -94,6 +96,7 @@ def download(
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")],
 ) -> None:
     """Fetch an SAE, or a whole repository, from the Hugging Face Hub."""
+    check_output(output)
     # As in publish: heavy imports.
     from msae_plugin.hub.download import download as download_reference
 
