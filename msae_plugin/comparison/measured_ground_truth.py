@@ -15,6 +15,7 @@ from sae_lens import SAE
 from sae_lens.synthetic import eval_sae_on_synthetic_data
 
 from msae_plugin.comparison.compare_config import CompareConfig
+from msae_plugin.comparison.recorded_samples import RecordedSamples
 from msae_plugin.comparison.synthetic_source import SyntheticSource
 from msae_plugin.evaluation.cache import key_digest, tensors_sha256
 from msae_plugin.evaluation.decoder_overlap import mean_max_decoder_cosine
@@ -61,6 +62,7 @@ def measure_ground_truth(
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, float]] = {}
+    samples: tuple[int, RecordedSamples] | None = None
     # By seed: a ground truth of each seed's own is made once.
     for number, candidate in enumerate(sorted(candidates, key=lambda one: one.seed)):
         report("judging against the ground truth", number, len(candidates))
@@ -69,28 +71,42 @@ def measure_ground_truth(
         path = folder / f"{candidate.name}.json"
         stored = _stored(path, key)
         if stored is None:
-            stored = judge(config, source, sae, candidate.seed)
+            if samples is None or samples[0] != candidate.seed:
+                samples = candidate.seed, record_samples(config, source, candidate.seed)
+            stored = judge(config, source, sae, candidate.seed, samples[1])
             require_real(stored, f"SAE {candidate.name!r}")
             write_json_atomic(path, {"key": key, "metrics": stored})
         found[candidate.name] = stored
     return found
 
 
-def judge(
-    config: CompareConfig, source: SyntheticSource, sae: SAE[Any], seed: int
-) -> dict[str, float]:
-    """`ground_truth/...` of one SAE; the same samples for all SAEs of a seed."""
+def record_samples(config: CompareConfig, source: SyntheticSource, seed: int) -> RecordedSamples:
+    """The samples on which all SAEs of a seed are judged."""
     section = config.synthetic
     assert section is not None, "only a comparison on ground truth is judged so"
-    model = source.model(seed)
     with source.stream(config.training.seed, "evaluation", str(seed)).active():
-        result = eval_sae_on_synthetic_data(
-            sae,
-            model.feature_dict,
-            model.activation_generator,
-            num_samples=section.eval_samples,
-            batch_size=section.eval_batch_size,
+        return RecordedSamples.record(
+            source.model(seed).activation_generator, section.eval_samples, section.eval_batch_size
         )
+
+
+def judge(
+    config: CompareConfig,
+    source: SyntheticSource,
+    sae: SAE[Any],
+    seed: int,
+    samples: RecordedSamples,
+) -> dict[str, float]:
+    """`ground_truth/...` of one SAE on recorded samples of its seed."""
+    section = config.synthetic
+    assert section is not None, "as in record_samples"
+    result = eval_sae_on_synthetic_data(
+        sae,
+        source.model(seed).feature_dict,
+        samples.rewind(),
+        num_samples=section.eval_samples,
+        batch_size=section.eval_batch_size,
+    )
     classified = result.classification
     values = {
         "f1": classified.f1_score,
