@@ -36,7 +36,7 @@ from msae_plugin.comparison.finished_saes import missing_entries
 from msae_plugin.comparison.ground_truth_bench import GroundTruthBench
 from msae_plugin.comparison.group_training import Workplace
 from msae_plugin.comparison.language_model_bench import LanguageModelBench
-from msae_plugin.comparison.training_schedule import Part, TrainingOutcome, train_all
+from msae_plugin.comparison.training_schedule import Part, TrainingOutcome, share_of, train_all
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.training.atomic_files import TEMPORARY_PREFIX, write_json_atomic
@@ -95,7 +95,8 @@ def compare(
             on, and SAEs that were added to the recipe are added to the results.
         report: Shows progress.
         language_model: A model that is loaded already, as `config.model` describes it.
-        part: Train a share only and measure nothing: for several processes on one folder.
+        part: Train and measure a share only, and write no comparison.json: for several processes
+            on one folder. Controls and SAEBench's evaluations are left to the run without it.
         skip_missing: Leave evaluations out whose data or packages are missing.
 
     Raises:
@@ -127,14 +128,17 @@ def compare(
             # The width of an MLP's inside is known once the model has run.
             expansion = expand(config, {hook: source.d_in(hook) for hook in bench.widths()})
             outcome = train_all(place, expansion.entries, part)
+    entries = share_of(expansion.entries, part)
+    trained = [entry for entry in entries if entry.name not in outcome.failures]
     if part.of > 1:
+        if trained:
+            bench.measure_share(expansion, trained, record or _source_record(output, trained[0]))
         return Comparison(output, None, outcome.failures, complete=False)
-    trained = [e for e in expansion.entries if e.name not in outcome.failures]
     if not trained:
         name, reason = next(iter(outcome.failures.items()))
         raise RunFailure(f"no SAE could be trained; {name}: {reason}")
     records = [_record(sae_folder(output, entry.name)) for entry in trained]
-    record = record or {key: records[0][key] for key in ("model", "data")}
+    record = record or _source_record(output, trained[0])
     measured = bench.measure(expansion, trained, record)
     rows: list[dict[str, Any]] = []
     for of_sae in records:
@@ -158,6 +162,12 @@ def _record(folder: Path) -> Mapping[str, Any]:
     record = read_run_record(folder)
     assert record is not None, "it was complete a moment ago"
     return record
+
+
+def _source_record(output: Path, entry: Entry) -> dict[str, Any]:
+    """What an SAE's record says of the activations, where nothing had to be trained."""
+    stored = _record(sae_folder(output, entry.name))
+    return {key: stored[key] for key in ("model", "data")}
 
 
 def _check_folder(output: Path) -> None:

@@ -66,7 +66,7 @@ class GroundTruthBench:
             source: The record of the samples.
         """
         del source
-        candidates = [Candidate(entry.name, entry.seed, self._loader(entry)) for entry in trained]
+        candidates = self._candidates(trained)
         names = {entry.name for entry in trained}
         for control in expansion.controls:
             if control.of is not None and control.of.name in names:
@@ -80,6 +80,24 @@ class GroundTruthBench:
         for name, metrics in found.items():
             measured.add(name, metrics)
         return measured
+
+    def measure_share(
+        self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
+    ) -> None:
+        """Measure SAEs and keep it for `measure`; one of several processes on one folder.
+
+        Args:
+            expansion: The comparison.
+            trained: SAEs that are trained.
+            source: The record of the samples.
+        """
+        del expansion, source
+        measure_ground_truth(
+            self.config, self.output, self._candidates(trained), self._source, self._report
+        )
+
+    def _candidates(self, trained: Sequence[Entry]) -> list[Candidate]:
+        return [Candidate(entry.name, entry.seed, self._loader(entry)) for entry in trained]
 
     def _loader(self, entry: Entry) -> Callable[[], SAE[Any]]:
         folder = sae_folder(self.output, entry.name) / SAE_FOLDER

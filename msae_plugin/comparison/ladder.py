@@ -2,7 +2,8 @@
 
 - `cumulative`: the baseline and runs 1 to 10, each one mechanism more than the one before it.
 - `alone`: BatchTopK with one mechanism switched on, against BatchTopK.
-- `default`: the preset `default` with one of its mechanisms removed, or with one more, against it.
+- `default`: the preset `default` with one of its mechanisms removed, or with one more, against it;
+  which of the two follows the preset.
 
 Every variant is trained to the same L0, without which no other number could be compared. The
 source's thresholds have a fixed z, which fires a fixed share of the dictionary: here z starts at
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from msae_plugin.architecture.presets import preset_names, preset_summary
+from msae_plugin.architecture.presets import preset, preset_names, preset_summary
 from msae_plugin.comparison.peers import batchtopk_section
 from msae_plugin.errors import InputError
 
@@ -165,7 +166,8 @@ _SOURCE_MECHANISMS = (
         {"revival_every": 50, "revival_dead_steps": 50, "revival_min_cosine": 0.2},
     ),
 )
-# Mechanisms of the default preset; each is put on BatchTopK and removed from the default.
+# Mechanisms that the default preset has or could have: each is put on BatchTopK, and removed from
+# the default where that has it, else added to it.
 _DEFAULT_MECHANISMS = (
     (_Mechanism("budgets", "loss at 2 k", None, _BUDGETS), {"sparsity_scales": []}),
     (_Mechanism("prefixes", "nested prefixes", None, _PREFIXES), {"prefix_fractions": []}),
@@ -180,6 +182,15 @@ _DEFAULT_MECHANISMS = (
     (
         _Mechanism("auxk", "AuxK for dead latents", None, {}),
         {"aux_loss_coefficient": 0.0},
+    ),
+    (
+        _Mechanism(
+            "firing-floor",
+            "a lower cut for latents that hardly fire",
+            None,
+            {"firing_floor": 0.1},
+        ),
+        {"firing_floor": 0.0},
     ),
 )
 
@@ -271,19 +282,26 @@ def _alone() -> list[Variant]:
 
 def _default() -> list[Variant]:
     found = [Variant(DEFAULT, "default", "the default preset", None, None, {"preset": DEFAULT})]
+    # The ladder follows the preset: what it is made of is not said twice.
+    settings = vars(preset(DEFAULT, d_in=16, d_sae=64, k=4, training_steps=100))
     for item, removal in _DEFAULT_MECHANISMS:
-        text = f"default without: {item.mechanism}"
-        section = {"preset": DEFAULT, **removal}
-        found.append(
-            Variant(f"default-no-{item.key}", "default", text, item.claim, DEFAULT, section)
-        )
+        has_it = any(settings[key] != value for key, value in removal.items())
+        if not has_it and not item.section:
+            continue
+        word, text = ("no", "without") if has_it else ("plus", "with")
+        section = {"preset": DEFAULT, **(removal if has_it else item.section)}
+        name, text = f"default-{word}-{item.key}", f"default {text}: {item.mechanism}"
+        found.append(Variant(name, "default", text, item.claim, DEFAULT, section))
     for item in _SOURCE_MECHANISMS:
         section = {"preset": DEFAULT, **item.section}
         against = DEFAULT
         if item.key == "zscore":
-            # A threshold has no budget to scale.
+            # A threshold has no budget to scale, and no common cut that a floor could lower.
             section["sparsity_scales"] = []
-            against = "default-no-budgets"
+            if settings["firing_floor"]:
+                section["firing_floor"] = 0.0
+            without = "default-no-budgets"
+            against = without if any(v.name == without for v in found) else DEFAULT
         text = f"default with: {item.mechanism}"
         found.append(
             Variant(f"default-plus-{item.key}", "default", text, item.claim, against, section)

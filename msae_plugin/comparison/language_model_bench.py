@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -141,6 +142,23 @@ class LanguageModelBench:
         if evaluation is not None:
             self._evaluate(subjects, measured)
         return measured
+
+    def measure_share(
+        self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
+    ) -> None:
+        """Held-out metrics of SAEs, kept for `measure`; one of several processes on one folder.
+
+        SAEBench's evaluations keep what they know in one file for all SAEs, and are left to
+        `measure`.
+
+        Args:
+            expansion: The comparison.
+            trained: SAEs that are trained.
+            source: The record of the activations.
+        """
+        without_controls = replace(expansion, controls=[])
+        subjects = self._subjects(without_controls, trained)
+        self._measure_heldout(without_controls, subjects, source, Measured())
 
     def _subjects(self, expansion: Expansion, trained: Sequence[Entry]) -> list[Subject]:
         folders = [str(sae_folder(self.output, entry.name)) for entry in trained]

@@ -104,6 +104,7 @@ def measure_heldout(
             for subject in group
             if subject.name in with_contexts
         }
+        report(message, 0, config.heldout.tokens)
         found = _evaluate(config, group, text, collectors, report, message)
         _write_contexts(config, output, group, collectors, text)
         for name, metrics in found.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -36,9 +37,10 @@ def comparison_for_terminal(contents: Mapping[str, Any]) -> RenderableType:
         contents: Of comparison.json.
     """
     columns = _COLUMNS[str(contents["kind"])]
-    table = Table()
-    for heading in ("method", "target", "seeds", *(name for name, _, _ in columns), "ms/step"):
-        table.add_column(heading, overflow="fold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for heading in ("target", "seeds", *(name for name, _, _ in columns), "ms/step"):
+        table.add_column(heading, overflow="fold", justify="right")
     groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for row in contents["rows"]:
         groups.setdefault((row["method"], row["l0_target"]), []).append(row)

@@ -90,7 +90,7 @@ def train_all(place: Workplace, entries: Sequence[Entry], part: Part) -> Trainin
         InterruptedBySignalError: A signal arrived; everything finished so far is kept.
     """
     schedule = _Schedule(place, entries)
-    schedule.run(_share(entries, part))
+    schedule.run(share_of(entries, part))
     checkpoints = place.output / CHECKPOINTS
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         # Another process may put a checkpoint into it meanwhile.
@@ -99,8 +99,13 @@ def train_all(place: Workplace, entries: Sequence[Entry], part: Part) -> Trainin
     return schedule.outcome()
 
 
-def _share(entries: Sequence[Entry], part: Part) -> list[Entry]:
-    """The entries of one process: seeds that share a coefficient stay together."""
+def share_of(entries: Sequence[Entry], part: Part) -> list[Entry]:
+    """The entries of one process: seeds that share a coefficient stay together.
+
+    Args:
+        entries: All SAEs of a comparison.
+        part: Which share of them.
+    """
     bundles = list(dict.fromkeys(entry.bundle for entry in entries))
     ours = set(bundles[part.number - 1 :: part.of])
     return [entry for entry in entries if entry.bundle in ours]

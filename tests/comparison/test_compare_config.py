@@ -237,6 +237,15 @@ def test_a_variant_differs_from_its_reference_in_its_mechanism_alone(
         },
     }  # fmt: skip
     variants = {variant.name: variant for variant in ladder_variants()}
+    for name, variant in variants.items():
+        if variant.group != "cumulative" and variant.against is not None:
+            own = [key for key in variant.section if key not in ("preset", "architecture")]
+            reference = configs[variant.against]
+            trainer = {"accumulation_steps", "gradient_lr", "lr_floor"} & set(own)
+            differs = any(
+                value != reference[key] for key, value in configs[name].items() if key != "metadata"
+            )
+            assert differs or trainer, name
     for name, fields in expected.items():
         reference = configs[str(variants[name].against)]
         different = {key for key, value in configs[name].items() if value != reference[key]}

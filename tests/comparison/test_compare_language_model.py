@@ -197,6 +197,30 @@ BIGGER = {
 }
 
 
+def test_a_part_is_measured_and_the_whole_only_puts_it_together(
+    run: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    measure = language_model_bench.measure_heldout
+
+    def noted(config: CompareConfig, output: Path, subjects: list[Subject], *rest: Any) -> None:
+        measured.extend(subject.name for subject in subjects)
+        measure(config, output, subjects, *rest)
+
+    monkeypatch.setattr(language_model_bench, "measure_heldout", noted)
+    assert run(tmp_path, part=Part(1, 2)).contents is None
+    assert run(tmp_path, part=Part(2, 2)).contents is None
+    assert measured == ["batchtopk_l0-6_seed0", "ours_l0-6_seed0"]
+    measured.clear()
+    assert set(rows_of(run(tmp_path))) == {
+        "batchtopk_l0-6_seed0",
+        "ours_l0-6_seed0",
+        "permuted_l0-6_seed0",
+        "stream",
+    }
+    assert measured == ["permuted_l0-6_seed0", "stream"]
+
+
 def test_evaluations_join_the_rows(
     run: Callable[..., Comparison],
     tiny_language_model: LanguageModel,

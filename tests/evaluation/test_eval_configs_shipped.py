@@ -20,6 +20,7 @@ from msae_plugin.evaluation.saebench.sae_probes import OFFLINE_SAE_PROBES_DATASE
 FOLDER = Path(__file__).parents[2] / "eval_configs"
 NAMES = [
     "offline",
+    "probing",
     "saebench_gemma-2-2b",
     "saebench_pythia-160m",
     "smoke",
@@ -67,7 +68,7 @@ def documented(name: str) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_says_type_default_and_meaning(name: str) -> None:
     lines = documented(name)
-    assert lines["evaluations.core.dataset"][0]
+    assert any(dotted.startswith("evaluations.") for dotted in lines)
     for dotted, (_, comment) in lines.items():
         section = dotted in ("model", "evaluations") or dotted.count(".") == 1
         if section and not dotted.startswith("model."):
@@ -171,6 +172,18 @@ def test_paper_protocols_are_saebenchs_own_values(model: str) -> None:
         for key, value in settings.items():
             if key not in SCHEMAS[evaluation].own:
                 assert value == expected[key], (evaluation, key)
+
+
+def test_probing_is_small_and_reads_packages_alone() -> None:
+    config = EvalConfig.load("probing")
+    assert list(config.evaluations) == ["sparse_probing"]
+    probing = config.evaluations["sparse_probing"]
+    assert set(probing["dataset_names"]) <= set(LABELLED_SOURCES)
+    # The text that the SAEs of the recipes are trained on is not among them.
+    assert not any(LABELLED_SOURCES[name].training_text for name in probing["dataset_names"])
+    classes = sum(len(LABELLED_SOURCES[name].classes) for name in probing["dataset_names"])
+    texts = classes * (probing["probe_train_set_size"] + probing["probe_test_set_size"]) // 2
+    assert texts * probing["context_length"] <= 64_000  # tokens that an SAE encodes
 
 
 def test_offline_reads_packages_alone() -> None:
