@@ -31,9 +31,9 @@ from msae_plugin.errors import InputError
 from msae_plugin.evaluation.decoder_overlap import mean_max_decoder_cosine
 from msae_plugin.evaluation.model_pass import (
     ModelWithTokenizer,
+    Tail,
     activations_at,
     logits_and_activations,
-    logits_with_replacement,
 )
 from msae_plugin.evaluation.token_losses import predicting_positions, summed_losses
 from msae_plugin.evaluation.windows import (
@@ -198,7 +198,7 @@ def evaluate_many(
         batch_size: Windows in a forward pass (fewer where the vocabulary is large).
         max_tokens: Stop after this many tokens, special ones included; None reads all texts.
         max_loss_tokens: Measure the losses on this many of them only, rounded up to a whole batch
-            (they cost two full passes and one more per SAE); None measures them on all.
+            (they cost three passes and one more per SAE); None measures them on all.
         exclude_special: Leave BOS, EOS and PAD out (see the module).
         prepend_bos: Begin each window with BOS, as in training.
         autocast: Run the language model in bfloat16; the SAEs stay in their own dtype.
@@ -217,11 +217,15 @@ def evaluate_many(
     model, tokenizer = language_model.model, language_model.tokenizer
     special = torch.tensor(get_special_token_ids(tokenizer) if exclude_special else [])
     totals = {name: _Totals(sae.cfg.d_sae) for name, sae in saes.items()}
+    tails = {hook: Tail(model, hook, autocast=autocast) for hook in distinct_hooks}
     ce_clean, ce_zero = 0.0, dict.fromkeys(distinct_hooks, 0.0)
     n_tokens = n_loss_tokens = tokens_seen = windows_seen = 0
     loss_budget = float("inf") if max_loss_tokens is None else max_loss_tokens
     limit = None if max_tokens is None else max(1, max_tokens // context_size)
     size = max(1, min(batch_size, LOGIT_ELEMENTS // (context_size * len(tokenizer))))
+    if max_loss_tokens is not None:
+        # Losses are measured on whole batches: a larger one would cost more than was asked for.
+        size = min(size, max(1, -(-max_loss_tokens // context_size)))
     windows = iterate_windows(model, tokenizer, texts, context_size, prepend_bos=prepend_bos)
     for batch in batched_windows(islice(windows, limit), size):
         tokens = torch.stack([window.tokens for window in batch])
@@ -246,15 +250,14 @@ def evaluate_many(
             n_loss_tokens += positions.numel()
             ce_clean += summed_losses(clean_logits, tokens, positions)[0]
             for hook in distinct_hooks:
-                zeros = torch.zeros_like(activations[hook])
-                logits = logits_with_replacement(
-                    model, tokens, hook, zeros, kept, autocast=autocast
-                )
+                own = activations[hook]
+                if tokens_seen == 0:
+                    tails[hook].check(own, clean_logits)
+                logits = tails[hook].logits(tokens, torch.zeros_like(own), kept, own)
                 ce_zero[hook] += summed_losses(logits, tokens, positions)[0]
             for name, reconstruction in reconstructions.items():
-                logits = logits_with_replacement(
-                    model, tokens, hooks[name], reconstruction, kept, autocast=autocast
-                )
+                hook = hooks[name]
+                logits = tails[hook].logits(tokens, reconstruction, kept, activations[hook])
                 ce, kl = summed_losses(logits, tokens, positions, clean_logits)
                 totals[name].ce_sae += ce
                 totals[name].kl += kl

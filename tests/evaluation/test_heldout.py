@@ -185,7 +185,10 @@ def test_several_saes_together_get_what_each_gets_alone(transformer, texts):
 
 def test_the_model_itself_runs_once_for_all_saes(transformer, texts):
     runs: list[int] = []
-    handle = transformer.model.blocks[0].register_forward_hook(lambda *_: runs.append(1))
+    handles = [
+        transformer.model.blocks[layer].register_forward_hook(lambda *_, n=layer: runs.append(n))
+        for layer in (0, 2)
+    ]
     try:
         saes = {name: random_sae(i) for i, name in enumerate("abc")}
         evaluate_many(
@@ -197,8 +200,11 @@ def test_the_model_itself_runs_once_for_all_saes(transformer, texts):
             batch_size=10**6,
         )
     finally:
-        handle.remove()
-    assert len(runs) == 1 + 1 + len(saes)  # clean, zeros, one per SAE
+        for handle in handles:
+            handle.remove()
+    assert runs.count(0) == 1
+    # Behind the hook: clean, the same again to compare, zeros, one per SAE.
+    assert runs.count(2) == 1 + 1 + 1 + len(saes)
 
 
 def test_limits_on_tokens(transformer, texts):
@@ -218,6 +224,20 @@ def test_limits_on_tokens(transformer, texts):
     )["a"]
     assert got.n_tokens == sum(done) == 5 * CONTEXT
     assert got.n_loss_tokens == 2 * (CONTEXT - 1)
+    # Losses on few tokens cost no larger a batch.
+    few = evaluate_many(
+        {"a": random_sae()},
+        transformer,
+        hook,
+        texts,
+        context_size=CONTEXT,
+        batch_size=10**6,
+        max_tokens=5 * CONTEXT,
+        max_loss_tokens=2 * CONTEXT - 1,
+        exclude_special=False,
+    )["a"]
+    assert few.n_loss_tokens == got.n_loss_tokens
+    assert few.ce_sae == pytest.approx(got.ce_sae, rel=1e-5)
 
 
 def test_the_observer_sees_the_latents_with_their_places(transformer, texts):

@@ -16,30 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msae_plugin.evaluation.cache import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.evaluation.model_pass import TAIL_TOLERANCE, tail_start
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
 from msae_plugin.evaluation.saebench.core_predictions import CleanPredictions, Predictions
 from msae_plugin.evaluation.saebench.core_text import tokens_sha256
 
 KIND = "core"
 # Raised when what is stored changes.
-FORMAT = 1
-# Logits of a pass that starts in the middle against those of a whole one, relative. The same
-# operations on the same shapes: 0 was measured in float32.
-TAIL_TOLERANCE = 1e-5
+FORMAT = 2
+# Tokens that run through the layers behind the hook at a time, on a CPU in float32: activations and
+# logits stay small. In other dtypes other shapes round otherwise, and a GPU wants all at once.
+TOKENS_AT_A_TIME = 512
 # A file that says that this model cannot be started in the middle.
 WHOLE_PASSES = "whole-passes"
-
-
-def tail_start(hook_name: str) -> int | None:
-    """The layer from which the model can be run when the hook's activations are known.
-
-    None where they do not determine the rest (an MLP's or a head's output): then every pass begins
-    with the tokens.
-    """
-    parts = hook_name.split(".")
-    if len(parts) != 3 or parts[0] != "blocks" or not parts[1].isdecimal():
-        return None
-    return {"hook_resid_post": int(parts[1]) + 1, "hook_resid_pre": int(parts[1])}.get(parts[2])
 
 
 class CoreModelSide:
@@ -61,6 +50,7 @@ class CoreModelSide:
         self.n_reconstruction = n_reconstruction
         self._model = context.language_model.model
         self._start = tail_start(hook_name)
+        self._ablated_logits: torch.Tensor | None = None
         self.key: Mapping[str, Any] = {
             "format": FORMAT,
             "model": context.weights_sha256,
@@ -114,9 +104,17 @@ class CoreModelSide:
         zeros = Predictions(stored["ce_zero"], stored["kl_zero"], stored["kl_zero_float32"])
         return clean, stored["ce_clean"], zeros
 
-    def logits_with(self, index: int, values: torch.Tensor) -> torch.Tensor:
-        """Logits (prompts, context, vocabulary) of a batch when the hook gives these values."""
-        return self._logits(self.batch(index), values)
+    def predictions_with(
+        self, index: int, clean: CleanPredictions, values: torch.Tensor
+    ) -> Predictions:
+        """What a batch's predictions become when the hook gives these values.
+
+        Args:
+            index: The batch.
+            clean: Its clean predictions.
+            values: (prompts, context, ...) in place of what the hook gives.
+        """
+        return self._predictions(self.batch(index), clean, values)
 
     def batch(self, index: int) -> torch.Tensor:
         """(prompts, context) tokens, on the model's device."""
@@ -160,7 +158,8 @@ class CoreModelSide:
         if index == 0:
             self._require_same_tail(tokens, activations, logits)
         clean = CleanPredictions(self._model, logits, tokens)
-        zeros = clean.compare(self._logits(tokens, torch.zeros_like(activations)))
+        del logits
+        zeros = self._ablated(tokens, clean, torch.zeros_like(activations))
         return {
             "activations": activations,
             "final_residual": seen[final],
@@ -176,11 +175,47 @@ class CoreModelSide:
         """Start in the middle only if it gives what the whole model gives."""
         if self._start is None:
             return
-        tail = self._logits(tokens, activations)
-        error = (tail - logits).abs().max() / logits.abs().max()
+        part = self._parts(tokens)[0]
+        tail = self._logits(tokens[part], activations[part])
+        error = (tail - logits[part]).abs().max() / logits[part].abs().max()
         if not float(error) <= TAIL_TOLERANCE:
             self._start = None
             (self.folder / WHOLE_PASSES).touch()
+
+    def _parts(self, tokens: torch.Tensor) -> list[slice]:
+        """The prompts that run at a time."""
+        n_prompts, context = tokens.shape
+        small = self.context.dtype == "float32" and tokens.device.type == "cpu"
+        size = max(1, TOKENS_AT_A_TIME // context) if small else n_prompts
+        return [slice(i, min(i + size, n_prompts)) for i in range(0, n_prompts, size)]
+
+    def _predictions(
+        self, tokens: torch.Tensor, clean: CleanPredictions, values: torch.Tensor
+    ) -> Predictions:
+        return Predictions.joined(
+            [
+                clean.compare(self._logits(tokens[part], values[part]), part)
+                for part in self._parts(tokens)
+            ]
+        )
+
+    def _ablated(
+        self, tokens: torch.Tensor, clean: CleanPredictions, zeros: torch.Tensor
+    ) -> Predictions:
+        """What zeros at the hook do.
+
+        Where the residual stream is zero everywhere, the prompt is forgotten: one prompt's logits
+        are those of every prompt of every batch. (In other dtypes than float32 other shapes round
+        otherwise, and SAEBench's are those of a whole batch.)
+        """
+        if self._start is None or self.context.dtype != "float32":
+            return self._predictions(tokens, clean, zeros)
+        if self._ablated_logits is None:
+            self._ablated_logits = self._logits(tokens[:1], zeros[:1])
+        logits = self._ablated_logits
+        return Predictions.joined(
+            [clean.compare(logits, slice(i, i + 1)) for i in range(len(tokens))]
+        )
 
     @torch.no_grad()
     def _logits(self, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
