@@ -10,6 +10,10 @@ from msae_plugin.reporting.report_document import CellValue, Table
 _GOOD, _BAD = ("better",), ("worse",)
 WORDS_FROM = 24
 """A text this long may wrap."""
+LONG_FROM = 80
+"""One this long gets a column of its own width."""
+SHORT_NAME = 26
+"""A row's name of at most so many letters stays on one line, but for a phone."""
 
 
 def table_html(table: Table) -> str:
@@ -63,11 +67,12 @@ def _cell(value: CellValue, text: str, *, is_first: bool, is_number: bool) -> st
     elif not is_number and text in _BAD:
         classes = "bad"
     elif not is_number and len(text) >= WORDS_FROM:
-        classes = "words"
+        classes = "words long" if len(text) >= LONG_FROM else "words"
     sorted_by = _sorted_by(value)
     data = "" if sorted_by is None else f' data-value="{escape(sorted_by)}"'
     if is_first:
-        return f'<th scope="row"{data}>{_breakable(text)}</th>'
+        short = _classes("short") if len(text) <= SHORT_NAME else ""
+        return f'<th scope="row"{short}{data}>{_breakable(text)}</th>'
     return f"<td{_classes(classes)}{data}>{escape(text)}</td>"
 
 

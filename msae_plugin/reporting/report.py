@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +19,13 @@ from msae_plugin.reporting.report_comparison_sections import (
     protocol_section,
     results_section,
 )
+from msae_plugin.reporting.report_contexts_section import contexts_section
 from msae_plugin.reporting.report_difference_sections import differences_section
 from msae_plugin.reporting.report_document import Document, Section
-from msae_plugin.reporting.report_feature_sections import contexts_section, diversity_section
+from msae_plugin.reporting.report_feature_sections import diversity_section
 from msae_plugin.reporting.report_figure_style import looks, pyplot
 from msae_plugin.reporting.report_ladder import ladder_section
+from msae_plugin.reporting.report_places import places
 from msae_plugin.reporting.report_revival_section import revival_section
 from msae_plugin.reporting.report_rows import Bench
 from msae_plugin.reporting.report_sources import Sources, read_json, read_sources
@@ -115,18 +117,23 @@ def build(sources: Sources, progress: Reporter = no_report) -> tuple[Document, i
             parts.append(results_section(bench, styles))
             parts.append(differences_section(bench, styles))
             parts.append(ladder_section(bench, styles))
-    optional: dict[str, Callable[[], Section | None]] = {
-        "training runs": lambda: runs_section(sources.runs),
-        "training curves": lambda: curves_section(trained, styles),
-        "revival": lambda: revival_section(analyses),
-        "feature statistics": lambda: diversity_section(analyses, styles),
-        "sample features": lambda: contexts_section(sources.runs, analyses),
+    by_place = places(analyses, lambda analysis: analysis.sae.place)
+    optional: dict[str, list[Section | None]] = {
+        "training runs": [runs_section(sources.runs)],
+        "training curves": [
+            curves_section(place, [analysis.sae for analysis in members], styles)
+            for place, members in by_place
+        ],
+        "revival": [revival_section(place, members) for place, members in by_place],
+        "feature statistics": [
+            diversity_section(place, members, styles) for place, members in by_place
+        ],
+        "sample features": [contexts_section(sources.runs, by_place)],
     }
     absent: list[str] = []
-    for name, make in optional.items():
-        section = make()
-        parts.append(section)
-        if section is None and name != "training runs":
+    for name, sections in optional.items():
+        parts += sections
+        if name != "training runs" and not any(sections):
             absent.append(name)
     missing = [item for bench in measured for item in bench.missing]
     missing += missing_of_runs(

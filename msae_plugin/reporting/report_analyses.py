@@ -112,7 +112,7 @@ def analyse(trained: Sequence[TrainedSAE], report: Reporter) -> list[SAEAnalysis
     """
     found: list[SAEAnalysis] = []
     for done, sae in enumerate(trained):
-        report(f"analysing {sae.name}", done, len(trained))
+        report("analysing the SAEs on disk", done, len(trained))
         found.append(_analyse(sae))
     return found
 

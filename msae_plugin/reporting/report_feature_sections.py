@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
 
 from msae_plugin.reporting.analysis_features import CosineBin
 from msae_plugin.reporting.report_analyses import (
@@ -17,8 +16,6 @@ from msae_plugin.reporting.report_document import (
     Block,
     CellValue,
     Column,
-    Context,
-    LatentContexts,
     Section,
     Table,
     Text,
@@ -27,7 +24,7 @@ from msae_plugin.reporting.report_document import (
 from msae_plugin.reporting.report_figure_style import Look
 from msae_plugin.reporting.report_figures import bars, steps
 from msae_plugin.reporting.report_metrics import number
-from msae_plugin.reporting.report_sources import RunSource
+from msae_plugin.reporting.report_places import Place
 from msae_plugin.reporting.report_variants import is_variant
 
 MOST_OUTLINES = 7
@@ -36,21 +33,27 @@ MOST_BARS = 4
 MOST_ROWS_OPEN = 24
 """Longer tables are folded."""
 CLUSTER_BANDS = ((1, 1), (2, 5), (6, 20), (21, None))
-CONTEXT_LATENTS = 8
-"""Latents shown of each SAE."""
 
 
-def diversity_section(analyses: Sequence[SAEAnalysis], looks: Mapping[str, Look]) -> Section | None:
-    """Decoder geometry and firing of every SAE on disk; None when there are none."""
+def diversity_section(
+    place: Place, analyses: Sequence[SAEAnalysis], looks: Mapping[str, Look]
+) -> Section | None:
+    """Decoder geometry and firing of every SAE on disk; None when there are none.
+
+    Args:
+        place: Where the SAEs are from.
+        analyses: Of the SAEs.
+        looks: By method.
+    """
     groups = [g for g in grouped(analyses) if any(a.diversity is not None for a in g.saes)]
     if not groups:
         return None
     drawn = _drawn(groups)
-    blocks: list[Block] = [_decoder_table(groups), _cluster_table(groups)]
-    blocks += _cosine_figure(drawn, looks) + _density_figure(drawn, looks)
-    blocks += _scales(groups)
-    blocks += _coactivation_blocks(drawn)
-    return Section("features", "Feature statistics", blocks)
+    blocks: list[Block] = [_decoder_table(place, groups), _cluster_table(place, groups)]
+    blocks += _cosine_figure(place, drawn, looks) + _density_figure(place, drawn, looks)
+    blocks += _scales(place, groups)
+    blocks += _coactivation_blocks(place, drawn)
+    return Section(place.named("features"), place.titled("Feature statistics"), blocks)
 
 
 def _drawn(groups: Sequence[AnalysedGroup]) -> list[AnalysedGroup]:
@@ -66,7 +69,7 @@ def _where(groups: Sequence[AnalysedGroup]) -> str:
     return "" if l0 is None else f", target L0 {l0:g}"
 
 
-def _decoder_table(groups: Sequence[AnalysedGroup]) -> Table:
+def _decoder_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
     rows: list[list[CellValue]] = []
     for group in groups:
         first = group.saes[0].diversity
@@ -95,7 +98,7 @@ def _decoder_table(groups: Sequence[AnalysedGroup]) -> Table:
         ("never", "never fired", "latents, end of training"),
     )  # fmt: skip
     return Table(
-        "decoders",
+        place.named("decoders"),
         "Decoders and firing. Mean ± one standard deviation over seeds. Effective rank: "
         "exp(entropy) of the normalised singular values of the unit decoder rows (Roy and "
         "Vetterli 2007). Firing is that of the last window of training.",
@@ -107,17 +110,17 @@ def _decoder_table(groups: Sequence[AnalysedGroup]) -> Table:
     )
 
 
-def _cluster_table(groups: Sequence[AnalysedGroup]) -> Table:
+def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
     rows: list[list[CellValue]] = []
     thresholds: dict[float, None] = {}
     for group in groups:
         for analysis in group.saes:
             if analysis.diversity is not None:
                 thresholds.update(dict.fromkeys(c.cosine for c in analysis.diversity.clusters))
-    for place, cosine in enumerate(thresholds):
+    for index, cosine in enumerate(thresholds):
         for group in groups:
             sizes = [
-                analysis.diversity.clusters[place].sizes
+                analysis.diversity.clusters[index].sizes
                 for analysis in group.saes
                 if analysis.diversity is not None
             ]
@@ -140,7 +143,7 @@ def _cluster_table(groups: Sequence[AnalysedGroup]) -> Table:
         for low, high in CLUSTER_BANDS
     ]  # fmt: skip
     return Table(
-        "clusters",
+        place.named("clusters"),
         "Clusters of decoder directions. Latents linked by chains of cosines above a threshold; "
         "shares are of all latents, means over seeds.",
         [
@@ -164,7 +167,9 @@ def _first(group: AnalysedGroup) -> SAEAnalysis:
     return next((a for a in group.saes if a.diversity is not None), group.saes[0])
 
 
-def _cosine_figure(groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]) -> list[Block]:
+def _cosine_figure(
+    place: Place, groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]
+) -> list[Block]:
     edges = [i / 20 for i in range(21)]
     counts: dict[str, list[float]] = {}
     told: list[str] = []
@@ -181,7 +186,7 @@ def _cosine_figure(groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]) -
         return []
     return [
         steps(
-            "max-cosines",
+            place.named("max-cosines"),
             f"How close each decoder direction is to its nearest other one{_where(groups)}, first "
             "seed. Further left is less overlap.",
             f"Outlined histograms of the largest decoder cosine: {', '.join(told)}.",
@@ -190,7 +195,9 @@ def _cosine_figure(groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]) -
     ]  # fmt: skip
 
 
-def _density_figure(groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]) -> list[Block]:
+def _density_figure(
+    place: Place, groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]
+) -> list[Block]:
     counts: dict[str, list[float]] = {}
     edges: list[float] = []
     told: list[str] = []
@@ -208,7 +215,7 @@ def _density_figure(groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]) 
         return []
     return [
         steps(
-            "firing-density",
+            place.named("firing-density"),
             f"How often latents fire{_where(groups)}, first seed, last window of training. "
             f"Latents that never fired are not drawn: {', '.join(silent)}.",
             f"Outlined histograms of log10 firing frequency. {'; '.join(told)}.",
@@ -217,7 +224,7 @@ def _density_figure(groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]) 
     ]  # fmt: skip
 
 
-def _scales(groups: Sequence[AnalysedGroup]) -> list[Block]:
+def _scales(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
     nested = [group for group in groups if any(a.scales for a in group.saes)]
     rows: list[list[CellValue]] = []
     for group in nested:
@@ -242,17 +249,17 @@ def _scales(groups: Sequence[AnalysedGroup]) -> list[Block]:
         ("share", "of all activity", "share"), ("never", "never fired", "latents"),
     )  # fmt: skip
     table = Table(
-        "scales",
+        place.named("scales"),
         "Firing by scale. What each nested prefix adds to the one before it; first seed, last "
         "window of training.",
         columns(*headings),
         rows,
         folded=True,
     )
-    return [*_scale_figure(_drawn(nested)), table]
+    return [*_scale_figure(place, _drawn(nested)), table]
 
 
-def _scale_figure(groups: Sequence[AnalysedGroup]) -> list[Block]:
+def _scale_figure(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
     scales = {g.method: next(a for a in g.saes if a.scales).scales for g in groups[:MOST_BARS]}
     first = next(iter(scales.values()))
     same = {
@@ -266,7 +273,7 @@ def _scale_figure(groups: Sequence[AnalysedGroup]) -> list[Block]:
     )
     return [
         bars(
-            "firing-by-scale",
+            place.named("firing-by-scale"),
             f"Active latents per token in what each nested prefix adds{_where(groups)}.",
             f"Bars of active latents per token by scale. {told}.",
             [f"{band.first:,}–{band.end - 1:,}" if i else f"0–{band.end - 1:,}"
@@ -278,7 +285,7 @@ def _scale_figure(groups: Sequence[AnalysedGroup]) -> list[Block]:
     ]  # fmt: skip
 
 
-def _coactivation_blocks(groups: Sequence[AnalysedGroup]) -> list[Block]:
+def _coactivation_blocks(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
     found: dict[str, list[CosineBin]] = {}
     samples: set[int] = set()
     for group in groups[:MOST_BARS]:
@@ -305,7 +312,7 @@ def _coactivation_blocks(groups: Sequence[AnalysedGroup]) -> list[Block]:
     note = f"{counted} activations kept from the export check{_where(groups)}, first seed"
     return [
         bars(
-            "coactivation",
+            place.named("coactivation"),
             "Do latents that point alike also fire together? Mean co-activation (cosine of the "
             f"activations) of all pairs by decoder cosine; {note}. The co-activation penalty acts "
             "on the right-hand end.",
@@ -316,7 +323,7 @@ def _coactivation_blocks(groups: Sequence[AnalysedGroup]) -> list[Block]:
             "mean co-activation",
         ),
         Table(
-            "coactivation-table",
+            place.named("coactivation-table"),
             f"Co-activation by decoder cosine. On {note}. Only latents that fire there count.",
             columns(
                 ("method", "method"),
@@ -329,46 +336,3 @@ def _coactivation_blocks(groups: Sequence[AnalysedGroup]) -> list[Block]:
             folded=True,
         ),
     ]
-
-
-def contexts_section(runs: Sequence[RunSource], analyses: Sequence[SAEAnalysis]) -> Section | None:
-    """Latents with the text that activates them; None when no run stored any."""
-    blocks: list[Block] = []
-    for run in runs:
-        if run.demo is not None and run.demo.get("strongest_latents"):
-            latents = cast("Sequence[Mapping[str, Any]]", run.demo["strongest_latents"])
-            blocks.append(Text(f"{run.label}: the latents that move the reconstruction most."))
-            blocks += _latents(latents)
-    for analysis in analyses:
-        latents = analysis.sae.contexts()
-        if latents:
-            blocks.append(Text(f"{analysis.sae.name}:"))
-            blocks += _latents(latents)
-    if not blocks:
-        return None
-    intro = Text(
-        "Tokens of held-out text on which a latent is strongest, one document per line, activation "
-        "in front. They were chosen by strength, not for being easy to read."
-    )
-    return Section("contexts", "Sample features in context", [intro, *blocks])
-
-
-def _latents(latents: Sequence[Mapping[str, Any]]) -> Iterable[Block]:
-    for latent in latents[:CONTEXT_LATENTS]:
-        contexts = cast("Sequence[Mapping[str, Any]]", latent.get("contexts") or [])
-        frequency, mean = latent.get("frequency"), latent.get("mean_activation")
-        parts = [f"latent {latent.get('latent')}"]
-        parts += [] if frequency is None else [f"fires on {float(frequency):.2%} of the tokens"]
-        parts += [] if mean is None else [f"mean {float(mean):.3g} when it does"]
-        yield LatentContexts(
-            ", ".join(parts),
-            [
-                Context(
-                    str(context.get("before", "")),
-                    str(context.get("token", "")),
-                    str(context.get("after", "")),
-                    float(context.get("activation", 0.0)),
-                )
-                for context in contexts
-            ],
-        )

@@ -161,6 +161,7 @@ def difference_plot(
     definition = bench.definitions.get(drawn[0].metric)
     heading = BY_KEY[role].heading
     others = list(dict.fromkeys(item.theirs for item in drawn))
+    targets = {item.l0_target for item in drawn}
     labels: list[str] = []
     with drawing(1.5 + 0.30 * len(drawn)) as canvas:
         for place, item in enumerate(drawn):
@@ -172,7 +173,7 @@ def difference_plot(
             )  # fmt: skip
             where = "all L0" if item.l0_target is None else f"L0 {item.l0_target:g}"
             ours = item.ours if len(others) == 1 else f"{item.ours} − {item.theirs}"
-            labels.append(f"{ours}, {where}")
+            labels.append(ours if len(targets) == 1 else f"{ours}, {where}")
         canvas.axis.axvline(0, color="#333333", lw=1)
         canvas.axis.set_yticks(range(len(drawn)), labels, fontsize=8.5)
         canvas.axis.set_ylim(len(drawn) - 0.5, -0.5)
@@ -181,13 +182,12 @@ def difference_plot(
         canvas.axis.locator_params(axis="x", nbins=5)
         canvas.axis.grid(visible=False, axis="y")
     shown = sum(item.found.shown for item in drawn)
+    compared = f" from {', '.join(others)}" if len(others) < 4 else ""
+    where = "".join(f" at target L0 {l0:g}" for l0 in targets if l0 and len(targets) == 1)
     return Figure(
         name=name or f"{bench.name}-differences-{slug(role)}",
-        caption=f"Paired differences in {heading} from {', '.join(others)} with 95 % t-intervals. "
-        "Filled marks: the interval leaves out zero; hollow: no difference shown."
-        if len(others) < 4
-        else f"Paired differences in {heading} with 95 % t-intervals. Filled marks: the interval "
-        "leaves out zero; hollow: no difference shown.",
+        caption=f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. Filled "
+        "marks: the interval leaves out zero; hollow: no difference shown.",
         alt=f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
         "zero; the numbers are in the table of differences.",
         png=canvas.png,
@@ -221,8 +221,8 @@ def curves(
     lines = [line for line in lines if len(line[1]) > 1]
     if not lines:
         return None
-    last = max(tokens[-1] for _, tokens, _ in lines)
-    unit, scale = ("millions", 1e6) if last >= 2e6 else ("thousands", 1e3)
+    longest = max(tokens[-1] for _, tokens, _ in lines) >= 2e6
+    unit, scale = ("millions", 1e6) if longest else ("thousands", 1e3)
     with drawing(4.3) as canvas:
         labelled: dict[str, Any] = {}
         for method, tokens, values in lines:

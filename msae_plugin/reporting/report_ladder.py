@@ -188,15 +188,22 @@ def _verdict(
     worse: list[str] = []
     neutral: list[str] = []
     single: list[str] = []
+    undirected: list[str] = []
     for item in items:
         definition = bench.definitions.get(item.metric)
         higher = None if definition is None else definition.higher_is_better
-        if item.metric not in judged or higher is None:
+        if item.metric not in judged:
             continue
         word = wording(item.found, higher)
         change = signed(item.found.mean, digits_for_difference([item.found.mean]))
+        if higher is None:
+            if word in ("higher", "lower"):
+                undirected.append(f"{headings[item.metric]} {word}, {change}")
+            continue
         target = {"better": better, "worse": worse, "one pair": single}.get(word, neutral)
         target.append(f"{headings[item.metric]} {change}")
+    # What no direction judges is told all the same: lower overlap is what some mechanisms are for.
+    beside = f"; beside that: {', '.join(undirected)}" if undirected else ""
     note = l0_note(bench, [(group, other)])
     if single:
         return f"one pair, not judged: {', '.join(single)}{f' ({note})' if note else ''}"
@@ -204,9 +211,8 @@ def _verdict(
         if not neutral:
             return f"not judged: no seed in common with {against}"
         if not note:
-            return (
-                f"neutral: no difference shown in {len(neutral)} metric{'s' * (len(neutral) > 1)}"
-            )
+            count = f"{len(neutral)} metric{'s' * (len(neutral) > 1)}"
+            return f"neutral: no difference shown in {count}{beside}"
     parts = ([f"better in {', '.join(better)}"] if better else []) + (
         [f"worse in {', '.join(worse)}"] if worse else []
     )
@@ -216,7 +222,7 @@ def _verdict(
     if note:
         # What L0 alone would change is no merit of the mechanism.
         word = f"not judged, {note}; at these"
-    return f"{word}: {'; '.join(parts)}"
+    return f"{word}: {'; '.join(parts)}{beside}"
 
 
 def _evolution(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from msae_plugin.reporting.analysis_revival import FATES, Fate, timeline
 from msae_plugin.reporting.report_analyses import AnalysedGroup, SAEAnalysis, grouped, twins
-from msae_plugin.reporting.report_difference_sections import described_difference
 from msae_plugin.reporting.report_document import (
     Block,
     Bullets,
@@ -17,15 +16,21 @@ from msae_plugin.reporting.report_document import (
     columns,
     slug,
 )
-from msae_plugin.reporting.report_figures import Panel, bars, panels
-from msae_plugin.reporting.report_metrics import percent, sentence
-from msae_plugin.reporting.report_statistics import difference_of
+from msae_plugin.reporting.report_effects import effect_blocks
+from msae_plugin.reporting.report_figures import bars
+from msae_plugin.reporting.report_metrics import percent
+from msae_plugin.reporting.report_places import Place
 
 REVIVAL_FIELDS, AUXK_FIELDS = ("revival_",), ("aux_loss_coefficient",)
 
 
-def revival_section(analyses: Sequence[SAEAnalysis]) -> Section | None:
-    """Frequency, survival, distance and effect; None when no SAE was trained with revival."""
+def revival_section(place: Place, analyses: Sequence[SAEAnalysis]) -> Section | None:
+    """Frequency, survival, distance and effect; None when no SAE was trained with revival.
+
+    Args:
+        place: Where the SAEs are from.
+        analyses: Of the SAEs.
+    """
     groups = grouped(analyses)
     revived = [group for group in groups if any(a.revival is not None for a in group.saes)]
     pairs = {
@@ -36,14 +41,14 @@ def revival_section(analyses: Sequence[SAEAnalysis]) -> Section | None:
         return None
     blocks: list[Block] = []
     if revived:
-        blocks += [Bullets([_told(group) for group in revived]), _revival_table(revived)]
+        blocks += [Bullets([_told(group) for group in revived]), _revival_table(place, revived)]
         for group in revived:
-            blocks += _revival_figures(group)
+            blocks += _revival_figures(place, group)
     else:
         blocks.append(Text("No SAE was trained with revival."))
     for mechanism, found in pairs.items():
         if found:
-            blocks += _effects(mechanism, found)
+            blocks += effect_blocks(place, mechanism, found)
         elif mechanism == "revival" and revived:
             blocks.append(
                 Text(
@@ -51,7 +56,7 @@ def revival_section(analyses: Sequence[SAEAnalysis]) -> Section | None:
                     "of these in revival alone."
                 )
             )
-    return Section("revival", "What revival does", blocks)
+    return Section(place.named("revival"), place.titled("What revival does"), blocks)
 
 
 def _told(group: AnalysedGroup) -> str:
@@ -82,7 +87,7 @@ def _told(group: AnalysedGroup) -> str:
     return f"{start}{frequency}; {outcome}{moved}."
 
 
-def _revival_table(groups: Sequence[AnalysedGroup]) -> Table:
+def _revival_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
     rows: list[list[CellValue]] = []
     for group in groups:
         rows.append(
@@ -113,7 +118,7 @@ def _revival_table(groups: Sequence[AnalysedGroup]) -> Table:
         ("firing_rate", "firing rate after", "share of tokens, median"),
     )  # fmt: skip
     return Table(
-        "revival-totals",
+        place.named("revival-totals"),
         "Revivals. Survival: alive when judged, among revivals whose fate is known; re-death: dead "
         "when judged, or revived once more before that.",
         columns(*headings),
@@ -121,7 +126,7 @@ def _revival_table(groups: Sequence[AnalysedGroup]) -> Table:
     )
 
 
-def _revival_figures(group: AnalysedGroup) -> list[Block]:
+def _revival_figures(place: Place, group: AnalysedGroup) -> list[Block]:
     """Of the first seed with revivals: when they happened, and how far they went."""
     chosen = next((a for a in group.saes if a.found_revivals), None)
     if chosen is None or chosen.sae.steps < 1:
@@ -132,7 +137,7 @@ def _revival_figures(group: AnalysedGroup) -> list[Block]:
     kept: list[Fate] = [fate for fate in FATES if any(counts[fate])]
     present = {str(fate): [float(n) for n in counts[fate]] for fate in kept}
     totals = ", ".join(f"{sum(counts[fate])} {fate}" for fate in kept)
-    name = slug(f"revival {label}")
+    name = place.named(slug(f"revival {label}"))
     blocks: list[Block] = [
         bars(
             f"{name}-fates",
@@ -169,83 +174,3 @@ def _revival_figures(group: AnalysedGroup) -> list[Block]:
 
 def _on_off(value: bool | None) -> str:
     return "not recorded" if value is None else "on" if value else "off"
-
-
-def _single_share(analysis: SAEAnalysis) -> float | None:
-    if analysis.diversity is None:
-        return None
-    clusters = analysis.diversity.clusters[-1]
-    total = sum(clusters.sizes)
-    return clusters.single / total if total else None
-
-
-EFFECTS: tuple[tuple[str, str, bool | None, Callable[[SAEAnalysis], float | None]], ...] = (
-    ("dead latents at the end", "dead", False, lambda a: a.dead),
-    (
-        "effective rank of the decoder",
-        "rank",
-        True,
-        lambda a: None if a.diversity is None else a.diversity.effective_rank,
-    ),
-    (
-        "mean max decoder cosine",
-        "cosine",
-        False,
-        lambda a: None if a.diversity is None else a.diversity.mean_max_cosine,
-    ),
-    ("latents without a neighbour at cos > 0.5 (share)", "single", True, _single_share),
-)
-
-
-def _effects(mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]) -> list[Block]:
-    rows: list[list[CellValue]] = []
-    for on, off in pairs:
-        for heading, _, higher, read in EFFECTS:
-            with_it, without = on.spread(read), off.spread(read)
-            if with_it is None or without is None:
-                continue
-            found = difference_of(on.values(read), off.values(read))
-            rows.append(
-                [
-                    on.label,
-                    off.label,
-                    heading,
-                    _rounded(with_it.mean, with_it.std),
-                    _rounded(without.mean, without.std),
-                    "no seed in common" if found is None else described_difference(found, higher),
-                ]
-            )
-    if not rows:
-        return []
-    headings = (
-        ("on", f"{mechanism} on"), ("off", f"{mechanism} off"), ("quantity", "quantity"),
-        ("mean_on", "on"), ("mean_off", "off"), ("difference", "on minus off"),
-    )  # fmt: skip
-    blocks: list[Block] = [
-        Table(
-            f"effect-of-{slug(mechanism)}",
-            f"SAEs that differ in {mechanism} alone. Mean ± one standard deviation over seeds, and "
-            "the paired difference with its 95 % interval.",
-            columns(*headings),
-            rows,
-        )
-    ]
-    on, off = pairs[0]
-    shown = [
-        Panel(heading, heading, [list(group.values(read).values()) for group in (off, on)])
-        for heading, _, _, read in EFFECTS
-    ]
-    figure = panels(
-        f"effect-of-{slug(mechanism)}-figure",
-        f"{sentence(off.label)} and the same with {mechanism}. Small marks: single seeds.",
-        ["off", "on"],
-        shown,
-        mechanism,
-    )
-    return blocks if figure is None else [*blocks, figure]
-
-
-def _rounded(mean: float, std: float | None) -> str:
-    digits = 4 if abs(mean) < 10 else 1
-    text = f"{mean:,.{digits}f}"
-    return text if std is None else f"{text} ± {std:,.{digits}f}"

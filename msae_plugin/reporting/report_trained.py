@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +48,9 @@ class TrainedSAE:
         events: `revivals.jsonl`.
         config: `cfg.json` of the export; empty without one.
         report: `export.json`; empty without one.
+        place: Which SAEs it is shown with: the comparison it is of, and the hook where that has
+            several; empty for those of training runs.
+        metrics: What a comparison measured of it, by `evaluation/metric`.
     """
 
     name: str
@@ -59,6 +63,8 @@ class TrainedSAE:
     events: list[Mapping[str, Any]]
     config: Mapping[str, Any]
     report: Mapping[str, Any]
+    place: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def training(self) -> Mapping[str, Any]:
@@ -143,13 +149,20 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
     """
     found: dict[Path, TrainedSAE] = {}
     for source in sources.comparisons:
-        for row in cast("list[Mapping[str, Any]]", source.content["rows"]):
+        rows = cast("list[Mapping[str, Any]]", source.content["rows"])
+        several_hooks = len({row.get("hook") for row in rows}) > 1
+        for row in rows:
             folder = row_folder(source, row)
-            if folder is not None and folder.resolve() not in found:
-                found[folder.resolve()] = _read(
-                    str(row["name"]), str(row["method"]), row.get("l0_target"), row.get("seed"),
-                    folder,
-                )  # fmt: skip
+            if folder is None or folder.resolve() in found:
+                continue
+            sae = _read(
+                str(row["name"]), str(row["method"]), row.get("l0_target"), row.get("seed"), folder
+            )
+            found[folder.resolve()] = replace(
+                sae,
+                place=f"{source.label}, {row['hook']}" if several_hooks else source.label,
+                metrics=_finite(cast("Mapping[str, Any]", row["metrics"])),
+            )
     for run in sources.runs:
         for name in cast("Mapping[str, Any]", run.content["saes"]):
             folder = run_sae_folder(run, name)
@@ -159,6 +172,14 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
                     unique, name, run_l0_target(run, name), run.content.get("seed"), folder
                 )
     return list(found.values())
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and isfinite(value)
+    }
 
 
 def row_folder(source: Source, row: Mapping[str, Any]) -> Path | None:

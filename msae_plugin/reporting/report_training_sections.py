@@ -16,9 +16,11 @@ from msae_plugin.reporting.report_document import (
 )
 from msae_plugin.reporting.report_figure_style import Look
 from msae_plugin.reporting.report_figures import curves
+from msae_plugin.reporting.report_places import Place
 from msae_plugin.reporting.report_rows import Missing
 from msae_plugin.reporting.report_sources import RunSource
 from msae_plugin.reporting.report_trained import TrainedSAE, run_l0_target
+from msae_plugin.reporting.report_variants import is_variant
 
 MOST_CURVES_OF_L0 = 3
 
@@ -101,16 +103,29 @@ def missing_of_runs(runs: Sequence[RunSource], *, evaluated: bool) -> list[Missi
     return found
 
 
-def curves_section(trained: Sequence[TrainedSAE], looks: Mapping[str, Look]) -> Section | None:
-    """Explained variance and dead latents over training; None without logs."""
+def curves_section(
+    place: Place, trained: Sequence[TrainedSAE], looks: Mapping[str, Look]
+) -> Section | None:
+    """Explained variance and dead latents over training; None without logs.
+
+    Args:
+        place: Where the SAEs are from.
+        trained: The SAEs.
+        looks: By method.
+    """
     logged = [sae for sae in trained if len(sae.rows) > 1]
     if not logged:
         return None
+    # Fifty lines would hide one another; a ladder's references are no variants.
+    methods = [sae for sae in logged if not is_variant(sae.method)]
+    variants = len(logged) > len(methods) > 0
+    logged = methods or logged
     targets = list(dict.fromkeys(sae.l0_target for sae in logged))
     blocks: list[Block] = [
         Text(
             "Values of training batches, one line per SAE. Where k is annealed, early values are "
             "at a higher L0 and are not comparable with others."
+            + (" Variants of the ladder are left out." if variants else "")
         )
     ]
     for l0 in targets[:MOST_CURVES_OF_L0]:
@@ -123,7 +138,7 @@ def curves_section(trained: Sequence[TrainedSAE], looks: Mapping[str, Look]) -> 
         ):
             lines = [line for sae in of_target if (line := _line(sae, key)) is not None]
             figure = curves(
-                f"training-{key.replace('_', '-')}{tag}",
+                place.named(f"training-{key.replace('_', '-')}{tag}"),
                 heading,
                 f"{heading[:-2].capitalize()} during training{where}.",
                 lines,
@@ -135,7 +150,7 @@ def curves_section(trained: Sequence[TrainedSAE], looks: Mapping[str, Look]) -> 
     if len(targets) > MOST_CURVES_OF_L0:
         left = ", ".join(f"{l0:g}" for l0 in targets[MOST_CURVES_OF_L0:] if l0 is not None)
         blocks.append(Text(f"Not drawn: target L0 {left}; each SAE's metrics.jsonl has them."))
-    return Section("training", "Training curves", blocks)
+    return Section(place.named("training"), place.titled("Training curves"), blocks)
 
 
 def _line(sae: TrainedSAE, key: str) -> tuple[str, list[float], list[float]] | None:

@@ -147,15 +147,17 @@ def test_the_ladder_says_what_was_measured_and_judges_only_what_is_matched(full)
 
 
 def test_revival_in_numbers(full):
-    (totals,) = table(full, "revival-totals").rows
-    values = dict(zip((c.key for c in table(full, "revival-totals").columns), totals, strict=True))
+    (totals,) = table(full, "cmp-revival-totals").rows
+    values = dict(
+        zip((c.key for c in table(full, "cmp-revival-totals").columns), totals, strict=True)
+    )
     assert values["method"] == "revived"
     assert values["frequency"].mean == 20
     assert values["survival"].mean == pytest.approx(1 / 3)
     assert values["re_death"].mean == pytest.approx(2 / 3)
     assert "12 revivals, 20.0 per 1000 steps; of 9 with a known fate 33 % lived" in text(full)
-    effects = by_first(table(full, "effect-of-revival"), "on", "off", "quantity")
-    key = ("revived, L0 8", "multiscale default, L0 8", "dead latents at the end")
+    effects = by_first(table(full, "cmp-effect-of-revival"), "on", "off", "quantity")
+    key = ("revived, L0 8", "multiscale default, L0 8", "dead latents at the end ↓")
     assert effects[key]["difference"].startswith("no difference shown")
 
 
@@ -181,13 +183,13 @@ def test_every_metric_is_defined(full):
 
 
 def test_features_and_contexts_are_there(full):
-    assert table(full, "decoders").rows
-    assert table(full, "clusters").rows
-    bins = by_first(table(full, "coactivation-table"), "method", "cosine")
+    assert table(full, "cmp-decoders").rows
+    assert table(full, "cmp-clusters").rows
+    bins = by_first(table(full, "cmp-coactivation-table"), "method", "cosine")
     assert sum(v["pairs"] for k, v in bins.items() if k[0] == "revived") > 0
-    assert {"firing-density", "firing-by-scale", "max-cosines", "coactivation"} <= {
-        figure.name for figure in full.figures()
-    }
+    names = {figure.name for figure in full.figures()}
+    for drawn in ("firing-density", "firing-by-scale", "max-cosines", "coactivation"):
+        assert f"cmp-{drawn}" in names
     assert "latent 7, fires on 1.00% of the tokens" in text(full)
 
 
