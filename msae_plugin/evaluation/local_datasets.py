@@ -282,7 +282,7 @@ def _missing_dataset(hub_name: str, copies: Mapping[str, str]) -> list[Missing]:
         except InputError as error:
             return [Missing(f"local copy of {hub_name}: {error}", local_copy)]
         return []
-    if not HUB_DATASETS[hub_name].streamed and _in_datasets_cache(hub_name):
+    if not HUB_DATASETS[hub_name].streamed and in_datasets_cache(hub_name):
         return []
     try:
         require_repository(hub_name, "dataset")
@@ -291,7 +291,7 @@ def _missing_dataset(hub_name: str, copies: Mapping[str, str]) -> list[Missing]:
     return []
 
 
-def _in_datasets_cache(hub_name: str) -> bool:
+def in_datasets_cache(hub_name: str) -> bool:
     """Whether `datasets` has prepared this dataset before; it then needs no hub."""
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     wanted = hub_name.replace("/", "___").lower()

@@ -34,6 +34,7 @@ from msae_plugin.evaluation.preflight_model import (
     without_advice,
 )
 from msae_plugin.evaluation.preflight_packages import missing_packages, saebench_is_installed
+from msae_plugin.training.hub_access import hub_asked_once
 from msae_plugin.training.models import describe_model
 
 ALL = "all"
@@ -73,6 +74,13 @@ def preflight(
     Returns:
         Findings, those of all evaluations first; none where everything is there.
     """
+    with hub_asked_once():
+        return _findings(config, subjects, model_name)
+
+
+def _findings(
+    config: EvalConfig, subjects: Sequence[Subject], model_name: str | None
+) -> list[Finding]:
     findings = [Finding(ALL, m.what, m.how) for m in missing_packages(None)]
     findings += [Finding(ALL, m.what, m.how) for m in missing_device(config.model.device)]
     d_model: int | None = None

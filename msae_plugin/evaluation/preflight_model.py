@@ -140,6 +140,7 @@ def tokenizer_folder(name: str) -> Path | None:
     if any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return folder
     try:
+        require_repository(hub_name, "model")  # without a network at once
         return Path(snapshot_download(hub_name, allow_patterns=_TEXT_FILES))
     # As in hub_access: the errors of a failed connection share no base class but Exception.
     except Exception:  # noqa: BLE001

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
@@ -36,9 +37,26 @@ logger = logging.getLogger(__name__)
 HUB_TIMEOUT_SECONDS = 5.0
 """How long the hub may take to answer the one request that asks whether a repository exists."""
 
+# What a connection failed with, inside `hub_asked_once`; None outside.
+_failures: ContextVar[list[Exception] | None] = ContextVar("failures", default=None)
+
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@contextmanager
+def hub_asked_once() -> Generator[None, None, None]:
+    """Where many repositories are asked for: the first connection that fails stands for all.
+
+    A network that swallows packets makes each request wait for its whole time limit. What the hub
+    answers about one repository says nothing on the next and is not remembered.
+    """
+    token = _failures.set([])
+    try:
+        yield
+    finally:
+        _failures.reset(token)
 
 
 def require_repository(name: str, kind: Literal["model", "dataset"]) -> None:
@@ -52,6 +70,9 @@ def require_repository(name: str, kind: Literal["model", "dataset"]) -> None:
         InputError: If the name is not valid, the repository does not exist or is not accessible,
             or the hub cannot be reached.
     """
+    remembered = _failures.get()
+    if remembered:
+        raise InputError(explain_hub_error(name, kind, remembered[0]))
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
     except HFValidationError as error:
@@ -62,6 +83,8 @@ def require_repository(name: str, kind: Literal["model", "dataset"]) -> None:
     # The client library behind huggingface_hub has changed twice (requests, httpx, httpx2); the
     # errors of a failed connection share no base class but Exception.
     except Exception as error:
+        if remembered is not None and not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled)):
+            remembered.append(error)
         raise InputError(explain_hub_error(name, kind, error)) from error
 
 

