@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 # Tokens whose logits are worked on at a time: rows stay in the processor's cache. 2048 tokens of a
 # 49k vocabulary: 1.9 s whole, 1.1 s in parts (one thread).
 TOKENS_AT_A_TIME = 16
+# exp of it is still a normal float32. Above it the logarithm of a softmax and a log-softmax are the
+# same but for rounding; below, SAEBench's formula loses digits and ends in infinity and NaN.
+LOWEST_LOG_PROBABILITY = -87.0
+ALL_PROMPTS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,15 @@ class Predictions:
     kl: torch.Tensor
     kl_float32: torch.Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """The predictions of a batch from those of its parts, in their order."""
+        return cls(
+            torch.cat([part.ce for part in parts]),
+            torch.cat([part.kl for part in parts]),
+            torch.cat([part.kl_float32 for part in parts]),
+        )
+
 
 class CleanPredictions:
     """The unchanged model's predictions on a batch, computed once for all SAEs.
@@ -41,47 +55,63 @@ class CleanPredictions:
     def __init__(self, model: Any, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         self._model = model
         self._tokens = tokens
-        self._shape = tokens.shape
         self._vocabulary = logits.shape[-1]
         rows = logits.reshape(-1, self._vocabulary)
-        # Log-probabilities twice: SAEBench's are the logarithms of a rounded softmax.
         self._probabilities = torch.empty_like(rows)
-        self._log_probabilities = torch.empty_like(rows)
         self._exact = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-        for part in self._parts():
+        lowest = 0.0
+        for part in _parts(len(rows)):
             self._probabilities[part] = rows[part].softmax(-1)
-            self._log_probabilities[part] = self._probabilities[part].log()
             self._exact[part] = rows[part].float().log_softmax(-1)
+            lowest = min(lowest, float(self._exact[part].amin()))
+        # SAEBench's own log-probabilities where they are not the exact ones: the logarithms of a
+        # rounded softmax.
+        self._rounded: torch.Tensor | None = None
+        if rows.dtype != torch.float32 or lowest <= LOWEST_LOG_PROBABILITY:
+            self._rounded = self._probabilities.log()
 
-    def _parts(self) -> list[slice]:
-        total = self._shape.numel()
-        starts = range(0, total, TOKENS_AT_A_TIME)
-        return [slice(start, min(start + TOKENS_AT_A_TIME, total)) for start in starts]
+    def compare(self, logits: torch.Tensor, prompts: slice = ALL_PROMPTS) -> Predictions:
+        """Losses and divergences of other logits on the same batch.
 
-    def loss(self, logits: torch.Tensor) -> torch.Tensor:
-        """(batch, seq - 1) TransformerLens' own loss of logits (batch, seq, vocabulary)."""
-        return self._model.loss_fn(logits, self._tokens, per_token=True)
-
-    def compare(self, logits: torch.Tensor) -> Predictions:
-        """Losses and divergences of other logits, (batch, seq, vocabulary), on the same batch."""
+        Args:
+            logits: (prompts, seq, vocabulary).
+            prompts: Which prompts of the batch they are of.
+        """
+        tokens = self._tokens[prompts]
+        first = (prompts.start or 0) * tokens.shape[1]
         rows = logits.reshape(-1, self._vocabulary)
-        total = rows.shape[0]
-        kl = torch.empty(total, dtype=rows.dtype, device=rows.device)
-        exact = torch.empty(total, dtype=torch.float32, device=rows.device)
-        following = torch.empty(total, dtype=torch.float32, device=rows.device)
-        targets = torch.cat([self._tokens[:, 1:], self._tokens[:, :1]], 1).reshape(-1, 1)
-        for part in self._parts():
-            new = rows[part].softmax(-1).log_()
-            difference = torch.sub(self._log_probabilities[part], new, out=new)
-            kl[part] = difference.mul_(self._probabilities[part]).sum(-1)
-            new_exact = rows[part].float().log_softmax(-1)
-            following[part] = -new_exact.gather(-1, targets[part])[:, 0]
-            clean = self._exact[part]
-            weights = self._probabilities[part] if rows.dtype == torch.float32 else clean.exp()
-            exact[part] = torch.sub(clean, new_exact, out=new_exact).mul_(weights).sum(-1)
+        kl = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
+        exact = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        following = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        targets = torch.cat([tokens[:, 1:], tokens[:, :1]], 1).reshape(-1, 1)
+        for part in _parts(len(rows)):
+            of_batch = slice(first + part.start, first + part.stop)
+            new = rows[part].float().log_softmax(-1)
+            following[part] = -new.gather(-1, targets[part])[:, 0]
+            same = self._rounded is None and float(new.amin()) > LOWEST_LOG_PROBABILITY
+            if not same:
+                kl[part] = self._rounded_kl(rows[part], of_batch)
+            clean, weights = self._exact[of_batch], self._probabilities[of_batch]
+            if rows.dtype != torch.float32:
+                weights = clean.exp()
+            exact[part] = torch.sub(clean, new, out=new).mul_(weights).sum(-1)
+            if same:
+                kl[part] = exact[part]
         if rows.dtype == torch.float32:
             # TransformerLens' own loss is the same log-softmax and gather.
-            ce = following.reshape(self._shape)[:, :-1]
+            ce = following.reshape(tokens.shape)[:, :-1]
         else:
-            ce = self.loss(logits)
-        return Predictions(ce, kl.reshape(self._shape), exact.reshape(self._shape))
+            ce = self._model.loss_fn(logits, tokens, per_token=True)
+        return Predictions(ce, kl.reshape(tokens.shape), exact.reshape(tokens.shape))
+
+    def _rounded_kl(self, rows: torch.Tensor, of_batch: slice) -> torch.Tensor:
+        """(tokens,) by SAEBench's formula to the letter."""
+        probabilities = self._probabilities[of_batch]
+        clean = probabilities.log() if self._rounded is None else self._rounded[of_batch]
+        new = rows.softmax(-1).log_()
+        return torch.sub(clean, new, out=new).mul_(probabilities).sum(-1)
+
+
+def _parts(total: int) -> list[slice]:
+    starts = range(0, total, TOKENS_AT_A_TIME)
+    return [slice(start, min(start + TOKENS_AT_A_TIME, total)) for start in starts]

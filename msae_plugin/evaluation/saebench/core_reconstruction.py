@@ -102,7 +102,7 @@ def measure_reconstruction(
             report("core: reconstruction", index * len(saes), side.n_reconstruction * len(saes))
             try:
                 values = _reconstructed(sae, activations, keep, side.hook_name)
-                predictions = clean.compare(side.logits_with(index, values))
+                predictions = side.predictions_with(index, clean, values)
             # Whatever one SAE raises is its own outcome: the others go on.
             except Exception as error:  # noqa: BLE001
                 failed[name] = failure(error)
