@@ -7,14 +7,12 @@ error is one line on standard error; `--debug` shows the traceback.
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 from typing_extensions import override
@@ -28,10 +26,8 @@ from msae_cli.arguments import (
 )
 from msae_cli.compare import compare, report
 from msae_cli.hub import download, publish
-from msae_cli.terminal import errors, results, say
-
-if TYPE_CHECKING:
-    from msae_plugin.training.runner import RunResult
+from msae_cli.terminal import errors, other_rank, results, say
+from msae_cli.train import train
 
 EXIT_FAILED = 1
 EXIT_INPUT = 2
@@ -113,7 +109,8 @@ def _options(
     global _debug  # noqa: PLW0603 - one process, one command line
     _debug = _debug or debug
     logging.basicConfig(
-        level=logging.INFO if _debug else logging.WARNING,
+        # Of several processes the first one warns for all.
+        level=logging.INFO if _debug else logging.ERROR if other_rank() else logging.WARNING,
         handlers=[_LineHandler()],
         force=True,
     )
@@ -124,88 +121,7 @@ def _options(
         warnings.simplefilter("ignore", noise)
 
 
-@app.command()
-def train(
-    config: Annotated[
-        Path, typer.Option("--config", "-c", help="Recipe, a YAML file; see examples/.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set sae.k=32."),
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR|auto",
-            help="Continue from a checkpoint; auto takes the newest complete one in the output "
-            "folder and starts a new run when there is none.",
-        ),
-    ] = None,
-) -> None:
-    """Train the SAEs of a recipe on a language model's activations and export them."""
-    check_config(config)
-    check_output(output)
-    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.training.interruption import InterruptedBySignalError
-    from msae_plugin.training.progress import ConsoleProgress
-    from msae_plugin.training.run_config import RunConfig
-    from msae_plugin.training.runner import MultiScaleRunner
-
-    overrides = set_ or []
-    runner = MultiScaleRunner(
-        RunConfig.load(config, overrides),
-        output,
-        resume=resume,
-        progress=ConsoleProgress(errors),
-    )
-    try:
-        result = runner.run()
-    except InterruptedBySignalError as interruption:
-        saved = interruption.checkpoint
-        if saved is None:
-            say(f"{interruption} before the first step: nothing to save")
-        else:
-            say(f"{interruption}; everything so far is in {saved}")
-        say(f"continue with: {resume_command(config, overrides, output)}")
-        raise typer.Exit(interruption.exit_status) from interruption
-    _print_result(result)
-
-
-def resume_command(config: Path, overrides: list[str], output: Path) -> str:
-    """The command that continues a run, ready to paste into a shell."""
-    words = ["msae", "train", "--config", str(config)]
-    for change in overrides:
-        words += ["--set", change]
-    words += ["--output", str(output), "--resume", "auto"]
-    return shlex.join(words)
-
-
-def _print_result(result: RunResult) -> None:
-    table = Table()
-    for heading in ("SAE", "expl. var.", "dead", "L0", "of k", "export check", "twin"):
-        table.add_column(heading, overflow="fold")
-    for name, export in result.exports.items():
-        final, agreement = result.final_rows[name], export.agreement
-        table.add_row(
-            Text(name),
-            f"{final['explained_variance']:.3f}",
-            f"{final['dead_latents']:.0f}",
-            f"{export.l0_exported:.1f}",
-            "-" if export.l0_target is None else f"{export.l0_target:g}",
-            f"{max(agreement.max_latent_difference, agreement.max_reconstruction_difference):.0e}",
-            "yes" if export.has_twin else "no",
-        )
-    results.print(table)
-    results.print(
-        "expl. var. and dead: end of training. L0: the export, on real activations.\n"
-        "export check: largest relative difference to the trained SAE. twin: jumprelu copy."
-    )
-    for name, folder in result.folders.items():
-        results.print(Text(f"{name}: {folder}"), soft_wrap=True)
-    overall = result.tokens_per_second.get("overall")
-    if overall is not None:
-        results.print(f"{overall:,.0f} tokens per second, language model included")
+app.command()(train)
 
 
 @app.command()
@@ -296,14 +212,18 @@ def evaluate_command(
     if hook is not None:
         changes.append(f"hook={hook}")
     protocol = EvalConfig.load(config, changes)
+    broken: dict[str, str] = {}
     subjects = load_subjects(
         references,
         device=default_device(protocol.model.device),
         hook=protocol.hook,
         model_name=protocol.model.name,
+        on_broken=broken.__setitem__,
     )
     with step_reporter(errors) as report:
-        result = evaluate(protocol, subjects, output, skip_missing=skip_missing, report=report)
+        result = evaluate(
+            protocol, subjects, output, skip_missing=skip_missing, broken=broken, report=report
+        )
     results.print(summary_for_terminal(result.summary))
     results.print(Text(f"summary: {output / 'summary.json'}, {output / 'summary.csv'}"))
     if not result.complete:
@@ -319,7 +239,13 @@ def saebench_script(
     context: typer.Context,
     evaluation: Annotated[str, typer.Argument(help="core, sparse_probing, unlearning, ...")],
 ) -> None:
-    """Run SAEBench's own script of an evaluation with `multiscale` registered."""
+    """Run SAEBench's own script of an evaluation with `multiscale` registered.
+
+    Everything behind the evaluation's name is the script's: `msae saebench core --help`.
+    """
+    if evaluation in ("--help", "-h"):  # its own help; with an evaluation before it, SAEBench's
+        typer.echo(context.get_help())
+        raise typer.Exit
     # As in train: heavy imports.
     from msae_plugin.evaluation.saebench.command import run_saebench_script
 

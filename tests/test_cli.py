@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from msae_cli import app as cli
+from msae_cli.train import resume_command
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.training import run_config
 
@@ -73,6 +74,7 @@ finally:
     [
         (["--help"], 0, "train"),
         (["eval", "--help"], 0, "--skip-missing"),
+        (["saebench", "--help"], 0, "msae saebench core --help"),
         (["train"], 2, "Missing option"),
         (["info"], 2, "error: give either a folder or --config"),
         (["info", "folder", "--set", "a=1"], 2, "error: --set changes a recipe"),
@@ -173,10 +175,13 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, recipe_file:
 
 
 def test_the_resume_command_can_be_pasted() -> None:
-    command = cli.resume_command(Path("my recipe.yaml"), ["sae.k=3", "hooks=[a, b]"], Path("o"))
+    command = resume_command(Path("my recipe.yaml"), ["sae.k=3", "hooks=[a, b]"], Path("o"))
     assert command == (
         "msae train --config 'my recipe.yaml' --set sae.k=3 --set 'hooks=[a, b]' "
         "--output o --resume auto"
+    )
+    assert resume_command(Path("r.yaml"), [], Path("o"), processes=2) == (
+        "torchrun --nproc-per-node 2 -m msae_plugin train --config r.yaml --output o --resume auto"
     )
 
 

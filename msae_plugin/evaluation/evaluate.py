@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from msae_plugin.errors import InputError
+from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation.cache import (
     default_cache,
     files_sha256,
@@ -87,6 +87,7 @@ def evaluate(
     *,
     language_model: LanguageModel | None = None,
     skip_missing: bool = False,
+    broken: Mapping[str, str] | None = None,
     report: Reporter = no_report,
 ) -> EvaluationResult:
     """Run the evaluations of a config on SAEs and write SAEBench's JSON and a summary.
@@ -98,6 +99,8 @@ def evaluate(
             added to; results of another config are never overwritten.
         language_model: A model that is loaded already, in the config's dtype.
         skip_missing: Leave evaluations out whose data, keys or packages are missing, and say so.
+        broken: SAEs that have no numbers (`load_subjects`' `on_broken`), by name with the reason:
+            they stand in the summary as failed.
         report: Shows progress.
 
     Returns:
@@ -106,7 +109,10 @@ def evaluate(
     Raises:
         InputError: Something is missing, the SAEs are of different models, or the folder holds
             other results.
+        RunFailure: All SAEs are broken.
     """
+    if broken and not subjects:
+        raise RunFailure("; ".join(broken.values()))
     if not subjects:
         raise InputError("no SAE to evaluate: name at least one")
     output = output.resolve()  # some evaluations work in a directory of their own
@@ -134,6 +140,15 @@ def evaluate(
             definitions[evaluation] = _definitions(evaluation, found)
         entries += [
             result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
+        ]
+        entries += [
+            result_entry(
+                sae,
+                evaluation,
+                dict.fromkeys(config.seeds, Outcome("failed", reason=reason)),
+                output,
+            )
+            for sae, reason in (broken or {}).items()
         ]
         contents = summary(
             model=_model_record(context, name, config),

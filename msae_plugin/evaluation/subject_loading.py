@@ -22,7 +22,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError
 
-from msae_plugin.errors import InputError
+from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation.cache import tensors_sha256
 from msae_plugin.evaluation.subject_references import (
     FolderSource,
@@ -38,6 +38,10 @@ FOLDED_SCALINGS = ("expected_average_only_in", "covariance_whitening")
 """SAELens' scalings whose factors are in no file until training ends and folds them away."""
 
 _READ_BYTES = 1 << 20
+
+
+class BrokenSAEError(RunFailure):
+    """An SAE that is there and can be read, but has no numbers: never trained, or NaN weights."""
 
 
 def load_sae(found: LocatedSAE, device: str) -> tuple[SAE[Any], str]:
@@ -71,7 +75,9 @@ def _load_folder(found: LocatedSAE, folder: Path, device: str) -> SAE[Any]:
         _require_inference_form(info, where)
     steps = _training_steps(info)
     if steps is not None and steps < 1:
-        raise InputError(f"{where} has zero training steps: there is nothing to evaluate; train it")
+        raise BrokenSAEError(
+            f"{where} has zero training steps: there is nothing to evaluate; train it"
+        )
     with _loading_errors(where, info.architecture):
         return SAE.load_from_disk(folder, device=device, dtype="float32")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from sae_lens import SAE
 
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.outcomes import Subject
-from msae_plugin.evaluation.subject_loading import FOLDED_SCALINGS, load_sae
+from msae_plugin.evaluation.subject_loading import FOLDED_SCALINGS, BrokenSAEError, load_sae
 from msae_plugin.evaluation.subject_references import (
     FolderSource,
     HubSource,
@@ -45,6 +45,7 @@ def load_subjects(
     device: str = "cpu",
     hook: str | None = None,
     model_name: str | None = None,
+    on_broken: Callable[[str, str], None] | None = None,
 ) -> list[Subject]:
     """Load the SAEs behind references.
 
@@ -54,13 +55,16 @@ def load_subjects(
         device: A torch device.
         hook: Where the SAEs read, in place of what their metadata say.
         model_name: The language model of SAEs whose metadata name none.
+        on_broken: Called with name and reason for each SAE that was never trained or holds NaN;
+            the others are loaded all the same.
 
     Returns:
         One subject per SAE, in the order of the references.
 
     Raises:
-        InputError: A reference leads to no SAE, to one that was not trained or is not finished, or
-            to one that SAEBench cannot evaluate.
+        InputError: A reference leads to no SAE, to one that is not finished, or to one that
+            SAEBench cannot evaluate.
+        BrokenSAEError: One was never trained or holds NaN, and nobody is told (`on_broken`).
     """
     if not references:
         raise InputError(
@@ -75,8 +79,26 @@ def load_subjects(
                 f"{found.reference!r} and {seen[found.source]!r} are the same SAE: give it once"
             )
         seen[found.source] = found.reference
-    subjects = [_load(found, device, hook, model_name) for found in located]
-    return _with_unique_names(subjects)
+    subjects: list[Subject] = []
+    broken: list[tuple[str, str]] = []
+    for found in located:
+        try:
+            subjects.append(_load(found, device, hook, model_name))
+        except BrokenSAEError as error:
+            if on_broken is None:
+                raise
+            broken.append((found.name, str(error)))
+    subjects = _with_unique_names(subjects)
+    taken = {subject.name for subject in subjects}
+    for name, reason in broken:
+        unique, copy = name, 1
+        while unique in taken:
+            copy += 1
+            unique = f"{name}-{copy}"
+        taken.add(unique)
+        if on_broken is not None:
+            on_broken(unique, reason)
+    return subjects
 
 
 def subject_record(subject: Subject) -> dict[str, Any]:
@@ -202,7 +224,7 @@ def _require_finite(sae: SAE[Any], reference: str, problem: str) -> None:
         # An infinite threshold is how some SAEs switch a latent off.
         bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
         if bad.any():
-            raise InputError(f"SAE {reference!r}: {name} {problem}")
+            raise BrokenSAEError(f"SAE {reference!r}: {name} {problem}")
 
 
 def _with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:

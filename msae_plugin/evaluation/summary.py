@@ -58,7 +58,7 @@ def result_entry(sae: str, evaluation: str, outcomes: BySeed, output: Path) -> d
     if bad:
         seed, first = min(bad.items())
         entry["status"] = first.status
-        several = len(outcomes) > 1 and first.status != "skipped"
+        several = len({outcome.reason for outcome in outcomes.values()}) > 1
         entry["reason"] = f"seed {seed}: {first.reason}" if several else first.reason
         return entry
     texts = [o.facts["text"] for o in outcomes.values() if "text" in o.facts]

@@ -16,7 +16,8 @@ from sae_lens.saes.standard_sae import StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig
 
 import msae_plugin
-from msae_plugin.errors import InputError
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.evaluation.subject_loading import BrokenSAEError
 from msae_plugin.evaluation.subjects import load_subjects, subject_record
 from msae_plugin.hub.export_run import export_sae
 
@@ -58,7 +59,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def refusal(*references: Any, **options: Any) -> str:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises((InputError, BrokenSAEError)) as caught:
         load_subjects([str(reference) for reference in references], **options)
     message = str(caught.value)
     assert "\n" not in message
@@ -183,6 +184,23 @@ def test_weights_that_cannot_be_evaluated(save: Save, tmp_path: Path) -> None:
     assert "cannot be loaded as jumprelu" in refusal(tmp_path / "misfit")
     edit(save("across"), architecture="jumprelu_transcoder", d_out=D_IN)
     assert "transcoder" in refusal(tmp_path / "across")
+
+
+def test_a_broken_sae_is_told_and_the_others_are_loaded(save: Save, tmp_path: Path) -> None:
+    sae = build(JumpReLUSAEConfig(d_in=D_IN, d_sae=D_SAE))
+    sae.W_dec.data[0, 0] = torch.nan
+    sae.save_model(tmp_path / "nan")
+    good, untrained = save("good"), save("untrained", training_steps=0)
+    told: dict[str, str] = {}
+    references = [str(untrained), str(good), str(tmp_path / "nan")]
+    subjects = load_subjects(references, on_broken=told.__setitem__)
+    assert [subject.name for subject in subjects] == ["good"]
+    assert list(told) == ["untrained", "nan"]
+    assert "has zero training steps" in told["untrained"]
+    assert "W_dec holds NaN" in told["nan"]
+    # Status 1, not 2: the input was fine, the SAE is not.
+    with pytest.raises(RunFailure, match="zero training steps"):
+        load_subjects(references)
 
 
 def test_zero_steps_are_read_from_the_runner_config_too(save: Save, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from evaluation_builders import HOOK, make_subject, random_multiscale, random_st
 from typer.testing import CliRunner
 
 from msae_cli.app import app, joined_seeds
-from msae_plugin.errors import InputError
+from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation import evaluate as evaluate_module
 from msae_plugin.evaluation.eval_config import EvalConfig
 from msae_plugin.evaluation.evaluate import evaluate, model_for
@@ -126,6 +126,33 @@ def test_a_failed_sae_makes_the_evaluation_incomplete_and_keeps_the_others(
     assert not result.complete
     statuses = {entry["sae"]: entry["status"] for entry in result.summary["results"]}
     assert statuses == {"broken": "failed", "standard": "measured", "multiscale": "measured"}
+
+
+def test_a_broken_sae_stands_in_the_summary_as_failed(
+    tiny_language_model: LanguageModel,
+    subjects: list[Subject],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    protocol = config(text_file, tmp_path)
+    result = evaluate(
+        protocol,
+        subjects[:1],
+        tmp_path / "out",
+        language_model=tiny_language_model,
+        broken={"nan": "SAE 'nan': W_dec holds NaN"},
+    )
+    assert not result.complete
+    rows = [(e["sae"], e["status"], e["reason"]) for e in result.summary["results"]]
+    assert rows == [
+        ("standard", "measured", None),
+        ("nan", "failed", "SAE 'nan': W_dec holds NaN"),
+    ]
+    assert "nan,core,failed,SAE 'nan': W_dec holds NaN" in (
+        (tmp_path / "out" / "summary.csv").read_text()
+    )
+    with pytest.raises(RunFailure, match="W_dec holds NaN"):
+        evaluate(protocol, [], tmp_path / "none", broken={"nan": "SAE 'nan': W_dec holds NaN"})
 
 
 def test_what_is_missing_is_listed_or_skipped_by_name(
