@@ -16,6 +16,7 @@ from msae_plugin.architecture.exact import (
     exact_dtypes,
     restore_exact,
 )
+from msae_plugin.architecture.latent_decoding import decode_latents
 from msae_plugin.architecture.normalisation import MultiScaleNormalisation
 from msae_plugin.architecture.skip import with_skip
 
@@ -64,6 +65,19 @@ class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):
         hidden_pre = self.hook_sae_acts_pre(x_hat @ self.W_enc + self.b_enc)
         active = hidden_pre > self.threshold
         return self.hook_sae_acts_post(hidden_pre.relu() * active * token_scale)
+
+    @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """Exactly f @ W_dec + b_dec, for any latents.
+
+        Args:
+            feature_acts: (..., d_sae).
+
+        Returns:
+            (..., d_in).
+        """
+        sae_out = self.hook_sae_recons(decode_latents(feature_acts, self.W_dec) + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
