@@ -50,8 +50,10 @@ from sae_lens.synthetic import (
 from sae_lens.training.sae_trainer import SAETrainer
 
 from msae_plugin import MultiScaleTrainingSAE, preset
+from msae_plugin.comparison.recorded_samples import RecordedSamples
 
 D_IN, D_SAE, N_FEATURES, BATCH = 192, 512, 2048, 512
+EVAL_BATCH = 4096
 PREFIX_WIDTHS = [D_SAE // 32, D_SAE // 16, D_SAE // 8, D_SAE // 4, D_SAE // 2, D_SAE]
 TUNING_SEEDS, REPORT_SEEDS = [101], [1, 2, 3]
 DEAD_WINDOW = 100
@@ -165,21 +167,21 @@ def train_together(
             trainer.n_training_steps += 1
             spent[index] += time.perf_counter() - start
     calibration = [model.sample(BATCH) for _ in range(40)]
+    torch.manual_seed(seed + 20_000)
+    samples = RecordedSamples.record(model.activation_generator, n_eval, EVAL_BATCH)
     rows: list[dict[str, Any]] = []
     for (method, k, lr), trainer, seconds in zip(runs, trainers, spent, strict=True):
         match_l0(trainer.sae, calibration, k)
         with tempfile.TemporaryDirectory() as folder:
             trainer.sae.save_inference_model(folder)
             exported = SAE.load_from_disk(folder)
-        torch.manual_seed(seed + 20_000)
-        with torch.no_grad():
-            found = eval_sae_on_synthetic_data(
-                exported,
-                model.feature_dict,
-                model.activation_generator,
-                num_samples=n_eval,
-                batch_size=4096,
-            )
+        found = eval_sae_on_synthetic_data(
+            exported,
+            model.feature_dict,
+            samples.rewind(),
+            num_samples=n_eval,
+            batch_size=EVAL_BATCH,
+        )
         rows.append(
             {
                 "method": method.name,

@@ -172,7 +172,7 @@ _DEFAULT_MECHANISMS = (
     (_Mechanism("budgets", "loss at 2 k", None, _BUDGETS), {"sparsity_scales": []}),
     (_Mechanism("prefixes", "nested prefixes", None, _PREFIXES), {"prefix_fractions": []}),
     (
-        _Mechanism("annealing", "k annealed from 3 k", None, {}),
+        _Mechanism("annealing", "k annealed from 2 k", None, {}),
         {"k_anneal_steps": 0, "k_initial_multiplier": 1.0},
     ),
     (

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from msae_plugin.architecture.presets import PRESETS
@@ -12,6 +13,7 @@ from msae_plugin.training import runner as runner_module
 from msae_plugin.training.models import ModelShape
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner
+from msae_plugin.training.sae_plans import default_device
 
 SHAPE = ModelShape(d_model=64, n_layers=3, vocabulary=512)
 
@@ -117,6 +119,8 @@ def test_values_as_people_write_them(
         ("sae.d_sae=0", r"'sae\.d_sae' must be at least 1"),
         ("sae.d_sae=null", r"'sae\.d_sae' must be a whole number"),
         ("sae.device=cuda", r"model\.device decides it"),
+        ("sae.dtype=float16", r"'sae\.dtype' float16 cannot be trained.*bfloat16"),
+        ("sae.reshape_activations=hook_z", r"always joined.*turn_on_forward_pass"),
         ("sae.preset=default", r"'standard' has no presets"),
         ("sae.lr=0", r"'sae\.lr' must be a positive number"),
         ("sae.l1_coefficient=much", r"'sae\.l1_coefficient' must be a number"),
@@ -128,6 +132,15 @@ def test_what_cannot_work_is_refused_in_one_line(
     recipe: dict[str, Any], override: str, expected: str
 ) -> None:
     assert re.search(expected, refused(recipe, override))
+
+
+def test_an_sae_of_a_recipe_can_be_left_out(recipe: dict[str, Any]) -> None:
+    del recipe["sae"]
+    recipe["saes"] = {"ours": {"d_sae": 96, "k": 6}, "theirs": {"d_sae": 96, "k": 6}}
+    (plan,) = config_of(recipe, "saes.theirs=null").validate(SHAPE)
+    assert plan.base_name == "ours"
+    assert "no such SAE" in refused(recipe, "saes.their=null")
+    assert "'saes' is empty" in refused(recipe, "saes.theirs=null", "saes.ours=null")
 
 
 def test_k_above_d_sae_is_refused(recipe: dict[str, Any]) -> None:
@@ -147,8 +160,8 @@ def test_multiscale_is_the_default_and_its_preset_gets_the_steps(recipe: dict[st
     [plan] = config_of(recipe).validate(SHAPE)
     assert plan.config.architecture() == "multiscale"
     config: Any = plan.config
-    # The default preset anneals k over 60 % of the run's 30 steps.
-    assert config.k_anneal_steps == 18
+    # The default preset anneals k over 40 % of the run's 30 steps.
+    assert config.k_anneal_steps == 12
     assert config.aux_loss_coefficient == 0.5
     assert config.d_in == 64
 
@@ -243,3 +256,28 @@ def test_refusals_come_before_any_model_or_text_is_loaded(
     with pytest.raises(InputError, match="matryoshka_widths must not be empty"):
         MultiScaleRunner(config_of(recipe), tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_text_is_refused_before_a_model_is_loaded(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(runner_module, "load_language_model", never)
+    config = config_of(recipe, f"data.source={tmp_path / 'missing.jsonl'}")
+    with pytest.raises(InputError, match="does not exist"):
+        MultiScaleRunner(config, tmp_path / "out").run()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
+def test_a_device_that_is_not_there_is_refused(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda:3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match=rf"'model\.device' is {device} but torch finds"):
+        default_device(device)
+    assert default_device("cpu") == "cpu"
+    assert default_device("auto") == ("cuda" if device == "cuda:3" else "cpu")
