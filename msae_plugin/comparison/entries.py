@@ -307,4 +307,6 @@ def plan_entry(
         training_steps=steps,
         accumulation_steps=training.accumulation_steps,
     )
-    return dataclasses.replace(plan, name=entry.name)
+    # All methods of a seed begin with the same weights: of two that differ in a mechanism which
+    # never acts, both would else end at different ones, and every difference would hold that noise.
+    return dataclasses.replace(plan, name=entry.name, base_name="one start per seed")

@@ -32,6 +32,8 @@ _NOT_OF_AN_SAE = (
     "l0", "seeds", "saes", "ladder", "heldout", "evaluation", "reference", "quick",
     "log_every_steps", "keep_activations", "common",
 )  # fmt: skip
+# Raised when the same settings train another SAE.
+_FORMAT = 2
 _NOT_OF_TRAINING = ("n_checkpoints", "keep_checkpoints", "store_batch_size_prompts")
 
 
@@ -54,7 +56,7 @@ def entry_key(entry: Entry, config: CompareConfig) -> str:
         json_safe(dict(method.section)), method.accumulation_steps, method.frozen_decoder,
         entry.hook, entry.l0, entry.seed,
     ]  # fmt: skip
-    return key_digest({"shared": json_safe(shared), "own": own})
+    return key_digest({"format": _FORMAT, "shared": json_safe(shared), "own": own})
 
 
 def search_key(entry: Entry, config: CompareConfig) -> str:
@@ -178,7 +180,14 @@ def _finish_one(
             folder,
             place.source.samples(entry.hook, entry.seed),
             trained.trainer.step_trainers[entry.name].log_feature_sparsity,
-            {"sae": plan.config.to_dict(), "comparison": config.to_dict()},
+            # SAELens' names for what readers of a runner_cfg.json look for first.
+            {
+                "sae": plan.config.to_dict(),
+                "lr": trained.training.lr if plan.lr is None else plan.lr,
+                "train_batch_size_tokens": trained.training.batch_size_tokens,
+                "accumulation_steps": trained.training.accumulation_steps,
+                "comparison": config.to_dict(),
+            },
         )
     except RunFailure as failure:
         raise RunFailure(f"SAE {entry.name!r}: {failure}") from failure

@@ -74,7 +74,11 @@ GROUND_TRUTH: Mapping[str, MetricDefinition] = {
         "different features that latents are closest to, per latent", "share", "none", True
     ),
     "ground_truth/explained_variance": _definition(
-        "1 - E|x - x_rec|^2 / (E|x|^2 - |E x|^2)", "share", _SAMPLES, True
+        "1 - E|x - x_rec|^2 / (E|x|^2 - |E x|^2) of the forward pass, which holds a skip "
+        "connection where an SAE has one",
+        "share",
+        _SAMPLES,
+        True,
     ),
     "ground_truth/shrinkage": _definition("mean |x_rec| / |x|; 1 is none", "ratio", _SAMPLES, None),
     "ground_truth/dead_latents": _definition(

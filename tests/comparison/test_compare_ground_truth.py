@@ -17,6 +17,7 @@ from msae_plugin.comparison.compare import Comparison, compare
 from msae_plugin.comparison.compare_config import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.comparison.comparison_file import Measured, comparison_contents
 from msae_plugin.comparison.entries import expand, plan_entry
+from msae_plugin.comparison.peers import batchtopk_section
 from msae_plugin.comparison.synthetic_source import SyntheticSource
 from msae_plugin.comparison.training_schedule import Part
 from msae_plugin.training.interruption import InterruptedBySignalError
@@ -83,6 +84,9 @@ def test_a_whole_comparison(
         assert row["training_tokens"] == 40 * 128
         assert row["seconds"] > 0
         assert (tmp_path / row["folder"] / "sae" / "cfg.json").is_file()
+        told = json.loads((tmp_path / row["folder"] / "sae" / "runner_cfg.json").read_text())
+        assert told["lr"] == row["lr"]
+        assert told["train_batch_size_tokens"] * told["accumulation_steps"] * steps == 40 * 128
         logged = (tmp_path / row["folder"] / "metrics.jsonl").read_text().splitlines()
         assert json.loads(logged[-1])["step"] == steps
         assert row["metrics"]["training/final_loss"] == json.loads(logged[-1])["loss"]
@@ -184,6 +188,21 @@ def test_an_sae_is_the_same_whatever_is_trained_beside_it(
         found = weights(tmp_path / other, "a_l0-3_seed0")
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
+
+
+def test_what_never_acts_changes_nothing(run: Callable[..., Comparison], tmp_path: Path) -> None:
+    off = batchtopk_section()
+    saes = {"off": off, "waits": {**off, "revival_every": 100, "revival_dead_steps": 100}}
+    rows = rows_of(run(tmp_path, saes=saes, seeds=[0, 1]))
+    for seed in (0, 1):
+        expected = weights(tmp_path, f"off_l0-3_seed{seed}")
+        found = weights(tmp_path, f"waits_l0-3_seed{seed}")
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+        first, second = (rows[f"{name}_l0-3_seed{seed}"]["metrics"] for name in ("off", "waits"))
+        assert first["ground_truth/f1"] == second["ground_truth/f1"]
+    starts = [weights(tmp_path, f"off_l0-3_seed{seed}")["W_dec"] for seed in (0, 1)]
+    assert not torch.equal(*starts)
 
 
 def test_a_killed_training_goes_on_and_ends_where_it_would_have(
