@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
 from msae_cli.arguments import check_config, check_output
@@ -78,7 +79,8 @@ def compare(
         return
     table = comparison_for_terminal(comparison.contents)
     # A file has no width that a table would have to fit.
-    results.print(table, width=None if results.is_terminal else _FILE_WIDTH, crop=False)
+    place = results if results.is_terminal else Console(width=_FILE_WIDTH, highlight=False)
+    place.print(table)
     results.print(Text(f"comparison: {output / 'comparison.json'}"), soft_wrap=True)
     if page:
         _page_of_comparison(output)

@@ -36,6 +36,7 @@ from msae_plugin.reporting.report_training_sections import (
     missing_of_runs,
     runs_section,
 )
+from msae_plugin.reporting.report_variants import is_variant
 from msae_plugin.training.atomic_files import folder_written_atomically
 
 PAGE_FILE, MARKDOWN_FILE, RECORD_FILE = "report.html", "report.md", "report.json"
@@ -107,10 +108,10 @@ def build(sources: Sources, progress: Reporter = no_report) -> tuple[Document, i
     measured = benches_of(sources, trained)
     analyses = analyse(trained, progress)
     progress("drawing")
-    styles = looks(
-        [group.method for bench in measured for group in bench.groups()]
-        + [sae.method for sae in trained]
-    )
+    methods = [group.method for bench in measured for group in bench.groups()]
+    methods += [sae.method for sae in trained]
+    # Those that share a figure with others come first: their looks differ most.
+    styles = looks(sorted(methods, key=is_variant))
     parts: list[Section | None] = [protocol_section(measured) if measured else None]
     for bench in measured:
         if bench.rows:

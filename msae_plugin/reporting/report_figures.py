@@ -235,7 +235,7 @@ def curves(
         canvas.axis.set_xlabel(f"training tokens or samples ({unit})")
         canvas.axis.set_ylabel(heading)
         canvas.axis.set_xlim(left=0)
-        if bottom is not None:
+        if bottom is not None and any(max(values) > bottom for _, _, values in lines):
             canvas.axis.set_ylim(bottom=max(bottom, canvas.axis.get_ylim()[0]))
         if top is not None:
             canvas.axis.set_ylim(top=top)
