@@ -70,6 +70,11 @@ def _cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
+def _linked(text: str) -> str:
+    """The text with a link at every arXiv number."""
+    return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
 def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
@@ -152,6 +157,11 @@ def _loading(repo: str, shown: CardEntry) -> str:
         parts = [f"{read}, for example so:\n\n{_python(activations_snippet(model, hook))}"]
     else:
         parts = [f"{read}."]
+    if shown.metadata.get("exclude_special_tokens"):
+        parts.append(
+            "Special tokens (BOS and the like) were left out of training: what the SAE makes of "
+            "their activations, the first of every text among them, means nothing."
+        )
     plain = _python(loading_snippet(repo, shown.folder, plugin=shown.needs_plugin))
     if not shown.needs_plugin:
         parts.append(f"With SAELens:\n\n{plain}")
@@ -204,7 +214,7 @@ def _metrics(entries: Sequence[CardEntry], named: Labels) -> str:
             for note in member.notes(evaluation)
         ]
         if evaluation in _EVALUATION_NOTES:
-            parts.append(_EVALUATION_NOTES[evaluation])
+            parts.append(_linked(_EVALUATION_NOTES[evaluation]))
     failed = [f"- {named[e.folder]}: {line}" for e in entries for line in e.not_measured()]
     if failed:
         parts.append("Tried without a result:\n\n" + "\n".join(failed))
@@ -228,7 +238,7 @@ def _protocol(evaluation: str, member: CardEntry) -> str:
     if model:
         facts.append(f"model: {model.get('name')} in {model.get('dtype')}")
     facts += [
-        f"{name}: {value}"
+        f"`{name}: {value}`"
         for name, value in member.settings(evaluation).items()
         if name not in ("dataset", "dataset_names") and isinstance(value, bool | int | float | str)
     ]
@@ -255,8 +265,8 @@ def _figures(entries: Sequence[CardEntry], named: Labels) -> str:
     parts: list[str] = []
     for entry in entries:
         for path in entry.figures:
-            name = path.rsplit("/", 1)[-1]
-            parts.append(f"{name} of {named[entry.folder]}:\n\n![{name}]({path})")
+            title = re.sub(r"[-_]+", " ", path.rsplit("/", 1)[-1].removesuffix(".png"))
+            parts.append(f"{named[entry.folder]}, {title}:\n\n![{title}]({path})")
     return "## Figures\n\n" + "\n\n".join(parts) if parts else ""
 
 
@@ -264,6 +274,14 @@ def _text_of(entry: CardEntry) -> str:
     recorded = entry.recorded("dataset_path")
     on_hub = hub_dataset(recorded)
     return recorded if on_hub in (None, recorded) else f"{recorded} ({on_hub})"
+
+
+def _batch(entry: CardEntry) -> str:
+    """Activations per step, with the mini-batches that they were split into."""
+    size, parts = entry.run.get("train_batch_size_tokens"), entry.run.get("accumulation_steps")
+    if not isinstance(size, int):
+        return "not recorded"
+    return f"{parts} x {size:,}" if isinstance(parts, int) and parts > 1 else f"{size:,}"
 
 
 def _training(entries: Sequence[CardEntry], named: Labels) -> str:
@@ -274,7 +292,7 @@ def _training(entries: Sequence[CardEntry], named: Labels) -> str:
             entry.recorded("training_tokens"),
             entry.recorded("training_steps"),
             entry.recorded("context_size"),
-            entry.run.get("train_batch_size_tokens", "not recorded"),
+            _batch(entry),
             f"{entry.run['lr']:g}" if entry.run.get("lr") is not None else "not recorded",
             f"{entry.details['k']:g}" if "k" in entry.details else "-",
             entry.recorded("sae_lens_training_version"),
@@ -285,11 +303,10 @@ def _training(entries: Sequence[CardEntry], named: Labels) -> str:
         "SAE", "text", "tokens", "steps", "context", "batch", "learning rate", "k", "SAELens",
     )  # fmt: skip
     parts = [f"## Training\n\n{_table(headings, rows)}"]
-    switched = [(entry.folder, entry.mechanisms) for entry in entries if entry.mechanisms]
-    parts += [
-        f"Switched on in {named[folder]}: {'; '.join(_LETTER.sub('', m) for m in mechanisms)}."
-        for folder, mechanisms in switched
-    ]
+    for entry in entries:
+        mechanisms = ", ".join(f"`{_LETTER.sub('', name)}`" for name in entry.mechanisms)
+        if mechanisms:
+            parts.append(f"Switched on in {named[entry.folder]}: {mechanisms}.")
     parts.append(
         "The whole recipe is in each folder's `runner_cfg.json`, the log in `metrics.jsonl`."
     )
@@ -309,17 +326,20 @@ def _limitations(entries: Sequence[CardEntry]) -> str:
         "differ.",
         "A latent is a direction that helped to reconstruct, not a proven concept; on many "
         "interpretability metrics even SAEs with random decoders come close (arXiv 2602.14111).",
-        "SAEs of another seed find partly other latents. The spread in the tables is over "
-        "evaluation seeds and does not cover that: compare SAEs over several training seeds.",
+        "SAEs of another seed find partly other latents: compare SAEs over several training seeds.",
     ]
     if any(entry.evaluations() for entry in entries):
+        points.append(
+            "The spread in the tables is over evaluation seeds and says nothing of other training "
+            "seeds."
+        )
         points.append(
             "Differences between SAEs smaller than a few standard deviations, and any difference "
             "measured with one seed, may be noise."
         )
     if any("unlearning" in entry.evaluations() for entry in entries):
         points.append("What an unlearning score does not mean is said below its table.")
-    return "## Limitations\n\n" + "\n".join(f"- {point}" for point in points)
+    return "## Limitations\n\n" + _linked("\n".join(f"- {point}" for point in points))
 
 
 def _terms(entries: Sequence[CardEntry], licence: str) -> str:
@@ -330,7 +350,8 @@ def _terms(entries: Sequence[CardEntry], licence: str) -> str:
             lines.append("They were computed from a local model, which has terms of its own.")
         else:
             lines.append(
-                f"They were computed from activations of {model}, whose own terms are "
+                "They were computed from activations of "
+                f"[{model}](https://huggingface.co/{model}), whose own terms are "
                 f"{base_terms(model)}: see there what they say of derived works."
             )
     return "## Licence\n\n" + " ".join(lines)
@@ -342,5 +363,4 @@ def _sources(entries: Sequence[CardEntry]) -> str:
         for entry in entries
         for source in sources_of(entry.trained_as, entry.details, entry.evaluations())
     )
-    linked = (_ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", source) for source in found)
-    return "## Sources\n\n" + "\n".join(f"- {source}" for source in linked)
+    return "## Sources\n\n" + _linked("\n".join(f"- {source}" for source in found))

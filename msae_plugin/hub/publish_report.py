@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msae_plugin.hub.publish import PublishResult
 from msae_plugin.hub.release import dashboard_hint
+from msae_plugin.hub.remote import MAIN
 from msae_plugin.hub.verification import describe
 from msae_plugin.reporting.info import human_bytes
 
@@ -25,12 +26,17 @@ def report_lines(result: PublishResult) -> list[str]:
     if result.commit is None:
         lines.append(f"rendered in {result.output}; nothing was uploaded")
         return lines + _release(result)
-    where = "main" if result.revision is None else result.revision
+    where = MAIN if result.revision is None else result.revision
     if result.pull_request is not None:
         where = f"the pull request {result.pull_request}"
     lines.append(f"commit {result.commit} on {where}: {result.url}")
     if result.tag is not None:
         lines.append(f"tag {result.tag}")
+    if where != MAIN:
+        lines.append(
+            "SAE.from_pretrained loads main alone: until this is merged into it, use "
+            f"msae download {result.repo}@{result.commit}:FOLDER --output DIR"
+        )
     return lines + describe(result.verifications) + _release(result)
 
 

@@ -61,7 +61,8 @@ class RunConfig:
 
         Args:
             path: A YAML file.
-            overrides: `key.path=value` with the value in YAML, applied in order.
+            overrides: `key.path=value` with the value in YAML, applied in order;
+                `saes.NAME=null` leaves an SAE out.
 
         Raises:
             InputError: If the file cannot be read, a key is unknown, or a value has the wrong type.
@@ -191,4 +192,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(nested, dict):
             raise InputError(f"--set {override!r}: {'.'.join(keys[: depth + 1])!r} has no keys")
         section = cast("dict[str, Any]", nested)
+    if value is None and keys[:-1] == ["saes"]:
+        # As `evaluations.NAME=null` of a protocol: nothing of that SAE remains.
+        if keys[-1] not in section:
+            raise InputError(f"--set {override!r}: the recipe has no such SAE to leave out")
+        del section[keys[-1]]
+        return
     section[keys[-1]] = value

@@ -40,9 +40,9 @@ def check_output(output: Path, resume: str | None) -> None:
         return
     record = read_run_record(output)
     if resume is None:
-        hint = "choose another --output" if record is None else "continue it with --resume auto"
-        other = "" if record is None else ", or choose another --output"
-        raise InputError(f"--output {str(output)!r} is not empty: {hint}{other}")
+        unfinished = record is not None and record.get("status") != "complete"
+        hint = "continue its run with --resume auto, or " if unfinished else ""
+        raise InputError(f"--output {str(output)!r} is not empty: {hint}choose another --output")
     if record is None and RUN_FILE not in contents:
         raise InputError(
             f"--output {str(output)!r} holds files but no run of msae train: "

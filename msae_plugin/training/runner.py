@@ -153,9 +153,10 @@ class MultiScaleRunner:
             plan.name: build_sae(plan, self.config.training.seed, self.device)
             for plan in self.plans
         }
+        # Likewise the text: a wrong path must not cost the minutes that a large model takes.
+        text = self._load_text()
         language_model = self._load_language_model()
         autocast = self._autocast(language_model)
-        text = self._load_text()
         record = self._start_record(language_model, text, autocast)
         metrics = MetricsLog(self._sinks())
         try:
@@ -383,5 +384,11 @@ class MultiScaleRunner:
             folder,
             activations,
             runner.trainer.step_trainers[name].log_feature_sparsity,
-            {**runner.cfg.to_dict(), "recipe": self.config.to_dict()},
+            # The run's rate is not that of an SAE with its own.
+            {
+                **runner.cfg.to_dict(),
+                "lr": runner.trainer.step_trainers[name].cfg.lr,
+                "accumulation_steps": self.config.training.accumulation_steps,
+                "recipe": self.config.to_dict(),
+            },
         )

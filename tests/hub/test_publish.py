@@ -104,6 +104,7 @@ def test_what_is_said_after_publishing(hub, worker, run):
     assert check["twin_agreement"]["max_latent_difference"] < 1e-5
     assert any("not evaluated" in note for note in value["notes"])
     report = "\n".join(value["report"])
+    assert "loads main alone" not in report
     assert f"commit {value['commit']} on main: {hub.endpoint}/{REPO}/commit/" in report
     assert f"{FOLDER}/jumprelu/sae_weights.safetensors" in report
     assert "latents are equal on 256 real activations of the run, the twin too" in report
@@ -130,7 +131,7 @@ def test_all_saes_of_a_run_go_into_one_commit(hub, worker, run, evaluate):
     figures = [path for path in files if path.endswith(".png")]
     assert figures == [f"{value['folders'][0]}/figures/comparison.png"]
     assert files[figures[0]] == (run / "comparison.png").read_bytes()
-    assert card.count(f"![comparison.png]({figures[0]})") == 1
+    assert card.count(f"![comparison]({figures[0]})") == 1
     listed = yaml.safe_load(value["stanza"])["ada-tiny-saes"]["saes"]
     assert [sae["path"] for sae in listed] == sorted(
         [f"{value['folders'][0]}/jumprelu", value["folders"][1]]
@@ -272,6 +273,7 @@ def test_a_branch_a_tag_and_a_pull_request(hub, worker, run):
     assert repo.branches["try"] == repo.tags["v1"] == value["commit"]
     assert repo.commits[value["commit"]].parent == main
     assert value["verifications"][0]["twin_agreement"]["active"] > 0
+    assert f"msae download {REPO}@{value['commit']}:FOLDER" in "\n".join(value["report"])
 
     taken = worker.run("publish", run=sae, repo=REPO, folder="b", tag="v1")
     refused(taken, "InputError", "has a tag 'v1' already")

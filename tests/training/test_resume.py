@@ -189,6 +189,8 @@ def test_a_complete_run_is_not_resumed(train: Train, tmp_path: Path) -> None:
     train(tmp_path / "out", "training.tokens=640")
     with pytest.raises(InputError, match="complete: there is nothing to resume"):
         train(tmp_path / "out", "training.tokens=640", resume="auto")
+    with pytest.raises(InputError, match="is not empty: choose another --output"):
+        train(tmp_path / "out", "training.tokens=640")
 
 
 @pytest.mark.parametrize(

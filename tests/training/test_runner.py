@@ -88,6 +88,41 @@ def test_two_saes_stand_at_the_same_l0(train: Train, tmp_path: Path) -> None:
     assert (out / "msae" / "revivals.jsonl").exists()
 
 
+def test_the_heads_of_an_attention_layer(
+    train: Train, tmp_path: Path, tiny_language_model: LanguageModel
+) -> None:
+    hook = "blocks.1.attn.hook_z"
+    out = tmp_path / "out"
+    train(out, "sae={d_sae: 96, k: 8}", f"hooks=[{hook}]")
+    _, cache = tiny_language_model.model.run_with_cache(
+        "Note 3 from the garden: rose soil rain.", names_filter=hook
+    )
+    heads = cache[hook]
+    assert heads.ndim == 4
+    joined = heads.flatten(-2)
+    for folder in ("sae", "jumprelu"):
+        sae = SAE.load_from_disk(out / folder)
+        with torch.no_grad():
+            latents = sae.encode(joined)
+            reconstruction = sae.decode(latents)
+            assert (latents > 0).any()
+            sae.turn_on_forward_pass_hook_z_reshaping()
+            assert torch.equal(sae.encode(heads), latents)
+            assert torch.equal(sae.decode(latents), reconstruction.view_as(heads))
+
+
+def test_each_export_tells_its_own_recipe(train: Train, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(out, *TWO_SAES, "saes.btk.lr=5e-4", "training.accumulation_steps=2")
+    told = {
+        name: json.loads((out / name / "sae" / "runner_cfg.json").read_text())
+        for name in ("msae", "btk")
+    }
+    assert {name: cfg["lr"] for name, cfg in told.items()} == {"msae": 1e-3, "btk": 5e-4}
+    assert {cfg["train_batch_size_tokens"] for cfg in told.values()} == {128}
+    assert {cfg["accumulation_steps"] for cfg in told.values()} == {2}
+
+
 def test_calibration_can_be_left_out(train: Train, tmp_path: Path) -> None:
     train(tmp_path / "out", *TWO_SAES, "training.calibrate_batches=0", "training.tokens=640")
     run = json.loads((tmp_path / "out" / "run.json").read_text())
