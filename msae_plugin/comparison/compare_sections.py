@@ -55,7 +55,8 @@ class HeldoutSection:
         tokens: Held-out tokens for explained variance, L0 and dead latents.
         loss_tokens: How many of them the losses are measured on; they need whole passes.
         contexts: Latents whose top activating contexts are stored, for the first seed of each
-            method at the first L0; 0 for none.
+            method at the first L0, less the ladder's variants that are compared with another;
+            0 for none.
     """
 
     tokens: int = 40_000

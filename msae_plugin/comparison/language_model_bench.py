@@ -221,11 +221,19 @@ class LanguageModelBench:
                 )
 
     def _with_contexts(self, expansion: Expansion) -> list[str]:
-        """The first seed of each method at the first L0."""
+        """The first seed of each method at the first L0, less the variants of the ladder.
+
+        Fifty of them would fill a page that nobody reads.
+        """
         if self.config.heldout.contexts == 0:
             return []
         first = self.config.seeds[0], self.config.l0[0]
-        return [entry.name for entry in expansion.entries if (entry.seed, entry.l0) == first]
+        return [
+            entry.name
+            for entry in expansion.entries
+            if (entry.seed, entry.l0) == first
+            and (entry.method.variant is None or entry.method.variant.against is None)
+        ]
 
     def _evaluate(self, subjects: Sequence[Subject], measured: Measured) -> None:
         evaluation = self.config.eval_config()

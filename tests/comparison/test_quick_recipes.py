@@ -97,6 +97,12 @@ def test_the_ladder_is_whole(outputs: dict[str, Path], name: str) -> None:
         assert escape(variant.mechanism) in page, variant.name
 
 
+def test_latents_in_context_are_those_of_the_ladders_references(outputs: dict[str, Path]) -> None:
+    output = outputs["compare_ladder_language_model"]
+    stored = {path.parent.name.split("_l0")[0] for path in output.glob("saes/*/contexts.json")}
+    assert stored == {v.name for v in ladder_variants() if v.against is None}
+
+
 def test_one_page_tells_all_of_it(outputs: dict[str, Path], tmp_path: Path) -> None:
     msae("report", *outputs.values(), "--output", tmp_path / "report")
     page = (tmp_path / "report/report.html").read_text()
