@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
-from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
@@ -59,10 +64,20 @@ def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
     trainer._estimate_scaling_factors()  # pyright: ignore[reportPrivateUsage]
 
 
-def set_sae_metadata(runner: MultiSAETrainingRunner) -> None:
+class HasSAEsAndConfig(Protocol):
+    """What SAELens' runner reads when it writes metadata."""
+
+    cfg: MultiSAETrainingRunnerConfig
+    saes: dict[str, TrainingSAE[Any]]
+
+
+def set_sae_metadata(runner: HasSAEsAndConfig) -> None:
     """Write model, hook, context size and data set into every SAE's metadata.
 
     Stands for `MultiSAETrainingRunner._set_sae_metadata`: the public `run` calls it, and ours
-    replaces `run`.
+    replaces `run`. It reads the configuration and the SAEs only, so that it serves where batches
+    come from a cache, without a runner of SAELens', as well.
     """
-    runner._set_sae_metadata()  # pyright: ignore[reportPrivateUsage]
+    MultiSAETrainingRunner._set_sae_metadata(  # pyright: ignore[reportPrivateUsage]
+        cast(MultiSAETrainingRunner, runner)
+    )

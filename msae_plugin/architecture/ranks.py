@@ -9,6 +9,7 @@ back as it is. All ranks hold equally many tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -139,9 +140,17 @@ class ProcessRanks(Ranks):
 
     @override
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        # All are under way before the first is waited for. Reduced in place: no second copy.
+        under_way: list[tuple[distributed.Work, torch.Tensor]] = []
         for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = self.mean(parameter.grad)
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad = parameter.grad.contiguous()
+            work = self._call(partial(distributed.all_reduce, gradient, async_op=True))
+            under_way.append((work, gradient))
+        for work, gradient in under_way:
+            self._call(work.wait)
+            gradient.div_(self.count)
 
     def _reduced(self, tensor: torch.Tensor, how: distributed.ReduceOp.RedOpType) -> torch.Tensor:
         result = tensor.detach().clone().contiguous()

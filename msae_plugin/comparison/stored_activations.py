@@ -44,6 +44,7 @@ from msae_plugin.training.sae_plans import build_sae
 from msae_plugin.training.seeding import derive_seed, seed_everything
 from msae_plugin.training.shared_pass import SharedPassRunner, shared_pass_config
 from msae_plugin.training.text_data import TextData
+from msae_plugin.training.training_pass import TrainingSetting
 
 FOLDER, MANIFEST = "activations", "activations.json"
 FORMAT = 1
@@ -297,17 +298,19 @@ def _runner(
     plans = run.validate(shape)
     return SharedPassRunner(
         shared_pass_config(run, plans, language_model, device, autocast=autocast),
-        config=run,
+        TrainingSetting(
+            config=run,
+            plans=plans,
+            folders={plan.name: folder for plan in plans},
+            # Nothing is trained here: there will be no checkpoint.
+            store=CheckpointStore(folder / "checkpoints", 0),
+            guard=guard,
+            metrics=MetricsLog([]),
+            progress=SilentProgress(),
+        ),
         dataset=text.train,
         language_model=language_model,
         saes={plan.name: build_sae(plan, 0, device) for plan in plans},
-        plans=plans,
-        folders={plan.name: folder for plan in plans},
-        # Nothing is trained here: there will be no checkpoint.
-        store=CheckpointStore(folder / "checkpoints", 0),
-        guard=guard,
-        metrics=MetricsLog([]),
-        progress=SilentProgress(),
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from msae_plugin.architecture.ranks import Ranks
+
 
 @runtime_checkable
 class SupportsRevival(Protocol):
@@ -18,6 +20,15 @@ class SupportsRevival(Protocol):
 
     def pop_events(self) -> list[dict[str, Any]]:
         """Revivals and their outcomes since the last call, as JSON-able dictionaries."""
+        ...
+
+
+@runtime_checkable
+class SupportsRanks(Protocol):
+    """An SAE that can train on a share of each batch, beside other processes."""
+
+    def attach_ranks(self, ranks: Ranks) -> None:
+        """Compute what depends on the batch over the batches of all ranks."""
         ...
 
 

@@ -90,12 +90,18 @@ class CheckpointStore:
     Args:
         folder: Where the checkpoints live; created with the first one.
         keep: How many of the newest checkpoints stay; 0 keeps none once the run is finished.
+        writes: Whether this process is the one that writes; the others only read.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, *, writes: bool = True) -> None:
         self.folder = folder
         self._keep = keep
-        remove_leftovers(folder)
+        if writes:
+            remove_leftovers(folder)
+
+    def folder_of(self, tokens: int) -> Path:
+        """Where the checkpoint at this many tokens is."""
+        return self.folder / str(tokens)
 
     def complete(self) -> list[Checkpoint]:
         """All complete checkpoints, oldest first; damaged ones are named in a warning."""
@@ -129,7 +135,7 @@ class CheckpointStore:
         Returns:
             The checkpoint's folder.
         """
-        target = self.folder / str(tokens)
+        target = self.folder_of(tokens)
         with folder_written_atomically(target) as temporary:
             write(temporary)
             files = {

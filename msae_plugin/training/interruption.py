@@ -78,6 +78,11 @@ class InterruptionGuard:
         if self._may_raise:
             raise InterruptedBySignalError(number)
 
+    @property
+    def requested(self) -> int | None:
+        """The signal that has arrived, None without one."""
+        return self._requested
+
     def check(self) -> None:
         """Raise if a signal has arrived.
 

@@ -19,6 +19,7 @@ import torch
 from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.saes.sae import TrainStepOutput
 
+from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.errors import InputError
 from msae_plugin.training.atomic_files import json_safe, write_text_atomic
 
@@ -77,12 +78,32 @@ class TrainingWindow:
         value = value.detach().float()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def read(self) -> dict[str, float]:
-        """The window's means; empty before the first batch."""
+    def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """The window's means; empty before the first batch.
+
+        Args:
+            ranks: The processes that share the batches, over all of whose tokens the means are.
+        """
         if self.tokens == 0:
             return {}
-        means = {name: float(total.item()) / self.tokens for name, total in self._sums.items()}
+        means = {
+            name: float(ranks.mean(total).item()) / self.tokens
+            for name, total in self._sums.items()
+        }
+        if ranks.count > 1:
+            _pool(self._explained_variance, ranks)
         return {**means, "explained_variance": self._explained_variance.compute()}
+
+
+def _pool(calculator: ExplainedVarianceCalculator, ranks: Ranks) -> None:
+    """Let a calculator know the sums of all ranks; SAELens' has no method for it."""
+    assert calculator.sum_x is not None, "there was a batch"
+    squares = torch.tensor(
+        [calculator.sum_squared_norm, calculator.sum_squared_residual], dtype=torch.float64
+    )
+    calculator.sum_x = ranks.sum(calculator.sum_x)
+    calculator.sum_squared_norm, calculator.sum_squared_residual = ranks.sum(squares).tolist()
+    calculator.num_samples *= ranks.count
 
 
 class MetricSink(Protocol):

@@ -45,6 +45,8 @@ class RunConfig:
         saes: Several, by name.
         training: The training.
         logging: The logs.
+        cached_activations: Folder that `msae cache` wrote for the same model, text and hooks: the
+            SAEs are trained from it, without the model.
     """
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -54,6 +56,7 @@ class RunConfig:
     saes: dict[str, Any] | None = None
     training: TrainingSection = field(default_factory=TrainingSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
+    cached_activations: str | None = None
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:

@@ -64,9 +64,18 @@ class RunRecord:
         folder: The run's folder.
         content: What is known from the start.
         earlier_seconds: Wall time of the sessions before a resume.
+        writes: Whether this process is the one that writes.
     """
 
-    def __init__(self, folder: Path, content: dict[str, Any], earlier_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        content: dict[str, Any],
+        earlier_seconds: float = 0.0,
+        *,
+        writes: bool = True,
+    ) -> None:
+        self._writes = writes
         self._path = folder / RUN_FILE
         self.content = content
         self._started = datetime.now(timezone.utc)
@@ -86,6 +95,8 @@ class RunRecord:
             updates: Keys to add or replace.
         """
         self.content.update(updates)
+        if not self._writes:
+            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(
             self._path,

@@ -11,17 +11,25 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
 
+from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.evaluation.model_pass import faster_in_bfloat16
 from msae_plugin.hub.export_run import REPORT_FILENAME, ExportReport, export_sae
+from msae_plugin.training.activation_cache import (
+    ACTIVATION_SAMPLES,
+    CachedInputs,
+    check_cache,
+    open_cache,
+)
 from msae_plugin.training.atomic_files import json_safe
+from msae_plugin.training.cached_pass import CachedPass
 from msae_plugin.training.calibration import calibrate, needs_calibration
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
+from msae_plugin.training.data_parallel import own_batch_size
 from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.training.metrics_log import (
     METRICS_FILE,
@@ -33,15 +41,11 @@ from msae_plugin.training.metrics_log import (
     last_row,
     tensorboard_wanted,
 )
-from msae_plugin.training.models import (
-    LanguageModel,
-    ModelShape,
-    hook_widths,
-    load_language_model,
-)
+from msae_plugin.training.models import LanguageModel, ModelShape
 from msae_plugin.training.progress import ProgressDisplay, SilentProgress
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.run_folder import check_output, check_same_run
+from msae_plugin.training.run_inputs import ModelAndText, load_model_and_text
 from msae_plugin.training.run_record import (
     RunRecord,
     describe_device,
@@ -49,16 +53,17 @@ from msae_plugin.training.run_record import (
     software_versions,
 )
 from msae_plugin.training.sae_plans import build_sae, default_device
-from msae_plugin.training.seeding import derive_seed, seed_everything
+from msae_plugin.training.seeding import seed_everything
 from msae_plugin.training.shared_pass import SharedPassRunner, shared_pass_config
-from msae_plugin.training.text_data import TextData, load_text
+from msae_plugin.training.text_data import TextData
+from msae_plugin.training.training_pass import TrainingPass, TrainingSetting
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
-ACTIVATION_SAMPLES = 4096
-"""Real activations kept per hook for the export check: a few megabytes."""
+
+Inputs: TypeAlias = ModelAndText | CachedInputs
 
 
 @dataclass(frozen=True)
@@ -69,20 +74,20 @@ class RunResult:
         saes: The trained SAEs by name: eval mode, activation scaling folded in.
         folders: Folder of each SAE, with its `sae/` export.
         hook_names: Hook of each SAE.
-        heldout: Documents that were kept from training.
-        language_model: The model.
+        heldout: Documents that were kept from training; none where a cache was trained on.
+        language_model: The model; None where a cache was trained on.
         tokens_per_second: Training speed by SAE name (its own steps, without the language model)
             and under `overall` (everything), of this session; empty if no step was left to do.
         activation_samples: (n, d_in) raw activations by hook.
-        exports: What the export check measured, by SAE name.
-        final_rows: Last row of each SAE's metrics.jsonl.
+        exports: What the export check measured, by SAE name; empty on ranks that do not write.
+        final_rows: Last row of each SAE's metrics.jsonl, likewise.
     """
 
     saes: dict[str, TrainingSAE[Any]]
     folders: dict[str, Path]
     hook_names: dict[str, str]
     heldout: list[str]
-    language_model: LanguageModel
+    language_model: LanguageModel | None
     tokens_per_second: dict[str, float]
     activation_samples: dict[str, torch.Tensor]
     exports: dict[str, ExportReport]
@@ -102,6 +107,8 @@ class MultiScaleRunner:
         language_model: An already loaded model to use instead of `config.model.name`.
         text: Already loaded text to use instead of `config.data.source`.
         progress: Shows how far the run is; silent by default.
+        ranks: The processes that share the run, from `data_parallel.launched_ranks`; rank 0 alone
+            writes into the folder and exports.
 
     Raises:
         InputError: If the recipe, the folder or the checkpoint cannot work.
@@ -116,22 +123,35 @@ class MultiScaleRunner:
         text: TextData | None = None,
         *,
         progress: ProgressDisplay | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.output = output
         self._language_model = language_model
         self._text = text
-        self._progress = progress or SilentProgress()
+        self._leads = ranks.rank == 0
+        self._progress = progress if progress and self._leads else SilentProgress()
+        self._inputs = None
         shape = None
-        if language_model is not None:
+        if config.cached_activations is not None:
+            self._inputs = CachedInputs(open_cache(Path(config.cached_activations)))
+            shape = self._inputs.shape
+        elif language_model is not None:
             shape = ModelShape(
                 language_model.d_model, language_model.n_layers, language_model.vocabulary
             )
         self.plans = config.validate(shape)
+        if self._inputs is not None:
+            check_cache(self._inputs.cache, config, self.plans)
+        own_batch_size(config.training.batch_size_tokens, ranks)
         self.device = default_device(config.model.device)
         self._tensorboard = tensorboard_wanted(config.logging.tensorboard)
-        check_output(output, resume)
-        self._store = CheckpointStore(output / CHECKPOINTS_FOLDER, config.training.keep_checkpoints)
+        if self._leads:
+            check_output(output, resume)
+        self._store = CheckpointStore(
+            output / CHECKPOINTS_FOLDER, config.training.keep_checkpoints, writes=self._leads
+        )
         self.checkpoint: Checkpoint | None = None
         if resume is not None:
             self.checkpoint = self._store.resolve(resume)
@@ -149,39 +169,40 @@ class MultiScaleRunner:
         """
         seed_everything(self.config.training.seed)
         # Before the language model: an architecture may refuse its configuration here.
-        saes = {
+        self._saes = {
             plan.name: build_sae(plan, self.config.training.seed, self.device)
             for plan in self.plans
         }
-        # Likewise the text: a wrong path must not cost the minutes that a large model takes.
-        text = self._load_text()
-        language_model = self._load_language_model()
-        autocast = self._autocast(language_model)
-        record = self._start_record(language_model, text, autocast)
+        inputs = self._inputs or load_model_and_text(
+            self.config,
+            self.plans,
+            self.device,
+            self._progress,
+            language_model=self._language_model,
+            text=self._text,
+            ranks=self.ranks,
+        )
+        record = self._start_record(inputs)
         metrics = MetricsLog(self._sinks())
         try:
             with InterruptionGuard() as guard:
-                runner = SharedPassRunner(
-                    shared_pass_config(
-                        self.config, self.plans, language_model, self.device, autocast=autocast
-                    ),
+                setting = TrainingSetting(
                     config=self.config,
-                    dataset=text.train,
-                    language_model=language_model,
-                    saes=saes,
                     plans=self.plans,
                     folders=self.folders,
                     store=self._store,
                     guard=guard,
                     metrics=metrics,
                     progress=self._progress,
+                    ranks=self.ranks,
                 )
+                runner = self._begin(inputs, setting)
                 if self.checkpoint is not None:
                     self._progress.message(f"resuming from {self.checkpoint.path}")
                     with guard.interruptible():
                         runner.resume(self.checkpoint)
                 runner.run()
-                return self._finish(runner, language_model, text, record, guard)
+                return self._finish(runner, inputs, record, guard)
         except InterruptedBySignalError as interruption:
             if interruption.checkpoint is None and (newest := self._store.newest()):
                 interruption.checkpoint = newest.path
@@ -193,48 +214,24 @@ class MultiScaleRunner:
         finally:
             metrics.close()
 
-    def _load_language_model(self) -> LanguageModel:
-        if self._language_model is None:
-            self._progress.message(f"loading {self.config.model.name}")
-            self._language_model = load_language_model(
-                self.config.model.name,
-                self.config.hooks,
-                device=self.device,
-                dtype=self.config.model.dtype,
-            )
-        widths = hook_widths(self._language_model, self.config.hooks)
-        for plan in self.plans:
-            if widths[plan.hook] != plan.config.d_in:
-                raise InputError(
-                    f"SAE {plan.name!r} has d_in {plan.config.d_in} but the activations at "
-                    f"{plan.hook!r} have width {widths[plan.hook]}: set its d_in to that"
-                )
-        return self._language_model
-
-    def _autocast(self, language_model: LanguageModel) -> bool:
-        setting = self.config.model.autocast
-        if setting != "auto":
-            return setting
-        faster = faster_in_bfloat16(language_model.model, self.config.hooks)
-        outcome = "faster here: on" if faster else "slower here: off"
-        self._progress.message(f"bfloat16 autocast is {outcome}")
-        return faster
-
-    def _load_text(self) -> TextData:
-        if self._text is None:
-            data = self.config.data
-            self._progress.message(f"reading {data.source}")
-            self._text = load_text(
-                data.source,
-                split=data.split,
-                text_column=data.text_column,
-                heldout_documents=data.heldout_documents,
-                seed=derive_seed(self.config.training.seed, "text"),
-                streaming=data.streaming,
-            )
-        return self._text
+    def _begin(self, inputs: Inputs, setting: TrainingSetting) -> TrainingPass:
+        saes = self._saes
+        if isinstance(inputs, CachedInputs):
+            return CachedPass(inputs.cache, setting, saes=saes, device=self.device)
+        cfg = shared_pass_config(
+            self.config, self.plans, inputs.language_model, self.device, autocast=inputs.autocast
+        )
+        return SharedPassRunner(
+            cfg,
+            setting,
+            dataset=inputs.text.train,
+            language_model=inputs.language_model,
+            saes=saes,
+        )
 
     def _sinks(self) -> list[MetricSink]:
+        if not self._leads:
+            return []
         step = 0 if self.checkpoint is None else self.checkpoint.step
         sinks: list[MetricSink] = [JsonLinesSink(self.folders, step)]
         if self._tensorboard:
@@ -247,9 +244,7 @@ class MultiScaleRunner:
             sinks.append(WandbSink(options, self.config.to_dict()))
         return sinks
 
-    def _start_record(
-        self, language_model: LanguageModel, text: TextData, autocast: bool
-    ) -> RunRecord:
+    def _start_record(self, inputs: Inputs) -> RunRecord:
         earlier = (read_run_record(self.output) or {}) if self.checkpoint is not None else {}
         resumed = cast("list[int]", earlier.get("resumed_at_steps", []))
         record = RunRecord(
@@ -258,17 +253,8 @@ class MultiScaleRunner:
                 "versions": software_versions(),
                 "seed": self.config.training.seed,
                 "device": describe_device(self.device),
-                "model": {
-                    "name": language_model.model_name,
-                    "loader": language_model.model_class_name,
-                    "d_model": language_model.d_model,
-                    "n_layers": language_model.n_layers,
-                    "autocast": autocast,
-                },
-                "data": {
-                    "description": text.description,
-                    "heldout_documents": len(text.heldout) + len(text.heldout_tokens),
-                },
+                **inputs.record(),
+                "processes": self.ranks.count,
                 "steps": self.config.total_steps,
                 "tokens": self.config.total_steps * self.config.tokens_per_step,
                 "resumed_at_steps": [
@@ -286,15 +272,15 @@ class MultiScaleRunner:
                 "config": self.config.to_dict(),
             },
             float(earlier.get("wall_seconds", 0.0)),
+            writes=self._leads,
         )
         record.write("running")
         return record
 
     def _finish(
         self,
-        runner: SharedPassRunner,
-        language_model: LanguageModel,
-        text: TextData,
+        runner: TrainingPass,
+        inputs: Inputs,
         record: RunRecord,
         guard: InterruptionGuard,
     ) -> RunResult:
@@ -302,12 +288,16 @@ class MultiScaleRunner:
         speeds = runner.speeds()
         calibrations = self._calibrate(runner)
         samples = self._activation_samples(runner)
+        runner.trainer.leave_ranks()
         runner.trainer.fold_scaling()
         exports: dict[str, ExportReport] = {}
         final_rows: dict[str, dict[str, Any]] = {}
         for plan in self.plans:
             guard.check()
             sae = runner.saes[plan.name]
+            if not self._leads:
+                sae.eval()
+                continue
             final = final_rows[plan.name] = last_row(self.folders[plan.name] / METRICS_FILE)
             calibration = calibrations.get(plan.name)
             self._complete_metadata(sae, final, calibration)
@@ -321,20 +311,21 @@ class MultiScaleRunner:
                 export=json_safe(exports[plan.name].to_dict()),
             )
         record.write("complete", tokens_per_second=speeds.get("overall"))
-        self._store.finish()
+        if self._leads:
+            self._store.finish()
         return RunResult(
             saes=runner.saes,
             folders=self.folders,
             hook_names={plan.name: plan.hook for plan in self.plans},
-            heldout=text.heldout_texts(language_model.tokenizer),
-            language_model=language_model,
+            heldout=inputs.heldout_texts(),
+            language_model=inputs.language_model,
             tokens_per_second=speeds,
             activation_samples=samples,
             exports=exports,
             final_rows=final_rows,
         )
 
-    def _calibrate(self, runner: SharedPassRunner) -> dict[str, dict[str, float]]:
+    def _calibrate(self, runner: TrainingPass) -> dict[str, dict[str, float]]:
         count = self.config.training.calibrate_batches
         wanted = {name: sae for name, sae in runner.saes.items() if needs_calibration(sae)}
         if count == 0 or not wanted:
@@ -349,7 +340,7 @@ class MultiScaleRunner:
             )
         return calibrations
 
-    def _activation_samples(self, runner: SharedPassRunner) -> dict[str, torch.Tensor]:
+    def _activation_samples(self, runner: TrainingPass) -> dict[str, torch.Tensor]:
         batch_size = self.config.training.batch_size_tokens
         batches = runner.fresh_batches(-(-ACTIVATION_SAMPLES // batch_size))
         return {
@@ -372,9 +363,7 @@ class MultiScaleRunner:
             # SAELens' own figure counts the training batches, before the cut was set.
             metadata.l0 = calibration["l0_after"]
 
-    def _export(
-        self, runner: SharedPassRunner, name: str, activations: torch.Tensor
-    ) -> ExportReport:
+    def _export(self, runner: TrainingPass, name: str, activations: torch.Tensor) -> ExportReport:
         folder = self.folders[name]
         # Left by a run that was stopped between two exports; run.json does not say complete.
         (folder / REPORT_FILENAME).unlink(missing_ok=True)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from sae_lens import logger as sae_lens_logger
 from sae_lens.config import HfDataset, LoggingConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
@@ -24,18 +21,32 @@ from sae_lens.saes.sae import TrainingSAE
 from typing_extensions import override
 
 from msae_plugin import upstream
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.training.atomic_files import json_safe
-from msae_plugin.training.capabilities import SupportsRevival
-from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
-from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
-from msae_plugin.training.metrics_log import REVIVALS_FILE, JsonLines, MetricsLog
+from msae_plugin.errors import InputError
+from msae_plugin.training.data_parallel import (
+    load_position,
+    own_batch_size,
+    own_share,
+    positions_of_all,
+    save_positions,
+)
 from msae_plugin.training.models import LanguageModel
-from msae_plugin.training.progress import ProgressDisplay
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.sae_plans import SAEPlan
-from msae_plugin.training.step_trainer import StepOptions
-from msae_plugin.training.trainer import LockstepTrainer
+from msae_plugin.training.training_pass import TrainingPass, TrainingSetting
+
+
+class ModelNames(Protocol):
+    """How a model is named in the metadata of SAEs."""
+
+    @property
+    def model_name(self) -> str:
+        """The name that SAELens and SAEBench load it by."""
+        ...
+
+    @property
+    def model_class_name(self) -> str:
+        """SAELens' name of its loader."""
+        ...
 
 
 class _NotAboutUs(logging.Filter):
@@ -66,7 +77,7 @@ def _without_upstream_remarks() -> Generator[None]:
 def shared_pass_config(
     config: RunConfig,
     plans: list[SAEPlan],
-    language_model: LanguageModel,
+    names: ModelNames,
     device: str,
     *,
     autocast: bool,
@@ -76,7 +87,7 @@ def shared_pass_config(
     Args:
         config: The recipe.
         plans: Its SAEs.
-        language_model: The loaded model, whose recorded name goes into the SAEs' metadata.
+        names: The loaded model, or what is recorded of it, for the SAEs' metadata.
         device: Device of SAEs and activations.
         autocast: Whether the model runs in bfloat16.
     """
@@ -84,8 +95,8 @@ def shared_pass_config(
     return MultiSAETrainingRunnerConfig(
         saes={plan.name: plan.config for plan in plans},
         hook_names={plan.name: plan.hook for plan in plans},
-        model_name=language_model.model_name,
-        model_class_name=language_model.model_class_name,
+        model_name=names.model_name,
+        model_class_name=names.model_class_name,
         # SAELens' own default centres the writing weights, which ours are not.
         model_from_pretrained_kwargs={},
         # Part of every exported cfg.json: a local corpus is named, its place is not told.
@@ -124,192 +135,47 @@ def shared_pass_config(
     )
 
 
-def _own_options(options: StepOptions, plan: SAEPlan) -> StepOptions:
-    return replace(
-        options,
-        lr_floor=options.lr_floor if plan.lr_floor is None else plan.lr_floor,
-        gradient_lr=plan.gradient_lr or options.gradient_lr,
-    )
-
-
-class SharedPassRunner(MultiSAETrainingRunner):
-    """Trains all SAEs of a recipe; the caller finishes and exports them.
+class SharedPassRunner(TrainingPass, MultiSAETrainingRunner):
+    """SAELens' multi-SAE runner with our training: one pass of the language model for all SAEs.
 
     Args:
-        cfg: SAELens' configuration, from `shared_pass_config`.
-        config: The recipe.
+        cfg: SAELens' configuration, from `shared_pass_config`: of the whole run, whatever the
+            number of ranks.
+        setting: The run.
         dataset: The training text.
         language_model: The model.
         saes: The initialised SAEs by name.
-        plans: What they are.
-        folders: Folder of each SAE.
-        store: Where checkpoints go.
-        guard: Knows about signals.
-        metrics: Takes the log rows.
-        progress: Shows them.
     """
 
     def __init__(
         self,
         cfg: MultiSAETrainingRunnerConfig,
+        setting: TrainingSetting,
         *,
-        config: RunConfig,
         dataset: HfDataset,
         language_model: LanguageModel,
         saes: dict[str, TrainingSAE[Any]],
-        plans: list[SAEPlan],
-        folders: Mapping[str, Path],
-        store: CheckpointStore,
-        guard: InterruptionGuard,
-        metrics: MetricsLog,
-        progress: ProgressDisplay,
     ) -> None:
+        own_batch = own_batch_size(cfg.train_batch_size_tokens, setting.ranks)
         with _without_upstream_remarks():
             try:
-                super().__init__(
-                    cfg,
-                    override_dataset=dataset,
+                MultiSAETrainingRunner.__init__(
+                    self,
+                    replace(cfg, train_batch_size_tokens=own_batch),
+                    override_dataset=own_share(dataset, setting.ranks),
                     override_model=language_model.model,
                     override_saes=saes,
                 )
             except StopIteration as error:
                 raise InputError("the data set has no documents left for training") from error
-        self.config = config
-        self._fit_seconds = 0.0
-        self._store = store
-        self._guard = guard
-        self._metrics = metrics
-        self._progress = progress
+        self.cfg = cfg
         upstream.set_sae_metadata(self)
-        self._revivals = {
-            name: JsonLines(folders[name] / REVIVALS_FILE, step_key="logged_at_step")
-            for name, sae in self.saes.items()
-            if isinstance(sae, SupportsRevival)
-        }
-        training = config.training
-        options = StepOptions(
-            accumulation_steps=training.accumulation_steps,
-            weight_decay=training.weight_decay,
-            clip_grad_norm=training.clip_grad_norm,
-            lr_floor=training.lr_floor,
-            gradient_lr=training.gradient_lr,
-        )
-        self.trainer = LockstepTrainer(
-            self.cfg.to_sae_trainer_config(),
-            self.saes,
-            self.cfg.hook_names_per_sae,
-            self.activations_store.get_multi_hook_data_loader(),
-            options=options,
-            own_options={plan.name: _own_options(options, plan) for plan in plans},
-            learning_rates={plan.name: plan.lr for plan in plans if plan.lr is not None},
-            seed=training.seed,
-            log_every=config.logging.every_steps,
-            guard=guard,
-            on_step=lambda trainer: progress.advance(trainer.n_training_samples),
-            on_log=self._log,
-            on_checkpoint=self.save_checkpoint,
-        )
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint: weights, optimisers, schedules, place in the corpus.
-
-        Raises:
-            InputError: If a file of the checkpoint cannot be read or does not fit.
-        """
-        self.trainer.load_checkpoint(checkpoint.path)
-        self.activations_store.load_from_checkpoint(checkpoint.path)
+        self.begin(setting, self.activations_store.get_multi_hook_data_loader())
 
     @override
-    def run(self) -> dict[str, TrainingSAE[Any]]:
-        """Train to the end and write the checkpoint of the finished training.
+    def go_to_place(self, folder: Path) -> None:
+        load_position(self.activations_store, folder, self.ranks)
 
-        Raises:
-            InterruptedBySignalError: With the checkpoint that was written.
-            RunFailure: When training diverged; the last good checkpoint stays.
-        """
-        step = self.trainer.n_training_steps
-        for revivals in self._revivals.values():
-            revivals.truncate_after(step)
-            # An empty file says that nothing was revived; none would say that nobody looked.
-            revivals.path.parent.mkdir(parents=True, exist_ok=True)
-            revivals.path.touch()
-        self._progress.start(
-            self.cfg.total_training_tokens, self.trainer.n_training_samples, list(self.saes)
-        )
-        started = time.perf_counter()
-        try:
-            saes = self.trainer.fit()
-            self._fit_seconds = time.perf_counter() - started
-            if self.trainer.n_training_steps > step:
-                self.save_checkpoint()
-            return saes
-        except InterruptedBySignalError as interruption:
-            self._progress.stop()
-            if self.trainer.n_training_steps > step:
-                interruption.checkpoint = self.save_checkpoint()
-            elif (newest := self._store.newest()) is not None:
-                interruption.checkpoint = newest.path
-            raise
-        except RunFailure as failure:
-            newest = self._store.newest()
-            kept = (
-                "no checkpoint had been written"
-                if newest is None
-                else f"the last good checkpoint is {newest.path}"
-            )
-            raise RunFailure(f"{failure}; {kept}") from failure
-        finally:
-            self._progress.stop()
-            self.flush()
-
-    def _log(self, name: str, row: dict[str, float]) -> None:
-        self._metrics.write(name, row)
-        self._progress.metrics(name, row)
-        self._drain_revivals(name, int(row["step"]))
-
-    def _drain_revivals(self, name: str, step: int) -> None:
-        sae = self.saes[name]
-        if isinstance(sae, SupportsRevival):
-            for event in sae.pop_events():
-                self._revivals[name].append({"logged_at_step": step, **event})
-
-    def flush(self) -> None:
-        """Put every log line onto the disk."""
-        for name in self._revivals:
-            self._drain_revivals(name, self.trainer.n_training_steps)
-        for revivals in self._revivals.values():
-            revivals.flush()
-        self._metrics.flush()
-
-    def save_checkpoint(self) -> Path:
-        """Write a checkpoint of this moment; the logs up to it are on the disk before it is."""
-        self.flush()
-        trainer = self.trainer
-        return self._store.save(
-            trainer.n_training_steps,
-            trainer.n_training_samples,
-            self.config.to_dict(),
-            self._write_files,
-        )
-
-    def _write_files(self, folder: Path) -> None:
-        self.trainer.write_checkpoint(folder)
-        self.activations_store.save_to_checkpoint(folder)
-        runner_config = json.dumps(json_safe(self.cfg.to_dict()))
-        (folder / RUNNER_CFG_FILENAME).write_text(runner_config, encoding="utf-8")
-
-    def fresh_batches(self, count: int) -> list[dict[str, torch.Tensor]]:
-        """Mini-batches that no SAE has seen in this epoch, (tokens, d_in) by hook."""
-        return [self.trainer.next_batch() for _ in range(count)]
-
-    def speeds(self) -> dict[str, float]:
-        """Tokens per second of this session: each SAE's own steps, and `overall` with the model.
-
-        Empty when no step was left to do.
-        """
-        trainers = self.trainer.step_trainers
-        tokens = next(iter(trainers.values())).session_tokens
-        if tokens == 0:
-            return {}
-        own = {name: trainer.tokens_per_second for name, trainer in trainers.items()}
-        return {**own, "overall": tokens / self._fit_seconds}
+    @override
+    def place_writer(self) -> Callable[[Path], None]:
+        return partial(save_positions, positions_of_all(self.activations_store, self.ranks))

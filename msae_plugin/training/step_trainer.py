@@ -16,8 +16,10 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.errors import RunFailure
 from msae_plugin.training.capabilities import SupportsRevival
+from msae_plugin.training.data_parallel import share_batches
 from msae_plugin.training.metrics_log import TrainingWindow, scalar
 from msae_plugin.training.optimisers import build_optimiser
 from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule
@@ -54,7 +56,8 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         name: Its name in messages.
         options: See `StepOptions`.
         total_steps: Length of the run in steps, for the learning-rate schedule.
-        stream: Where the SAE's own random numbers come from.
+        stream: Where the SAE's own random numbers come from; the same on all ranks.
+        ranks: The processes that share each mini-batch.
     """
 
     def __init__(
@@ -66,11 +69,13 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         options: StepOptions,
         total_steps: int,
         stream: RandomStream,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(cfg=cfg, sae=sae, data_provider=iter(()))
         self.name = name
         self.options = options
         self.stream = stream
+        self.ranks = ranks
         self.window = TrainingWindow()
         self.seconds = 0.0
         self.session_tokens = 0
@@ -101,6 +106,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         )
         if isinstance(sae, SupportsRevival):
             sae.attach_optimizer(self.optimizer)
+        share_batches(sae, name, ranks)
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
@@ -121,7 +127,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.sae.train()
             outputs = [self._forward_backward(batch, len(batches)) for batch in batches]
             self._update(outputs, batches)
-        n_tokens = sum(len(batch) for batch in batches)
+        n_tokens = sum(len(batch) for batch in batches) * self.ranks.count
         self.n_training_samples += n_tokens
         self.session_tokens += n_tokens
         self.seconds += time.perf_counter() - started
@@ -154,20 +160,25 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         frequency = firing.sum(0)
         if frequency.is_sparse:
             frequency = frequency.to_dense()
+        own = frequency.sum()
+        frequency = self.ranks.sum(frequency)
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[frequency > 0] = 0
         self.act_freq_scores += frequency
-        self.n_frac_active_samples += n_tokens
-        return frequency.sum()
+        self.n_frac_active_samples += n_tokens * self.ranks.count
+        return own
 
     def _update(self, outputs: list[TrainStepOutput], batches: Sequence[torch.Tensor]) -> None:
+        self.ranks.average_gradients(self.sae.parameters())
         max_norm = self.options.clip_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(
             self.sae.parameters(), math.inf if max_norm is None else max_norm
         )
         # One transfer for everything that must be known before the weights change.
         losses = [output.loss.detach().float() for output in outputs]
-        *loss_values, self.gradient_norm = torch.stack([*losses, norm.float()]).tolist()
+        *loss_values, self.gradient_norm = self.ranks.mean(
+            torch.stack([*losses, norm.float()])
+        ).tolist()
         if not all(map(math.isfinite, [*loss_values, self.gradient_norm])):
             self.optimizer.zero_grad()
             raise RunFailure(self._describe_divergence(loss_values, batches))
@@ -190,7 +201,8 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def _describe_divergence(self, losses: list[float], batches: Sequence[torch.Tensor]) -> str:
         step = self.n_training_steps + 1
-        if not all(bool(torch.isfinite(batch).all()) for batch in batches):
+        bad = sum(int(not torch.isfinite(batch).all()) for batch in batches)
+        if int(self.ranks.sum(torch.tensor(bad))):
             return (
                 f"step {step}: the language model's activations for SAE {self.name!r} hold NaN or "
                 "infinity: check model.dtype and model.autocast"
@@ -216,7 +228,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         row: dict[str, float] = {
             "step": self.n_training_steps,
             "tokens": self.n_training_samples,
-            **self.window.read(),
+            **self.window.read(self.ranks),
             "dead_latents": int(self.dead_neurons.sum().item()),
             "lr": self.learning_rate,
             "gradient_norm": self.gradient_norm,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
 from msae_plugin import upstream
+from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.errors import InputError
+from msae_plugin.training.data_parallel import (
+    gathered,
+    same_weights_everywhere,
+    share_batches,
+    stop_together,
+)
 from msae_plugin.training.interruption import InterruptionGuard
 from msae_plugin.training.seeding import RandomStream, derive_seed
 from msae_plugin.training.step_trainer import StepOptions, StepTrainer
@@ -42,10 +50,12 @@ class LockstepTrainer(MultiSAETrainer):
     """SAELens' trainer of several SAEs on one stream of activations, over our `StepTrainer`s.
 
     Args:
-        cfg: SAELens' configuration; `total_training_samples` is a multiple of one step's tokens.
+        cfg: SAELens' configuration; `total_training_samples` is a multiple of one step's tokens,
+            `train_batch_size_samples` the size of a mini-batch over all ranks.
         saes: The SAEs by name.
         hook_names: Hook of each SAE.
-        data_provider: Yields a dictionary of (tokens, d_in) activations by hook.
+        data_provider: Yields a dictionary of (tokens, d_in) activations by hook: this rank's share
+            of a mini-batch.
         options: Step options of the run.
         own_options: Step options of the SAEs that have their own; the accumulation is the run's.
         learning_rates: Learning rate of each SAE that has its own.
@@ -55,6 +65,7 @@ class LockstepTrainer(MultiSAETrainer):
         on_step: Called after each step with this trainer.
         on_log: Called with an SAE's name and its log row.
         on_checkpoint: Called when a checkpoint is due.
+        ranks: The processes that share each mini-batch.
     """
 
     step_trainers: dict[str, StepTrainer]
@@ -75,11 +86,13 @@ class LockstepTrainer(MultiSAETrainer):
         on_step: Callable[[LockstepTrainer], None] | None = None,
         on_log: Callable[[str, dict[str, float]], None] | None = None,
         on_checkpoint: Callable[[], object] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(
             cfg=cfg, saes=dict(saes), hook_names=dict(hook_names), data_provider=data_provider
         )
         self.options = options
+        self.ranks = ranks
         self._own_options = own_options or {}
         self.tokens_per_step = cfg.train_batch_size_samples * options.accumulation_steps
         self.total_steps = cfg.total_training_samples // self.tokens_per_step
@@ -118,6 +131,7 @@ class LockstepTrainer(MultiSAETrainer):
             options=self._own_options.get(name, self.options),
             total_steps=self.total_steps,
             stream=RandomStream(derive_seed(self._seed, "steps", name), cfg.device),
+            ranks=self.ranks,
         )
 
     def next_batch(self) -> dict[str, torch.Tensor]:
@@ -127,7 +141,7 @@ class LockstepTrainer(MultiSAETrainer):
             InputError: If the corpus is too small to fill the buffer.
         """
         try:
-            with self._data_stream.active(), self._guard.interruptible():
+            with self._data_stream.active(), self._waiting():
                 return next(self.data_provider)
         # How SAELens' generators end when even a second epoch gives no full sequence.
         except (StopIteration, RuntimeError, ValueError) as error:
@@ -150,9 +164,10 @@ class LockstepTrainer(MultiSAETrainer):
             RunFailure: If a loss is not finite.
         """
         self.prepare_scaling()
+        same_weights_everywhere(self.saes, self.ranks)
         self._clock = _Clock(self.n_training_samples)
         while self.n_training_samples < self.cfg.total_training_samples:
-            self._guard.check()
+            stop_together(self._guard, self.ranks)
             self._one_step()
             if (
                 self.checkpoint_thresholds
@@ -167,8 +182,16 @@ class LockstepTrainer(MultiSAETrainer):
 
     def prepare_scaling(self) -> None:
         """Estimate each SAE's activation scaling on fresh batches, where it needs one."""
-        with self._data_stream.active(), self._guard.interruptible():
-            upstream.estimate_scaling_factors(self)
+        with self._data_stream.active(), self._waiting():
+            own, self.data_provider = self.data_provider, gathered(self.data_provider, self.ranks)
+            try:
+                upstream.estimate_scaling_factors(self)
+            finally:
+                self.data_provider = own
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        # Of several ranks none may leave by itself: all stop at the same step.
+        return self._guard.interruptible() if self.ranks.count == 1 else nullcontext()
 
     def _one_step(self) -> None:
         for trainer in self.step_trainers.values():
@@ -200,6 +223,13 @@ class LockstepTrainer(MultiSAETrainer):
             for threshold in self.checkpoint_thresholds
             if threshold >= self.n_training_samples
         ]
+
+    def leave_ranks(self) -> None:
+        """The other processes are needed no more: what follows, this one does alone."""
+        self.ranks = ALONE
+        for name, trainer in self.step_trainers.items():
+            trainer.ranks = ALONE
+            share_batches(self.saes[name], name, ALONE)
 
     def scaled(self, name: str, activations: torch.Tensor) -> torch.Tensor:
         """Raw activations (tokens, d_in) as the SAE's training batches see them."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.training.models import LanguageModel
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
@@ -56,13 +57,16 @@ def train(
 ) -> Callable[..., RunResult]:
     """Run the recipe, with changes `key.path=value`, in this process."""
 
-    def run(output: Path, *overrides: str, resume: str | None = None) -> RunResult:
+    def run(
+        output: Path, *overrides: str, resume: str | None = None, ranks: Ranks = ALONE
+    ) -> RunResult:
         return MultiScaleRunner(
             RunConfig.from_dict(copy.deepcopy(recipe), overrides),
             output,
             resume=resume,
             language_model=tiny_language_model,
             text=tiny_text,
+            ranks=ranks,
         ).run()
 
     return run

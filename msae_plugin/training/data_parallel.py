@@ -1,0 +1,240 @@
+"""Training with several processes, started by torchrun: each has a share of every mini-batch.
+
+    torchrun --nproc-per-node 4 -m msae_plugin train --config X.yaml --output DIR
+
+All ranks hold the same SAEs. Gradients are averaged, and what is computed over the tokens of a
+batch is computed over those of all ranks (`architecture.ranks`), so that the weights are those that
+one process would have trained on the whole batches, to rounding. Rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from sae_lens.config import HfDataset
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
+from sae_lens.saes.gated_sae import GatedTrainingSAE
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.standard_sae import StandardTrainingSAE
+from sae_lens.saes.topk_sae import TopKTrainingSAE
+from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from typing_extensions import override
+
+from msae_plugin.architecture.ranks import ALONE, ProcessRanks, Ranks
+from msae_plugin.architecture.selection import batch_top_k
+from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.training.capabilities import SupportsRanks
+from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# A rank that reads a larger share of the text, or saves, may let the others wait for this long.
+_PATIENCE = timedelta(minutes=30)
+# Their losses are means over tokens and nothing else of theirs depends on the batch.
+_PER_TOKEN = (StandardTrainingSAE, GatedTrainingSAE, JumpReLUTrainingSAE, TopKTrainingSAE)
+
+
+@contextmanager
+def launched_ranks(device: str) -> Generator[Ranks]:
+    """The processes that torchrun started, or this one alone.
+
+    Args:
+        device: `model.device` of the recipe: CUDA tensors go over NCCL, others over gloo. With
+            CUDA each process takes the device of its local rank.
+
+    Yields:
+        `ALONE` without torchrun or under it with one process.
+
+    Raises:
+        InputError: There are more processes than devices, or the device is not for several.
+        RunFailure: The processes do not find each other.
+    """
+    if any(name not in os.environ for name in _TORCHRUN) or int(os.environ["WORLD_SIZE"]) == 1:
+        yield ALONE
+        return
+    backend = "gloo"
+    if device == "mps":
+        raise InputError("model.device mps has one process: start it without torchrun")
+    if device != "cpu" and torch.cuda.is_available():
+        local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= here:
+            raise InputError(
+                f"torchrun started {local + 1} or more processes here and there are {here} CUDA "
+                "devices: lower --nproc-per-node, or set model.device to cpu"
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        distributed.init_process_group(backend, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunFailure(f"the processes of torchrun do not find each other: {reason}") from error
+    try:
+        yield ProcessRanks()
+    finally:
+        # Nothing is waited for: on the way out of a failure the others may be gone.
+        distributed.destroy_process_group()
+
+
+def own_share(dataset: HfDataset, ranks: Ranks) -> HfDataset:
+    """The documents of a data set that are this rank's, by `datasets`' own rule."""
+    if ranks.count == 1:
+        return dataset
+    node = {"rank": ranks.rank, "world_size": ranks.count}
+    if isinstance(dataset, IterableDataset):
+        return split_dataset_by_node(dataset, **node)
+    assert isinstance(dataset, Dataset), "load_text gives nothing else"
+    return split_dataset_by_node(dataset, **node)
+
+
+def own_batch_size(batch_size: int, ranks: Ranks) -> int:
+    """This rank's share of a mini-batch.
+
+    Raises:
+        InputError: It cannot be shared equally.
+    """
+    if batch_size % ranks.count:
+        raise InputError(
+            f"training.batch_size_tokens = {batch_size} cannot be shared by {ranks.count} "
+            f"processes: make it a multiple of {ranks.count}"
+        )
+    return batch_size // ranks.count
+
+
+def gathered(
+    batches: Iterator[Mapping[str, torch.Tensor]], ranks: Ranks
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Whole mini-batches, of all ranks' shares; every rank gets the same."""
+    for batch in batches:
+        yield {hook: ranks.concatenated(rows)[0] for hook, rows in batch.items()}
+
+
+def positions_of_all(store: ActivationsStore, ranks: Ranks) -> list[int]:
+    """How many documents of its share each rank has read."""
+    own = torch.tensor([store.n_dataset_processed], dtype=torch.int64)
+    return [int(n) for n in ranks.concatenated(own)[0].tolist()]
+
+
+def save_positions(positions: Sequence[int], folder: Path) -> None:
+    """Write them into a checkpoint: rank 0's as SAELens names it, the others' beside it."""
+    for rank, position in enumerate(positions):
+        state = {"n_dataset_processed": torch.tensor(position)}
+        save_file(state, folder / _position_file(rank))
+
+
+def load_position(store: ActivationsStore, folder: Path, ranks: Ranks) -> None:
+    """Put a store where this rank's share of the text goes on.
+
+    A checkpoint of another number of ranks says how much of the text was read, not which documents:
+    each rank then goes on at its part of that number.
+    """
+    written = 0
+    while (folder / _position_file(written)).exists():
+        written += 1
+    if written == ranks.count:
+        store.load(str(folder / _position_file(ranks.rank)))
+        return
+    files = [load_file(folder / _position_file(rank)) for rank in range(written)]
+    read = sum(int(state["n_dataset_processed"]) for state in files)
+    with TemporaryDirectory() as temporary:
+        save_positions([read // ranks.count], Path(temporary))
+        store.load(str(Path(temporary) / _position_file(0)))
+
+
+def _position_file(rank: int) -> str:
+    name = Path(ACTIVATIONS_STORE_STATE_FILENAME)
+    return name.name if rank == 0 else f"{name.stem}.rank{rank}{name.suffix}"
+
+
+def same_weights_everywhere(saes: Mapping[str, TrainingSAE[Any]], ranks: Ranks) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if ranks.count == 1:
+        return
+    with torch.no_grad():
+        for sae in saes.values():
+            for tensor in sae.state_dict().values():
+                tensor.copy_(ranks.first(tensor))
+
+
+def stop_together(guard: InterruptionGuard, ranks: Ranks) -> None:
+    """Raise on every rank when a signal has arrived at one of them.
+
+    Raises:
+        InterruptedBySignalError: If one has.
+    """
+    if ranks.count == 1:
+        guard.check()
+        return
+    number = int(ranks.largest(torch.tensor(guard.requested or 0)))
+    if number:
+        raise InterruptedBySignalError(number)
+
+
+def share_batches(sae: TrainingSAE[Any], name: str, ranks: Ranks) -> None:
+    """Let an SAE compute what depends on the batch over the batches of all ranks.
+
+    Args:
+        sae: The SAE; SAELens' architectures are accepted where that is possible.
+        name: Its name in messages.
+        ranks: The processes; `ALONE` ends it.
+
+    Raises:
+        InputError: The architecture is not known to give the same weights on several ranks.
+    """
+    if isinstance(sae, SupportsRanks):
+        sae.attach_ranks(ranks)
+    elif isinstance(sae, BatchTopKTrainingSAE):
+        _share_batchtopk(sae, ranks)
+    elif ranks.count == 1:
+        return
+    elif not isinstance(sae, _PER_TOKEN):
+        raise InputError(
+            f"SAE {name!r}: architecture {sae.cfg.architecture()!r} is not known to train to the "
+            "same weights on several processes: train it without torchrun"
+        )
+
+
+def _share_batchtopk(sae: BatchTopKTrainingSAE, ranks: Ranks) -> None:
+    vars(sae).pop("update_topk_threshold", None)
+    if isinstance(sae.activation_fn, _BatchTopKOverRanks):
+        sae.activation_fn = sae.get_activation_fn()
+    if ranks.count == 1:
+        return
+    update = sae.update_topk_threshold
+
+    def update_over_ranks(acts_topk: torch.Tensor) -> None:
+        positive = acts_topk[acts_topk > 0]
+        lowest = positive.min() if positive.numel() else acts_topk.new_tensor(torch.inf)
+        lowest = ranks.smallest(lowest)
+        update(torch.where(torch.isfinite(lowest), lowest, 0)[None])
+
+    sae.activation_fn = _BatchTopKOverRanks(float(sae.cfg.k), ranks)
+    sae.update_topk_threshold = update_over_ranks
+
+
+class _BatchTopKOverRanks(BatchTopK):
+    """SAELens' BatchTopK over the pre-activations of all ranks."""
+
+    def __init__(self, k: float, ranks: Ranks) -> None:
+        super().__init__(k)
+        self._ranks = ranks
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = batch_top_k(flat.detach(), flat.detach(), self.k, [], ranks=self._ranks)
+        kept = torch.zeros_like(flat, dtype=torch.bool)
+        kept[chosen.tokens, chosen.latents] = True
+        return x.relu() * kept.reshape(x.shape)

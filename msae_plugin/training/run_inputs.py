@@ -1,0 +1,122 @@
+"""What a run reads: the model and the text, loaded and checked against the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation.model_pass import faster_in_bfloat16
+from msae_plugin.training.models import LanguageModel, hook_widths, load_language_model
+from msae_plugin.training.progress import ProgressDisplay
+from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.sae_plans import SAEPlan
+from msae_plugin.training.seeding import derive_seed
+from msae_plugin.training.text_data import TextData, load_text
+
+
+@dataclass(frozen=True)
+class ModelAndText:
+    """A loaded model and its text.
+
+    Attributes:
+        language_model: The model.
+        text: The text.
+        autocast: Whether the model runs in bfloat16.
+    """
+
+    language_model: LanguageModel
+    text: TextData
+    autocast: bool
+
+    def record(self) -> dict[str, Any]:
+        """`model` and `data` of a `run.json`."""
+        model, text = self.language_model, self.text
+        return {
+            "model": {
+                "name": model.model_name,
+                "loader": model.model_class_name,
+                "d_model": model.d_model,
+                "n_layers": model.n_layers,
+                "autocast": self.autocast,
+            },
+            "data": {
+                "description": text.description,
+                "heldout_documents": len(text.heldout) + len(text.heldout_tokens),
+            },
+        }
+
+    def heldout_texts(self) -> list[str]:
+        """The documents that were kept from training."""
+        return self.text.heldout_texts(self.language_model.tokenizer)
+
+
+def load_model_and_text(
+    config: RunConfig,
+    plans: list[SAEPlan],
+    device: str,
+    progress: ProgressDisplay,
+    *,
+    language_model: LanguageModel | None = None,
+    text: TextData | None = None,
+    ranks: Ranks = ALONE,
+) -> ModelAndText:
+    """Load what is not given.
+
+    Args:
+        config: The recipe.
+        plans: Its SAEs.
+        device: Where the model goes.
+        progress: Told what is loaded.
+        language_model: Used instead of `config.model.name`.
+        text: Used instead of `config.data.source`.
+        ranks: The processes of the run, which agree on the autocast.
+
+    Raises:
+        InputError: The model or the text cannot be read, or an SAE does not fit the activations.
+    """
+    # The text first: a wrong path must not cost the minutes that a large model takes.
+    if text is None:
+        text = _load_text(config, progress)
+    if language_model is None:
+        progress.message(f"loading {config.model.name}")
+        language_model = load_language_model(
+            config.model.name, config.hooks, device=device, dtype=config.model.dtype
+        )
+    widths = hook_widths(language_model, config.hooks)
+    for plan in plans:
+        if widths[plan.hook] != plan.config.d_in:
+            raise InputError(
+                f"SAE {plan.name!r} has d_in {plan.config.d_in} but the activations at "
+                f"{plan.hook!r} have width {widths[plan.hook]}: set its d_in to that"
+            )
+    return ModelAndText(language_model, text, _autocast(config, language_model, progress, ranks))
+
+
+def _load_text(config: RunConfig, progress: ProgressDisplay) -> TextData:
+    data = config.data
+    progress.message(f"reading {data.source}")
+    return load_text(
+        data.source,
+        split=data.split,
+        text_column=data.text_column,
+        heldout_documents=data.heldout_documents,
+        seed=derive_seed(config.training.seed, "text"),
+        streaming=data.streaming,
+    )
+
+
+def _autocast(
+    config: RunConfig, language_model: LanguageModel, progress: ProgressDisplay, ranks: Ranks
+) -> bool:
+    setting = config.model.autocast
+    if setting != "auto":
+        return setting
+    measured = faster_in_bfloat16(language_model.model, config.hooks)
+    faster = bool(ranks.first(torch.tensor(measured)))
+    outcome = "faster here: on" if faster else "slower here: off"
+    progress.message(f"bfloat16 autocast is {outcome}")
+    return faster

@@ -1,0 +1,204 @@
+"""A cache holds what the live pass gives, is refused when it is of something else, and survives."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from msae_plugin.errors import InputError
+from msae_plugin.training import caching
+from msae_plugin.training.activation_cache import CachedActivations, open_cache
+from msae_plugin.training.caching import make_cache
+from msae_plugin.training.models import LanguageModel
+from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.runner import MultiScaleRunner, RunResult
+from msae_plugin.training.text_data import TextData
+
+Train = Callable[..., RunResult]
+Cache = Callable[..., CachedActivations]
+HOOK = "blocks.1.hook_resid_post"
+MSAE = "sae={preset: default, d_sae: 96, k: 8, normalize_activations: expected_average_only_in}"
+SHORT = ("training.norm_estimate_batches=4", "training.tokens=1280")
+
+
+@pytest.fixture
+def cache(recipe: dict[str, Any], tiny_language_model: LanguageModel, tiny_text: TextData) -> Cache:
+    def made(output: Path, *overrides: str) -> CachedActivations:
+        config = RunConfig.from_dict(copy.deepcopy(recipe), overrides)
+        return make_cache(config, output, language_model=tiny_language_model, text=tiny_text)
+
+    return made
+
+
+@pytest.fixture
+def train_from(recipe: dict[str, Any]) -> Callable[..., RunResult]:
+    """Train without any model or text: there is none that could be read."""
+
+    def run(output: Path, folder: Path, *overrides: str, resume: str | None = None) -> RunResult:
+        changes = (*overrides, f"cached_activations={folder}")
+        config = RunConfig.from_dict(copy.deepcopy(recipe), changes)
+        return MultiScaleRunner(config, output, resume=resume).run()
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "sae" / "sae_weights.safetensors")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_from_the_cache_is_training_from_the_model(
+    train: Train, cache: Cache, train_from: Train, tmp_path: Path, accumulation: int
+) -> None:
+    changes = (MSAE, *SHORT, f"training.accumulation_steps={accumulation}")
+    live = train(tmp_path / "live", *changes)
+    cache(tmp_path / "cache", *changes)
+    cached = train_from(tmp_path / "run", tmp_path / "cache", *changes)
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "live")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(cached.activation_samples[HOOK], live.activation_samples[HOOK])
+    assert (cached.language_model, cached.heldout) == (None, [])
+    assert cached.saes["sae"].cfg.metadata == live.saes["sae"].cfg.metadata
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "live")]
+    for key in ("model", "data", "steps", "tokens"):
+        assert runs[0][key] == runs[1][key]
+
+
+def test_a_run_from_the_cache_can_be_resumed(
+    cache: Cache, train_from: Train, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "cache", tmp_path / "run"
+    cache(folder, MSAE, *SHORT)
+    train_from(tmp_path / "whole", folder, MSAE, *SHORT, "training.n_checkpoints=1")
+    checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    out.mkdir()
+    (out / "checkpoints").mkdir()
+    checkpoints[0].rename(out / "checkpoints" / checkpoints[0].name)
+    (out / "run.json").write_text('{"status": "interrupted"}')
+    train_from(out, folder, MSAE, *SHORT, "training.n_checkpoints=1", resume="auto")
+    ours, theirs = weights(out), weights(tmp_path / "whole")
+    # The penalty's chunks are drawn anew after a resume; the activations are the same.
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0.05, atol=0.02, msg=name)
+    run = json.loads((out / "run.json").read_text())
+    assert run["resumed_at_steps"] == [int(checkpoints[0].name) // 128]
+
+
+def test_it_is_kept_in_the_models_precision(cache: Cache, tmp_path: Path) -> None:
+    found = cache(tmp_path, "model.autocast=true", *SHORT)
+    assert found.tensors[HOOK].dtype == torch.float32
+    assert found.autocast
+    assert found.rows == 1280 + 4 * 128 + 4096
+    assert found.tensors[HOOK].abs().sum(dim=1).min() > 0
+
+
+def test_the_model_stops_at_the_last_hook(
+    cache: Cache, tmp_path: Path, tiny_language_model: LanguageModel, monkeypatch: Any
+) -> None:
+    layers: list[Any] = []
+    original = tiny_language_model.model.run_with_cache
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        layers.append(kwargs.get("stop_at_layer"))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(tiny_language_model.model, "run_with_cache", recorded)
+    cache(tmp_path, *SHORT)
+    # The first one asks for the widths of the hooks.
+    assert set(layers[1:]) == {2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.context_size=16", r"data.context_size was 32 and the recipe has 16"),
+        ("data.prepend_bos=false", r"data.prepend_bos was True"),
+        ("data.heldout_documents=10", r"data.heldout_documents was 20"),
+        ("model.dtype=bfloat16", r"model.dtype was 'float32'"),
+        ("data.source=elsewhere", r"data.source was "),
+        ("model.name=gpt2", r"model.name was "),
+        ("model.autocast=true", r"made with model.autocast False and the recipe has True"),
+        ("hooks=[blocks.0.hook_resid_post]", r"has no hook 'blocks.0.hook_resid_post'"),
+        ("training.tokens=2560", r"holds \d+ activations and the recipe needs \d+"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(
+    cache: Cache, train_from: Train, tmp_path: Path, change: str, message: str
+) -> None:
+    cache(tmp_path / "cache", *SHORT)
+    with pytest.raises(InputError, match=message):
+        train_from(tmp_path / "out", tmp_path / "cache", *SHORT, change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_was_changed_is_noticed(
+    cache: Cache, train_from: Train, tmp_path: Path, tiny_corpus: Path
+) -> None:
+    corpus = tmp_path / "notes.jsonl"
+    corpus.write_text(tiny_corpus.read_text())
+    cache(tmp_path / "cache", *SHORT, f"data.source={corpus}")
+    corpus.write_text(tiny_corpus.read_text() + '{"text": "more"}\n')
+    with pytest.raises(InputError, match=r"size of data.source was"):
+        train_from(tmp_path / "out", tmp_path / "cache", *SHORT, f"data.source={corpus}")
+
+
+def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = cache(tmp_path / "whole", *SHORT)
+    folder = tmp_path / "cache"
+    appended = 0
+    append = caching.CacheWriter.append
+
+    def killed(writer: Any, batch: Any) -> None:
+        nonlocal appended
+        append(writer, batch)
+        appended += 1
+        if appended == 12:
+            raise SystemExit("killed")
+
+    monkeypatch.setattr(caching, "SECONDS_BETWEEN_SAVES", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(caching.CacheWriter, "append", killed)
+        with pytest.raises(SystemExit):
+            cache(folder, *SHORT)
+    with pytest.raises(InputError, match="holds an unfinished cache of activations"):
+        open_cache(folder)
+    with pytest.raises(InputError, match="unfinished cache of other activations"):
+        cache(folder, *SHORT, "data.context_size=16")
+    continued = cache(folder, *SHORT)
+    rows, expected = continued.tensors[HOOK], whole.tensors[HOOK]
+    assert torch.equal(rows[: 11 * 128], expected[: 11 * 128])
+    assert rows.shape == expected.shape
+    assert rows.abs().sum(dim=1).min() > 0
+    assert not (folder / "progress.json").exists()
+    # The rest is of later text, not of the beginning again.
+    late = torch.cdist(rows[-512:], rows[:512]).min(dim=1).values
+    assert (late > 0).float().mean() > 0.9
+
+
+def test_nothing_is_overwritten(cache: Cache, tmp_path: Path) -> None:
+    cache(tmp_path / "cache", *SHORT)
+    with pytest.raises(InputError, match="holds a complete cache: train from it with --set"):
+        cache(tmp_path / "cache", *SHORT)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is not empty and holds no cache"):
+        cache(tmp_path / "other", *SHORT)
+
+
+def test_a_damaged_file_is_named(cache: Cache, tmp_path: Path) -> None:
+    cache(tmp_path, *SHORT)
+    path = tmp_path / f"{HOOK}.bin"
+    with path.open("r+b") as handle:
+        handle.truncate(100)
+    with pytest.raises(InputError, match=r"resid_post.bin' is damaged"):
+        open_cache(tmp_path)
+    with pytest.raises(InputError, match=r"holds no cache of activations: run msae cache"):
+        open_cache(tmp_path / "nowhere")

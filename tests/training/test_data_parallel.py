@@ -1,0 +1,57 @@
+"""Two ranks of half the batch are one rank of the whole batch, in every mechanism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rank_cases import CASES, MULTISCALE, Outcome, build, run_alone, run_ranks
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome | str]]:
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"))
+
+
+def outcomes(two_ranks: list[dict[str, Outcome | str]], case: str) -> list[Outcome]:
+    found = [of_rank.get(case, "an earlier case failed") for of_rank in two_ranks]
+    assert all(isinstance(outcome, Outcome) for outcome in found), found
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_of_half_the_batch_are_one_of_the_whole(
+    two_ranks: list[dict[str, Outcome | str]], case: str
+) -> None:
+    first, second = outcomes(two_ranks, case)
+    alone = run_alone(case)
+    for name, value in alone.state.items():
+        # Parameters are float64, statistics float32: both to rounding, after twelve steps of Adam.
+        torch.testing.assert_close(first.state[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        assert torch.equal(first.state[name], second.state[name]), name
+    assert torch.equal(first.dead, alone.dead)
+    assert torch.equal(second.dead, alone.dead)
+    assert first.calibration == pytest.approx(alone.calibration, rel=1e-5)
+    assert second.calibration == first.calibration
+    assert len(first.rows) == len(alone.rows) > 0
+    for ours, theirs in zip(first.rows, alone.rows, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"tokens_per_second", "step_tokens_per_second"}:
+            # The sketch's error is the small difference of float32 numbers of size one.
+            atol = 1e-5 if key == "metrics/sketch_error" else 1e-6
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=atol, nan_ok=True), key
+    assert second.events == first.events
+    assert len(first.events) == len(alone.events)
+    assert bool(alone.events) == ("revival_every" in MULTISCALE.get(case, {}))
+    for ours, theirs in zip(first.events, alone.events, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            exact = isinstance(value, str)
+            assert value == (theirs[key] if exact else pytest.approx(theirs[key], rel=1e-4)), key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cases_train(case: str) -> None:
+    before = build(case)[0].state_dict()
+    after = run_alone(case).state
+    moved = (after["W_dec"] - before["W_dec"]).abs().max()
+    assert moved > 0.05
