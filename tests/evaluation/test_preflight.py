@@ -21,6 +21,7 @@ from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight import Finding, preflight
 from msae_plugin.evaluation.preflight_data import core_bytes
 from msae_plugin.evaluation.preflight_model import as_missing
+from msae_plugin.evaluation.toy_instruct.tokeniser import word_tokeniser
 
 HOOK = "blocks.1.hook_resid_post"
 SMOLLM = "packaged:smollm2-135m"
@@ -348,6 +349,30 @@ def test_unlearning_data_are_named() -> None:
     found = [str(finding) for finding in find({"unlearning": settings}, None)]
     assert any("forget_corpus" in line and "gated" in line for line in found)
     assert any("human_aging" in line for line in found)
+
+
+def test_prompt_formats(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A tokenizer without a chat template, one with it, and one that does not know the letters."""
+    text, asked = tmp_path / "text.jsonl", tmp_path / "questions.json"
+    text.write_text('{"text": "one"}\n')
+    question = {"question": "which?", "choices": ["a", "b", "c", "d"], "answer": 0}
+    asked.write_text(json.dumps([question]))
+    settings = {
+        "dataset_names": ["wmdp-bio", "human_aging"],
+        "questions": {"wmdp-bio": str(asked), "human_aging": str(asked)},
+        "forget_corpus": str(text),
+        "retain_corpus": str(text),
+    }
+    (finding,) = find({"unlearning": settings}, str(tiny_model_dir))
+    assert finding.what == f"unlearning: the tokenizer of {tiny_model_dir} has no chat template"
+    assert finding.how == "choose another instruct model as unlearning.model"
+    instruct = tmp_path / "instruct"
+    shutil.copytree(tiny_model_dir, instruct)
+    word_tokeniser(["user model Answer: ( A B C D"]).save_pretrained(instruct)
+    assert find({"unlearning": settings}, str(instruct)) == []
+    word_tokeniser(["user model Answer: ( A B C"]).save_pretrained(instruct)
+    (finding,) = find({"unlearning": settings}, str(instruct))
+    assert "has no single tokens for A, B, C and D" in finding.what
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,8 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[in
         ]
         if written.startswith(_BEFORE_LETTER):
             ids = [row[len(opening) :] for row in ids if row[: len(opening)] == opening]
-        single = [row[0] for row in ids if len(row) == 1]
+        # A letter that the vocabulary does not know is one token too.
+        single = [row[0] for row in ids if len(row) == 1 and row[0] != tokenizer.unk_token_id]
         if len(set(single)) == len(LETTERS) and single not in found:
             found.append(single)
     if not found:
