@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from msae_plugin.architecture.decoding import active_preactivations, bag_sum
+
 
 def auxk_loss(
     x_hat: torch.Tensor,
@@ -49,3 +51,69 @@ def auxk_loss(
     if token_weight is not None:
         errors = errors * token_weight
     return min(n_dead / max(d_in // 2, 1), 1.0) * errors.mean()
+
+
+def static_auxk_loss(
+    x_hat: torch.Tensor,
+    token_scale: torch.Tensor | None,
+    residual: torch.Tensor,
+    hidden_pre: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    dead: torch.Tensor,
+    token_weight: torch.Tensor | None,
+    decoder_norm: torch.Tensor | None,
+) -> torch.Tensor:
+    """`auxk_loss` with shapes that do not depend on how many latents are dead, for torch.compile.
+
+    The pre-activations of the step are ranked, so that no list of the dead is needed. Nothing is
+    computed while none is dead: the one value of the step that the host asks the device for.
+
+    Args:
+        x_hat: As in `auxk_loss`.
+        token_scale: As in `auxk_loss`.
+        residual: As in `auxk_loss`.
+        hidden_pre: (n_tokens, d_sae) pre-activations times the decoder norm, without gradient.
+        W_enc: As in `auxk_loss`.
+        b_enc: As in `auxk_loss`.
+        W_dec: As in `auxk_loss`.
+        dead: (d_sae,) bool.
+        token_weight: As in `auxk_loss`.
+        decoder_norm: As in `auxk_loss`.
+
+    Returns:
+        Zero-dimensional loss.
+    """
+    n_tokens, d_in = x_hat.shape
+    k_aux = min(max(d_in // 2, 1), hidden_pre.shape[1])
+    residual = residual.detach()
+
+    def loss_of_the_dead(
+        x_hat: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor
+    ) -> torch.Tensor:
+        top_scores, top = hidden_pre.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1)
+        latents = top.flatten()
+        tokens = torch.arange(n_tokens, device=latents.device).repeat_interleave(k_aux)
+        chosen = top_scores.flatten() > -torch.inf
+        values = torch.where(chosen, top_scores.flatten(), 0)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if decoder_norm is not None:
+            values = values / decoder_norm[latents]
+        acts = active_preactivations(x_hat, W_enc, b_enc, values, tokens, latents)
+        acts = torch.where(chosen, acts, 0)
+        if token_scale is not None:
+            acts = acts * token_scale.squeeze(-1)[tokens]
+        decoded = bag_sum(W_dec, latents, acts, tokens, n_tokens)
+        errors = (decoded - residual).pow(2).sum(dim=-1)
+        if token_weight is not None:
+            errors = errors * token_weight
+        return (dead.sum() / max(d_in // 2, 1)).clamp(max=1.0) * errors.mean()
+
+    def nothing(
+        x_hat: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor
+    ) -> torch.Tensor:
+        del W_enc, b_enc, W_dec
+        return x_hat.new_zeros((), dtype=torch.promote_types(x_hat.dtype, torch.float32))
+
+    return torch.cond(dead.any(), loss_of_the_dead, nothing, (x_hat, W_enc, b_enc, W_dec))

@@ -12,6 +12,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from typing_extensions import override
 
+from msae_plugin.architecture.decoding import DecodeKernel
 from msae_plugin.architecture.validation import validate_inference, validate_training
 
 ARCHITECTURE = "multiscale"
@@ -148,6 +149,9 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         importance_power (float): [G] Gradients of a latent are multiplied by its relative
             contribution |f| |d| to this power, and its L1 weight by the inverse. 0 disables.
         importance_decay (float): [G] Decay of the running contribution.
+        decode_kernel (Literal["embedding_bag", "triton"]): What sums decoder rows over the active
+            latents, and their gradients: torch's own kernel, or ours in Triton, on a CUDA device.
+            The results agree to float32 rounding. docs/performance.md.
         norm_scales (list[float]): [N] See MultiScaleSAEConfig. Empty: no normalisation.
         norm_centre (bool): [N] See MultiScaleSAEConfig.
         norm_affine (bool): [N] See MultiScaleSAEConfig.
@@ -193,15 +197,15 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     prefix_weight: float = 0.25
     detach_inner_prefixes: bool = False
     prefix_sort_every: int = 100
-    firing_rate_decay: float = 0.99
+    firing_rate_decay: float = 0.95
 
     selection: Literal["batchtopk", "zscore"] = "batchtopk"
     standardise: float = 0.0
     zscore_z: float = 2.0
     zscore_z_lr: float = 0.0
     zscore_decay: float = 0.99
-    firing_floor: float = 0.0
-    firing_floor_rate: float = 0.02
+    firing_floor: float = 0.1
+    firing_floor_rate: float = 0.1
 
     orthogonality_coefficient: float = 0.1
     orthogonality_pairs: Literal["chunks", "neighbours"] = "chunks"
@@ -224,6 +228,8 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
 
     importance_power: float = 0.0
     importance_decay: float = 0.99
+
+    decode_kernel: DecodeKernel = "embedding_bag"
 
     norm_scales: list[float] = field(default_factory=list)
     norm_centre: bool = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from msae_plugin.architecture.decoding import bag_sum
+from msae_plugin.architecture.decoding import DecodeKernel, bag_sum
 from msae_plugin.architecture.selection import Selection
 
 
@@ -66,6 +66,7 @@ def decode_nested(
     n_tiers: int,
     n_tokens: int,
     detach_inner: bool,
+    kernel: DecodeKernel = "embedding_bag",
 ) -> Reconstructions:
     """Decode every nested prefix at budget k and the whole dictionary at every other budget.
 
@@ -79,6 +80,7 @@ def decode_nested(
         n_tiers: Number of sparsity budgets.
         n_tokens: Number of tokens in the batch.
         detach_inner: Let a prefix's loss reach only the latents that the prefix adds.
+        kernel: As in `decoding.bag_sum`.
 
     Returns:
         The reconstructions, differentiable in weights, W_dec and b_dec.
@@ -90,7 +92,7 @@ def decode_nested(
     n_groups = n_inner_tiers * n_rings + (n_tiers - n_inner_tiers)
     groups = torch.where(selection.active(), within, beyond)
     bags = selection.tokens * n_groups + groups
-    parts = bag_sum(W_dec, selection.latents, weights, bags, n_tokens * n_groups)
+    parts = bag_sum(W_dec, selection.latents, weights, bags, n_tokens * n_groups, kernel)
     # Unbinding once gives the backward pass one stack instead of one zero-filled copy per group.
     groups_of_rows = parts.view(n_tokens, n_groups, W_dec.shape[1]).unbind(dim=1)
 

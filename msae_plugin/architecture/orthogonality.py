@@ -17,8 +17,10 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 ChunkWeights = Callable[[torch.Tensor], torch.Tensor]
-# Rows of pairs handled at a time: 16384 pairs of 2304 floats are 150 MB.
-_PAIR_BLOCK = 16_384
+# Numbers per temporary: 16 MiB of float32 for pairs and decoder rows, 64 MiB for rows of the Gram
+# matrix, of which an efficient product needs enough at a time (128 at d_sae 131,072).
+_BLOCK_SIZE = 2**22
+_SEARCH_BLOCK_SIZE = 2**24
 
 
 class _WithGradient(torch.autograd.Function):
@@ -71,6 +73,22 @@ def _through_norm(
     return (grad_unit - along * directions) / norms
 
 
+def _groups(chunks: list[torch.Tensor], device: torch.device) -> list[list[torch.Tensor]]:
+    """Chunks that are handled together: of equal size, one at a time on a CPU.
+
+    A CPU keeps one chunk in its cache; a GPU would spend the time on starting kernels.
+    """
+    groups: list[list[torch.Tensor]] = []
+    for chunk in chunks:
+        size = chunk.numel()
+        room = 1 if device.type == "cpu" else max(1, _BLOCK_SIZE // max(1, size * size))
+        if groups and groups[-1][0].numel() == size and len(groups[-1]) < room:
+            groups[-1].append(chunk)
+        else:
+            groups.append([chunk])
+    return groups
+
+
 def chunk_penalty(
     W_dec: torch.Tensor,
     chunks: list[torch.Tensor],
@@ -90,32 +108,40 @@ def chunk_penalty(
     """
     d_sae = W_dec.shape[0]
     with torch.no_grad(), torch.autocast(W_dec.device.type, enabled=False):
-        directions, norms = unit_rows(W_dec)
-        grad_unit = torch.zeros_like(directions)
-        total = directions.new_zeros(())
+        # A latent is in one chunk, where its gradient is complete: one buffer is all that is kept.
+        gradient = torch.zeros_like(W_dec, dtype=torch.promote_types(W_dec.dtype, torch.float32))
+        total = gradient.new_zeros(())
         n_pairs = sum(chunk.numel() * (chunk.numel() - 1) for chunk in chunks)
         if n_pairs == 0:
-            return _attach(W_dec, total, grad_unit)
-        for chunk in chunks:
-            rows = directions[chunk]
-            cosines = (rows @ rows.T).fill_diagonal_(0)
+            return _attach(W_dec, total, gradient)
+        for group in _groups(chunks, W_dec.device):
+            members = torch.stack(group)  # (n_together, n_in_chunk)
+            rows, norms = unit_rows(W_dec[members])
+            cosines = rows @ rows.mT
+            own = cosines.diagonal(dim1=-2, dim2=-1)
             if chunk_weights is None:
                 # OrtSAE squares the signed maximum; a chunk of one latent has no pair.
-                largest, nearest = cosines.fill_diagonal_(-2).max(dim=1)
+                own.fill_(-2)
+                largest, nearest = cosines.max(dim=-1)
                 largest = largest.where(largest > -2, largest.new_zeros(()))
-                scale = 1 / (len(chunks) * chunk.numel())
+                scale = 1 / (len(chunks) * members.shape[1])
                 total += scale * largest.pow(2).sum()
-                slope = (2 * scale * largest)[:, None]
-                grad_unit[chunk] += slope * rows[nearest]
-                grad_unit.index_add_(0, chunk[nearest], slope * rows)
+                slope = (2 * scale * largest)[..., None]
+                # The chunks of the group lie one below the other.
+                shift = members.shape[1] * torch.arange(len(group), device=W_dec.device)
+                nearest = (nearest + shift[:, None]).flatten()
+                flat_rows = rows.flatten(0, 1)
+                grad_unit = slope * flat_rows[nearest].view_as(rows)
+                grad_unit.flatten(0, 1).index_add_(0, nearest, (slope * rows).flatten(0, 1))
             else:
                 scale = (d_sae - 1) / n_pairs
+                own.fill_(0)
                 overlap = cosines.clamp_(min=0)
-                weights = chunk_weights(chunk).fill_diagonal_(0)
+                weights = torch.stack([chunk_weights(chunk).fill_diagonal_(0) for chunk in group])
                 total += scale * (weights * overlap.pow(2)).sum()
                 slope = weights * overlap
-                grad_unit[chunk] += 2 * scale * ((slope + slope.T) @ rows)
-        gradient = _through_norm(grad_unit, directions, norms)
+                grad_unit = 2 * scale * ((slope + slope.mT) @ rows)
+            gradient[members] = _through_norm(grad_unit, rows, norms)
     return _attach(W_dec, total, gradient)
 
 
@@ -135,19 +161,22 @@ def pair_penalty(
     """
     d_sae = W_dec.shape[0]
     with torch.no_grad(), torch.autocast(W_dec.device.type, enabled=False):
-        directions, norms = unit_rows(W_dec)
-        grad_unit = torch.zeros_like(directions)
-        total = directions.new_zeros(())
-        for start in range(0, first.numel(), _PAIR_BLOCK):
-            i, j = first[start : start + _PAIR_BLOCK], second[start : start + _PAIR_BLOCK]
-            w = weights[start : start + _PAIR_BLOCK].to(directions.dtype)
-            rows_i, rows_j = directions[i], directions[j]
+        gradient = torch.zeros_like(W_dec, dtype=torch.promote_types(W_dec.dtype, torch.float32))
+        total = gradient.new_zeros(())
+        block = max(1, _BLOCK_SIZE // W_dec.shape[1])
+        for start in range(0, first.numel(), block):
+            i, j = first[start : start + block], second[start : start + block]
+            w = weights[start : start + block].to(gradient.dtype)
+            (rows_i, _), (rows_j, _) = unit_rows(W_dec[i]), unit_rows(W_dec[j])
             overlap = (rows_i * rows_j).sum(dim=-1).clamp(min=0)
             total += (w * overlap.pow(2)).sum() / d_sae
             slope = (2 * w * overlap / d_sae)[:, None]
-            grad_unit.index_add_(0, i, slope * rows_j)
-            grad_unit.index_add_(0, j, slope * rows_i)
-        gradient = _through_norm(grad_unit, directions, norms)
+            gradient.index_add_(0, i, slope * rows_j)
+            gradient.index_add_(0, j, slope * rows_i)
+        # So far the gradient of the directions; in place, a block of rows at a time.
+        for start in range(0, d_sae, block):
+            own = slice(start, start + block)
+            gradient[own] = _through_norm(gradient[own], *unit_rows(W_dec[own]))
     return _attach(W_dec, total, gradient)
 
 
@@ -172,31 +201,35 @@ def random_chunks(d_sae: int, chunk_size: int, device: torch.device) -> list[tor
 
 @torch.no_grad()
 def nearest_neighbours(
-    W_dec: torch.Tensor, count: int, rows_at_a_time: int, candidates: torch.Tensor | None = None
+    W_dec: torch.Tensor, count: int, rows_at_a_time: int, latents: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest decoder neighbours of every latent, by cosine, a block of rows at a time.
+    """Nearest decoder neighbours, by cosine, a block of rows at a time.
+
+    The decoder is not copied: cosines are divided by the norms of the neighbours afterwards.
 
     Args:
         W_dec: (d_sae, d_in) decoder.
         count: Neighbours per latent; capped at d_sae - 1.
-        rows_at_a_time: Rows of the Gram matrix that exist at once.
-        candidates: (d_sae,) bool, latents that may be neighbours; None allows all.
+        rows_at_a_time: Most rows of the Gram matrix that exist at once.
+        latents: (n,) latents whose neighbours are sought among all; None seeks everyone's.
 
     Returns:
-        Cosines (d_sae, count), descending, and indices (d_sae, count), long.
+        Cosines (n, count), descending, and indices (n, count), long.
     """
     d_sae = W_dec.shape[0]
     count = min(count, d_sae - 1)
-    directions, _ = unit_rows(W_dec)
+    if latents is None:
+        latents = torch.arange(d_sae, device=W_dec.device)
+    rows_at_a_time = max(1, min(rows_at_a_time, _SEARCH_BLOCK_SIZE // d_sae))
     cosines: list[torch.Tensor] = []
     indices: list[torch.Tensor] = []
     with torch.autocast(W_dec.device.type, enabled=False):
-        for start in range(0, d_sae, rows_at_a_time):
-            block = directions[start : start + rows_at_a_time] @ directions.T
-            own = torch.arange(block.shape[0], device=block.device)
-            block[own, own + start] = -torch.inf
-            if candidates is not None:
-                block[:, ~candidates] = -torch.inf
+        rows = W_dec if W_dec.dtype == torch.float64 else W_dec.float()
+        norms = rows.norm(dim=-1).clamp(min=1e-8)
+        for own in latents.split(rows_at_a_time):
+            block = (rows[own] / norms[own, None]) @ rows.T
+            block /= norms
+            block.scatter_(1, own[:, None], -torch.inf)
             top = block.topk(count, dim=1)
             cosines.append(top.values)
             indices.append(top.indices)

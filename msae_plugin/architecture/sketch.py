@@ -57,7 +57,9 @@ class CoactivationSketch(KeepsFloat32):
             acts = feature_acts.float()
             product = acts.T @ (acts @ self.test_matrix) / acts.shape[0]
             self.sample.lerp_(ranks.mean(product), rate)
-            self.diagonal.lerp_(ranks.mean(acts.square().mean(dim=0)), rate)
+            # A norm instead of a mean of squares: no second dense copy of the latents.
+            squares = torch.linalg.vector_norm(acts, dim=0).square() / acts.shape[0]
+            self.diagonal.lerp_(ranks.mean(squares), rate)
 
     @torch.no_grad()
     def factors(self) -> torch.Tensor:

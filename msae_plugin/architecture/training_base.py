@@ -24,6 +24,7 @@ from msae_plugin.architecture.export import exported_tensors
 from msae_plugin.architecture.initialisation import initialise_inverse_sqrt_d
 from msae_plugin.architecture.mechanisms import Mechanisms
 from msae_plugin.architecture.nested import assign_rings
+from msae_plugin.architecture.ranks import Ranks
 from msae_plugin.architecture.selection import (
     CANDIDATE_SHARE,
     Selection,
@@ -31,6 +32,7 @@ from msae_plugin.architecture.selection import (
     batch_top_k,
 )
 from msae_plugin.architecture.skip import with_skip
+from msae_plugin.architecture.static_selection import needs_static_shapes, static_batch_top_k
 from msae_plugin.architecture.threshold import calibrated_cut
 from msae_plugin.errors import RunFailure
 
@@ -104,25 +106,28 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         """[Z], [S]: active pairs of (n_tokens, d_sae) pre-activations in training mode."""
         statistics = self.mechanisms.statistics
         if self.cfg.selection == "zscore" and statistics is not None:
-            return above_threshold(hidden_pre, statistics.threshold())
+            return above_threshold(hidden_pre, statistics.threshold(), self.ranks)
         scores, cut = self.scores(hidden_pre), 0.0
+        if self.ranks.count == 1 and needs_static_shapes(hidden_pre):
+            return static_batch_top_k(hidden_pre, scores, k, self.cfg.sparsity_scales)
         if self.cfg.standardise == 0:
             cut = CANDIDATE_SHARE * float(self.candidate_cut)
-        return batch_top_k(hidden_pre, scores, k, self.cfg.sparsity_scales, cut)
+        return batch_top_k(hidden_pre, scores, k, self.cfg.sparsity_scales, cut, self.ranks)
 
     def scores(self, hidden_pre: torch.Tensor) -> torch.Tensor:
-        """[Z]: what BatchTopK ranks; the pre-activations unless standardised."""
-        statistics = self.mechanisms.statistics
-        if statistics is None:
-            return hidden_pre
-        strength = 1.0 if self.cfg.selection == "zscore" else self.cfg.standardise
-        return statistics.standardised(hidden_pre, strength)
+        """[Z]: what BatchTopK ranks; the pre-activations unless standardised or helped."""
+        statistics, floor = self.mechanisms.statistics, self.mechanisms.firing_floor
+        if statistics is not None:
+            strength = 1.0 if self.cfg.selection == "zscore" else self.cfg.standardise
+            return statistics.standardised(hidden_pre, strength)
+        return hidden_pre if floor is None else hidden_pre + floor.allowance
 
     def threshold(self) -> torch.Tensor:
         """() or (d_sae,) float32: what pre-activations are compared with in evaluation mode."""
-        statistics = self.mechanisms.statistics
+        statistics, floor = self.mechanisms.statistics, self.mechanisms.firing_floor
         if statistics is None:
-            return self.topk_threshold
+            cut = self.topk_threshold
+            return cut if floor is None else (cut - floor.allowance).clamp(min=0)
         if self.cfg.selection == "zscore":
             return statistics.threshold().clamp(min=0)
         return statistics.threshold_of_score(self.topk_threshold, self.cfg.standardise).clamp(min=0)
@@ -172,6 +177,15 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let revival reset the optimiser state of the latents it re-aims."""
         self.mechanisms.optimizer = optimizer
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share each training batch; `ALONE` unless attached."""
+        return self.mechanisms.ranks
+
+    def attach_ranks(self, ranks: Ranks) -> None:
+        """Train on a share of each batch: statistics, cuts and counts are those of all ranks."""
+        self.mechanisms.ranks = ranks
 
     def pop_events(self) -> list[dict[str, Any]]:
         """Revivals and their outcomes since the last call, oldest first."""
@@ -268,6 +282,8 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             self.candidate_cut /= scaling_factor
             if self.mechanisms.statistics is not None:
                 self.mechanisms.statistics.rescale(1 / scaling_factor)
+            if self.mechanisms.firing_floor is not None:
+                self.mechanisms.firing_floor.rescale(1 / scaling_factor)
 
     @override
     @torch.no_grad()

@@ -17,7 +17,7 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 from typing_extensions import override
 
 from msae_plugin.architecture import losses
-from msae_plugin.architecture.auxk import auxk_loss
+from msae_plugin.architecture.auxk import auxk_loss, static_auxk_loss
 from msae_plugin.architecture.decoding import active_preactivations, scale_gradient
 from msae_plugin.architecture.nested import Reconstructions, assign_rings, decode_nested
 from msae_plugin.architecture.selection import Selection, running_rate
@@ -68,12 +68,14 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         feature_acts = self._dense_latents(selection, coefficients, sae_in.shape[0])
 
         target = sae_in - self.cfg.skip_scale * x_c if self.cfg.skip_scale else sae_in
-        weight = losses.token_weight(x_c) if self.cfg.token_loss_weight != "none" else None
+        weight = None
+        if self.cfg.token_loss_weight != "none":
+            weight = losses.token_weight(x_c, self.ranks)
         terms = losses.reconstruction_losses(
             self.cfg, reconstructions, target, weight, self._tier_scales()
         )
         terms |= self._auxiliary_losses(
-            step_input, x_hat, token_scale, target - reconstructions.main, weight
+            step_input, x_hat, token_scale, hidden_pre, target - reconstructions.main, weight
         )
         terms |= self._sparsity_and_orthogonality(step_input, selection, coefficients, sae_in)
 
@@ -102,7 +104,11 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         norm = self.decoder_norm()
         if norm is not None:
             values = values / norm.detach()[latents]
-        values = active_preactivations(x_hat, self.W_enc, self.b_enc, values, tokens, latents)
+        values = active_preactivations(
+            x_hat, self.W_enc, self.b_enc, values, tokens, latents, self.cfg.decode_kernel
+        )
+        # Padding (static_selection.py) takes no gradient.
+        values = torch.where(selection.values > 0, values, 0)
         if token_scale is not None:
             values = values * token_scale.squeeze(-1)[tokens]
         if self.mechanisms.importance is not None:
@@ -128,6 +134,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             n_tiers=len(self._tier_scales()) + 1,
             n_tokens=n_tokens,
             detach_inner=self.cfg.detach_inner_prefixes,
+            kernel=self.cfg.decode_kernel,
         )
 
     @override
@@ -141,7 +148,9 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         """AuxK alone, for hosts that call it; `training_forward_pass` adds the other terms."""
         x_hat, token_scale = self.normalise(self.process_sae_in(step_input.sae_in))
         residual = step_input.sae_in - sae_out
-        return self._auxiliary_losses(step_input, x_hat, token_scale, residual, None)
+        return self._auxiliary_losses(
+            step_input, x_hat, token_scale, hidden_pre.detach(), residual, None
+        )
 
     def _tier_scales(self) -> list[float]:
         """Further sparsity budgets in the order in which they are reconstructed."""
@@ -152,28 +161,37 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         step_input: TrainStepInput,
         x_hat: torch.Tensor,
         token_scale: torch.Tensor | None,
+        hidden_pre: torch.Tensor,
         residual: torch.Tensor,
         token_weight: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         mask = step_input.dead_neuron_mask
         if self.cfg.aux_loss_coefficient == 0:
             return {}
-        dead = mask.nonzero().squeeze(1) if mask is not None else None
-        if dead is None or dead.numel() == 0:
-            return {"auxiliary_reconstruction_loss": residual.new_zeros(())}
+        nothing = {"auxiliary_reconstruction_loss": residual.new_zeros(())}
+        if mask is None:
+            return nothing
         norm = self.decoder_norm()
-        loss = auxk_loss(
-            x_hat,
-            token_scale,
-            residual,
-            self.W_enc,
-            self.b_enc,
-            self.W_dec,
-            dead,
-            token_weight,
-            norm.detach() if norm is not None else None,
-        )
-        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+        detached_norm = norm.detach() if norm is not None else None
+        weights = (self.W_enc, self.b_enc, self.W_dec)
+        coefficient = self.cfg.aux_loss_coefficient
+        if torch.compiler.is_compiling():
+            loss = static_auxk_loss(
+                x_hat,
+                token_scale,
+                residual,
+                hidden_pre,
+                *weights,
+                mask,
+                token_weight,
+                detached_norm,
+            )
+            return {"auxiliary_reconstruction_loss": coefficient * loss}
+        dead = mask.nonzero().squeeze(1)
+        if dead.numel() == 0:
+            return nothing
+        loss = auxk_loss(x_hat, token_scale, residual, *weights, dead, token_weight, detached_norm)
+        return {"auxiliary_reconstruction_loss": coefficient * loss}
 
     def _sparsity_and_orthogonality(
         self,
@@ -200,7 +218,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         cfg = self.cfg
         if step == 0 and cfg.b_dec_init == "mean":
             at_least_float32 = torch.promote_types(sae_in.dtype, torch.float32)
-            self.b_dec.copy_(sae_in.mean(dim=0, dtype=at_least_float32))
+            self.b_dec.copy_(self.ranks.mean(sae_in.mean(dim=0, dtype=at_least_float32)))
         if cfg.unit_norm_decoder:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8))
         if cfg.prefix_sort_every and step and step % cfg.prefix_sort_every == 0:
@@ -211,14 +229,14 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
                 self.W_enc,
                 self.b_enc,
                 self.W_dec,
-                sae_in.shape[0],
+                sae_in.shape[0] * self.ranks.count,
                 step,
             )
         self.training_step.fill_(step)
         if self.mechanisms.normalisation is not None:
             rate = running_rate(1 - cfg.firing_rate_decay, step)
             x_c = self.process_sae_in(sae_in)
-            self.mechanisms.normalisation.update_running_variance(x_c, rate)
+            self.mechanisms.normalisation.update_running_variance(x_c, rate, self.ranks)
 
     @torch.no_grad()
     def _dense_latents(
@@ -249,14 +267,19 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         self.candidate_cut.copy_(torch.where(torch.isfinite(lowest), lowest, 0.0))
 
         active = selection.active()
-        fired = torch.bincount(selection.latents[active], minlength=cfg.d_sae)
-        share = fired.float() / feature_acts.shape[0]
+        fired = torch.zeros(cfg.d_sae, dtype=torch.int64, device=active.device)
+        fired.index_add_(0, selection.latents, active.long())
+        fired = self.ranks.sum(fired)
+        share = fired.float() / (feature_acts.shape[0] * self.ranks.count)
         self.firing_rate.lerp_(share, running_rate(1 - cfg.firing_rate_decay, step))
+        self.mechanisms.follow_firing_floor(
+            self.firing_rate, torch.where(known, cut, 0.0), cfg.k_at(step)
+        )
         self.mechanisms.observe_latents(
             self.W_dec,
             feature_acts,
-            selection.tokens[active],
-            selection.latents[active],
+            selection.tokens,
+            selection.latents,
             fired,
             step,
             cfg.k_at(step),
