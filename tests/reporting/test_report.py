@@ -116,6 +116,12 @@ def test_differences_within_the_interval_are_no_wins(full):
     assert words["frozen decoder", "batchtopk"]["heldout/explained_variance"] == "one pair"
 
 
+def test_who_missed_the_l0_leads_nowhere(full):
+    leaders = table(full, "language-model-cmp-leaders").rows
+    assert leaders
+    assert not any("revived" in cells for cells in leaders)
+
+
 def test_a_single_seed_claims_nothing(full):
     assert not [t for t in full.tables() if t.name.startswith("ground-truth-gt-differ")]
     (lead,) = table(full, "ground-truth-gt-leaders").rows
