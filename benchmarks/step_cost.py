@@ -1,11 +1,16 @@
 """Cost of a training step and of inference, as ratios measured in one run.
 
-    python benchmarks/step_cost.py                       # (576, 4608) and (2304, 16384)
-    python benchmarks/step_cost.py --sizes 576x4608 --repeats 9
+    python benchmarks/step_cost.py                    # (576, 4608) and (2304, 16384), main methods
+    python benchmarks/step_cost.py --shares           # each mechanism's share of the step
+    python benchmarks/step_cost.py --sizes 2304x16384 --tokens 1024 --repeats 9
+    python benchmarks/step_cost.py --compile          # eager beside torch.compile
 
 Every method trains on the same batches, the methods take turns within each repeat, and each ratio
 is taken within a repeat before medians and quartiles are formed, so that a busy machine slows all
 alike. Shares of mechanisms are the default recipe's step with one mechanism removed or added.
+`matryoshka_batchtopk` has the prefixes of the default recipe. Inference is encode and decode under
+no_grad, at an L0 of 32 and 64 on the batch, for the export and for SAELens' JumpReLU with equal
+weights: "dense" decodes by the full product, "as it is" over active latents where that is faster.
 """
 
 from __future__ import annotations
@@ -17,8 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from profiling.inference import pair_of_saes
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
@@ -49,9 +54,11 @@ ADDED: dict[str, dict[str, Any]] = {
 }
 
 
-def training_saes(d_in: int, d_sae: int, k: int) -> dict[str, TrainingSAE[Any]]:
+def training_saes(
+    d_in: int, d_sae: int, k: int, shares: bool, compile_step: bool
+) -> dict[str, TrainingSAE[Any]]:
     """The methods compared; k is at its final value, as for most of a run."""
-    widths = [d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
+    widths = preset("default", d_in=d_in, d_sae=d_sae, k=k, training_steps=1000).prefix_widths
 
     def ours(name: str, **overrides: Any) -> MultiScaleTrainingSAE:
         cfg = preset(name, d_in=d_in, d_sae=d_sae, k=k, training_steps=1000, k_anneal_steps=0)
@@ -59,7 +66,7 @@ def training_saes(d_in: int, d_sae: int, k: int) -> dict[str, TrainingSAE[Any]]:
             setattr(cfg, key, value)
         return MultiScaleTrainingSAE(cfg)
 
-    return {
+    found: dict[str, TrainingSAE[Any]] = {
         "batchtopk": BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k)),
         "matryoshka_batchtopk": MatryoshkaBatchTopKTrainingSAE(
             MatryoshkaBatchTopKTrainingSAEConfig(
@@ -68,8 +75,15 @@ def training_saes(d_in: int, d_sae: int, k: int) -> dict[str, TrainingSAE[Any]]:
         ),
         "multiscale reconstruction": ours("reconstruction"),
         "multiscale default": ours("default"),
-        **{f"default {name}": ours("default", **change) for name, change in ADDED.items()},
     }
+    if shares:
+        found |= {f"default {name}": ours("default", **change) for name, change in ADDED.items()}
+    if compile_step:
+        compiled = ours("default")
+        # As SAELens' runner does it with compile_sae=True.
+        compiled.training_forward_pass = torch.compile(compiled.training_forward_pass)
+        found["multiscale default, compiled"] = compiled
+    return found
 
 
 def trainer_of(sae: TrainingSAE[Any], batches: list[torch.Tensor]) -> Callable[[int], None]:
@@ -108,16 +122,24 @@ def timed(functions: dict[str, Callable[[int], None]], repeats: int) -> dict[str
     return seconds
 
 
-def report(title: str, seconds: dict[str, list[float]], against: str) -> None:
-    """Print milliseconds and the ratio within each repeat: median [quartiles]."""
-    print(f"\n{title}\n\n| | ms, median | ratio to {against}, median [quartiles] |\n|---|---|---|")
+def report(title: str, seconds: dict[str, list[float]], against: list[str]) -> None:
+    """Print milliseconds and ratios within each repeat: median [quartiles]."""
+    print(f"\n{title}\n")
+    print("| | ms | " + " | ".join(f"ratio to {name}" for name in against) + " |")
+    print("|---|---|" + "---|" * len(against))
     for name, values in seconds.items():
-        ratios = sorted(a / b for a, b in zip(values, seconds[against], strict=True))
-        low, middle, high = (
-            statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        )
-        milliseconds = 1000 * statistics.median(values)
-        print(f"| {name} | {milliseconds:.1f} | {middle:.3f} [{low:.3f}, {high:.3f}] |")
+        cells = [spread([1000 * value for value in values], 1)]
+        for other in against:
+            ratios = [a / b for a, b in zip(values, seconds[other], strict=True)]
+            cells.append(spread(ratios, 3))
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median and quartiles."""
+    parts = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    low, middle, high = (f"{value:.{digits}f}" for value in parts)
+    return f"{middle} [{low}, {high}]"
 
 
 def structured_batches(n_tokens: int, d_in: int, count: int) -> list[torch.Tensor]:
@@ -132,23 +154,14 @@ def structured_batches(n_tokens: int, d_in: int, count: int) -> list[torch.Tenso
 
 
 def inference_functions(
-    d_in: int, d_sae: int, batch: torch.Tensor
+    d_in: int, d_sae: int, batch: torch.Tensor, l0: float
 ) -> dict[str, Callable[[int], None]]:
     """Encode and decode of the export, beside SAELens' JumpReLU with the same weights."""
-    torch.manual_seed(0)
-    plain = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae))
-    plain.threshold.data.fill_(2.0)
-
-    def copy_of(**fields: Any) -> MultiScaleSAE:
-        sae = MultiScaleSAE(MultiScaleSAEConfig(d_in=d_in, d_sae=d_sae, **fields))
-        sae.load_state_dict(plain.state_dict(), strict=False)
-        return sae
-
-    saes: dict[str, SAE[Any]] = {
-        "jumprelu": plain,
-        "multiscale": copy_of(),
-        "multiscale, folded normalisation": copy_of(norm_scales=[1.0], norm_affine=False),
-    }
+    plain, ours = pair_of_saes(d_in, d_sae, batch, l0)
+    folded = MultiScaleSAE(
+        MultiScaleSAEConfig(d_in=d_in, d_sae=d_sae, norm_scales=[1.0], norm_affine=False)
+    )
+    folded.load_state_dict(plain.state_dict(), strict=False)
 
     def run(sae: SAE[Any]) -> Callable[[int], None]:
         def encode_decode(_: int) -> None:
@@ -157,7 +170,16 @@ def inference_functions(
 
         return encode_decode
 
-    return {name: run(sae) for name, sae in saes.items()}
+    def dense(_: int) -> None:
+        with torch.no_grad():
+            ours.encode(batch) @ ours.W_dec + ours.b_dec
+
+    return {
+        "jumprelu": run(plain),
+        "multiscale, dense": dense,
+        "multiscale, as it is": run(ours),
+        "multiscale, folded normalisation": run(folded),
+    }
 
 
 def main() -> None:
@@ -168,21 +190,26 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shares", action="store_true", help="one mechanism removed or added")
+    parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
     parser.add_argument("--only", nargs="+", help="methods by name; batchtopk is always there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for size in args.sizes:
         d_in, d_sae = (int(part) for part in size.split("x"))
         batches = structured_batches(args.tokens, d_in, 4)
-        saes = training_saes(d_in, d_sae, args.k)
+        saes = training_saes(d_in, d_sae, args.k, args.shares, args.compile)
         if args.only:
             saes = {name: sae for name, sae in saes.items() if name in {"batchtopk", *args.only}}
         steps = {name: trainer_of(sae, batches) for name, sae in saes.items()}
+        against = [name for name in ("batchtopk", "matryoshka_batchtopk") if name in saes]
         title = f"Training step, d_in {d_in}, d_sae {d_sae}, {args.tokens} tokens, k {args.k}"
-        report(title, timed(steps, args.repeats), "batchtopk")
+        report(title, timed(steps, args.repeats), against)
         del saes, steps
-        functions = inference_functions(d_in, d_sae, batches[0])
-        report(f"Inference, {size}", timed(functions, 3 * args.repeats), "jumprelu")
+        for l0 in (32, 64):
+            functions = inference_functions(d_in, d_sae, batches[0], l0)
+            title = f"Inference, d_in {d_in}, d_sae {d_sae}, {args.tokens} tokens, L0 {l0}"
+            report(title, timed(functions, 3 * args.repeats), ["jumprelu"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """f @ W_dec of an exported SAE: over the active latents where that is faster, dense elsewhere.
 
 Linear and stateless either way, on edited and on negative latents too; the two differ by float32
-rounding. Processor time on one core, dense / sparse, in ms: (d_in 576, d_sae 4608, 1024 tokens) L0
-16: 77 / 18, 64: 81 / 28, 256: 78 / 53, 512: 81 / 82; (2304, 16384, 256 tokens) L0 16: 304 / 21, 64:
-275 / 24, 256: 293 / 73, 512: 299 / 137.
+rounding. `benchmarks/decode_crossover.py`, one core, dense / sparse in ms: (d_in 576, d_sae 4608,
+1024 tokens) L0 16: 77 / 18, 64: 81 / 28, 256: 78 / 53, 512: 81 / 82; (2304, 16384, 256 tokens) L0
+16: 304 / 21, 64: 275 / 24, 256: 293 / 73, 512: 299 / 137.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ MAX_DENSITY = 1 / 32
 _MIN_LATENTS = 2**18
 
 
-def decode_latents(feature_acts: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
+def decode_latents(
+    feature_acts: torch.Tensor, W_dec: torch.Tensor, max_density: float = MAX_DENSITY
+) -> torch.Tensor:
     """The product feature_acts @ W_dec.
 
     Sparse only on a CPU, in float32 or float64, where no gradient is asked for (under
-    `torch.no_grad`, as in every evaluation), and when at most `MAX_DENSITY` of the latents are not
-    zero. On a GPU the number of active latents would have to be waited for.
+    `torch.no_grad`, as in every evaluation), and when at most a share `max_density` of the latents
+    is not zero. On a GPU the number of active latents would have to be waited for.
 
     Args:
         feature_acts: (..., d_sae) latents, of any sign.
         W_dec: (d_sae, d_in) decoder.
+        max_density: 0 is always dense, 1 sparse wherever that is possible.
 
     Returns:
         (..., d_in).
@@ -39,7 +42,7 @@ def decode_latents(feature_acts: torch.Tensor, W_dec: torch.Tensor) -> torch.Ten
         n_active = int(torch.count_nonzero(flat))
     except RuntimeError:  # inside torch.func.vmap no value is known
         return feature_acts @ W_dec
-    if n_active == 0 or n_active > MAX_DENSITY * flat.numel():
+    if n_active == 0 or n_active > max_density * flat.numel():
         return feature_acts @ W_dec
     tokens, latents = flat.nonzero(as_tuple=True)  # in the order of the tokens
     starts = torch.searchsorted(tokens, torch.arange(flat.shape[0]))
