@@ -36,6 +36,8 @@ check: env
 bench: env
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/decode_crossover.py
+	$(BIN)/python benchmarks/profile_parts.py
 	$(BIN)/python benchmarks/ground_truth.py tune --output runs/ground_truth
 	$(BIN)/python benchmarks/ground_truth.py report --output runs/ground_truth
 	$(BIN)/python benchmarks/language_model.py tune --output runs/language_model

@@ -172,9 +172,8 @@ def profile_step(setting: Setting, peak: Peak) -> None:
              3.0 * parameters, 12.0 * parameters),
         Part("Adam", measure(optimizer.step), 12.0 * parameters, 28.0 * parameters),
     ]  # fmt: skip
-    print_parts(f"Training step, {setting.preset}: {setting.title}", parts, whole, peak)
-    auxk = _auxk(setting, sae, batch, x_hat, measure)
-    print_parts(f"AuxK with {DEAD_SHARE:.0%} dead, beside the step above", [auxk], whole, peak)
+    beside = [_auxk(setting, sae, batch, x_hat, measure)]
+    print_parts(f"Training step, {setting.preset}: {setting.title}", parts, whole, peak, beside)
 
 
 def _optional_parts(
@@ -231,4 +230,5 @@ def _auxk(
         sae.zero_grad()
 
     flops = 10.0 * setting.n_tokens * setting.d_in * dead.numel()
-    return Part("AuxK, forward and backward", measure(auxk), flops, 16.0 * sae.W_dec.numel())
+    name = f"beside it: AuxK with {DEAD_SHARE:.0%} dead, forward and backward"
+    return Part(name, measure(auxk), flops, 16.0 * sae.W_dec.numel())
