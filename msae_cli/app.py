@@ -26,6 +26,7 @@ from msae_cli.arguments import (
 )
 from msae_cli.compare import compare, report
 from msae_cli.hub import download, publish
+from msae_cli.scale import cache, sweep
 from msae_cli.terminal import errors, other_rank, results, say
 from msae_cli.train import train
 
@@ -297,7 +298,7 @@ def demo(
     results.print(demo_for_terminal(result))
 
 
-for command in (compare, report, publish, download):
+for command in (cache, compare, sweep, report, publish, download):
     app.command()(command)
 
 

@@ -5,6 +5,7 @@ OUTPUT/activations/      the language model's one pass
 OUTPUT/search/           trials of coefficients
 OUTPUT/saes/<name>/      one run folder per SAE; complete ones are not trained again
 OUTPUT/heldout/, ground_truth/, evaluation/   what was measured, SAE by SAE
+OUTPUT/jobs/             of `msae sweep`
 OUTPUT/comparison.json   the rows, written last
 """
 
@@ -57,6 +58,7 @@ _OURS = frozenset(
         measured_ground_truth.FOLDER,
         language_model_bench.EVALUATION_FOLDER,
         "report",
+        "jobs",
     }
 )
 
@@ -104,7 +106,7 @@ def compare(
         RunFailure: A number could not be measured, or nothing could be trained.
         InterruptedBySignalError: While training; everything finished is kept.
     """
-    _check_folder(output)
+    check_comparison_folder(output)
     part = part or Part()
     bench: LanguageModelBench | GroundTruthBench
     if config.synthetic is None:
@@ -170,7 +172,12 @@ def _source_record(output: Path, entry: Entry) -> dict[str, Any]:
     return {key: stored[key] for key in ("model", "data")}
 
 
-def _check_folder(output: Path) -> None:
+def check_comparison_folder(output: Path) -> None:
+    """Refuse a folder that holds something else than a comparison.
+
+    Raises:
+        InputError: Saying what it holds.
+    """
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {str(output)!r} is a file: give a folder")
     if not output.is_dir():

@@ -75,7 +75,13 @@ MULTISCALE: dict[str, dict[str, Any]] = {
     "mean as initial bias, unit decoder": {"b_dec_init": "mean", "unit_norm_decoder": True},
     "scaled activations": {"normalize_activations": "expected_average_only_in"},
     "whitened activations": {"normalize_activations": "covariance_whitening"},
-    "source's plan": {"preset": "source-plan", "revival_every": 3, "revival_dead_steps": 2},
+    "source's plan": {
+        "preset": "source-plan",
+        "revival_every": 3,
+        "revival_dead_steps": 2,
+        # Of the preset's rank the sketch is exact here, and its error nothing but rounding.
+        "sketch_rank": 4,
+    },
     "accumulation": {"preset": "default", "options": {"accumulation_steps": 2}},
     "weight decay and a bound on the gradient": {
         "options": {"weight_decay": 0.1, "clip_grad_norm": 0.01}

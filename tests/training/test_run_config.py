@@ -9,7 +9,7 @@ import yaml
 
 from msae_plugin.architecture.presets import PRESETS
 from msae_plugin.errors import InputError
-from msae_plugin.training import runner as runner_module
+from msae_plugin.training import run_inputs
 from msae_plugin.training.models import ModelShape
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner
@@ -246,8 +246,8 @@ def test_refusals_come_before_any_model_or_text_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(runner_module, "load_language_model", never)
-    monkeypatch.setattr(runner_module, "load_text", never)
+    monkeypatch.setattr(run_inputs, "load_language_model", never)
+    monkeypatch.setattr(run_inputs, "load_text", never)
     for override in ("sae.d_in=32", "hooks=[blocks.9.hook_resid_post]", "training.tokens=1"):
         with pytest.raises(InputError):
             MultiScaleRunner(config_of(recipe, override), tmp_path / "out")
@@ -264,7 +264,7 @@ def test_a_wrong_text_is_refused_before_a_model_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(runner_module, "load_language_model", never)
+    monkeypatch.setattr(run_inputs, "load_language_model", never)
     config = config_of(recipe, f"data.source={tmp_path / 'missing.jsonl'}")
     with pytest.raises(InputError, match="does not exist"):
         MultiScaleRunner(config, tmp_path / "out").run()

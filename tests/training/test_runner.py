@@ -12,7 +12,7 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE
 from safetensors.torch import load_file
 
 from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.training import runner as runner_module
+from msae_plugin.training import run_inputs
 from msae_plugin.training.models import LanguageModel
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
@@ -240,7 +240,7 @@ def test_autocast_auto_does_what_is_faster(
 ) -> None:
     samples: dict[bool, torch.Tensor] = {}
     for faster in (True, False):
-        monkeypatch.setattr(runner_module, "faster_in_bfloat16", lambda *_, answer=faster: answer)
+        monkeypatch.setattr(run_inputs, "faster_in_bfloat16", lambda *_, answer=faster: answer)
         out = tmp_path / str(faster)
         result = train(out, "model.autocast=auto", "training.tokens=640")
         assert json.loads((out / "run.json").read_text())["model"]["autocast"] is faster

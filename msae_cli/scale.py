@@ -1,0 +1,132 @@
+"""The commands for repeated and for many runs: activations kept on the disk, jobs on a cluster."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.text import Text
+
+from msae_cli.arguments import ArgumentMistake, check_config, check_output
+from msae_cli.terminal import errors, results, say
+
+
+class Executor(str, Enum):
+    """Where jobs run."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+def cache(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="Recipe of the runs; see examples/.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the activations.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe."),
+    ] = None,
+) -> None:
+    """Store the activations that a recipe trains on, for runs that repeat.
+
+    The same command goes on where a killed pass stopped. Then: msae train --set
+    cached_activations=DIR.
+    """
+    check_config(config)
+    check_output(output)
+    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.training.caching import make_cache
+    from msae_plugin.training.interruption import InterruptedBySignalError
+    from msae_plugin.training.progress import ConsoleProgress
+    from msae_plugin.training.run_config import RunConfig
+
+    recipe = RunConfig.load(config, set_ or [])
+    try:
+        made = make_cache(recipe, output, progress=ConsoleProgress(errors))
+    except InterruptedBySignalError as interruption:
+        say(f"{interruption}; the same command continues from here")
+        raise typer.Exit(interruption.exit_status) from interruption
+    size = sum(tensor.numel() * tensor.element_size() for tensor in made.tensors.values())
+    results.print(
+        Text(
+            f"{made.rows:,} activations at {', '.join(made.tensors)} ({made.manifest['dtype']}, "
+            f"{size / 2**30:.2f} GiB): {output}"
+        ),
+        soft_wrap=True,
+    )
+    results.print(
+        Text(f"train with: msae train --config {config} --set cached_activations={output} ..."),
+        soft_wrap=True,
+    )
+
+
+def sweep(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="Recipe; see examples/compare_*.yaml.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the results, seen by all jobs.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short variant.")] = False,
+    executor: Annotated[
+        Executor, typer.Option(help="Processes of this machine, or jobs of a Slurm cluster.")
+    ] = Executor.local,
+    jobs: Annotated[int, typer.Option(help="In how many parts the training is shared.")] = 2,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--job",
+            metavar="KEY=VALUE",
+            help="A parameter of submitit: timeout_min, gpus_per_node, slurm_partition, ...",
+        ),
+    ] = None,
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Leave out what lacks data, keys or packages."),
+    ] = False,
+) -> None:
+    """Run a comparison as jobs of a cluster (submitit), and wait for them.
+
+    The same command goes on where a failed or killed sweep stopped.
+    """
+    check_config(config)
+    check_output(output)
+    parameters = dict(_parameter(text) for text in job or [])
+    # As in cache: heavy imports.
+    from msae_plugin.comparison.compare_config import CompareConfig
+    from msae_plugin.comparison.sweep import sweep as run_sweep
+    from msae_plugin.reporting.counter import step_reporter
+    from msae_plugin.training.interruption import InterruptedBySignalError
+
+    recipe = CompareConfig.load(config, set_ or [], quick=quick)
+    try:
+        with step_reporter(errors) as report:
+            run_sweep(
+                recipe,
+                output,
+                executor=executor.value,
+                jobs=jobs,
+                parameters=parameters,
+                skip_missing=skip_missing,
+                report=report,
+            )
+    except InterruptedBySignalError as interruption:
+        say(f"{interruption}; the jobs are cancelled, the same command continues from here")
+        raise typer.Exit(interruption.exit_status) from interruption
+    results.print(Text(f"comparison: {output / 'comparison.json'}"), soft_wrap=True)
+    results.print(Text(f"page: msae report {output} --output {output / 'report'}"), soft_wrap=True)
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ArgumentMistake(f"--job {text!r} is not of the form KEY=VALUE")
+    return key, yaml.safe_load(value)
