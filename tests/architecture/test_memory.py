@@ -10,6 +10,8 @@ from steps import activations, make, plain, step_input
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from msae_plugin.architecture import orthogonality
+
 D_IN, N_TOKENS = 32, 16
 
 
@@ -82,6 +84,54 @@ def test_nothing_of_size_d_sae_squared(name: str) -> None:
 def test_the_largest_tensor_grows_linearly(name: str) -> None:
     small, large = largest(2048, MECHANISMS[name]), largest(4096, MECHANISMS[name])
     assert large.numel <= 2.2 * small.numel, large.operation
+
+
+class DecoderSized(TorchDispatchMode):
+    """Storages of at least a number of elements that operations return, and which returned them."""
+
+    def __init__(self, numel: int, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._numel = numel
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._kept: list[torch.Tensor] = []  # so that no address is used twice
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in tree_flatten(result)[0]:
+            if isinstance(item, torch.Tensor):
+                storage = item.untyped_storage()
+                new = storage.data_ptr() not in self._known
+                if new and storage.nbytes() >= self._numel * item.element_size():
+                    self._known.add(storage.data_ptr())
+                    self._kept.append(item)
+                    self.operations.append(func.overloadpacket.__name__)
+        return result
+
+
+def test_a_penalty_makes_one_gradient_of_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orthogonality, "_BLOCK_SIZE", 2**12)
+    monkeypatch.setattr(orthogonality, "_SEARCH_BLOCK_SIZE", 2**14)
+    d_sae = 2048
+    W_dec = torch.randn(d_sae, D_IN).requires_grad_()
+    first = torch.arange(d_sae).repeat_interleave(3)
+    second = (first + torch.arange(first.numel()) % 3 + 1) % d_sae
+    penalties = {
+        "chunks": lambda: orthogonality.chunk_penalty(
+            W_dec, orthogonality.random_chunks(d_sae, 64, torch.device("cpu")), None
+        ),
+        "pairs": lambda: orthogonality.pair_penalty(W_dec, first, second, torch.ones(len(first))),
+    }
+    for name, penalty in penalties.items():
+        W_dec.grad = torch.zeros_like(W_dec)
+        with DecoderSized(W_dec.numel(), [W_dec, W_dec.grad]) as recorder:
+            (2.0 * penalty()).backward()
+        # The gradient, and its product with the factor of the loss.
+        assert recorder.operations == ["zeros_like", "mul"], name
+        assert W_dec.grad.abs().sum() > 0
+    with DecoderSized(W_dec.numel(), [W_dec]) as recorder:
+        orthogonality.nearest_neighbours(W_dec, 3, 512)
+    assert recorder.operations == []
 
 
 def test_the_recorder_would_notice() -> None:
