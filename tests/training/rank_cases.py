@@ -62,6 +62,7 @@ MULTISCALE: dict[str, dict[str, Any]] = {
         "l1_coefficient": 0.1,
         "l1_warm_up_steps": 4,
     },
+    "firing floor": {"firing_floor": 0.7, "firing_floor_rate": 0.3},
     "standardised": {"standardise": 0.5, "sparsity_scales": [0.5, 2.0]},
     "importance": {"importance_power": 0.5, "l1_coefficient": 0.1},
     "token weights": {"token_loss_weight": "inverse_norm"},
