@@ -93,7 +93,11 @@ def _findings(
     check = _Checks(config, subjects, model_name, d_model)
     for evaluation, settings in config.evaluations.items():
         lacking = missing_packages(evaluation) + check.run(evaluation, settings)
-        findings += [Finding(evaluation, m.what, m.how) for m in map(without_advice, lacking)]
+        findings += [
+            # Some of the messages begin with the evaluation's name themselves.
+            Finding(evaluation, m.what.removeprefix(f"{evaluation}: "), m.how)
+            for m in map(without_advice, lacking)
+        ]
     return list(dict.fromkeys(findings))
 
 

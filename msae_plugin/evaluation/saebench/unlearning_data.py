@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import pandas as pd
 from datasets import DatasetDict, load_from_disk
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.local_datasets import in_datasets_cache
+from msae_plugin.evaluation.saebench.host import replaced
 from msae_plugin.evaluation.saebench.unlearning_settings import FORGET_DATASET, WIKITEXT
 from msae_plugin.training.hub_access import require_repository
 from msae_plugin.training.text_files import open_text, read_column
@@ -159,14 +161,17 @@ def _from_hub(name: str, repository: str, config: str | None) -> Questions:
 def _downloaded(
     field: str, source: str, load_dataset: Any, repository: str, config: str | None
 ) -> Iterator[Mapping[str, Any]]:
-    if not in_datasets_cache(repository):
-        # Asked first: without a network `datasets` retries for 20 seconds per data set.
-        try:
-            require_repository(repository, "dataset")
-        except InputError as error:
-            raise InputError(f"unlearning.{field}: {error}") from error
+    # Asked first: without a network `datasets` retries for 20 seconds per data set, cached or not.
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
-        return iter(load_dataset(repository, config, split="test"))
+        require_repository(repository, "dataset")
+    except InputError as error:
+        if not in_datasets_cache(repository):
+            raise InputError(f"unlearning.{field}: {error}") from error
+        offline = True
+    try:
+        with replaced(datasets.config, "HF_HUB_OFFLINE", offline):
+            return iter(load_dataset(repository, config, split="test"))
     # datasets, huggingface_hub and their HTTP client raise errors without a common base class.
     except Exception as error:
         reason = " ".join(str(error).split())[:150]

@@ -74,8 +74,9 @@ class ToyInstruct:
             "n_features_list": [10, 20],
             "multipliers": [25, 100],
             # SAEBench's .01 lets through what is active on a whole everyday word: each makes up
-            # less than that of this text. An untrained SAE scored .42 with it.
-            "retain_thresholds": [0.001, 0.003],
+            # less than that of this text, and an untrained SAE scored .42 with it. With .003 a
+            # latent on one word of the guilds passes, and costs the question that asks for it.
+            "retain_thresholds": [0.0001, 0.0003, 0.001],
             "llm_batch_size": 32,
         }
 

@@ -103,6 +103,15 @@ def test_a_trained_sae_takes_more_of_the_subject_away_than_an_untrained_one(
     assert trained / 2 < untrained / 2 - 0.05
 
 
+def test_a_trained_sae_scores_and_an_untrained_one_does_not(
+    outcomes: Mapping[str, Outcome],
+) -> None:
+    scores = {name: outcome.metrics["unlearning_score"] for name, outcome in outcomes.items()}
+    # docs/evaluation.md has more seeds. A question is 1/24.
+    assert min(scores["trained0"], scores["trained3"]) > 0.2
+    assert max(scores["untrained0"], scores["untrained3"]) < 0.1
+
+
 def test_the_prompt_and_the_probabilities_are_saebenchs_own_for_gemmas_template(
     toy: ToyInstruct, toy_model: LanguageModel
 ) -> None:

@@ -1,0 +1,29 @@
+"""What the tests of the preflight ask it."""
+
+from typing import Any
+
+from sae_lens import StandardSAE, StandardSAEConfig
+
+from msae_plugin.evaluation.eval_config import EvalConfig
+from msae_plugin.evaluation.outcomes import Subject
+from msae_plugin.evaluation.preflight import Finding, preflight
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+def subject(d_in: int = 64, hook: str = HOOK) -> Subject:
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=8))
+    return Subject("mine", "mine", sae, "0" * 64, "tiny-model", hook)
+
+
+def find(
+    evaluations: Any, model_name: str | None, *, sae: Subject | None = None, **values: Any
+) -> list[Finding]:
+    config = EvalConfig.from_dict({"evaluations": evaluations, **values})
+    findings = preflight(config, [sae or subject()], model_name=model_name)
+    for finding in findings:
+        assert "\n" not in str(finding)
+        assert finding.what
+        assert finding.how
+        assert not finding.what.endswith((".", ":", ";"))
+    return findings
