@@ -57,7 +57,7 @@ EVAL_BATCH = 4096
 PREFIX_WIDTHS = [D_SAE // 32, D_SAE // 16, D_SAE // 8, D_SAE // 4, D_SAE // 2, D_SAE]
 TUNING_SEEDS, REPORT_SEEDS = [101], [1, 2, 3]
 DEAD_WINDOW = 100
-LEARNING_RATES = [2e-3, 4e-3, 8e-3]
+LEARNING_RATES = [2e-3, 4e-3, 8e-3, 1.6e-2]
 TUNING_K = 11.0
 METRICS = ["f1", "mcc", "explained_variance", "dead", "l0", "uniqueness", "precision", "recall"]
 
