@@ -23,7 +23,7 @@ demo: env
 	$(BIN)/msae demo --output runs/demo
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow

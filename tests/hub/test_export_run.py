@@ -84,7 +84,8 @@ MULTISCALE_CONFIGS = {
     "folded scales": {"norm_scales": [0.5, 1.0]},
     "attention": {"norm_scales": [0.5, 2.0], "norm_eps": 0.1, "norm_eps_mode": "relative",
                   "norm_attention": True},
-    "z-scores": {"selection": "zscore", "zscore_z_lr": 0.1, "sparsity_scales": []},
+    "z-scores": {"selection": "zscore", "zscore_z_lr": 0.1, "sparsity_scales": [],
+                 "firing_floor": 0.0},
 }  # fmt: skip
 
 
