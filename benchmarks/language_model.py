@@ -94,7 +94,7 @@ METHODS: dict[str, Maker] = {
 
 
 def curve_methods() -> dict[str, Maker]:
-    """The trade-off between the presets (prefix weight, penalty), and what else they are made of."""
+    """The trade-off between the presets: prefix weight, penalty, floor, annealing."""
     found: dict[str, Maker] = {
         "reconstruction": ours("reconstruction"),
         "default (prefix weight 0.25, OrtSAE penalty 0.1, firing floor 0.1)": ours("default"),

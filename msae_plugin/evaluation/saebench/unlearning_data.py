@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import datasets.config
 import pandas as pd
 from datasets import DatasetDict, load_from_disk
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
