@@ -61,7 +61,7 @@ def profile_core(saes: list[str], prompts: int, batches: int) -> None:
     watch = Stopwatch()
     targets: list[tuple[Any, str, str]] = [
         (CoreModelSide, "prepare", "model: pass to the hook, clean and ablated losses, to disk"),
-        (CoreModelSide, "logits_with", "model: layers after the hook, with the SAE"),
+        (CoreModelSide, "predictions_with", "model: layers after the hook, with the SAE"),
         (CoreModelSide, "clean", "model: clean logits from the stored residual"),
         (CoreModelSide, "activations", "reading stored activations"),
         (CleanPredictions, "compare", "losses and divergences of the logits"),
