@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from sae_bench.sae_bench_utils.activation_collection import (
@@ -16,6 +17,7 @@ from msae_plugin.evaluation.eval_config import EvalConfig, shipped_configs
 from msae_plugin.evaluation.eval_schemas import SCHEMAS, config_class
 from msae_plugin.evaluation.labelled_texts import LABELLED_SOURCES
 from msae_plugin.evaluation.saebench.sae_probes import OFFLINE_SAE_PROBES_DATASETS
+from msae_plugin.evaluation.saebench.sae_probes_model_side import dataset_file
 
 FOLDER = Path(__file__).parents[2] / "eval_configs"
 NAMES = [
@@ -45,6 +47,16 @@ OURS: dict[str, Any] = {
 
 def test_all_are_found_by_name() -> None:
     assert list(shipped_configs()) == NAMES == sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def test_smoke_reads_the_shortest_table_of_sae_probes() -> None:
+    """Its whole table goes through the model, whatever the config says: nothing cuts it short."""
+    letters: dict[str, int] = {}
+    for dataset in (*OFFLINE_SAE_PROBES_DATASETS, "118_us_state_CA", "156_athlete_sport_baseball"):
+        table = pd.read_csv(dataset_file(dataset), compression="zstd")
+        letters[dataset] = int(table["prompt"].str.len().sum())
+    settings = EvalConfig.load("smoke").evaluations["sparse_probing_sae_probes"]
+    assert settings["dataset_names"] == [min(letters, key=letters.__getitem__)]
 
 
 def documented(name: str) -> dict[str, tuple[str, str]]:

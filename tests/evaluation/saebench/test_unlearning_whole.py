@@ -97,10 +97,16 @@ def test_a_trained_sae_takes_more_of_the_subject_away_than_an_untrained_one(
     outcomes: Mapping[str, Outcome],
 ) -> None:
     assert {o.status for o in outcomes.values()} == {"measured"}
-    left = {name: o.metrics["lowest_forget_accuracy"] for name, o in outcomes.items()}
+    # An SAE whose latents are all active on the text to retain has nothing to clamp, and no
+    # accuracy after clamping: the model then answers every question as before.
+    assert all(
+        ("lowest_forget_accuracy" in o.metrics) == (o.metrics["n_interventions"] > 0)
+        for o in outcomes.values()
+    )
+    left = {name: o.metrics.get("lowest_forget_accuracy", 1.0) for name, o in outcomes.items()}
     trained, untrained = (left[f"{n}0"] + left[f"{n}3"] for n in ("trained", "untrained"))
-    # Means of two seeds: .46 and .69 were measured.
-    assert trained / 2 < untrained / 2 - 0.05
+    # Means of two seeds: .50 and .85 were measured.
+    assert trained / 2 < untrained / 2 - 0.2
 
 
 def test_a_trained_sae_scores_and_an_untrained_one_does_not(
