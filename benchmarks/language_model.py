@@ -235,7 +235,8 @@ def run_missing(
     """Train and evaluate what the file does not hold, in groups that share the model's passes."""
     index, count = (int(part) for part in args.shard.split("/"))
     done = {(r["method"], r["k"], r["lr"], r["seed"], r["tokens"]) for r in _read(path)}
-    todo = [run for run in wanted if (*run, n_tokens) not in done][index::count]
+    # The share first: what is done when a process starts must not decide what is whose.
+    todo = [run for run in wanted[index::count] if (*run, n_tokens) not in done]
     for start in range(0, len(todo), args.group):
         group = todo[start : start + args.group]
         exported: dict[int, SAE[Any]] = {}
