@@ -48,6 +48,15 @@ class Selection:
         return (self.tiers <= self.main_tier) & (self.values > 0)
 
 
+def pair_budgets(
+    k: float, sparsity_scales: Sequence[float], n_tokens: int, d_sae: int
+) -> tuple[list[int], int]:
+    """Pairs that k and every s * k allow in a batch, ascending, and which of them is k's own."""
+    multiples = sorted({1.0, *sparsity_scales})
+    budgets = [min(int(s * k * n_tokens), n_tokens * d_sae) for s in multiples]
+    return budgets, multiples.index(1.0)
+
+
 def batch_top_k(
     hidden_pre: torch.Tensor,
     scores: torch.Tensor,
@@ -72,16 +81,13 @@ def batch_top_k(
     Returns:
         The selection; its tiers follow the budgets in ascending order.
     """
-    n_tokens = hidden_pre.shape[0]
-    multiples = sorted({1.0, *sparsity_scales})
-    n_entries = hidden_pre.numel() * ranks.count
-    budgets = [min(int(s * k * n_tokens * ranks.count), n_entries) for s in multiples]
+    n_tokens, d_sae = hidden_pre.shape
+    budgets, main_tier = pair_budgets(k, sparsity_scales, n_tokens * ranks.count, d_sae)
     flat_pre, flat_scores = hidden_pre.flatten(), scores.flatten()
     candidates = _candidates(flat_pre, flat_scores, budgets[-1], candidate_cut, ranks)
     candidate_scores, start = ranks.concatenated(flat_scores[candidates])
     n_kept = min(budgets[-1], candidate_scores.numel())
     top_scores, positions = torch.topk(candidate_scores, n_kept)
-    main_tier = multiples.index(1.0)
     order = torch.arange(n_kept, device=positions.device)
     tiers = torch.bucketize(order, torch.tensor(budgets, device=positions.device), right=True)
     if ranks.count > 1:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from msae_plugin.architecture.selection import Selection
+from msae_plugin.architecture.selection import Selection, pair_budgets
 
 
 def needs_static_shapes(tensor: torch.Tensor) -> bool:
@@ -35,14 +35,12 @@ def static_batch_top_k(
         The selection; pairs beyond the positive pre-activations have value 0 and are not active.
     """
     n_tokens, d_sae = hidden_pre.shape
-    multiples = sorted({1.0, *sparsity_scales})
-    budgets = [min(int(s * k * n_tokens), n_tokens * d_sae) for s in multiples]
+    budgets, main_tier = pair_budgets(k, sparsity_scales, n_tokens, d_sae)
     flat_pre = hidden_pre.flatten()
     ranked = scores.flatten().masked_fill(flat_pre <= 0, -torch.inf)
     top_scores, chosen = torch.topk(ranked, budgets[-1])
     positive = top_scores > -torch.inf
     ranks = torch.arange(budgets[-1], device=chosen.device)
-    main_tier = multiples.index(1.0)
     tiers = torch.zeros_like(ranks)
     for budget in budgets[:-1]:
         tiers = tiers + (ranks >= budget)

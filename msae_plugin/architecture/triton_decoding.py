@@ -51,7 +51,10 @@ def _pair_dot_kernel(left, left_index, right, right_index, dots, width, BLOCK: t
     tl.store(dots + pair, tl.sum(total, axis=0))
 
 
-def _summed(
+# Opaque to torch.compile: the graph holds one node, and no version of Inductor has to understand
+# the kernels.
+@torch.library.custom_op("msae_plugin::triton_bag_sum", mutates_args=())
+def _bag_sum_op(
     rows: torch.Tensor,
     row_index: torch.Tensor,
     weights: torch.Tensor,
@@ -73,31 +76,6 @@ def _summed(
     return sums
 
 
-def _dots(
-    left: torch.Tensor, left_index: torch.Tensor, right: torch.Tensor, right_index: torch.Tensor
-) -> torch.Tensor:
-    dots = torch.zeros(left_index.shape[0], dtype=torch.float32, device=left.device)
-    if dots.numel():
-        _pair_dot_kernel[(dots.numel(),)](
-            left.contiguous(), left_index.contiguous(), right.contiguous(),
-            right_index.contiguous(), dots, left.shape[1], BLOCK=_BLOCK,
-        )  # fmt: skip
-    return dots
-
-
-# Opaque to torch.compile: the graph holds one node, and no version of Inductor has to understand
-# the kernels.
-@torch.library.custom_op("msae_plugin::triton_bag_sum", mutates_args=())
-def _bag_sum_op(
-    rows: torch.Tensor,
-    row_index: torch.Tensor,
-    weights: torch.Tensor,
-    bag_index: torch.Tensor,
-    n_bags: int,
-) -> torch.Tensor:
-    return _summed(rows, row_index, weights, bag_index, n_bags)
-
-
 @_bag_sum_op.register_fake
 def _bag_sum_shape(
     rows: torch.Tensor,
@@ -114,7 +92,13 @@ def _bag_sum_shape(
 def _pair_dots_op(
     left: torch.Tensor, left_index: torch.Tensor, right: torch.Tensor, right_index: torch.Tensor
 ) -> torch.Tensor:
-    return _dots(left, left_index, right, right_index)
+    dots = torch.zeros(left_index.shape[0], dtype=torch.float32, device=left.device)
+    if dots.numel():
+        _pair_dot_kernel[(dots.numel(),)](
+            left.contiguous(), left_index.contiguous(), right.contiguous(),
+            right_index.contiguous(), dots, left.shape[1], BLOCK=_BLOCK,
+        )  # fmt: skip
+    return dots
 
 
 @_pair_dots_op.register_fake

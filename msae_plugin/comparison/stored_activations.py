@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,23 +27,25 @@ from msae_plugin.errors import InputError
 from msae_plugin.evaluation.cache import key_digest
 from msae_plugin.evaluation.model_pass import faster_in_bfloat16
 from msae_plugin.evaluation.outcomes import Reporter
+from msae_plugin.training.activation_files import (
+    PLACEHOLDER,
+    mapped,
+    reading_runner,
+    require_space,
+)
 from msae_plugin.training.atomic_files import (
     TEMPORARY_PREFIX,
     json_safe,
     remove_leftovers,
     write_json_atomic,
 )
-from msae_plugin.training.checkpoints import CheckpointStore
 from msae_plugin.training.interruption import InterruptionGuard
-from msae_plugin.training.metrics_log import MetricsLog
-from msae_plugin.training.models import LanguageModel, ModelShape, hook_widths
+from msae_plugin.training.models import LanguageModel, hook_widths
 from msae_plugin.training.progress import SilentProgress
 from msae_plugin.training.run_config import RunConfig
-from msae_plugin.training.sae_plans import build_sae
 from msae_plugin.training.seeding import derive_seed, seed_everything
-from msae_plugin.training.shared_pass import SharedPassRunner, shared_pass_config
+from msae_plugin.training.shared_pass import SharedPassRunner
 from msae_plugin.training.text_data import TextData
-from msae_plugin.training.training_pass import TrainingSetting
 
 FOLDER, MANIFEST = "activations", "activations.json"
 FORMAT = 1
@@ -53,8 +54,6 @@ _METADATA = (
     "seqpos_slice", "model_from_pretrained_kwargs", "prepend_bos", "exclude_special_tokens",
     "sequence_separator_token", "disable_concat_sequences",
 )  # fmt: skip
-# Free space that is left alone.
-_SPARE_BYTES = 200 << 20
 
 
 def rows_needed(config: CompareConfig) -> tuple[int, int]:
@@ -67,10 +66,9 @@ def rows_needed(config: CompareConfig) -> tuple[int, int]:
 
 def recipe(config: CompareConfig) -> RunConfig:
     """The sections of a training recipe, with an SAE that is never trained: runners want one."""
-    placeholder = {"architecture": "standard", "d_sae": 1}
     training = replace(config.training, tokens=rows_needed(config)[1])
     return RunConfig(
-        model=config.model, data=config.data, hooks=config.hooks, sae=placeholder, training=training
+        model=config.model, data=config.data, hooks=config.hooks, sae=PLACEHOLDER, training=training
     )
 
 
@@ -169,9 +167,7 @@ def open_activations(output: Path) -> StoredActivations | None:
     dtype = getattr(torch, str(manifest["dtype"]))
     rows = int(manifest["rows"])
     tensors = {
-        hook: torch.from_file(
-            str(folder / stored["file"]), shared=False, size=rows * stored["d_in"], dtype=dtype
-        ).view(rows, stored["d_in"])
+        hook: mapped(folder / stored["file"], rows, stored["d_in"], dtype, writable=False)
         for hook, stored in manifest["hooks"].items()
     }
     return StoredActivations(folder, manifest, tensors)
@@ -208,17 +204,26 @@ def store_activations(
     training_rows, rows = rows_needed(config)
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     widths = hook_widths(language_model, config.hooks)
-    _require_space(folder, rows * sum(widths.values()) * dtype.itemsize)
+    require_space(folder, rows * sum(widths.values()) * dtype.itemsize)
     autocast = _autocast(config, language_model, report)
     files = {hook: f"{hook}.bin" for hook in config.hooks}
     temporary = {hook: folder / f"{TEMPORARY_PREFIX}{name}" for hook, name in files.items()}
     tensors = {
-        hook: torch.from_file(
-            str(temporary[hook]), shared=True, size=rows * widths[hook], dtype=dtype
-        ).view(rows, widths[hook])
+        hook: mapped(temporary[hook], rows, widths[hook], dtype, writable=True)
         for hook in config.hooks
     }
-    runner = _runner(config, language_model, text, device, autocast, guard, folder)
+    run = recipe(config)
+    seed_everything(run.training.seed)
+    runner = reading_runner(
+        run,
+        language_model,
+        text,
+        folder,
+        device,
+        autocast=autocast,
+        guard=guard,
+        progress=SilentProgress(),
+    )
     done = 0
     while done < rows:
         guard.check()
@@ -265,15 +270,6 @@ def store_activations(
     return stored
 
 
-def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE_BYTES:
-        raise InputError(
-            f"the activations need {needed / 2**30:.1f} GiB in {folder} and {free / 2**30:.1f} GiB "
-            "are free: lower training.tokens, or give --output on a larger disk"
-        )
-
-
 def _autocast(config: CompareConfig, language_model: LanguageModel, report: Reporter) -> bool:
     setting = config.model.autocast
     if setting != "auto":
@@ -281,37 +277,6 @@ def _autocast(config: CompareConfig, language_model: LanguageModel, report: Repo
     faster = faster_in_bfloat16(language_model.model, config.hooks)
     report(f"bfloat16 autocast is {'faster here: on' if faster else 'slower here: off'}")
     return faster
-
-
-def _runner(
-    config: CompareConfig,
-    language_model: LanguageModel,
-    text: TextData,
-    device: str,
-    autocast: bool,
-    guard: InterruptionGuard,
-    folder: Path,
-) -> SharedPassRunner:
-    run = recipe(config)
-    seed_everything(run.training.seed)
-    shape = ModelShape(language_model.d_model, language_model.n_layers, language_model.vocabulary)
-    plans = run.validate(shape)
-    return SharedPassRunner(
-        shared_pass_config(run, plans, language_model, device, autocast=autocast),
-        TrainingSetting(
-            config=run,
-            plans=plans,
-            folders={plan.name: folder for plan in plans},
-            # Nothing is trained here: there will be no checkpoint.
-            store=CheckpointStore(folder / "checkpoints", 0),
-            guard=guard,
-            metrics=MetricsLog([]),
-            progress=SilentProgress(),
-        ),
-        dataset=text.train,
-        language_model=language_model,
-        saes={plan.name: build_sae(plan, 0, device) for plan in plans},
-    )
 
 
 def _metadata(runner: SharedPassRunner) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing_extensions import Self
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.errors import InputError
+from msae_plugin.training.activation_files import mapped, require_space
 from msae_plugin.training.atomic_files import json_safe, write_json_atomic
 from msae_plugin.training.data_parallel import own_batch_size
 from msae_plugin.training.models import ModelShape
@@ -38,8 +38,6 @@ MANIFEST, PROGRESS = "cache.json", "progress.json"
 FORMAT = 1
 ACTIVATION_SAMPLES = 4096
 """Real activations kept per hook for the export check: a few megabytes."""
-# Free space that is left alone.
-_SPARE_BYTES = 200 << 20
 
 
 def activations_key(config: RunConfig) -> dict[str, Any]:
@@ -168,14 +166,6 @@ def open_cache(folder: Path) -> CachedActivations:
             raise InputError(f"the cache file {str(path)!r} is damaged: make the cache again")
         tensors[hook] = mapped(path, rows, d_in, dtype, writable=False)
     return CachedActivations(folder, manifest, tensors)
-
-
-def mapped(
-    path: Path, rows: int, width: int, dtype: torch.dtype, *, writable: bool
-) -> torch.Tensor:
-    """(rows, width) tensor over a file, which is made when missing and writable."""
-    flat = torch.from_file(str(path), shared=writable, size=rows * width, dtype=dtype)
-    return flat.view(rows, width)
 
 
 def check_cache(cache: CachedActivations, config: RunConfig, plans: list[SAEPlan]) -> None:
@@ -317,7 +307,7 @@ class CacheWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         files = {hook: self._folder / f"{hook}.bin" for hook in batch}
         missing = [rows.shape[1] for hook, rows in batch.items() if not files[hook].exists()]
-        _require_space(self._folder, self.rows * sum(missing) * dtype.itemsize)
+        require_space(self._folder, self.rows * sum(missing) * dtype.itemsize)
         # Before the first file, so that a killed pass is known for one whenever it is killed.
         self._write_progress(self.position)
         for hook, rows in batch.items():
@@ -379,13 +369,4 @@ def check_new_cache(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / PROGRESS).exists():
         raise InputError(
             f"--output {str(folder)!r} is not empty and holds no cache: give another --output"
-        )
-
-
-def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE_BYTES:
-        raise InputError(
-            f"the activations need {needed / 2**30:.1f} GiB in {folder} and {free / 2**30:.1f} GiB "
-            "are free: lower training.tokens, or give --output on a larger disk"
         )

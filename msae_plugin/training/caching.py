@@ -15,19 +15,17 @@ from msae_plugin.training.activation_cache import (
     open_cache,
     rows_needed,
 )
-from msae_plugin.training.checkpoints import CheckpointStore
+from msae_plugin.training.activation_files import PLACEHOLDER, reading_runner
 from msae_plugin.training.data_parallel import load_position, save_positions
 from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
-from msae_plugin.training.metrics_log import MetricsLog
 from msae_plugin.training.models import LanguageModel, ModelShape
 from msae_plugin.training.progress import ProgressDisplay, SilentProgress
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.run_inputs import ModelAndText, load_model_and_text
-from msae_plugin.training.sae_plans import build_sae, default_device
+from msae_plugin.training.sae_plans import default_device
 from msae_plugin.training.seeding import seed_everything
-from msae_plugin.training.shared_pass import SharedPassRunner, shared_pass_config
+from msae_plugin.training.shared_pass import SharedPassRunner
 from msae_plugin.training.text_data import TextData
-from msae_plugin.training.training_pass import TrainingSetting
 
 SECONDS_BETWEEN_SAVES = 30.0
 
@@ -70,26 +68,16 @@ def make_cache(
         config, plans, device, progress, language_model=language_model, text=text
     )
     started = time.perf_counter()
-    # A runner wants an SAE: this one is never trained.
-    placeholder = replace(config, sae={"architecture": "standard", "d_sae": 1}, saes=None)
-    model = inputs.language_model
-    own = placeholder.validate(ModelShape(model.d_model, model.n_layers, model.vocabulary))
     with InterruptionGuard() as guard:
-        runner = SharedPassRunner(
-            shared_pass_config(placeholder, own, model, device, autocast=inputs.autocast),
-            TrainingSetting(
-                config=placeholder,
-                plans=own,
-                folders={plan.name: output for plan in own},
-                # Nothing is trained here: there will be no checkpoint.
-                store=CheckpointStore(output / "checkpoints", 0, writes=False),
-                guard=guard,
-                metrics=MetricsLog([]),
-                progress=progress,
-            ),
-            dataset=inputs.text.train,
-            language_model=model,
-            saes={plan.name: build_sae(plan, 0, device) for plan in own},
+        runner = reading_runner(
+            replace(config, sae=PLACEHOLDER, saes=None),
+            inputs.language_model,
+            inputs.text,
+            output,
+            device,
+            autocast=inputs.autocast,
+            guard=guard,
+            progress=progress,
         )
         _write(runner, config, output, rows, guard, progress, inputs, started)
     return open_cache(output)
