@@ -47,10 +47,8 @@ def auxk_loss(
     acts = torch.zeros_like(hidden_pre).scatter(-1, top, hidden_pre.gather(-1, top))
     if token_scale is not None:
         acts = acts * token_scale
-    errors = (acts @ W_dec[dead_latents] - residual.detach()).pow(2).sum(dim=-1)
-    if token_weight is not None:
-        errors = errors * token_weight
-    return min(n_dead / max(d_in // 2, 1), 1.0) * errors.mean()
+    share = min(n_dead / max(d_in // 2, 1), 1.0)
+    return share * _mean_error(acts @ W_dec[dead_latents], residual.detach(), token_weight)
 
 
 def static_auxk_loss(
@@ -105,10 +103,8 @@ def static_auxk_loss(
         if token_scale is not None:
             acts = acts * token_scale.squeeze(-1)[tokens]
         decoded = bag_sum(W_dec, latents, acts, tokens, n_tokens)
-        errors = (decoded - residual).pow(2).sum(dim=-1)
-        if token_weight is not None:
-            errors = errors * token_weight
-        return (dead.sum() / max(d_in // 2, 1)).clamp(max=1.0) * errors.mean()
+        share = (dead.sum() / max(d_in // 2, 1)).clamp(max=1.0)
+        return share * _mean_error(decoded, residual, token_weight)
 
     def nothing(
         x_hat: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor
@@ -117,3 +113,12 @@ def static_auxk_loss(
         return x_hat.new_zeros((), dtype=torch.promote_types(x_hat.dtype, torch.float32))
 
     return torch.cond(dead.any(), loss_of_the_dead, nothing, (x_hat, W_enc, b_enc, W_dec))
+
+
+def _mean_error(
+    decoded: torch.Tensor, residual: torch.Tensor, token_weight: torch.Tensor | None
+) -> torch.Tensor:
+    errors = (decoded - residual).pow(2).sum(dim=-1)
+    if token_weight is not None:
+        errors = errors * token_weight
+    return errors.mean()

@@ -4,9 +4,17 @@ BatchTopK ranks `pre + allowance`, and the exported threshold of a latent is the
 allowance: a threshold per latent, which JumpReLU has anyway. The rule is the one that balances the
 experts of a mixture without a loss term (arXiv 2408.15664): a step up while the rate is below the
 floor, a step down while it is above.
+
+Steps of a tenth of the cut swing around the floor, because the rate is known by a running mean.
+That helps while training: a rare latent is wide open for a few steps and gets gradients (steps in
+proportion to the distance do not swing, and explained less variance). But an export in the middle
+of a swing has latents that fire on nothing, so that calibration puts every allowance where the
+latent fires at the floor (docs/results.md, "How the presets were chosen").
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from typing_extensions import override
@@ -47,6 +55,16 @@ class FiringFloor(KeepsFloat32):
         self.allowance.copy_(torch.minimum(self.allowance.clamp(min=0), cut.clamp(min=0)))
 
     @torch.no_grad()
+    def allow_down_to(self, threshold: torch.Tensor, cut: float) -> None:
+        """Give each latent the threshold `threshold` where that is below the cut.
+
+        Args:
+            threshold: (d_sae,) not negative.
+            cut: The common cut.
+        """
+        self.allowance.copy_((cut - threshold).clamp(min=0, max=max(cut, 0.0)))
+
+    @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Multiply the unit of the pre-activations by a factor."""
         self.allowance.mul_(factor)
@@ -54,3 +72,32 @@ class FiringFloor(KeepsFloat32):
     @override
     def extra_repr(self) -> str:
         return f"d_sae={self.allowance.numel()}"
+
+
+@torch.no_grad()
+def thresholds_at_rate(
+    batches: Sequence[torch.Tensor],
+    hidden_pre_of: Callable[[torch.Tensor], torch.Tensor],
+    rate: float,
+) -> torch.Tensor | None:
+    """What each latent's pre-activation exceeds on a share of the tokens; at least zero.
+
+    Args:
+        batches: Activation batches, each (n_tokens, d_in).
+        hidden_pre_of: Maps a batch to its pre-activations (n_tokens, d_sae).
+        rate: The share.
+
+    Returns:
+        (d_sae,) float32; None when the share is less than one token, which tells nothing.
+    """
+    n_above = int(rate * sum(batch.shape[0] for batch in batches))
+    if n_above == 0:
+        return None
+    highest: torch.Tensor | None = None
+    for batch in batches:
+        hidden_pre = hidden_pre_of(batch).float()
+        known = hidden_pre if highest is None else torch.cat([highest, hidden_pre])
+        highest = known.topk(min(n_above + 1, known.shape[0]), dim=0).values
+    assert highest is not None, "there are tokens"
+    # Halfway, as the common cut is: rounding then decides about no token.
+    return highest[-2:].mean(dim=0).clamp(min=0)

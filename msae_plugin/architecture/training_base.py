@@ -6,6 +6,7 @@ The step itself, with its losses, is in `training_sae.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from msae_plugin.architecture.exact import (
     restore_exact,
 )
 from msae_plugin.architecture.export import exported_tensors
+from msae_plugin.architecture.firing_floor import thresholds_at_rate
 from msae_plugin.architecture.initialisation import initialise_inverse_sqrt_d
 from msae_plugin.architecture.mechanisms import Mechanisms
 from msae_plugin.architecture.nested import assign_rings
@@ -196,6 +198,9 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
     def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
         """Set the cut so that the mean L0 over these activations is exactly k.
 
+        With a firing floor, every latent gets the threshold at which it fires at the floor, where
+        that is below the cut; training leaves it somewhere around.
+
         Args:
             batches: Activations, each (n_tokens, d_in), scaled as training batches are.
 
@@ -215,12 +220,22 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             active = sum(int((hidden_pre_of(b) > self.threshold()).sum()) for b in kept)
             return active / sum(batch.shape[0] for batch in kept)
 
-        cut = calibrated_cut(kept, hidden_pre_of, self.scores, self.cfg.k)
-        if cut is None:
+        if not kept:
             raise RunFailure(
                 "calibrate_threshold needs at least one batch of activations; got none"
             )
         before = mean_l0()
+        floor, lowest, scores = self.mechanisms.firing_floor, None, self.scores
+        if floor is not None:
+            rate = self.cfg.firing_floor * self.cfg.k / self.cfg.d_sae
+            lowest = thresholds_at_rate(kept, hidden_pre_of, rate)
+        if lowest is not None:
+            # What the floor admits is active whatever the cut is.
+            scores = partial(_above_all, lowest)
+        cut = calibrated_cut(kept, hidden_pre_of, scores, self.cfg.k)
+        assert cut is not None, "there are batches"
+        if floor is not None and lowest is not None:
+            floor.allow_down_to(lowest, cut)
         statistics = self.mechanisms.statistics
         if self.cfg.selection == "batchtopk":
             self.topk_threshold.fill_(cut)
@@ -308,3 +323,8 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         state_dict.clear()
         state_dict.update(exported_tensors(self))
+
+
+def _above_all(threshold: torch.Tensor, hidden_pre: torch.Tensor) -> torch.Tensor:
+    """Scores that keep what exceeds its latent's threshold before anything else."""
+    return torch.where(hidden_pre > threshold, torch.inf, hidden_pre)

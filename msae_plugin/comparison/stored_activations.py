@@ -25,7 +25,6 @@ from msae_plugin.comparison.compare_config import CompareConfig
 from msae_plugin.comparison.sources import SAMPLE_TOKENS
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.cache import key_digest
-from msae_plugin.evaluation.model_pass import faster_in_bfloat16
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.training.activation_files import (
     PLACEHOLDER,
@@ -43,6 +42,7 @@ from msae_plugin.training.interruption import InterruptionGuard
 from msae_plugin.training.models import LanguageModel, hook_widths
 from msae_plugin.training.progress import SilentProgress
 from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.run_inputs import ModelAndText, chosen_autocast
 from msae_plugin.training.seeding import derive_seed, seed_everything
 from msae_plugin.training.shared_pass import SharedPassRunner
 from msae_plugin.training.text_data import TextData
@@ -205,7 +205,7 @@ def store_activations(
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     widths = hook_widths(language_model, config.hooks)
     require_space(folder, rows * sum(widths.values()) * dtype.itemsize)
-    autocast = _autocast(config, language_model, report)
+    autocast = chosen_autocast(config.model.autocast, config.hooks, language_model, report)
     files = {hook: f"{hook}.bin" for hook in config.hooks}
     temporary = {hook: folder / f"{TEMPORARY_PREFIX}{name}" for hook, name in files.items()}
     tensors = {
@@ -238,6 +238,7 @@ def store_activations(
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
         path.replace(folder / files[hook])
+    record = ModelAndText(language_model, text, autocast).record()
     write_json_atomic(
         folder / MANIFEST,
         {
@@ -248,19 +249,8 @@ def store_activations(
             "batch_size": config.training.batch_size_tokens,
             "dtype": str(dtype).removeprefix("torch."),
             "hooks": {h: {"file": files[h], "d_in": widths[h]} for h in config.hooks},
-            "model": {
-                "name": language_model.model_name,
-                "loader": language_model.model_class_name,
-                "d_model": language_model.d_model,
-                "n_layers": language_model.n_layers,
-                "dtype": config.model.dtype,
-                "autocast": autocast,
-            },
-            "data": {
-                "description": text.description,
-                "heldout_documents": len(text.heldout) + len(text.heldout_tokens),
-                "context_size": config.data.context_size,
-            },
+            "model": {**record["model"], "dtype": config.model.dtype},
+            "data": {**record["data"], "context_size": config.data.context_size},
             "metadata": _metadata(runner),
             "seconds": time.perf_counter() - started,
         },
@@ -268,15 +258,6 @@ def store_activations(
     stored = open_activations(output)
     assert stored is not None, "the manifest was written a moment ago"
     return stored
-
-
-def _autocast(config: CompareConfig, language_model: LanguageModel, report: Reporter) -> bool:
-    setting = config.model.autocast
-    if setting != "auto":
-        return setting
-    faster = faster_in_bfloat16(language_model.model, config.hooks)
-    report(f"bfloat16 autocast is {'faster here: on' if faster else 'slower here: off'}")
-    return faster
 
 
 def _metadata(runner: SharedPassRunner) -> dict[str, Any]:

@@ -187,12 +187,7 @@ def check_cache(cache: CachedActivations, config: RunConfig, plans: list[SAEPlan
                 f"{where} has no hook {plan.hook!r}, only {', '.join(cache.tensors)}: change the "
                 "recipe, or make another cache"
             )
-        width = cache.tensors[plan.hook].shape[1]
-        if plan.config.d_in != width:
-            raise InputError(
-                f"SAE {plan.name!r} has d_in {plan.config.d_in} but the activations at "
-                f"{plan.hook!r} have width {width}: set its d_in to that"
-            )
+        plan.require_width(cache.tensors[plan.hook].shape[1])
     needed = rows_needed(config, plans)
     if needed > cache.rows:
         raise InputError(

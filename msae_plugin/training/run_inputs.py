@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.errors import InputError
 from msae_plugin.evaluation.model_pass import faster_in_bfloat16
 from msae_plugin.training.models import LanguageModel, hook_widths, load_language_model
 from msae_plugin.training.progress import ProgressDisplay
@@ -88,12 +88,14 @@ def load_model_and_text(
         )
     widths = hook_widths(language_model, config.hooks)
     for plan in plans:
-        if widths[plan.hook] != plan.config.d_in:
-            raise InputError(
-                f"SAE {plan.name!r} has d_in {plan.config.d_in} but the activations at "
-                f"{plan.hook!r} have width {widths[plan.hook]}: set its d_in to that"
-            )
-    return ModelAndText(language_model, text, _autocast(config, language_model, progress, ranks))
+        plan.require_width(widths[plan.hook])
+    return ModelAndText(
+        language_model,
+        text,
+        chosen_autocast(
+            config.model.autocast, config.hooks, language_model, progress.message, ranks
+        ),
+    )
 
 
 def _load_text(config: RunConfig, progress: ProgressDisplay) -> TextData:
@@ -109,14 +111,25 @@ def _load_text(config: RunConfig, progress: ProgressDisplay) -> TextData:
     )
 
 
-def _autocast(
-    config: RunConfig, language_model: LanguageModel, progress: ProgressDisplay, ranks: Ranks
+def chosen_autocast(
+    setting: bool | Literal["auto"],
+    hooks: Sequence[str],
+    language_model: LanguageModel,
+    say: Callable[[str], object],
+    ranks: Ranks = ALONE,
 ) -> bool:
-    setting = config.model.autocast
+    """Whether the model runs in bfloat16: as the recipe says, or as is faster here.
+
+    Args:
+        setting: `model.autocast` of the recipe.
+        hooks: How far the model is run.
+        language_model: The model.
+        say: Told what was found.
+        ranks: The processes of the run, which must agree.
+    """
     if setting != "auto":
         return setting
-    measured = faster_in_bfloat16(language_model.model, config.hooks)
+    measured = faster_in_bfloat16(language_model.model, hooks)
     faster = bool(ranks.first(torch.tensor(measured)))
-    outcome = "faster here: on" if faster else "slower here: off"
-    progress.message(f"bfloat16 autocast is {outcome}")
+    say(f"bfloat16 autocast is {'faster here: on' if faster else 'slower here: off'}")
     return faster

@@ -73,6 +73,21 @@ class SAEPlan:
         """Where the SAE's results go in the run's folder."""
         return output if self.alone else output / self.name
 
+    def require_width(self, width: int) -> None:
+        """Refuse activations that the SAE does not fit.
+
+        Args:
+            width: Of the activations at the SAE's hook.
+
+        Raises:
+            InputError: `d_in` is another.
+        """
+        if self.config.d_in != width:
+            raise InputError(
+                f"SAE {self.name!r} has d_in {self.config.d_in} but the activations at "
+                f"{self.hook!r} have width {width}: set its d_in to that"
+            )
+
 
 def plan_saes(
     sections: Mapping[str, Mapping[str, Any]],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from steps import activations, make, plain, train
 
-from msae_plugin.architecture.firing_floor import FiringFloor
+from msae_plugin.architecture.firing_floor import FiringFloor, thresholds_at_rate
 
 
 def test_steps_by_hand() -> None:
@@ -65,3 +67,53 @@ def test_thresholds_never_fall_below_zero_and_only_for_the_rare() -> None:
     torch.testing.assert_close(
         threshold[frequent], sae.topk_threshold.expand(int(frequent.sum())), rtol=0.2, atol=0.0
     )
+
+
+def test_thresholds_by_hand() -> None:
+    pre = torch.tensor([[1.0, -1.0, 0.5], [3.0, -2.0, 0.1], [2.0, 4.0, -0.3], [0.0, -3.0, -0.2]])
+    # A quarter of four tokens is one: between the largest and the next, and at least zero.
+    found = thresholds_at_rate(pre.split(3), lambda batch: batch, 0.25)
+    assert found is not None
+    torch.testing.assert_close(found, torch.tensor([2.5, 1.5, 0.3]))
+    found = thresholds_at_rate(pre.split(1), lambda batch: batch, 0.6)
+    assert found is not None
+    torch.testing.assert_close(found, torch.tensor([1.5, 0.0, 0.0]))
+    assert thresholds_at_rate(pre.split(3), lambda batch: batch, 0.24) is None
+
+
+@given(
+    share=st.floats(0.05, 0.95),
+    k=st.floats(1, 8),
+    splits=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_calibration_leaves_no_latent_below_the_floor(
+    share: float, k: float, splits: int, seed: int
+) -> None:
+    wanted = int(share * k / 24 * 400)
+    assume(wanted > 0)
+    sae = make(**plain(d_in=8, d_sae=24, k=k, firing_floor=share))
+    x = activations(400, 8, seed)
+    with torch.no_grad():
+        sae.b_enc[::3] -= 1.0
+        sae.mechanisms.firing_floor.allowance.uniform_()  # whatever training left
+    sae.calibrate_threshold(x.chunk(splits))
+    sae.eval()
+    with torch.no_grad():
+        fired = sae.encode(x) > 0
+        positive = sae.encode_with_hidden_pre(x)[1] > 0
+    assert (fired.sum(0) >= positive.sum(0).clamp(max=wanted)).all()
+    assert int(fired.sum()) == min(round(k * 400), int(positive.sum()))
+    # Above the floor one cut serves all.
+    above = fired.sum(0) > wanted
+    threshold = sae.threshold()[above]
+    torch.testing.assert_close(threshold, sae.topk_threshold.expand_as(threshold))
+
+
+def test_too_few_tokens_leave_what_training_found() -> None:
+    sae = make(**plain(d_in=8, d_sae=24, firing_floor=0.5))
+    train(sae, 20)
+    before = sae.mechanisms.firing_floor.allowance.clone()
+    assert before.any()
+    sae.calibrate_threshold([activations(10, 8, 0)])
+    assert torch.equal(sae.mechanisms.firing_floor.allowance, before)

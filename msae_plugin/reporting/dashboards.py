@@ -1,0 +1,190 @@
+"""SAEDashboard pages of chosen latents, beside a report, where that package is installed.
+
+A page is SAEDashboard's own: logits, density, top and quantile activations of each latent in one
+file that loads nothing. The language model and the held-out text of the run are needed again, so
+pages are made on request only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sae_lens import SAE
+
+from msae_plugin.errors import InputError
+from msae_plugin.evaluation.evaluate import model_for
+from msae_plugin.evaluation.outcomes import Reporter, Subject, no_report
+from msae_plugin.evaluation.subjects import load_subjects
+from msae_plugin.evaluation.windows import iterate_windows
+from msae_plugin.hub.export_run import TWIN_FOLDER
+from msae_plugin.reporting.report_sources import Sources, read_json
+from msae_plugin.reporting.report_trained import TrainedSAE
+from msae_plugin.training.models import LanguageModel, load_language_model
+from msae_plugin.training.text_data import load_text
+
+DASHBOARDS_FOLDER = "dashboards"
+RECIPE_FILE = "recipe.json"
+PACKAGE = "sae_dashboard"
+DEFAULT_WINDOWS = 256
+"""Windows of text: 33 thousand tokens at a context of 128."""
+
+
+@dataclass(frozen=True)
+class DashboardRequest:
+    """Which pages are wanted.
+
+    Args:
+        count: Latents per SAE: the ones that the report shows in context, else the most frequent.
+        latents: These latents instead, of every SAE.
+        windows: Windows of held-out text that activations are looked for in.
+    """
+
+    count: int = 8
+    latents: tuple[int, ...] = ()
+    windows: int = DEFAULT_WINDOWS
+
+
+def require_dashboard() -> None:
+    """Refuse before any work when SAEDashboard is missing.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise InputError(
+            "--dashboards needs SAEDashboard: pip install --no-deps sae-dashboard eindex-callum "
+            "decode-clt dataclasses-json marshmallow typing-inspect (version 0.8 declares "
+            "transformer-lens<3, and runs with 3.9)"
+        )
+
+
+def write_dashboards(
+    saes: Sequence[TrainedSAE],
+    sources: Sources,
+    folder: Path,
+    request: DashboardRequest,
+    progress: Reporter = no_report,
+) -> dict[Path, Path]:
+    """Write a page per SAE of a language model.
+
+    Args:
+        saes: SAEs of the report; those without weights are passed over.
+        sources: Where they are from: their recipes name the text.
+        folder: Where the pages go.
+        request: Which latents.
+        progress: Shows what is being done.
+
+    Returns:
+        The page of each SAE's folder.
+
+    Raises:
+        InputError: A latent is not in an SAE, the recipe of an SAE is not there, or no SAE is of a
+            language model.
+    """
+    pages: dict[Path, Path] = {}
+    models: dict[tuple[str, str], LanguageModel] = {}
+    wanted = [sae for sae in saes if sae.export is not None]
+    for number, sae in enumerate(wanted):
+        data = _data_section(sae, sources)
+        if data is None:
+            continue
+        subject = _subject(sae)
+        key = model_for(None, [subject]), subject.hook_name
+        if key not in models:
+            models[key] = load_language_model(key[0], [key[1]])
+        progress(f"dashboard of {sae.name}", number, len(wanted))
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{sae.name.replace('/', '_')}.html"
+        latents = _latents(sae, subject.sae.cfg.d_sae, request)
+        tokens = _tokens(subject, models[key], data, request.windows)
+        _write_page(subject.sae, models[key], tokens, latents, subject.hook_name, path)
+        pages[sae.folder] = path
+    if not pages:
+        raise InputError("--dashboards: no SAE of the report was trained on a language model")
+    return pages
+
+
+def _data_section(sae: TrainedSAE, sources: Sources) -> Mapping[str, Any] | None:
+    """`data` of the recipe that the SAE is from; None where it has no text."""
+    for source in sources.all:
+        if not sae.folder.resolve().is_relative_to(source.folder.resolve()):
+            continue
+        content = source.content
+        if (source.folder / RECIPE_FILE).is_file():
+            content = read_json(source.folder / RECIPE_FILE)
+        config = cast("Mapping[str, Any]", content.get("config") or {})
+        if config.get("data"):
+            return cast("Mapping[str, Any]", config["data"])
+    return None
+
+
+def _subject(sae: TrainedSAE) -> Subject:
+    """The SAE in unit decoder norms; the twin where there is one, which SAEDashboard knows."""
+    twin = sae.folder / TWIN_FOLDER
+    assert sae.export is not None
+    return load_subjects([str(twin if twin.is_dir() else sae.export)])[0]
+
+
+def _latents(sae: TrainedSAE, d_sae: int, request: DashboardRequest) -> list[int]:
+    if request.latents:
+        for latent in request.latents:
+            if not 0 <= latent < d_sae:
+                raise InputError(
+                    f"--dashboard-latents: {sae.name!r} has latents 0 to {d_sae - 1}; got {latent}"
+                )
+        return list(request.latents)
+    shown = [int(latent["latent"]) for latent in sae.contexts()]
+    if not shown:
+        frequencies = sae.frequencies()
+        shown = (
+            list(range(d_sae))
+            if frequencies is None
+            else cast("list[int]", frequencies.argsort(descending=True).tolist())
+        )
+    return shown[: request.count]
+
+
+def _tokens(
+    subject: Subject, language_model: LanguageModel, data: Mapping[str, Any], windows: int
+) -> torch.Tensor:
+    """(windows, context_size) tokens of the held-out text, laid out as in training."""
+    text = load_text(
+        str(data["source"]),
+        split=str(data.get("split") or "train"),
+        text_column=cast("str | None", data.get("text_column")),
+        heldout_documents=int(data["heldout_documents"]),
+    )
+    found = iterate_windows(
+        language_model.model,
+        language_model.tokenizer,
+        text.heldout_texts(language_model.tokenizer),
+        int(subject.sae.cfg.metadata.context_size or 128),
+        prepend_bos=bool(subject.sae.cfg.metadata.prepend_bos),
+    )
+    return torch.stack([window.tokens for window in islice(found, windows)])
+
+
+def _write_page(
+    sae: SAE[Any],
+    language_model: LanguageModel,
+    tokens: torch.Tensor,
+    latents: list[int],
+    hook: str,
+    path: Path,
+) -> None:
+    # SAEDashboard is optional, and imported late because it brings matplotlib and plotly.
+    runner: Any = importlib.import_module("sae_dashboard.sae_vis_runner")
+    data: Any = importlib.import_module("sae_dashboard.sae_vis_data")
+    writing: Any = importlib.import_module("sae_dashboard.data_writing_fns")
+    config = data.SaeVisConfig(
+        hook_point=hook, features=latents, minibatch_size_features=64, minibatch_size_tokens=32
+    )
+    found = runner.SaeVisRunner(config).run(encoder=sae, model=language_model.model, tokens=tokens)
+    writing.save_feature_centric_vis(sae_vis_data=found, filename=path)
