@@ -61,6 +61,19 @@ def check_output(output: Path) -> None:
         raise ArgumentMistake(f"--output {output} is a file: give a folder")
 
 
+def latent_indices(text: str | None) -> tuple[int, ...]:
+    """`3,17` as numbers; none for None.
+
+    Raises:
+        ArgumentMistake: Something in it is no number of a latent.
+    """
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    for part in parts:
+        if not part.isdecimal():
+            raise ArgumentMistake(f"--latents {text!r}: give numbers of latents, as in 3,17,40")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
 def _nearby(path: Path) -> str:
     """What there is in the nearest folder above that exists, or what was probably meant."""
     missing, above = path.absolute().name, path.absolute().parent

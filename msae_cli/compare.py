@@ -9,10 +9,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from msae_cli.arguments import check_config, check_output
+from msae_cli.arguments import check_config, check_output, latent_indices
 from msae_cli.terminal import errors, results, say
 
 if TYPE_CHECKING:
+    from msae_plugin.reporting.dashboards import DashboardRequest
     from msae_plugin.reporting.report import ReportResult
 
 REPORT_FOLDER = "report"
@@ -109,24 +110,44 @@ def report(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")],
+    dashboards: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Also a SAEDashboard page of N latents per SAE; needs that package and the "
+            "language model.",
+        ),
+    ] = 0,
+    latents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I,J,...", help="Of these latents instead of the ones shown in context."
+        ),
+    ] = None,
 ) -> None:
     """Tables, figures and one self-contained page of what was trained and measured."""
     check_output(output)
+    chosen = latent_indices(latents)
     # As in compare: heavy imports.
     from msae_plugin.hub.download import local_folder
+    from msae_plugin.reporting.dashboards import DashboardRequest
 
-    result = _written_report([local_folder(text) for text in folders], output)
+    request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
+    result = _written_report([local_folder(text) for text in folders], output, request)
     if result.not_measured:
         results.print(f"{result.not_measured} entries were not measured: the page names them")
 
 
-def _written_report(folders: list[Path], output: Path) -> ReportResult:
+def _written_report(
+    folders: list[Path], output: Path, dashboards: DashboardRequest | None = None
+) -> ReportResult:
     # As in compare: heavy imports.
     from msae_plugin.reporting.counter import step_reporter
     from msae_plugin.reporting.report import report as write_report
 
     with step_reporter(errors) as progress:
-        result = write_report(folders, output, progress)
+        result = write_report(folders, output, progress, dashboards)
     results.print(Text(f"page: {result.page}"), soft_wrap=True)
     results.print(
         Text(f"{len(result.tables)} tables, {len(result.figures)} figures in {result.output}"),

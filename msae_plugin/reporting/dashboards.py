@@ -60,8 +60,8 @@ def require_dashboard() -> None:
     if importlib.util.find_spec(PACKAGE) is None:
         raise InputError(
             "--dashboards needs SAEDashboard: pip install --no-deps sae-dashboard eindex-callum "
-            "decode-clt dataclasses-json marshmallow typing-inspect (version 0.8 declares "
-            "transformer-lens<3, and runs with 3.9)"
+            "decode-clt dataclasses-json marshmallow typing-inspect mypy-extensions (version 0.8 "
+            "declares transformer-lens<3, and runs with 3.9)"
         )
 
 
@@ -71,7 +71,7 @@ def write_dashboards(
     folder: Path,
     request: DashboardRequest,
     progress: Reporter = no_report,
-) -> dict[Path, Path]:
+) -> dict[str, Path]:
     """Write a page per SAE of a language model.
 
     Args:
@@ -82,13 +82,13 @@ def write_dashboards(
         progress: Shows what is being done.
 
     Returns:
-        The page of each SAE's folder.
+        The page of each SAE by its name.
 
     Raises:
         InputError: A latent is not in an SAE, the recipe of an SAE is not there, or no SAE is of a
             language model.
     """
-    pages: dict[Path, Path] = {}
+    pages: dict[str, Path] = {}
     models: dict[tuple[str, str], LanguageModel] = {}
     wanted = [sae for sae in saes if sae.export is not None]
     for number, sae in enumerate(wanted):
@@ -105,7 +105,7 @@ def write_dashboards(
         latents = _latents(sae, subject.sae.cfg.d_sae, request)
         tokens = _tokens(subject, models[key], data, request.windows)
         _write_page(subject.sae, models[key], tokens, latents, subject.hook_name, path)
-        pages[sae.folder] = path
+        pages[sae.name] = path
     if not pages:
         raise InputError("--dashboards: no SAE of the report was trained on a language model")
     return pages
@@ -137,7 +137,7 @@ def _latents(sae: TrainedSAE, d_sae: int, request: DashboardRequest) -> list[int
         for latent in request.latents:
             if not 0 <= latent < d_sae:
                 raise InputError(
-                    f"--dashboard-latents: {sae.name!r} has latents 0 to {d_sae - 1}; got {latent}"
+                    f"--latents: {sae.name!r} has latents 0 to {d_sae - 1}; got {latent}"
                 )
         return list(request.latents)
     shown = [int(latent["latent"]) for latent in sae.contexts()]

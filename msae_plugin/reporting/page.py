@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import groupby
+from urllib.parse import quote
 
 from msae_plugin.reporting.page_tables import table_html
 from msae_plugin.reporting.report_document import (
@@ -20,6 +21,7 @@ from msae_plugin.reporting.report_document import (
     Facts,
     Figure,
     LatentContexts,
+    Links,
     Section,
     Subheading,
     Table,
@@ -107,6 +109,12 @@ def _block(block: Block) -> str:
             f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in block.rows
         )
         return f"<dl>\n{rows}</dl>\n"
+    if isinstance(block, Links):
+        items = "".join(
+            f'<li><a href="{escape(quote(target))}">{escape(text)}</a></li>\n'
+            for text, target in block.items
+        )
+        return f"<ul>\n{items}</ul>\n"
     if isinstance(block, Table):
         return table_html(block)
     if isinstance(block, Figure):

@@ -10,6 +10,12 @@ from pathlib import Path
 
 from msae_plugin.errors import InputError
 from msae_plugin.evaluation.outcomes import Reporter, no_report
+from msae_plugin.reporting.dashboards import (
+    DASHBOARDS_FOLDER,
+    DashboardRequest,
+    require_dashboard,
+    write_dashboards,
+)
 from msae_plugin.reporting.page import page
 from msae_plugin.reporting.report_analyses import SAEAnalysis, analyse
 from msae_plugin.reporting.report_benches import benches as benches_of
@@ -19,7 +25,7 @@ from msae_plugin.reporting.report_comparison_sections import (
     protocol_section,
     results_section,
 )
-from msae_plugin.reporting.report_contexts_section import contexts_section
+from msae_plugin.reporting.report_contexts_section import contexts_section, dashboards_section
 from msae_plugin.reporting.report_difference_sections import differences_section
 from msae_plugin.reporting.report_document import Document, Section
 from msae_plugin.reporting.report_feature_sections import diversity_section
@@ -42,7 +48,9 @@ from msae_plugin.training.atomic_files import folder_written_atomically
 PAGE_FILE, MARKDOWN_FILE, RECORD_FILE = "report.html", "report.md", "report.json"
 TABLES_FOLDER, FIGURES_FOLDER = "tables", "figures"
 FORMAT = 1
-_OWN = {PAGE_FILE, MARKDOWN_FILE, RECORD_FILE, TABLES_FOLDER, FIGURES_FOLDER}
+_OWN = {
+    PAGE_FILE, MARKDOWN_FILE, RECORD_FILE, TABLES_FOLDER, FIGURES_FOLDER, DASHBOARDS_FOLDER,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,12 @@ class ReportResult:
     not_measured: int
 
 
-def report(folders: Sequence[Path], output: Path, progress: Reporter = no_report) -> ReportResult:
+def report(
+    folders: Sequence[Path],
+    output: Path,
+    progress: Reporter = no_report,
+    dashboards: DashboardRequest | None = None,
+) -> ReportResult:
     """Make a report of runs, evaluations and comparisons.
 
     The same data gives the same bytes: nothing of the time or the place of the report is in it.
@@ -74,16 +87,25 @@ def report(folders: Sequence[Path], output: Path, progress: Reporter = no_report
             (comparison.json), in any mixture.
         output: New or empty, or an earlier report, which is replaced whole.
         progress: Shows what is being done.
+        dashboards: SAEDashboard pages that are wanted beside it.
 
     Raises:
-        InputError: The folders cannot be read, or the output holds something else.
+        InputError: The folders cannot be read, the output holds something else, or a dashboard
+            cannot be made.
     """
     sources = read_sources(folders)
     _check_output(output, sources)
     pyplot()  # refused before minutes of analysis, when matplotlib is missing
-    document, not_measured = build(sources, progress)
-    progress("writing")
+    if dashboards is not None:
+        require_dashboard()
     with folder_written_atomically(output) as folder:
+        pages: dict[str, Path] = {}
+        if dashboards is not None:
+            place = folder / DASHBOARDS_FOLDER
+            pages = write_dashboards(trained_saes(sources), sources, place, dashboards, progress)
+        links = [(name, path.relative_to(folder).as_posix()) for name, path in pages.items()]
+        document, not_measured = build(sources, progress, links)
+        progress("writing")
         _write(document, folder)
         names = [source.label for source in sources.all]
         record = {"format": FORMAT, "sources": names, "page": PAGE_FILE}
@@ -97,12 +119,17 @@ def report(folders: Sequence[Path], output: Path, progress: Reporter = no_report
     )
 
 
-def build(sources: Sources, progress: Reporter = no_report) -> tuple[Document, int]:
+def build(
+    sources: Sources,
+    progress: Reporter = no_report,
+    dashboards: Sequence[tuple[str, str]] = (),
+) -> tuple[Document, int]:
     """The document of a report, and how many things were not measured.
 
     Args:
         sources: What was read.
         progress: Shows what is being done.
+        dashboards: SAEs with a SAEDashboard page, and where it lies relative to the report's.
     """
     trained = trained_saes(sources)
     measured = benches_of(sources, trained)
@@ -136,6 +163,8 @@ def build(sources: Sources, progress: Reporter = no_report) -> tuple[Document, i
         parts += sections
         if name != "training runs" and not any(sections):
             absent.append(name)
+    if dashboards:
+        parts.append(dashboards_section(dashboards))
     missing = [item for bench in measured for item in bench.missing]
     missing += missing_of_runs(
         sources.runs, evaluated=bool(sources.comparisons or sources.evaluations)

@@ -10,6 +10,7 @@ from msae_plugin.reporting.report_document import (
     Block,
     Context,
     LatentContexts,
+    Links,
     Section,
     Subheading,
     Text,
@@ -51,6 +52,19 @@ def contexts_section(
         "in front. They were chosen by strength, not for being easy to read."
     )
     return Section("contexts", "Sample features in context", [intro, *blocks])
+
+
+def dashboards_section(dashboards: Sequence[tuple[str, str]]) -> Section:
+    """Where the SAEDashboard pages are.
+
+    Args:
+        dashboards: SAEs, and where the page of each lies relative to the report's.
+    """
+    intro = Text(
+        "Logits, density and activations of chosen latents, drawn by SAEDashboard; files beside "
+        "this page."
+    )
+    return Section("dashboards", "Latents in SAEDashboard", [intro, Links(dashboards)])
 
 
 def _latents(latents: Sequence[Mapping[str, Any]]) -> Iterable[Block]:

@@ -173,7 +173,18 @@ class LatentContexts:
     contexts: Sequence[Context]
 
 
-Block = Text | Subheading | Bullets | Facts | Table | Figure | LatentContexts
+@dataclass(frozen=True)
+class Links:
+    """Files beside the page.
+
+    Args:
+        items: What each is, and where it lies relative to the page.
+    """
+
+    items: Sequence[tuple[str, str]]
+
+
+Block = Text | Subheading | Bullets | Facts | Table | Figure | LatentContexts | Links
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from urllib.parse import quote
 
 from msae_plugin.comparison.statistics import Spread
 from msae_plugin.reporting.report_document import (
@@ -13,6 +14,7 @@ from msae_plugin.reporting.report_document import (
     Facts,
     Figure,
     LatentContexts,
+    Links,
     Subheading,
     Table,
     Text,
@@ -97,6 +99,8 @@ def _block(block: Block, figures_folder: str) -> str:
         return "\n".join(f"- {escaped(item)}" for item in block.items)
     if isinstance(block, Facts):
         return "\n".join(f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows)
+    if isinstance(block, Links):
+        return "\n".join(f"- [{escaped(text)}]({quote(target)})" for text, target in block.items)
     if isinstance(block, Table):
         return table_markdown(block)
     if isinstance(block, Figure):
