@@ -3,6 +3,7 @@
     RUN  RUN/NAME  RUN/sae  RUN/jumprelu     what `msae train` writes
     FOLDER                                   cfg.json and sae_weights.safetensors, or folders of it
     user/repo:folder                         a Hugging Face repository in SAELens' layout
+    user/repo@revision[:folder]              the same at a branch, tag or commit, fetched whole
     release:sae_id                           SAELens' registry of pretrained SAEs
 
 What exists on the disk is taken first, then a registered release, then a repository.
@@ -24,7 +25,9 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 
 from msae_plugin.errors import InputError
+from msae_plugin.hub.download import fetch
 from msae_plugin.hub.export_run import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
+from msae_plugin.hub.references import HubReference, is_reference, parse_reference
 from msae_plugin.reporting.checkpoint_info import is_checkpoint
 from msae_plugin.training.atomic_files import TEMPORARY_PREFIX
 from msae_plugin.training.run_record import RUN_FILE, read_run_record
@@ -103,6 +106,8 @@ def locate(reference: str) -> list[LocatedSAE]:
         folder = right.strip("/")
         source = HubSource(left, folder, left, folder, registered=False)
         return [LocatedSAE(reference, safe_name(f"{left.split('/')[1]}-{folder}"), source)]
+    if is_reference(reference) and parse_reference(reference).revision is not None:
+        return _of_revision(reference, parse_reference(reference))
     raise InputError(_not_found(reference, path, list(releases)))
 
 
@@ -210,6 +215,20 @@ def _registered(reference: str, release: str, sae_id: str, known: list[str]) -> 
     repository, path = get_repo_id_and_folder_name(release, sae_id)
     source = HubSource(release, sae_id, repository, path, registered=True)
     return LocatedSAE(reference, safe_name(f"{release}-{sae_id}"), source)
+
+
+def _of_revision(reference: str, found: HubReference) -> list[LocatedSAE]:
+    """SAELens asks for no revision: the files come first, and the SAE from them."""
+    root = fetch(reference)
+    above = [found.repo.split("/")[1], found.folder or "", found.revision or ""]
+    return [
+        LocatedSAE(
+            reference,
+            safe_name("-".join(part for part in (*above, *folder.relative_to(root).parts) if part)),
+            FolderSource(folder),
+        )
+        for folder in _checkpoint_folders(root, reference)
+    ]
 
 
 def _folder_name(folder: Path) -> str:

@@ -59,9 +59,9 @@ def require_dashboard() -> None:
     """
     if importlib.util.find_spec(PACKAGE) is None:
         raise InputError(
-            "--dashboards needs SAEDashboard: pip install --no-deps sae-dashboard eindex-callum "
-            "decode-clt dataclasses-json marshmallow typing-inspect mypy-extensions (version 0.8 "
-            "declares transformer-lens<3, and runs with 3.9)"
+            "--dashboards needs SAEDashboard: pip install --no-deps sae-dashboard==0.8.0 "
+            "decode-clt eindex-callum dataclasses-json 'marshmallow<4' typing-inspect "
+            "mypy-extensions (it declares transformer-lens<3, and runs with 3.9)"
         )
 
 

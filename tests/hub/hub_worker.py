@@ -25,6 +25,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from safetensors.torch import load_file, save_file
 
 from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.evaluation.subject_references import locate
 from msae_plugin.hub.download import download, fetch, local_folder
 from msae_plugin.hub.publish import publish
 from msae_plugin.hub.publish_report import report_lines
@@ -54,6 +55,8 @@ def perform(job: dict[str, Any], asked: list[str], said: list[str]) -> Any:
         return str(download(**arguments))
     if job["call"] == "fetch":
         return str(fetch(**arguments))
+    if job["call"] == "locate":
+        return [(sae.name, str(sae.source.folder)) for sae in locate(**arguments)]
     if job["call"] == "local_folder":
         return str(local_folder(**arguments))
     result = publish(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hub_process import REPO, done, refused
+from hub_repository import Blob
 
 FILES = {
     "README.md": b"# SAEs\n",
@@ -56,6 +57,20 @@ def test_another_revision(hub, worker, target):
     gone = worker.run("download", reference=f"{REPO}:a/16k", destination=target / "x")
     refused(gone, "InputError", "no folder 'a/16k'")
     outcome = worker.run("download", reference=f"{REPO}@v2", destination=target / "x")
+    refused(outcome, "InputError", "no revision 'v2'")
+
+
+def test_an_sae_at_a_revision_is_evaluated_from_that_revision(hub, worker, target):
+    # Weights of its own: what is fetched stays in the cache of the following tests.
+    repo = hub.repos[REPO]
+    for data in (b"first weights", b"second weights"):
+        files = {**repo.head().files, "a/16k/sae_weights.safetensors": Blob(data, large=True)}
+        repo.branches["main"] = repo.add(repo.head().oid, "trained", files)
+        repo.tags.setdefault("v1", repo.branches["main"])
+    ((name, folder),) = done(worker.run("locate", reference=f"{REPO}@v1:a/16k"))
+    assert name == "tiny-saes-a-16k-v1"
+    assert content(Path(folder))["sae_weights.safetensors"] == b"first weights"
+    outcome = worker.run("locate", reference=f"{REPO}@v2:a/16k")
     refused(outcome, "InputError", "no revision 'v2'")
 
 
