@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -103,3 +104,27 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[st
 def tiny_language_model(tiny_model_dir: Path) -> LanguageModel:
     """The tiny model as a HookedTransformer, float32, on the CPU. Do not modify it."""
     return load_language_model(str(tiny_model_dir), ["blocks.1.hook_resid_post"])
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_model_dir: Path, tiny_texts: list[str]) -> Path:
+    """A recipe of ten steps on the tiny model and text."""
+    corpus = tmp_path / "notes.txt"
+    corpus.write_text("\n\n".join(tiny_texts))
+    recipe = {
+        "model": {"name": str(tiny_model_dir), "device": "cpu"},
+        "data": {"source": str(corpus), "context_size": 32, "heldout_documents": 5},
+        "hooks": ["blocks.1.hook_resid_post"],
+        "sae": {"d_sae": 96, "k": 8, "prefix_sort_every": 3},
+        "training": {
+            "tokens": 1280,
+            "batch_size_tokens": 128,
+            "n_batches_in_buffer": 16,
+            "store_batch_size_prompts": 8,
+            "calibrate_batches": 4,
+        },
+        "logging": {"every_steps": 1, "tensorboard": "off"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path

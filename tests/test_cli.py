@@ -10,39 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from msae_cli import app as cli
 from msae_cli.train import resume_command
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.training import run_config
-
-
-@pytest.fixture
-def recipe_file(tmp_path: Path, tiny_model_dir: Path, tiny_texts: list[str]) -> Path:
-    corpus = tmp_path / "notes.txt"
-    corpus.write_text("\n\n".join(tiny_texts))
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "model": {"name": str(tiny_model_dir), "device": "cpu"},
-                "data": {"source": str(corpus), "context_size": 32, "heldout_documents": 5},
-                "hooks": ["blocks.1.hook_resid_post"],
-                "sae": {"d_sae": 96, "k": 8},
-                "training": {
-                    "tokens": 1280,
-                    "batch_size_tokens": 128,
-                    "n_batches_in_buffer": 16,
-                    "store_batch_size_prompts": 8,
-                    "calibrate_batches": 4,
-                },
-                "logging": {"every_steps": 1, "tensorboard": "off"},
-            }
-        )
-    )
-    return path
 
 
 def msae(*words: str) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -19,29 +18,6 @@ from msae_cli import app as cli
 
 def msae(*words: str | Path) -> Any:
     return CliRunner().invoke(cli.app, [str(word) for word in words])
-
-
-@pytest.fixture
-def recipe_file(tmp_path: Path, tiny_model_dir: Path, tiny_texts: list[str]) -> Path:
-    corpus = tmp_path / "notes.txt"
-    corpus.write_text("\n\n".join(tiny_texts))
-    recipe = {
-        "model": {"name": str(tiny_model_dir), "device": "cpu"},
-        "data": {"source": str(corpus), "context_size": 32, "heldout_documents": 5},
-        "hooks": ["blocks.1.hook_resid_post"],
-        "sae": {"d_sae": 96, "k": 8, "prefix_sort_every": 3},
-        "training": {
-            "tokens": 1280,
-            "batch_size_tokens": 128,
-            "n_batches_in_buffer": 16,
-            "store_batch_size_prompts": 8,
-            "calibrate_batches": 4,
-        },
-        "logging": {"every_steps": 1, "tensorboard": "off"},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
 
 
 def test_a_cache_is_made_and_trained_from(recipe_file: Path, tmp_path: Path) -> None:
