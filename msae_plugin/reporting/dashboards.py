@@ -26,12 +26,15 @@ from msae_plugin.evaluation.windows import iterate_windows
 from msae_plugin.hub.export_run import TWIN_FOLDER
 from msae_plugin.reporting.report_sources import Sources, read_json
 from msae_plugin.reporting.report_trained import TrainedSAE
+from msae_plugin.reporting.report_variants import is_variant
 from msae_plugin.training.models import LanguageModel, load_language_model
 from msae_plugin.training.text_data import load_text
 
 DASHBOARDS_FOLDER = "dashboards"
 RECIPE_FILE = "recipe.json"
 PACKAGE = "sae_dashboard"
+# What SAEDashboard 0.8 can take one latent out of.
+ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
 DEFAULT_WINDOWS = 256
 """Windows of text: 33 thousand tokens at a context of 128."""
 
@@ -75,7 +78,8 @@ def write_dashboards(
     """Write a page per SAE of a language model.
 
     Args:
-        saes: SAEs of the report; those without weights are passed over.
+        saes: SAEs of the report; those without weights and variants of the ladder are
+            passed over.
         sources: Where they are from: their recipes name the text.
         folder: Where the pages go.
         request: Which latents.
@@ -85,17 +89,21 @@ def write_dashboards(
         The page of each SAE by its name.
 
     Raises:
-        InputError: A latent is not in an SAE, the recipe of an SAE is not there, or no SAE is of a
-            language model.
+        InputError: A latent is not in an SAE, or there is no SAE of a language model that
+            SAEDashboard knows.
     """
     pages: dict[str, Path] = {}
     models: dict[tuple[str, str], LanguageModel] = {}
-    wanted = [sae for sae in saes if sae.export is not None]
+    wanted = [sae for sae in saes if sae.export is not None and not is_variant(sae.method)]
     for number, sae in enumerate(wanted):
         data = _data_section(sae, sources)
         if data is None:
             continue
         subject = _subject(sae)
+        architecture = subject.sae.cfg.architecture()
+        if architecture not in ARCHITECTURES:
+            progress(f"no dashboard of {sae.name}: SAEDashboard does not know {architecture}")
+            continue
         key = model_for(None, [subject]), subject.hook_name
         if key not in models:
             models[key] = load_language_model(key[0], [key[1]])
@@ -107,7 +115,10 @@ def write_dashboards(
         _write_page(subject.sae, models[key], tokens, latents, subject.hook_name, path)
         pages[sae.name] = path
     if not pages:
-        raise InputError("--dashboards: no SAE of the report was trained on a language model")
+        raise InputError(
+            "--dashboards: no SAE of the report is of a language model and of an architecture that "
+            f"SAEDashboard knows ({', '.join(ARCHITECTURES)})"
+        )
     return pages
 
 
@@ -183,6 +194,8 @@ def _write_page(
     runner: Any = importlib.import_module("sae_dashboard.sae_vis_runner")
     data: Any = importlib.import_module("sae_dashboard.sae_vis_data")
     writing: Any = importlib.import_module("sae_dashboard.data_writing_fns")
+    # Decoder rows have unit norm already, and TopK refuses to be folded.
+    sae.fold_W_dec_norm = lambda: None
     config = data.SaeVisConfig(
         hook_point=hook, features=latents, minibatch_size_features=64, minibatch_size_tokens=32
     )
