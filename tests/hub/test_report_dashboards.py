@@ -22,6 +22,7 @@ from msae_plugin.reporting.dashboards import DashboardRequest, require_dashboard
 from msae_plugin.reporting.report import report
 
 Calls = list[dict[str, Any]]
+INSTALLED = importlib.util.find_spec("sae_dashboard") is not None
 
 
 @pytest.fixture
@@ -85,9 +86,17 @@ def test_a_latent_that_is_not_there(trained_run: Path, tmp_path: Path, calls: Ca
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("sae_dashboard") is not None, reason="SAEDashboard is installed"
-)
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="SAEDashboard is not installed")
+def test_with_the_package_itself(trained_run: Path, tmp_path: Path):
+    report([trained_run], tmp_path / "report", dashboards=DashboardRequest(count=2, windows=16))
+    pages = sorted((tmp_path / "report" / "dashboards").iterdir())
+    assert [page.name for page in pages] == ["batchtopk.html", "multiscale.html"]
+    for page in pages:
+        assert len(page.read_text()) > 10_000
+
+
+@pytest.mark.skipif(INSTALLED, reason="SAEDashboard is installed")
 def test_without_the_package_nothing_is_begun(trained_run: Path, tmp_path: Path):
     with pytest.raises(InputError, match="needs SAEDashboard: pip install"):
         require_dashboard()
