@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -233,6 +234,10 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             # What the floor admits is active whatever the cut is.
             scores = partial(_above_all, lowest)
         cut = calibrated_cut(kept, hidden_pre_of, scores, self.cfg.k)
+        if cut is not None and not isfinite(cut):
+            # Tokens are so alike that the floor alone would take the whole budget.
+            lowest = None
+            cut = calibrated_cut(kept, hidden_pre_of, self.scores, self.cfg.k)
         assert cut is not None, "there are batches"
         if floor is not None and lowest is not None:
             floor.allow_down_to(lowest, cut)
