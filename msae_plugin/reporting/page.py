@@ -108,7 +108,11 @@ def _block(block: Block) -> str:
         rows = "".join(
             f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n" for name, value in block.rows
         )
-        return f"<dl>\n{rows}</dl>\n"
+        listed = f"<dl>\n{rows}</dl>\n"
+        if block.folded:
+            heading = f"<summary>{escape(block.folded)}</summary>\n"
+            return f"<details>\n{heading}{listed}</details>\n"
+        return listed
     if isinstance(block, Links):
         items = "".join(
             f'<li><a href="{escape(quote(target))}">{escape(text)}</a></li>\n'

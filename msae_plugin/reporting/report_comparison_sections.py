@@ -32,6 +32,8 @@ from msae_plugin.reporting.report_rows import (
 )
 
 HEADLINE = tuple(role.key for role in ROLES)
+_FIRST = ("model.name", "seeds", "device")
+_FIRST_PARTS = ("data.", "protocol.")
 MOST_METHODS_OPEN = 14
 """A longer table of methods is folded."""
 EVALUATION_SEEDS_ONLY = (
@@ -45,9 +47,18 @@ def protocol_section(benches: Sequence[Bench]) -> Section:
     blocks: list[Block] = []
     for bench in benches:
         blocks += [Subheading(bench.title), Text(_extent(bench))]
-        blocks += [Facts(bench.facts)] if bench.facts else []
+        blocks += _facts(bench)
         blocks += [_methods_table(bench)] if bench.rows else []
     return Section("compared", "What was compared", blocks)
+
+
+def _facts(bench: Bench) -> list[Facts]:
+    """What a reader needs first, and everything else closed."""
+    first = [fact for fact in bench.facts if fact[0] in _FIRST or fact[0].startswith(_FIRST_PARTS)]
+    rest = [fact for fact in bench.facts if fact not in first]
+    found = [Facts(first)] if first else []
+    heading = f"{bench.title}: configuration and versions ({len(rest)} entries)"
+    return found + ([Facts(rest, heading)] if rest else [])
 
 
 def _extent(bench: Bench) -> str:

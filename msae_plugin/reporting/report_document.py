@@ -35,9 +35,15 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with values."""
+    """Names with values.
+
+    Args:
+        rows: In order.
+        folded: Heading under which they are closed at first, on the page; empty leaves them open.
+    """
 
     rows: Sequence[tuple[str, str]]
+    folded: str = ""
 
 
 CellValue = str | float | int | Spread | None

@@ -98,7 +98,10 @@ def _block(block: Block, figures_folder: str) -> str:
     if isinstance(block, Bullets):
         return "\n".join(f"- {escaped(item)}" for item in block.items)
     if isinstance(block, Facts):
-        return "\n".join(f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows)
+        heading = f"**{escaped(block.folded)}**\n\n" if block.folded else ""
+        return heading + "\n".join(
+            f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows
+        )
     if isinstance(block, Links):
         return "\n".join(f"- [{escaped(text)}]({quote(target)})" for text, target in block.items)
     if isinstance(block, Table):

@@ -6,6 +6,7 @@ import base64
 import itertools
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -21,11 +22,13 @@ from msae_plugin.reporting.report_document import (
     Facts,
     Figure,
     LatentContexts,
+    Links,
     Section,
     Subheading,
     Table,
     Text,
 )
+from msae_plugin.reporting.report_tables import markdown
 
 VOID = {"meta", "link", "img", "wbr", "br"}
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x03\xc0\x00\x00\x02\x80"
@@ -258,3 +261,18 @@ def test_a_name_used_twice_is_refused():
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="1 values, not 2"):
         Table("t", "c", [Column("a", "a"), Column("b", "b")], [["x"]])
+
+
+def test_closed_facts_and_links():
+    blocks = [
+        Facts([("versions.torch", "2")], f"Versions {HOSTILE}"),
+        Links([(f"page of {HOSTILE}", "dashboards/a b.html")]),
+    ]
+    document = replace(DOCUMENT, sections=[Section("only", "Only", blocks)])
+    html = Parsed(page(document))
+    assert [text for _, text in html.all("summary")] == [f"Versions {HOSTILE}"]
+    found = [(a["href"], text) for a, text in html.all("a") if not str(a["href"]).startswith("#")]
+    assert found == [("dashboards/a%20b.html", f"page of {HOSTILE}")]
+    text = markdown(document, "figures")
+    assert "](dashboards/a%20b.html)" in text
+    assert "- versions.torch: 2" in text
