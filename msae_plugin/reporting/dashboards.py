@@ -24,14 +24,13 @@ from msae_plugin.evaluation.outcomes import Reporter, Subject, no_report
 from msae_plugin.evaluation.subjects import load_subjects
 from msae_plugin.evaluation.windows import iterate_windows
 from msae_plugin.hub.export_run import TWIN_FOLDER
-from msae_plugin.reporting.report_sources import Sources, read_json
+from msae_plugin.reporting.report_sources import Sources
 from msae_plugin.reporting.report_trained import TrainedSAE
 from msae_plugin.reporting.report_variants import is_variant
 from msae_plugin.training.models import LanguageModel, load_language_model
 from msae_plugin.training.text_data import load_text
 
 DASHBOARDS_FOLDER = "dashboards"
-RECIPE_FILE = "recipe.json"
 PACKAGE = "sae_dashboard"
 # What SAEDashboard 0.8 can take one latent out of.
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
@@ -94,6 +93,7 @@ def write_dashboards(
     """
     pages: dict[str, Path] = {}
     models: dict[tuple[str, str], LanguageModel] = {}
+    texts: dict[tuple[object, ...], torch.Tensor] = {}
     wanted = [sae for sae in saes if sae.export is not None and not is_variant(sae.method)]
     for number, sae in enumerate(wanted):
         data = _data_section(sae, sources)
@@ -111,8 +111,11 @@ def write_dashboards(
         folder.mkdir(exist_ok=True)
         path = folder / f"{sae.name.replace('/', '_')}.html"
         latents = _latents(sae, subject.sae.cfg.d_sae, request)
-        tokens = _tokens(subject, models[key], data, request.windows)
-        _write_page(subject.sae, models[key], tokens, latents, subject.hook_name, path)
+        metadata = subject.sae.cfg.metadata
+        text = (key, repr(data), metadata.context_size, metadata.prepend_bos)
+        if text not in texts:
+            texts[text] = _tokens(subject, models[key], data, request.windows)
+        _write_page(subject.sae, models[key], texts[text], latents, subject.hook_name, path)
         pages[sae.name] = path
     if not pages:
         raise InputError(
@@ -127,10 +130,7 @@ def _data_section(sae: TrainedSAE, sources: Sources) -> Mapping[str, Any] | None
     for source in sources.all:
         if not sae.folder.resolve().is_relative_to(source.folder.resolve()):
             continue
-        content = source.content
-        if (source.folder / RECIPE_FILE).is_file():
-            content = read_json(source.folder / RECIPE_FILE)
-        config = cast("Mapping[str, Any]", content.get("config") or {})
+        config = cast("Mapping[str, Any]", source.content.get("config") or {})
         if config.get("data"):
             return cast("Mapping[str, Any]", config["data"])
     return None
