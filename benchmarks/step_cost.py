@@ -4,6 +4,7 @@
     python benchmarks/step_cost.py --shares           # each mechanism's share of the step
     python benchmarks/step_cost.py --sizes 2304x16384 --tokens 1024 --repeats 9
     python benchmarks/step_cost.py --compile          # eager beside torch.compile
+    python benchmarks/step_cost.py --device cuda --bf16 --repeats 30   # both decode kernels
 
 Every method trains on the same batches, the methods take turns within each repeat, and each ratio
 is taken within a repeat before medians and quartiles are formed, so that a busy machine slows all
@@ -11,7 +12,8 @@ alike. Shares of mechanisms are the default recipe's step with one mechanism rem
 `matryoshka_batchtopk` has the prefixes of the default recipe. Inference is encode and decode under
 no_grad of half the tokens, at an L0 of 32 and 64, for the export and for SAELens' JumpReLU with
 equal weights: "dense" decodes by the full product, "as it is" over active latents where that is
-faster.
+faster. On a GPU every measurement waits for the device, ours runs with each decode kernel, and the
+peak of a step's memory is printed, beside what weights and optimiser hold.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from profiling.inference import pair_of_saes
+from profiling.machine import synchronise
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAE,
@@ -57,27 +60,37 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 def training_saes(
-    d_in: int, d_sae: int, k: int, shares: bool, compile_step: bool
+    d_in: int, d_sae: int, k: int, shares: bool, compile_step: bool, device: torch.device
 ) -> dict[str, TrainingSAE[Any]]:
     """The methods compared; k is at its final value, as for most of a run."""
     widths = preset("default", d_in=d_in, d_sae=d_sae, k=k, training_steps=1000).prefix_widths
 
     def ours(name: str, **overrides: Any) -> MultiScaleTrainingSAE:
-        cfg = preset(name, d_in=d_in, d_sae=d_sae, k=k, training_steps=1000, k_anneal_steps=0)
+        cfg = preset(
+            name, d_in=d_in, d_sae=d_sae, k=k, training_steps=1000, k_anneal_steps=0,
+            device=str(device),
+        )  # fmt: skip
         for key, value in overrides.items():
             setattr(cfg, key, value)
         return MultiScaleTrainingSAE(cfg)
 
     found: dict[str, TrainingSAE[Any]] = {
-        "batchtopk": BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k)),
+        "batchtopk": BatchTopKTrainingSAE(
+            BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k, device=str(device))
+        ),
         "matryoshka_batchtopk": MatryoshkaBatchTopKTrainingSAE(
             MatryoshkaBatchTopKTrainingSAEConfig(
-                d_in=d_in, d_sae=d_sae, k=k, matryoshka_widths=widths
+                d_in=d_in, d_sae=d_sae, k=k, matryoshka_widths=widths, device=str(device)
             )
         ),
         "multiscale reconstruction": ours("reconstruction"),
         "multiscale default": ours("default"),
     }
+    if device.type == "cuda":
+        found |= {
+            f"multiscale {name}, triton": ours(name, decode_kernel="triton")
+            for name in ("reconstruction", "default")
+        }
     if shares:
         found |= {f"default {name}": ours("default", **change) for name, change in ADDED.items()}
     if compile_step:
@@ -85,25 +98,30 @@ def training_saes(
         # As SAELens' runner does it with compile_sae=True.
         compiled.training_forward_pass = torch.compile(compiled.training_forward_pass)
         found["multiscale default, compiled"] = compiled
+        theirs = found["batchtopk, compiled"] = BatchTopKTrainingSAE(found["batchtopk"].cfg)
+        theirs.training_forward_pass = torch.compile(theirs.training_forward_pass)
     return found
 
 
-def trainer_of(sae: TrainingSAE[Any], batches: list[torch.Tensor]) -> Callable[[int], None]:
+def trainer_of(
+    sae: TrainingSAE[Any], batches: list[torch.Tensor], autocast: bool
+) -> Callable[[int], None]:
     """A function that takes one optimiser step, as SAELens' trainer does."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-4)
-    dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
     sae.train()
 
     def step(index: int) -> None:
-        output = sae.training_forward_pass(
-            TrainStepInput(
-                sae_in=batches[index % len(batches)],
-                coefficients={},
-                dead_neuron_mask=dead,
-                n_training_steps=index,
-                is_logging_step=False,
+        with torch.autocast(sae.device.type, torch.bfloat16, enabled=autocast):
+            output = sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=batches[index % len(batches)],
+                    coefficients={},
+                    dead_neuron_mask=dead,
+                    n_training_steps=index,
+                    is_logging_step=False,
+                )
             )
-        )
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         optimizer.step()
@@ -112,13 +130,17 @@ def trainer_of(sae: TrainingSAE[Any], batches: list[torch.Tensor]) -> Callable[[
     return step
 
 
-def timed(functions: dict[str, Callable[[int], None]], repeats: int) -> dict[str, list[float]]:
+def timed(
+    functions: dict[str, Callable[[int], None]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each function per repeat, in turns, after two unmeasured rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 2):
         for name, function in functions.items():
+            synchronise(device)
             start = time.perf_counter()
             function(repeat)
+            synchronise(device)
             if repeat >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -144,36 +166,52 @@ def spread(values: list[float], digits: int) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def structured_batches(n_tokens: int, d_in: int, count: int) -> list[torch.Tensor]:
+def report_memory(steps: dict[str, Callable[[int], None]], device: torch.device) -> None:
+    """Print what a step allocates at most beyond what lies on the GPU before it."""
+    print("\n| | peak of a step beyond weights and moments, MiB |\n|---|---|")
+    for name, step in steps.items():
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(1)
+        extra = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        print(f"| {name} | {extra:,.0f} |", flush=True)
+
+
+def structured_batches(
+    n_tokens: int, d_in: int, count: int, device: torch.device
+) -> list[torch.Tensor]:
     """Sparse mixtures of random directions, so that selection works on realistic activations."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(4 * d_in, d_in, generator=generator)
     batches: list[torch.Tensor] = []
     for _ in range(count):
         strength = torch.rand(n_tokens, 4 * d_in, generator=generator)
-        batches.append((strength * (strength > 0.98)) @ directions)
+        batches.append(((strength * (strength > 0.98)) @ directions).to(device))
     return batches
 
 
 def inference_functions(
-    d_in: int, d_sae: int, batch: torch.Tensor, l0: float
+    d_in: int, d_sae: int, batch: torch.Tensor, l0: float, autocast: bool
 ) -> dict[str, Callable[[int], None]]:
     """Encode and decode of the export, beside SAELens' JumpReLU with the same weights."""
     plain, ours = pair_of_saes(d_in, d_sae, batch, l0)
     folded = MultiScaleSAE(
-        MultiScaleSAEConfig(d_in=d_in, d_sae=d_sae, norm_scales=[1.0], norm_affine=False)
+        MultiScaleSAEConfig(
+            d_in=d_in, d_sae=d_sae, norm_scales=[1.0], norm_affine=False, device=str(batch.device)
+        )
     )
     folded.load_state_dict(plain.state_dict(), strict=False)
+    mixed = torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast)
 
     def run(sae: SAE[Any]) -> Callable[[int], None]:
         def encode_decode(_: int) -> None:
-            with torch.no_grad():
+            with torch.no_grad(), mixed:
                 sae.decode(sae.encode(batch))
 
         return encode_decode
 
     def dense(_: int) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), mixed:
             ours.encode(batch) @ ours.W_dec + ours.b_dec
 
     return {
@@ -194,25 +232,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shares", action="store_true", help="one mechanism removed or added")
     parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
     parser.add_argument("--only", nargs="+", help="methods by name; batchtopk is always there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    setting = f"{'bf16 autocast' if args.bf16 else 'float32'}, {where}"
     for size in args.sizes:
         d_in, d_sae = (int(part) for part in size.split("x"))
-        batches = structured_batches(args.tokens, d_in, 4)
-        saes = training_saes(d_in, d_sae, args.k, args.shares, args.compile)
+        batches = structured_batches(args.tokens, d_in, 4, device)
+        saes = training_saes(d_in, d_sae, args.k, args.shares, args.compile, device)
         if args.only:
             saes = {name: sae for name, sae in saes.items() if name in {"batchtopk", *args.only}}
-        steps = {name: trainer_of(sae, batches) for name, sae in saes.items()}
+        steps = {name: trainer_of(sae, batches, args.bf16) for name, sae in saes.items()}
         against = [name for name in ("batchtopk", "matryoshka_batchtopk") if name in saes]
         title = f"Training step, d_in {d_in}, d_sae {d_sae}, {args.tokens} tokens, k {args.k}"
-        report(title, timed(steps, args.repeats), against)
+        report(f"{title}, {setting}", timed(steps, args.repeats, device), against)
+        if device.type == "cuda":
+            report_memory(steps, device)
         del saes, steps
         for l0 in (32, 64):
             batch = batches[0][: max(1, args.tokens // 2)]
-            functions = inference_functions(d_in, d_sae, batch, l0)
+            functions = inference_functions(d_in, d_sae, batch, l0, args.bf16)
             title = f"Inference, d_in {d_in}, d_sae {d_sae}, {len(batch)} tokens, L0 {l0}"
-            report(title, timed(functions, args.repeats), ["jumprelu"])
+            report(f"{title}, {setting}", timed(functions, args.repeats, device), ["jumprelu"])
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     with torch.no_grad(), autocast:
         x_c = sae.process_sae_in(batch)
         x_hat, token_scale = sae.normalise(x_c)
-        hidden_pre = sae.pre_activations(x_hat)
+        decoder_norm = sae.decoder_norm()
+        hidden_pre = sae.pre_activations(x_hat, decoder_norm)
     selection = sae.select(hidden_pre, cfg.k)
     n_pairs = selection.values.numel()
     rows = 4.0 * n_pairs * d  # bytes of one decoder row per pair
@@ -103,12 +104,14 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     parameters = sum(p.numel() for p in sae.parameters())
     half = 2 if setting.autocast else 4
     with autocast:
-        coefficients = sae.decoder_coefficients(selection, x_hat, token_scale).detach()
+        coefficients = sae.decoder_coefficients(
+            selection, x_hat, token_scale, decoder_norm
+        ).detach()
     coefficients.requires_grad_()
 
     def encode() -> object:
         with torch.no_grad(), autocast:
-            return sae.pre_activations(x_hat)
+            return sae.pre_activations(x_hat, sae.decoder_norm())
 
     def decode() -> Reconstructions:
         with autocast:
@@ -139,7 +142,9 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     def keep_encoder_graph() -> None:
         optimizer.zero_grad()
         with autocast:
-            tensors["values"] = sae.decoder_coefficients(selection, x_hat, token_scale)
+            tensors["values"] = sae.decoder_coefficients(
+                selection, x_hat, token_scale, decoder_norm
+            )
 
     def backward_decode() -> None:
         tensors["loss"].backward()

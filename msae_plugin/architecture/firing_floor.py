@@ -55,9 +55,9 @@ class FiringFloor(KeepsFloat32):
                 latent is allowed: its threshold is then zero.
             rate: Size of a step in units of the cut.
         """
-        step = torch.where(firing_rate < floor, rate, -rate)
-        self.allowance.add_(step * cut)
-        self.allowance.copy_(torch.minimum(self.allowance.clamp(min=0), cut.clamp(min=0)))
+        step = (firing_rate < floor) * (2 * rate) - rate
+        self.allowance.addcmul_(step, cut).clamp_(min=0)
+        torch.minimum(self.allowance, cut.clamp(min=0), out=self.allowance)
 
     @torch.no_grad()
     def allow_down_to(self, threshold: torch.Tensor, cut: float) -> None:

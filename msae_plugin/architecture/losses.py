@@ -38,15 +38,31 @@ def squared_error(
     """Mean over tokens of the squared error, summed over d_in.
 
     Args:
-        reconstruction: (n_tokens, d_in).
+        reconstruction: (n_tokens, d_in), or (n_tokens, n, d_in) for several at once.
         target: (n_tokens, d_in).
         weight: (n_tokens,) or None.
 
     Returns:
-        Zero-dimensional, in squared activation units.
+        Zero-dimensional or (n,), in squared activation units.
     """
+    if reconstruction.dim() == 3:
+        target = target[:, None]
+        weight = None if weight is None else weight[:, None]
     errors = (reconstruction - target).pow(2).sum(dim=-1)
-    return (errors if weight is None else errors * weight).mean()
+    return (errors if weight is None else errors * weight).mean(dim=0)
+
+
+def _squared_errors(
+    reconstructions: Reconstructions, target: torch.Tensor, weight: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Those of the prefixes and those of the further budgets."""
+    n_prefixes = len(reconstructions.prefixes)
+    if reconstructions.stacked is None:
+        each = [*reconstructions.prefixes, *reconstructions.scales]
+        errors = [squared_error(one, target, weight) for one in each]
+    else:
+        errors = list(squared_error(reconstructions.stacked, target, weight).unbind())
+    return errors[:n_prefixes], errors[n_prefixes:]
 
 
 def reconstruction_losses(
@@ -68,15 +84,13 @@ def reconstruction_losses(
     Returns:
         Weighted loss terms by name; prefix terms carry SAELens' name `inner_mse_loss_<width>`.
     """
-    terms = {"mse_loss": squared_error(reconstructions.main, target, weight)}
+    (*inner, main), further = _squared_errors(reconstructions, target, weight)
+    terms = {"mse_loss": main}
     if cfg.prefix_weight > 0:
-        inner = zip(cfg.prefix_widths[:-1], reconstructions.prefixes[:-1], strict=True)
-        for width, reconstruction in inner:
-            loss = squared_error(reconstruction, target, weight)
+        for width, loss in zip(cfg.prefix_widths[:-1], inner, strict=True):
             terms[f"inner_mse_loss_{width}"] = cfg.prefix_weight * loss
     if cfg.sparsity_scale_weight > 0:
-        for scale, reconstruction in zip(scales, reconstructions.scales, strict=True):
-            loss = squared_error(reconstruction, target, weight)
+        for scale, loss in zip(scales, further, strict=True):
             terms[f"mse_loss_at_{scale:g}k"] = cfg.sparsity_scale_weight * loss
     return terms
 

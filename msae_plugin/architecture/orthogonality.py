@@ -123,7 +123,8 @@ def chunk_penalty(
                 # OrtSAE squares the signed maximum; a chunk of one latent has no pair.
                 own.fill_(-2)
                 largest, nearest = cosines.max(dim=-1)
-                largest = largest.where(largest > -2, largest.new_zeros(()))
+                if members.shape[1] == 1:
+                    largest = torch.zeros_like(largest)
                 scale = 1 / (len(chunks) * members.shape[1])
                 total += scale * largest.pow(2).sum()
                 slope = (2 * scale * largest)[..., None]

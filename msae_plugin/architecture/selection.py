@@ -7,7 +7,7 @@ a prefix of the list (docs/method.md, "Sparsity scales").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,6 +33,7 @@ class Selection:
         cut: Smallest score among the pairs of the budget k; a zero-dimensional tensor, +inf when
             nothing is active.
         lowest_score: Smallest score among all pairs, likewise.
+        padded: Whether there may be padding.
     """
 
     values: torch.Tensor
@@ -42,10 +43,19 @@ class Selection:
     main_tier: int
     cut: torch.Tensor
     lowest_score: torch.Tensor
+    padded: bool = False
+    _active: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def active(self) -> torch.Tensor:
         """(n_pairs,) bool: the pairs within the budget k, without padding."""
-        return (self.tiers <= self.main_tier) & (self.values > 0)
+        if self._active is None:
+            within = self.tiers <= self.main_tier
+            self._active = within & (self.values > 0) if self.padded else within
+        return self._active
+
+    def without_padding(self, per_pair: torch.Tensor) -> torch.Tensor:
+        """(n_pairs,) numbers of the pairs: zero at padding, to which no gradient passes."""
+        return per_pair.masked_fill(self.values <= 0, 0) if self.padded else per_pair
 
 
 def pair_budgets(

@@ -39,21 +39,25 @@ def static_batch_top_k(
     flat_pre = hidden_pre.flatten()
     ranked = scores.flatten().masked_fill(flat_pre <= 0, -torch.inf)
     top_scores, chosen = torch.topk(ranked, budgets[-1])
-    positive = top_scores > -torch.inf
     ranks = torch.arange(budgets[-1], device=chosen.device)
     tiers = torch.zeros_like(ranks)
     for budget in budgets[:-1]:
-        tiers = tiers + (ranks >= budget)
+        tiers += ranks >= budget
     # Scores descend, so the smallest one of a budget is the smallest before the padding.
-    above_padding = torch.where(positive, top_scores, torch.inf)
-    cut = torch.where(ranks < budgets[main_tier], above_padding, torch.inf)
-    infinity = scores.new_full((1,), torch.inf)
+    above_padding = top_scores.masked_fill(top_scores == -torch.inf, torch.inf)
     return Selection(
-        values=torch.where(positive, flat_pre[chosen], 0),
+        # Padding is what was not positive.
+        values=flat_pre[chosen].clamp(min=0),
         tokens=chosen // d_sae,
         latents=chosen % d_sae,
         tiers=tiers,
         main_tier=main_tier,
-        cut=torch.cat([cut, infinity]).amin(),
-        lowest_score=torch.cat([above_padding, infinity]).amin(),
+        cut=_smallest(above_padding[: budgets[main_tier]]),
+        lowest_score=_smallest(above_padding),
+        padded=True,
     )
+
+
+def _smallest(scores: torch.Tensor) -> torch.Tensor:
+    """Zero-dimensional minimum; +inf of nothing, which a budget below one pair allows."""
+    return scores.amin() if scores.numel() else scores.new_full((), torch.inf)

@@ -93,11 +93,12 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             return x_c, None
         return self.mechanisms.normalisation(x_c)
 
-    def pre_activations(self, x_hat: torch.Tensor) -> torch.Tensor:
+    def pre_activations(
+        self, x_hat: torch.Tensor, decoder_norm: torch.Tensor | None
+    ) -> torch.Tensor:
         """(..., d_in) -> (..., d_sae): x_hat @ W_enc + b_enc, as if the decoder had unit norm."""
         hidden_pre = x_hat @ self.W_enc + self.b_enc
-        norm = self.decoder_norm()
-        return hidden_pre if norm is None else hidden_pre * norm
+        return hidden_pre if decoder_norm is None else hidden_pre * decoder_norm
 
     def decoder_norm(self) -> torch.Tensor | None:
         """(d_sae,) norms by which pre-activations are rescaled; None without the rescaling."""
@@ -146,7 +147,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             feature_acts (..., d_sae) and hidden_pre (..., d_sae).
         """
         x_hat, token_scale = self.normalise(self.process_sae_in(x))
-        hidden_pre = self.hook_sae_acts_pre(self.pre_activations(x_hat))
+        hidden_pre = self.hook_sae_acts_pre(self.pre_activations(x_hat, self.decoder_norm()))
         if self.training:
             flat = hidden_pre.detach().reshape(-1, self.cfg.d_sae)
             chosen = self.select(flat, self.cfg.k_at(int(self.training_step)))
@@ -212,10 +213,11 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             RunFailure: No batch was given.
         """
         kept = list(batches)
+        decoder_norm = self.decoder_norm()
 
         def hidden_pre_of(batch: torch.Tensor) -> torch.Tensor:
             x_hat, _ = self.normalise(self.process_sae_in(batch.to(self.device)))
-            return self.pre_activations(x_hat)
+            return self.pre_activations(x_hat, decoder_norm)
 
         def mean_l0() -> float:
             active = sum(int((hidden_pre_of(b) > self.threshold()).sum()) for b in kept)

@@ -60,12 +60,13 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         x_c = self.process_sae_in(sae_in)
         x_hat, token_scale = self.normalise(x_c)
         with torch.no_grad():
-            hidden_pre = self.hook_sae_acts_pre(self.pre_activations(x_hat))
+            decoder_norm = self.decoder_norm()
+            hidden_pre = self.hook_sae_acts_pre(self.pre_activations(x_hat, decoder_norm))
             self.mechanisms.observe_preactivations(hidden_pre, step)
         selection = self.select(hidden_pre, self.cfg.k_at(step))
-        coefficients = self.decoder_coefficients(selection, x_hat, token_scale)
+        coefficients = self.decoder_coefficients(selection, x_hat, token_scale, decoder_norm)
         reconstructions = self.reconstruct(selection, coefficients, sae_in.shape[0])
-        feature_acts = self._dense_latents(selection, coefficients, sae_in.shape[0])
+        feature_acts = self._dense_latents(selection, token_scale, sae_in.shape[0])
 
         target = sae_in - self.cfg.skip_scale * x_c if self.cfg.skip_scale else sae_in
         weight = None
@@ -74,13 +75,16 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         terms = losses.reconstruction_losses(
             self.cfg, reconstructions, target, weight, self._tier_scales()
         )
+        residual = target - reconstructions.main
         terms |= self._auxiliary_losses(
-            step_input, x_hat, token_scale, hidden_pre, target - reconstructions.main, weight
+            step_input, x_hat, token_scale, decoder_norm, hidden_pre, residual, weight
         )
         terms |= self._sparsity_and_orthogonality(step_input, selection, coefficients, sae_in)
 
         self._update_statistics(selection, feature_acts, step)
-        sae_out = reconstructions.main + (sae_in - target)
+        sae_out = reconstructions.main
+        if self.cfg.skip_scale:
+            sae_out = sae_out + (sae_in - target)
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out.reshape(shape),
@@ -92,7 +96,11 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         )
 
     def decoder_coefficients(
-        self, selection: Selection, x_hat: torch.Tensor, token_scale: torch.Tensor | None
+        self,
+        selection: Selection,
+        x_hat: torch.Tensor,
+        token_scale: torch.Tensor | None,
+        decoder_norm: torch.Tensor | None,
     ) -> torch.Tensor:
         """(n_pairs,) coefficients of the raw decoder rows, differentiable in the encoder.
 
@@ -101,14 +109,12 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         """
         tokens, latents = selection.tokens, selection.latents
         values = selection.values.to(torch.promote_types(selection.values.dtype, torch.float32))
-        norm = self.decoder_norm()
-        if norm is not None:
-            values = values / norm.detach()[latents]
+        if decoder_norm is not None:
+            values = values / decoder_norm.detach()[latents]
         values = active_preactivations(
             x_hat, self.W_enc, self.b_enc, values, tokens, latents, self.cfg.decode_kernel
         )
-        # Padding (static_selection.py) takes no gradient.
-        values = torch.where(selection.values > 0, values, 0)
+        values = selection.without_padding(values)
         if token_scale is not None:
             values = values * token_scale.squeeze(-1)[tokens]
         if self.mechanisms.importance is not None:
@@ -147,9 +153,11 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
     ) -> dict[str, torch.Tensor]:
         """AuxK alone, for hosts that call it; `training_forward_pass` adds the other terms."""
         x_hat, token_scale = self.normalise(self.process_sae_in(step_input.sae_in))
+        norm = self.decoder_norm()
+        detached_norm = norm.detach() if norm is not None else None
         residual = step_input.sae_in - sae_out
         return self._auxiliary_losses(
-            step_input, x_hat, token_scale, hidden_pre.detach(), residual, None
+            step_input, x_hat, token_scale, detached_norm, hidden_pre.detach(), residual, None
         )
 
     def _tier_scales(self) -> list[float]:
@@ -161,6 +169,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         step_input: TrainStepInput,
         x_hat: torch.Tensor,
         token_scale: torch.Tensor | None,
+        decoder_norm: torch.Tensor | None,
         hidden_pre: torch.Tensor,
         residual: torch.Tensor,
         token_weight: torch.Tensor | None,
@@ -171,8 +180,6 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         nothing = {"auxiliary_reconstruction_loss": residual.new_zeros(())}
         if mask is None:
             return nothing
-        norm = self.decoder_norm()
-        detached_norm = norm.detach() if norm is not None else None
         weights = (self.W_enc, self.b_enc, self.W_dec)
         coefficient = self.cfg.aux_loss_coefficient
         if torch.compiler.is_compiling():
@@ -184,13 +191,13 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
                 *weights,
                 mask,
                 token_weight,
-                detached_norm,
+                decoder_norm,
             )
             return {"auxiliary_reconstruction_loss": coefficient * loss}
         dead = mask.nonzero().squeeze(1)
         if dead.numel() == 0:
             return nothing
-        loss = auxk_loss(x_hat, token_scale, residual, *weights, dead, token_weight, detached_norm)
+        loss = auxk_loss(x_hat, token_scale, residual, *weights, dead, token_weight, decoder_norm)
         return {"auxiliary_reconstruction_loss": coefficient * loss}
 
     def _sparsity_and_orthogonality(
@@ -240,11 +247,12 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
 
     @torch.no_grad()
     def _dense_latents(
-        self, selection: Selection, coefficients: torch.Tensor, n_tokens: int
+        self, selection: Selection, token_scale: torch.Tensor | None, n_tokens: int
     ) -> torch.Tensor:
         """(n_tokens, d_sae) latents at the budget k."""
-        norm = self.decoder_norm()
-        values = coefficients if norm is None else coefficients * norm[selection.latents]
+        values = selection.values.to(torch.promote_types(selection.values.dtype, torch.float32))
+        if token_scale is not None:
+            values = values * token_scale.squeeze(-1)[selection.tokens]
         dense = values.new_zeros(n_tokens, self.cfg.d_sae)
         dense[selection.tokens, selection.latents] = values * selection.active()
         return self.hook_sae_acts_post(dense)
@@ -261,10 +269,10 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         # While k falls the cut falls with it, so the running estimate starts when k has arrived.
         rate = running_rate(cfg.topk_threshold_lr, max(0, step - cfg.k_anneal_steps))
         cut = selection.cut.float()
-        known = torch.isfinite(cut)
-        self.topk_threshold.lerp_(torch.where(known, cut, self.topk_threshold), rate)
+        nothing_active = cut == torch.inf
+        self.topk_threshold.lerp_(torch.where(nothing_active, self.topk_threshold, cut), rate)
         lowest = selection.lowest_score.float()
-        self.candidate_cut.copy_(torch.where(torch.isfinite(lowest), lowest, 0.0))
+        self.candidate_cut.copy_(lowest.masked_fill(lowest == torch.inf, 0.0))
 
         active = selection.active()
         fired = torch.zeros(cfg.d_sae, dtype=torch.int64, device=active.device)
@@ -273,7 +281,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         share = fired.float() / (feature_acts.shape[0] * self.ranks.count)
         self.firing_rate.lerp_(share, running_rate(1 - cfg.firing_rate_decay, step))
         self.mechanisms.follow_firing_floor(
-            self.firing_rate, torch.where(known, cut, 0.0), cfg.k_at(step)
+            self.firing_rate, cut.masked_fill(nothing_active, 0.0), cfg.k_at(step)
         )
         self.mechanisms.observe_latents(
             self.W_dec,

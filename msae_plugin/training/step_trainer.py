@@ -58,6 +58,8 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         total_steps: Length of the run in steps, for the learning-rate schedule.
         stream: Where the SAE's own random numbers come from; the same on all ranks.
         ranks: The processes that share each mini-batch.
+        one_of_several: Other SAEs take their steps in turn with this one. On a GPU its step then
+            waits for theirs to end before its own time is taken.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         total_steps: int,
         stream: RandomStream,
         ranks: Ranks = ALONE,
+        one_of_several: bool = False,
     ) -> None:
         super().__init__(cfg=cfg, sae=sae, data_provider=iter(()))
         self.name = name
         self.options = options
         self.stream = stream
         self.ranks = ranks
+        self._waits_for_device = one_of_several and sae.device.type == "cuda"
         self.window = TrainingWindow()
         self.seconds = 0.0
         self.session_tokens = 0
@@ -122,7 +126,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         Raises:
             RunFailure: If the loss or the gradient is not finite; no weight has changed then.
         """
-        started = time.perf_counter()
+        started = self._now()
         with self.stream.active():
             self.sae.train()
             outputs = [self._forward_backward(batch, len(batches)) for batch in batches]
@@ -130,8 +134,13 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         n_tokens = sum(len(batch) for batch in batches) * self.ranks.count
         self.n_training_samples += n_tokens
         self.session_tokens += n_tokens
-        self.seconds += time.perf_counter() - started
+        self.seconds += self._now() - started
         return outputs[-1]
+
+    def _now(self) -> float:
+        if self._waits_for_device:
+            torch.cuda.synchronize(self.sae.device)
+        return time.perf_counter()
 
     def _forward_backward(self, batch: torch.Tensor, n_batches: int) -> TrainStepOutput:
         # The multi-hook store keeps the model's dtype; losses and statistics want the SAE's.

@@ -132,6 +132,7 @@ class LockstepTrainer(MultiSAETrainer):
             total_steps=self.total_steps,
             stream=RandomStream(derive_seed(self._seed, "steps", name), cfg.device),
             ranks=self.ranks,
+            one_of_several=len(self.saes) > 1,
         )
 
     def next_batch(self) -> dict[str, torch.Tensor]:

@@ -1,0 +1,186 @@
+"""What only a GPU can show; skipped without one.
+
+The kernels as machine code rather than interpreted, a step's numbers against the CPU's, that the
+host waits for nothing in an ordinary step, and torch.compile with its own compiler.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from steps import activations, step_input
+
+from msae_plugin import MultiScaleSAE, MultiScaleTrainingSAE, preset
+from msae_plugin.architecture.decoding import bag_sum
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+GPU = "cuda"
+D_IN, D_SAE, N_TOKENS, K = 96, 768, 256, 8
+KERNELS = ("embedding_bag", "triton")
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Any:
+    """float32 products in float32: TF32 keeps ten bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def sae_on(device: str, name: str, **fields: Any) -> MultiScaleTrainingSAE:
+    """A preset's SAE, the same weights on every device."""
+    torch.manual_seed(0)
+    at: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE, "k": K, "training_steps": 100}
+    # One chunk: several are drawn by the device's own random numbers.
+    at["orthogonality_chunk_size"] = D_SAE
+    sae = MultiScaleTrainingSAE(preset(name, **at)).train()
+    if device == "cpu":
+        return sae
+    moved = MultiScaleTrainingSAE(preset(name, **at, device=device, **fields)).train()
+    moved.load_state_dict(copy.deepcopy(sae.state_dict()))
+    return moved
+
+
+def step_of(sae: MultiScaleTrainingSAE, step: int, n_dead: int = 0) -> Any:
+    """Forward and backward of one step."""
+    sae.zero_grad()
+    x = activations(N_TOKENS, D_IN, step).to(sae.device)
+    dead = torch.arange(D_SAE, device=sae.device) < n_dead
+    output = sae.training_forward_pass(step_input(x, step, dead))
+    output.loss.backward()
+    return output
+
+
+@pytest.mark.parametrize("width", [1, 5, 512, 513, 2304])
+@pytest.mark.parametrize("n_pairs", [0, 1, 20_000])
+def test_triton_against_dense_products_in_float64(width: int, n_pairs: int) -> None:
+    generator = torch.Generator().manual_seed(width + n_pairs)
+    n_rows, n_bags = 300, 200
+    rows = torch.randn(n_rows, width, generator=generator)
+    weights = torch.randn(n_pairs, generator=generator)
+    row_index = torch.randint(n_rows, (n_pairs,), generator=generator)
+    bags = torch.randint(n_bags, (n_pairs,), generator=generator)
+    upstream = torch.randn(n_bags, width, generator=generator)
+
+    exact_rows, exact_weights = rows.double().requires_grad_(), weights.double().requires_grad_()
+    matrix = torch.zeros(n_bags, n_rows, dtype=torch.float64)
+    exact = matrix.index_put((bags, row_index), exact_weights, accumulate=True) @ exact_rows
+    exact.backward(upstream.double())
+
+    on_gpu = [t.to(GPU) for t in (rows, row_index, weights, bags)]
+    rows_gpu, index_gpu, weights_gpu, bags_gpu = on_gpu
+    rows_gpu.requires_grad_()
+    weights_gpu.requires_grad_()
+    found = bag_sum(rows_gpu, index_gpu, weights_gpu, bags_gpu, n_bags, "triton")
+    found.backward(upstream.to(GPU))
+    again = bag_sum(rows_gpu, index_gpu, weights_gpu, bags_gpu, n_bags, "triton")
+    assert torch.equal(found, again)
+
+    # Sums of about 100 products of order one; dot products over the width.
+    def compare(got: torch.Tensor | None, want: torch.Tensor | None, terms: float) -> None:
+        assert got is not None
+        assert want is not None
+        atol = 1e-5 * max(1.0, terms / 12) ** 0.5
+        torch.testing.assert_close(got.cpu().double(), want, atol=atol, rtol=1e-5)
+
+    compare(found, exact, n_pairs / n_bags)
+    compare(rows_gpu.grad, exact_rows.grad, n_pairs / n_rows)
+    compare(weights_gpu.grad, exact_weights.grad, width)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["default", "reconstruction"])
+@pytest.mark.parametrize("n_dead", [0, 40])
+def test_a_step_is_the_cpus(kernel: str, name: str, n_dead: int) -> None:
+    on_cpu, on_gpu = sae_on("cpu", name), sae_on(GPU, name, decode_kernel=kernel)
+    for step in range(3):
+        expected, found = step_of(on_cpu, step, n_dead), step_of(on_gpu, step, n_dead)
+        assert found.losses.keys() == expected.losses.keys()
+        for term, value in expected.losses.items():
+            torch.testing.assert_close(found.losses[term].cpu(), value, atol=1e-5, rtol=1e-4)
+        for (tensor, p), q in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            torch.testing.assert_close(q.grad.cpu(), p.grad, atol=2e-5, rtol=1e-3, msg=tensor)
+    buffers = zip(on_cpu.named_buffers(), on_gpu.buffers(), strict=True)
+    for (tensor, b), c in buffers:
+        # Where the CPU preselects candidates the GPU ranks everything.
+        if not tensor.endswith("candidate_cut"):
+            torch.testing.assert_close(c.cpu(), b, atol=1e-5, rtol=1e-4, msg=tensor)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_host_waits_for_nothing(kernel: str) -> None:
+    # AuxK asks which latents are dead, as SAELens' own does.
+    sae = sae_on(GPU, "default", decode_kernel=kernel)
+    sae.cfg.aux_loss_coefficient = 0.0
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    batches = [activations(N_TOKENS, D_IN, step).to(GPU) for step in range(4)]
+
+    def whole_step(step: int) -> None:
+        # Not logging, and not the steps on which prefixes are sorted anew.
+        output = sae.training_forward_pass(step_input(batches[step - 1], step))
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for step in (1, 2):
+        whole_step(step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (3, 4):
+            whole_step(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiled_is_eager(kernel: str) -> None:
+    compiled, eager = (sae_on(GPU, "default", decode_kernel=kernel) for _ in range(2))
+    compiled.training_forward_pass = torch.compile(compiled.training_forward_pass, fullgraph=True)
+    for step in (1, 2, 3):
+        found, expected = step_of(compiled, step), step_of(eager, step)
+        torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-4)
+        for (tensor, p), q in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, atol=2e-5, rtol=1e-3, msg=tensor)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bf16_autocast_trains(kernel: str) -> None:
+    sae = sae_on(GPU, "default", decode_kernel=kernel)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    losses: list[float] = []
+    for step in range(60):
+        x = activations(N_TOKENS, D_IN, step).to(GPU)
+        with torch.autocast(GPU, torch.bfloat16):
+            output = sae.training_forward_pass(step_input(x, step))
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(output.losses["mse_loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_export_is_the_cpus(tmp_path: Any) -> None:
+    sae = sae_on(GPU, "default")
+    for step in range(3):
+        step_of(sae, step)
+    x = activations(N_TOKENS, D_IN, 99)
+    sae.calibrate_threshold([x])
+    sae.save_inference_model(str(tmp_path))
+    here = MultiScaleSAE.load_from_disk(tmp_path, device="cpu")
+    there = MultiScaleSAE.load_from_disk(tmp_path, device=GPU)
+    with torch.no_grad():
+        expected, found = here.encode(x), there.encode(x.to(GPU))
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            there.decode(found).cpu(), here.decode(expected), atol=1e-5, rtol=1e-4
+        )
+        assert float((expected > 0).sum(1).float().mean()) == pytest.approx(K, abs=0.1)
