@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
+    parser.add_argument("--inference", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", nargs="+", help="methods by name; batchtopk is always there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -253,7 +254,7 @@ def main() -> None:
         if device.type == "cuda":
             report_memory(steps, device)
         del saes, steps
-        for l0 in (32, 64):
+        for l0 in (32, 64) if args.inference else ():
             batch = batches[0][: max(1, args.tokens // 2)]
             functions = inference_functions(d_in, d_sae, batch, l0, args.bf16)
             title = f"Inference, d_in {d_in}, d_sae {d_sae}, {len(batch)} tokens, L0 {l0}"

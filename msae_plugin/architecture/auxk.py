@@ -62,6 +62,7 @@ def static_auxk_loss(
     dead: torch.Tensor,
     token_weight: torch.Tensor | None,
     decoder_norm: torch.Tensor | None,
+    centre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`auxk_loss` with shapes that do not depend on how many latents are dead, for torch.compile.
 
@@ -79,6 +80,7 @@ def static_auxk_loss(
         dead: (d_sae,) bool.
         token_weight: As in `auxk_loss`.
         decoder_norm: As in `auxk_loss`.
+        centre: As in `decoding.active_preactivations`.
 
     Returns:
         Zero-dimensional loss.
@@ -98,7 +100,7 @@ def static_auxk_loss(
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if decoder_norm is not None:
             values = values / decoder_norm[latents]
-        acts = active_preactivations(x_hat, W_enc, b_enc, values, tokens, latents)
+        acts = active_preactivations(x_hat, W_enc, b_enc, values, tokens, latents, centre=centre)
         acts = torch.where(chosen, acts, 0)
         if token_scale is not None:
             acts = acts * token_scale.squeeze(-1)[tokens]

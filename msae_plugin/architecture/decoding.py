@@ -104,8 +104,10 @@ class _ActivePreActivations(torch.autograd.Function):
         values: torch.Tensor,
         tokens: torch.Tensor,
         latents: torch.Tensor,
+        centre: torch.Tensor | None,
         kernel: DecodeKernel,
     ) -> torch.Tensor:
+        del centre
         ctx.save_for_backward(x_hat, W_enc, b_enc, tokens, latents)
         ctx.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]
         return values.clone()
@@ -115,7 +117,7 @@ class _ActivePreActivations(torch.autograd.Function):
         ctx: Any, grad_values: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         x_hat, W_enc, b_enc, tokens, latents = ctx.saved_tensors
-        grad_x = grad_W = grad_b = None
+        grad_x = grad_W = grad_b = grad_centre = None
         if ctx.needs_input_grad[0]:
             columns = W_enc.T.contiguous()
             grad_x = bag_sum(columns, latents, grad_values, tokens, x_hat.shape[0], ctx.kernel)
@@ -125,10 +127,12 @@ class _ActivePreActivations(torch.autograd.Function):
             grad_columns = bag_sum(x_hat, tokens, grad_values, latents, n_latents, ctx.kernel)
             # Autograd would copy it into the layout of the parameter anyway; torch.cond insists.
             grad_W = grad_columns.T.to(W_enc.dtype).contiguous()
+        sums = torch.zeros_like(b_enc, dtype=grad_values.dtype).index_add_(0, latents, grad_values)
         if ctx.needs_input_grad[2]:
-            sums = torch.zeros_like(b_enc, dtype=grad_values.dtype)
-            grad_b = sums.index_add_(0, latents, grad_values).to(b_enc.dtype)
-        return grad_x, grad_W, grad_b, None, None, None, None
+            grad_b = sums.to(b_enc.dtype)
+        if ctx.needs_input_grad[6]:
+            grad_centre = -(W_enc @ sums.to(W_enc.dtype))
+        return grad_x, grad_W, grad_b, None, None, None, grad_centre, None
 
 
 def active_preactivations(
@@ -139,6 +143,7 @@ def active_preactivations(
     tokens: torch.Tensor,
     latents: torch.Tensor,
     kernel: DecodeKernel = "embedding_bag",
+    centre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give already computed pre-activations the gradient of `x_hat @ W_enc + b_enc`.
 
@@ -150,11 +155,18 @@ def active_preactivations(
         tokens: (n_pairs,) token of each pair.
         latents: (n_pairs,) latent of each pair.
         kernel: As in `bag_sum`.
+        centre: (d_in,) what was subtracted from constant inputs to give x_hat. Its gradient is one
+            product with W_enc; through x_hat it would be a sum over all pairs.
 
     Returns:
-        (n_pairs,) the same values, differentiable in x_hat, W_enc and b_enc.
+        (n_pairs,) the same values, differentiable in x_hat (unless there is a centre), W_enc, b_enc
+        and the centre.
     """
-    result = _ActivePreActivations.apply(x_hat, W_enc, b_enc, values, tokens, latents, kernel)
+    if centre is not None:
+        x_hat = x_hat.detach()
+    result = _ActivePreActivations.apply(
+        x_hat, W_enc, b_enc, values, tokens, latents, centre, kernel
+    )
     assert isinstance(result, torch.Tensor)
     return result
 

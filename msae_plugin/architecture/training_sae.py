@@ -64,7 +64,9 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             hidden_pre = self.hook_sae_acts_pre(self.pre_activations(x_hat, decoder_norm))
             self.mechanisms.observe_preactivations(hidden_pre, step)
         selection = self.select(hidden_pre, self.cfg.k_at(step))
-        coefficients = self.decoder_coefficients(selection, x_hat, token_scale, decoder_norm)
+        coefficients = self.decoder_coefficients(
+            selection, x_hat, token_scale, decoder_norm, self._centre(sae_in)
+        )
         reconstructions = self.reconstruct(selection, coefficients, sae_in.shape[0])
         feature_acts = self._dense_latents(selection, token_scale, sae_in.shape[0])
 
@@ -101,6 +103,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         x_hat: torch.Tensor,
         token_scale: torch.Tensor | None,
         decoder_norm: torch.Tensor | None,
+        centre: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(n_pairs,) coefficients of the raw decoder rows, differentiable in the encoder.
 
@@ -112,7 +115,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         if decoder_norm is not None:
             values = values / decoder_norm.detach()[latents]
         values = active_preactivations(
-            x_hat, self.W_enc, self.b_enc, values, tokens, latents, self.cfg.decode_kernel
+            x_hat, self.W_enc, self.b_enc, values, tokens, latents, self.cfg.decode_kernel, centre
         )
         values = selection.without_padding(values)
         if token_scale is not None:
@@ -121,6 +124,11 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             factors = self.mechanisms.importance.factors(self.cfg.importance_power)
             values = scale_gradient(values, factors[latents])
         return values
+
+    def _centre(self, sae_in: torch.Tensor) -> torch.Tensor | None:
+        """(d_in,) b_dec where x_hat is the constant input less b_dec; None otherwise."""
+        centred = self.cfg.apply_b_dec_to_input and self.mechanisms.normalisation is None
+        return self.b_dec if centred and not sae_in.requires_grad else None
 
     def reconstruct(
         self, selection: Selection, coefficients: torch.Tensor, n_tokens: int
@@ -192,6 +200,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
                 mask,
                 token_weight,
                 decoder_norm,
+                self._centre(step_input.sae_in),
             )
             return {"auxiliary_reconstruction_loss": coefficient * loss}
         dead = mask.nonzero().squeeze(1)

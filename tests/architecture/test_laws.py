@@ -370,3 +370,16 @@ def test_dead_latents_get_gradient_from_auxk_alone() -> None:
     sae.training_forward_pass(step_input(x, 0, dead)).loss.backward()
     assert sae.W_dec.grad is not None
     assert sae.W_dec.grad[5].abs().sum() > 0
+
+
+def test_the_bias_has_the_same_gradient_by_one_product_as_token_by_token() -> None:
+    # Inputs that want a gradient themselves take the way through every token.
+    by_product, by_token = (make(**plain(dtype="float64")).train() for _ in range(2))
+    x = activations(32, 6, 0, torch.float64)
+    by_product.training_forward_pass(step_input(x, 1)).loss.backward()
+    by_token.training_forward_pass(step_input(x.clone().requires_grad_(), 1)).loss.backward()
+    for (name, p), q in zip(by_product.named_parameters(), by_token.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert p.grad.abs().max() > 0, name
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-12, rtol=1e-10, msg=name)
