@@ -88,8 +88,9 @@ def training_saes(
     }
     if device.type == "cuda":
         found |= {
-            f"multiscale {name}, triton": ours(name, decode_kernel="triton")
+            f"multiscale {name}, {kernel}": ours(name, decode_kernel=kernel)
             for name in ("reconstruction", "default")
+            for kernel in ("embedding_bag", "triton")
         }
     if shares:
         found |= {f"default {name}": ours("default", **change) for name, change in ADDED.items()}

@@ -149,9 +149,10 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         importance_power (float): [G] Gradients of a latent are multiplied by its relative
             contribution |f| |d| to this power, and its L1 weight by the inverse. 0 disables.
         importance_decay (float): [G] Decay of the running contribution.
-        decode_kernel (Literal["embedding_bag", "triton"]): What sums decoder rows over the active
-            latents, and their gradients: torch's own kernel, or ours in Triton, on a CUDA device.
-            The results agree to float32 rounding. docs/performance.md.
+        decode_kernel (Literal["auto", "embedding_bag", "triton"]): What sums decoder rows over the
+            active latents, and their gradients: torch's own kernel, or ours in Triton, on a CUDA
+            device. "auto" takes what was measured to be faster at this d_in on this device. The
+            results agree to float32 rounding. docs/performance.md.
         norm_scales (list[float]): [N] See MultiScaleSAEConfig. Empty: no normalisation.
         norm_centre (bool): [N] See MultiScaleSAEConfig.
         norm_affine (bool): [N] See MultiScaleSAEConfig.
@@ -229,7 +230,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     importance_power: float = 0.0
     importance_decay: float = 0.99
 
-    decode_kernel: DecodeKernel = "embedding_bag"
+    decode_kernel: DecodeKernel = "auto"
 
     norm_scales: list[float] = field(default_factory=list)
     norm_centre: bool = True

@@ -5,12 +5,12 @@ active (token, latent) pairs are listed once and every product runs over the lis
 CPU core at 2048 tokens, d_in 576, d_sae 4608, k 32: decoding forward and backward takes 41 ms
 against 524 ms dense, to the same result within float32 rounding.
 
-The sums over the list are torch's `embedding_bag` or, on CUDA and when asked for, the kernels of
-`triton_decoding.py`.
+The sums over the list are torch's `embedding_bag` or, on CUDA, the kernels of `triton_decoding.py`.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,12 @@ from torch.nn.functional import embedding_bag
 
 from msae_plugin.errors import InputError
 
-DecodeKernel = Literal["embedding_bag", "triton"]
+DecodeKernel = Literal["auto", "embedding_bag", "triton"]
+# Measured on an H100 (docs/performance.md): a step with the kernels takes .84 of the time at d_in
+# 2304 and 1.07 at 576, where starting them is what takes time.
+_TRITON_FROM_WIDTH = 1024
+
+_TRITON_IS_THERE = find_spec("triton") is not None
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,7 +38,7 @@ def bag_sum(
     weights: torch.Tensor,
     bag_index: torch.Tensor,
     n_bags: int,
-    kernel: DecodeKernel = "embedding_bag",
+    kernel: DecodeKernel = "auto",
 ) -> torch.Tensor:
     """Weighted sums of rows, grouped into bags; differentiable in `rows` and `weights`.
 
@@ -43,7 +48,8 @@ def bag_sum(
         weights: (n_pairs,) weight of each pair.
         bag_index: (n_pairs,) bag of each pair, in [0, n_bags), in any order.
         n_bags: Number of bags; empty ones give zeros.
-        kernel: What computes the sums and their gradients.
+        kernel: What computes the sums and their gradients; `auto` takes the kernels on CUDA
+            devices where rows are long.
 
     Returns:
         (n_bags, width) sums, in at least float32.
@@ -54,12 +60,14 @@ def bag_sum(
     rows, weights = _at_least_float32(rows), _at_least_float32(weights)
     dtype = torch.promote_types(rows.dtype, weights.dtype)
     rows, weights = rows.to(dtype), weights.to(dtype)
-    if kernel == "triton":
+    if kernel == "triton" or (kernel == "auto" and _triton_pays(rows)):
         return _triton_bag_sum(rows, row_index, weights, bag_index, n_bags)
     if row_index.numel() == 0:
         # embedding_bag refuses an empty list; the products keep the graph connected.
         return rows.new_zeros(n_bags, rows.shape[1]) + 0 * rows.sum() + 0 * weights.sum()
-    sorted_bags, order = torch.sort(bag_index, stable=True)
+    # Sorting takes 6 ms in 32 bits and 10 in 64 (131,072 pairs, one CPU core).
+    keys = bag_index.int() if n_bags < 2**31 else bag_index
+    sorted_bags, order = torch.sort(keys, stable=True)
     offsets = torch.searchsorted(
         sorted_bags, torch.arange(n_bags, device=sorted_bags.device, dtype=sorted_bags.dtype)
     )
@@ -67,6 +75,11 @@ def bag_sum(
         return embedding_bag(
             row_index[order], rows, offsets, mode="sum", per_sample_weights=weights[order]
         )
+
+
+def _triton_pays(rows: torch.Tensor) -> bool:
+    on_gpu = rows.device.type == "cuda" and rows.dtype == torch.float32
+    return on_gpu and rows.shape[1] >= _TRITON_FROM_WIDTH and _TRITON_IS_THERE
 
 
 def _triton_bag_sum(
@@ -142,7 +155,7 @@ def active_preactivations(
     values: torch.Tensor,
     tokens: torch.Tensor,
     latents: torch.Tensor,
-    kernel: DecodeKernel = "embedding_bag",
+    kernel: DecodeKernel = "auto",
     centre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give already computed pre-activations the gradient of `x_hat @ W_enc + b_enc`.

@@ -24,6 +24,7 @@ from msae_plugin.architecture.orthogonality import (
     pair_penalty,
     random_chunks,
 )
+from msae_plugin.architecture.ortsae import nearest_in_chunks_penalty
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.architecture.revival import (
     RevivalRecord,
@@ -196,7 +197,7 @@ class Mechanisms(KeepsFloat32):
             chunks = random_chunks(cfg.d_sae, cfg.orthogonality_chunk_size, W_dec.device)
             sketch = self.sketch
             if cfg.orthogonality_weighting == "none" or sketch is None:
-                return chunk_penalty(W_dec, chunks, None)
+                return nearest_in_chunks_penalty(W_dec, chunks, cfg.decode_kernel)
             factors = sketch.factors()
             return chunk_penalty(
                 W_dec,

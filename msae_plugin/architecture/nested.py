@@ -70,7 +70,7 @@ def decode_nested(
     n_tiers: int,
     n_tokens: int,
     detach_inner: bool,
-    kernel: DecodeKernel = "embedding_bag",
+    kernel: DecodeKernel = "auto",
 ) -> Reconstructions:
     """Decode every nested prefix at budget k and the whole dictionary at every other budget.
 

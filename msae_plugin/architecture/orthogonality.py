@@ -4,8 +4,8 @@
 
 The gradient is written out by hand and gathered while the penalty is computed, chunk by chunk, so
 that nothing of size d_sae x d_sae is ever kept, and nothing at all for the backward pass but one
-(d_sae, d_in) gradient. OrtSAE's form (arXiv 2509.22033) is the unweighted one over chunks, with the
-maximum over j in place of the sum.
+(d_sae, d_in) gradient. OrtSAE's form, with the maximum over j in place of the weighted sum, is in
+`ortsae.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
+
+from msae_plugin.architecture.ortsae import chunks_together
 
 ChunkWeights = Callable[[torch.Tensor], torch.Tensor]
 # Numbers per temporary: 16 MiB of float32 for pairs and decoder rows, 64 MiB for rows of the Gram
@@ -73,38 +75,21 @@ def _through_norm(
     return (grad_unit - along * directions) / norms
 
 
-def _groups(chunks: list[torch.Tensor], device: torch.device) -> list[list[torch.Tensor]]:
-    """Chunks that are handled together: of equal size, one at a time on a CPU.
-
-    A CPU keeps one chunk in its cache; a GPU would spend the time on starting kernels.
-    """
-    groups: list[list[torch.Tensor]] = []
-    for chunk in chunks:
-        size = chunk.numel()
-        room = 1 if device.type == "cpu" else max(1, _BLOCK_SIZE // max(1, size * size))
-        if groups and groups[-1][0].numel() == size and len(groups[-1]) < room:
-            groups[-1].append(chunk)
-        else:
-            groups.append([chunk])
-    return groups
-
-
 def chunk_penalty(
     W_dec: torch.Tensor,
     chunks: list[torch.Tensor],
-    chunk_weights: ChunkWeights | None,
+    chunk_weights: ChunkWeights,
 ) -> torch.Tensor:
-    """Penalty over all pairs within each chunk.
+    """Weighted penalty over all pairs within each chunk.
 
     Args:
         W_dec: (d_sae, d_in) decoder.
         chunks: Disjoint index tensors, each (n_in_chunk,).
-        chunk_weights: Maps a chunk (n,) to the weights (n, n) of its pairs. None takes OrtSAE's
-            mean_i max_j cos^2 per chunk, averaged over chunks.
+        chunk_weights: Maps a chunk (n,) to the weights (n, n) of its pairs.
 
     Returns:
-        Zero-dimensional penalty, differentiable in W_dec. With weights it estimates the sum over
-        the whole dictionary: it is divided by the share of pairs that fell into a chunk together.
+        Zero-dimensional penalty, differentiable in W_dec. It estimates the sum over the whole
+        dictionary: it is divided by the share of pairs that fell into a chunk together.
     """
     d_sae = W_dec.shape[0]
     with torch.no_grad(), torch.autocast(W_dec.device.type, enabled=False):
@@ -114,34 +99,17 @@ def chunk_penalty(
         n_pairs = sum(chunk.numel() * (chunk.numel() - 1) for chunk in chunks)
         if n_pairs == 0:
             return _attach(W_dec, total, gradient)
-        for group in _groups(chunks, W_dec.device):
+        for group in chunks_together(chunks, W_dec.device):
             members = torch.stack(group)  # (n_together, n_in_chunk)
             rows, norms = unit_rows(W_dec[members])
             cosines = rows @ rows.mT
-            own = cosines.diagonal(dim1=-2, dim2=-1)
-            if chunk_weights is None:
-                # OrtSAE squares the signed maximum; a chunk of one latent has no pair.
-                own.fill_(-2)
-                largest, nearest = cosines.max(dim=-1)
-                if members.shape[1] == 1:
-                    largest = torch.zeros_like(largest)
-                scale = 1 / (len(chunks) * members.shape[1])
-                total += scale * largest.pow(2).sum()
-                slope = (2 * scale * largest)[..., None]
-                # The chunks of the group lie one below the other.
-                shift = members.shape[1] * torch.arange(len(group), device=W_dec.device)
-                nearest = (nearest + shift[:, None]).flatten()
-                flat_rows = rows.flatten(0, 1)
-                grad_unit = slope * flat_rows[nearest].view_as(rows)
-                grad_unit.flatten(0, 1).index_add_(0, nearest, (slope * rows).flatten(0, 1))
-            else:
-                scale = (d_sae - 1) / n_pairs
-                own.fill_(0)
-                overlap = cosines.clamp_(min=0)
-                weights = torch.stack([chunk_weights(chunk).fill_diagonal_(0) for chunk in group])
-                total += scale * (weights * overlap.pow(2)).sum()
-                slope = weights * overlap
-                grad_unit = 2 * scale * ((slope + slope.mT) @ rows)
+            scale = (d_sae - 1) / n_pairs
+            cosines.diagonal(dim1=-2, dim2=-1).fill_(0)
+            overlap = cosines.clamp_(min=0)
+            weights = torch.stack([chunk_weights(chunk).fill_diagonal_(0) for chunk in group])
+            total += scale * (weights * overlap.pow(2)).sum()
+            slope = weights * overlap
+            grad_unit = 2 * scale * ((slope + slope.mT) @ rows)
             gradient[members] = _through_norm(grad_unit, rows, norms)
     return _attach(W_dec, total, gradient)
 

@@ -66,8 +66,9 @@ def _bag_sum_op(
     sums = torch.empty(n_bags, width, dtype=torch.float32, device=rows.device)
     if sums.numel() == 0:
         return sums
-    sorted_bags, order = torch.sort(bag_index, stable=True)
-    bounds = torch.arange(n_bags + 1, device=bag_index.device, dtype=bag_index.dtype)
+    keys = bag_index.int() if n_bags < 2**31 else bag_index  # half the passes of a radix sort
+    sorted_bags, order = torch.sort(keys, stable=True)
+    bounds = torch.arange(n_bags + 1, device=keys.device, dtype=keys.dtype)
     offsets = torch.searchsorted(sorted_bags, bounds)
     grid = (n_bags, triton.cdiv(width, _BLOCK))
     _bag_sum_kernel[grid](

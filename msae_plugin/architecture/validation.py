@@ -108,12 +108,12 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
     )
     _require_choice("weight_init", cfg.weight_init, ("kaiming", "inverse_sqrt_d"))
     _require_choice("b_dec_init", cfg.b_dec_init, ("zeros", "mean"))
-    _require_choice("decode_kernel", cfg.decode_kernel, ("embedding_bag", "triton"))
+    _require_choice("decode_kernel", cfg.decode_kernel, ("auto", "embedding_bag", "triton"))
     require(
-        cfg.decode_kernel == "embedding_bag" or cfg.device.startswith("cuda"),
+        cfg.decode_kernel != "triton" or cfg.device.startswith("cuda"),
         "decode_kernel",
         cfg.decode_kernel,
-        f"be 'embedding_bag' on device {cfg.device!r}: the Triton kernels run on CUDA devices",
+        f"be 'auto' on device {cfg.device!r}: the Triton kernels run on CUDA devices",
     )
     _require_choice("token_loss_weight", cfg.token_loss_weight, ("none", "inverse_norm"))
     for name in (

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from msae_plugin.architecture import orthogonality
+from msae_plugin.architecture.ortsae import nearest_in_chunks_penalty
 
 D_IN, N_TOKENS = 32, 16
 
@@ -116,18 +117,27 @@ def test_a_penalty_makes_one_gradient_of_the_decoder(monkeypatch: pytest.MonkeyP
     W_dec = torch.randn(d_sae, D_IN).requires_grad_()
     first = torch.arange(d_sae).repeat_interleave(3)
     second = (first + torch.arange(first.numel()) % 3 + 1) % d_sae
+    chunks = orthogonality.random_chunks(d_sae, 64, torch.device("cpu"))
     penalties = {
-        "chunks": lambda: orthogonality.chunk_penalty(
-            W_dec, orthogonality.random_chunks(d_sae, 64, torch.device("cpu")), None
+        # The sum of rows that is the gradient.
+        "OrtSAE": (lambda: nearest_in_chunks_penalty(W_dec, chunks), ["_embedding_bag"]),
+        # The gradient, and its product with the factor of the loss.
+        "pairs": (
+            lambda: orthogonality.pair_penalty(W_dec, first, second, torch.ones(len(first))),
+            ["zeros_like", "mul"],
         ),
-        "pairs": lambda: orthogonality.pair_penalty(W_dec, first, second, torch.ones(len(first))),
+        "chunks": (
+            lambda: orthogonality.chunk_penalty(
+                W_dec, chunks, lambda chunk: torch.ones(len(chunk), len(chunk))
+            ),
+            ["zeros_like", "mul"],
+        ),
     }
-    for name, penalty in penalties.items():
+    for name, (penalty, expected) in penalties.items():
         W_dec.grad = torch.zeros_like(W_dec)
         with DecoderSized(W_dec.numel(), [W_dec, W_dec.grad]) as recorder:
             (2.0 * penalty()).backward()
-        # The gradient, and its product with the factor of the loss.
-        assert recorder.operations == ["zeros_like", "mul"], name
+        assert recorder.operations == expected, name
         assert W_dec.grad.abs().sum() > 0
     with DecoderSized(W_dec.numel(), [W_dec]) as recorder:
         orthogonality.nearest_neighbours(W_dec, 3, 512)

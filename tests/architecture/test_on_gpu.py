@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 GPU = "cuda"
 D_IN, D_SAE, N_TOKENS, K = 96, 768, 256, 8
-KERNELS = ("embedding_bag", "triton")
+KERNELS = ("auto", "embedding_bag", "triton")
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from msae_plugin.architecture.orthogonality import (
     pair_penalty,
     random_chunks,
 )
+from msae_plugin.architecture.ortsae import nearest_in_chunks_penalty
 
 CPU = torch.device("cpu")
 
@@ -75,7 +76,7 @@ def test_unweighted_chunks_match_ortsae(d_sae: int, d_in: int, chunk_size: int, 
             continue
         off_diagonal = own.masked_fill(torch.eye(len(chunk), dtype=torch.bool), -9.0)
         per_chunk.append((off_diagonal.max(dim=1).values ** 2).mean())
-    compare(chunk_penalty(W_dec, chunks, None), torch.stack(per_chunk).mean(), W_dec)
+    compare(nearest_in_chunks_penalty(W_dec, chunks), torch.stack(per_chunk).mean(), W_dec)
 
 
 def test_chunks_estimate_the_whole_sum_without_bias() -> None:
@@ -125,7 +126,7 @@ def test_zero_rows_give_no_nan(kind: str) -> None:
     W_dec[2] = 0
     W_dec.requires_grad_()
     if kind == "chunks":
-        penalty = chunk_penalty(W_dec, [torch.arange(5)], None)
+        penalty = nearest_in_chunks_penalty(W_dec, [torch.arange(5)])
     else:
         _, listed = nearest_neighbours(W_dec, 2, 2)
         first = torch.arange(5).repeat_interleave(2)

@@ -51,5 +51,5 @@ def test_refused_where_it_cannot_run() -> None:
     index = torch.zeros(1, dtype=torch.long)
     with pytest.raises(InputError, match="'triton' needs float32"):
         bag_sum(torch.ones(2, 3), index, torch.ones(1), index, 1, "triton")
-    with pytest.raises(InputError, match="decode_kernel must be 'embedding_bag' on device 'cpu'"):
+    with pytest.raises(InputError, match="decode_kernel must be 'auto' on device 'cpu'"):
         MultiScaleTrainingSAEConfig(d_in=3, d_sae=4, k=1, decode_kernel="triton")
