@@ -285,6 +285,10 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         """Whether [Z] has to follow the mean and variance of the pre-activations."""
         return self.selection == "zscore" or self.standardise > 0
 
+    def floor_rate(self, k: float) -> float:
+        """[Z] Firing rate below which a latent is helped, at a mean L0 of k."""
+        return self.firing_floor * k / self.d_sae
+
     def k_at(self, training_step: int) -> float:
         """Target L0 of a training step: linear from `k_initial_multiplier * k` down to k."""
         if self.k_anneal_steps <= 0 or training_step >= self.k_anneal_steps:

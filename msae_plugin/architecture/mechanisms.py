@@ -110,7 +110,7 @@ class Mechanisms(KeepsFloat32):
             k: Target L0 of the step.
         """
         if self.firing_floor is not None:
-            floor = self.cfg.firing_floor * k / self.cfg.d_sae
+            floor = self.cfg.floor_rate(k)
             self.firing_floor.follow(firing_rate, floor, cut, self.cfg.firing_floor_rate)
 
     @torch.no_grad()

@@ -230,8 +230,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         before = mean_l0()
         floor, lowest, scores = self.mechanisms.firing_floor, None, self.scores
         if floor is not None:
-            rate = self.cfg.firing_floor * self.cfg.k / self.cfg.d_sae
-            lowest = thresholds_at_rate(kept, hidden_pre_of, rate)
+            lowest = thresholds_at_rate(kept, hidden_pre_of, self.cfg.floor_rate(self.cfg.k))
         if lowest is not None:
             # What the floor admits is active whatever the cut is.
             scores = partial(_above_all, lowest)

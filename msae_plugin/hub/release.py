@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from msae_plugin.hub import sae_dashboard
 from msae_plugin.hub.card_entry import CardEntry
 from msae_plugin.hub.export_run import TWIN_FOLDER
 from msae_plugin.hub.sources import hub_dataset, hub_model
@@ -93,9 +93,6 @@ def _dataset(entry: CardEntry) -> str | None:
 
 def dashboard_hint() -> str:
     """What is needed to run the command."""
-    if importlib.util.find_spec("sae_dashboard") is not None:
+    if sae_dashboard.is_installed():
         return "SAEDashboard is installed here"
-    return (
-        "SAEDashboard is not installed here: pip install sae-dashboard, in an environment of its "
-        "own, since version 0.8 declares transformer-lens<3"
-    )
+    return f"SAEDashboard is not installed here: {sae_dashboard.INSTALL}"

@@ -8,7 +8,6 @@ pages are made on request only.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +22,7 @@ from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.evaluation.outcomes import Reporter, Subject, no_report
 from msae_plugin.evaluation.subjects import load_subjects
 from msae_plugin.evaluation.windows import iterate_windows
+from msae_plugin.hub import sae_dashboard
 from msae_plugin.hub.export_run import TWIN_FOLDER
 from msae_plugin.reporting.report_sources import Sources
 from msae_plugin.reporting.report_trained import TrainedSAE
@@ -31,7 +31,6 @@ from msae_plugin.training.models import LanguageModel, load_language_model
 from msae_plugin.training.text_data import load_text
 
 DASHBOARDS_FOLDER = "dashboards"
-PACKAGE = "sae_dashboard"
 # What SAEDashboard 0.8 can take one latent out of.
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
 DEFAULT_WINDOWS = 256
@@ -59,12 +58,8 @@ def require_dashboard() -> None:
     Raises:
         InputError: It is not installed.
     """
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise InputError(
-            "--dashboards needs SAEDashboard: pip install --no-deps sae-dashboard==0.8.0 "
-            "decode-clt eindex-callum dataclasses-json 'marshmallow<4' typing-inspect "
-            "mypy-extensions (it declares transformer-lens<3, and runs with 3.9)"
-        )
+    if not sae_dashboard.is_installed():
+        raise InputError(f"--dashboards needs SAEDashboard: {sae_dashboard.INSTALL}")
 
 
 def write_dashboards(
