@@ -62,8 +62,12 @@ class _ReportingGroup(TyperGroup):
 
 def _status_and_message(error: Exception) -> tuple[int, str]:
     # Imported here: an error of a command comes after the command's own imports.
-    from msae_plugin.errors import InputError, RunFailure
+    from msae_plugin.errors import InputError, MissingInputError, RunFailure
 
+    if isinstance(error, MissingInputError):
+        for item in error.items:
+            say(f"missing: {item}")
+        return EXIT_INPUT, f"error: {error.summary}"
     if isinstance(error, InputError):
         return EXIT_INPUT, f"error: {error}"
     if isinstance(error, RunFailure):

@@ -31,7 +31,7 @@ from msae_plugin.errors import InputError
 from msae_plugin.evaluation.cache import tensors_sha256
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.outcomes import Reporter, Subject
-from msae_plugin.evaluation.preflight import preflight
+from msae_plugin.evaluation.preflight import preflight, refuse_missing
 from msae_plugin.evaluation.subjects import load_subjects, transformer_lens_hook
 from msae_plugin.training.interruption import InterruptionGuard
 from msae_plugin.training.models import (
@@ -87,12 +87,8 @@ class LanguageModelBench:
         if evaluation is None or self._skip_missing:
             return
         name = evaluation.model.name or self.config.model.name
-        findings = preflight(
-            evaluation, [], model_name=None if self._language_model is not None else name
-        )
-        if findings:
-            lines = "; ".join(f"{f.evaluation}: {f.what} - {f.how}" for f in findings)
-            raise InputError(f"not everything is there ({lines}); --skip-missing runs the rest")
+        loaded = self._language_model is not None
+        refuse_missing(preflight(evaluation, [], model_name=None if loaded else name))
 
     def widths(self) -> dict[str, int]:
         """Width of the activations by hook: as stored, else the model's."""

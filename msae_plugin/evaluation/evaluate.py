@@ -30,7 +30,7 @@ from msae_plugin.evaluation.outcomes import (
     Subject,
     no_report,
 )
-from msae_plugin.evaluation.preflight import preflight
+from msae_plugin.evaluation.preflight import preflight, refuse_missing
 from msae_plugin.evaluation.stored_outcomes import read_outcomes, write_outcomes
 from msae_plugin.evaluation.subjects import subject_record
 from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
@@ -197,9 +197,8 @@ def _missing(
 ) -> dict[str, str]:
     """Why evaluations cannot run, by evaluation."""
     findings = preflight(config, subjects, model_name=None if loaded else model)
-    if findings and not skip:
-        lines = "; ".join(f"{f.evaluation}: {f.what} - {f.how}" for f in findings)
-        raise InputError(f"not everything is there ({lines}); --skip-missing runs the rest")
+    if not skip:
+        refuse_missing(findings)
     found: dict[str, list[str]] = {}
     for finding in findings:
         found.setdefault(finding.evaluation, []).append(f"{finding.what} - {finding.how}")

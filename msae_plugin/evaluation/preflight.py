@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae_plugin.errors import InputError
+from msae_plugin.errors import InputError, MissingInputError
 from msae_plugin.evaluation.cache import default_cache
 from msae_plugin.evaluation.eval_config import EvalConfig
 from msae_plugin.evaluation.local_datasets import missing_for_probing
@@ -59,6 +59,22 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.evaluation}: {self.what} - {self.how}"
+
+
+def refuse_missing(findings: Sequence[Finding]) -> None:
+    """Refuse to go on without what was found missing.
+
+    What several evaluations lack is named once.
+
+    Raises:
+        MissingInputError: There is a finding.
+    """
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        lacking.setdefault((finding.what, finding.how), []).append(finding.evaluation)
+    if lacking:
+        items = [f"{', '.join(names)}: {what} - {how}" for (what, how), names in lacking.items()]
+        raise MissingInputError(items, "--skip-missing runs the rest")
 
 
 def preflight(

@@ -12,11 +12,11 @@ import pytest
 import torch
 from preflight_builders import find, subject
 
-from msae_plugin.errors import InputError
+from msae_plugin.errors import InputError, MissingInputError
 from msae_plugin.evaluation import preflight as preflight_module
 from msae_plugin.evaluation import preflight_data, preflight_model, preflight_packages
 from msae_plugin.evaluation.eval_config import EvalConfig
-from msae_plugin.evaluation.preflight import Finding, preflight
+from msae_plugin.evaluation.preflight import Finding, preflight, refuse_missing
 from msae_plugin.evaluation.preflight_data import core_bytes
 from msae_plugin.evaluation.preflight_model import as_missing
 from msae_plugin.evaluation.toy_instruct.tokeniser import word_tokeniser
@@ -41,6 +41,23 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         )
 
     return hide
+
+
+def test_what_several_evaluations_lack_is_named_once() -> None:
+    refuse_missing([])
+    findings = [
+        Finding("scr", "data set A", "fetch it"),
+        Finding("core", "data set B", "write it"),
+        Finding("tpp", "data set A", "fetch it"),
+    ]
+    with pytest.raises(MissingInputError) as raised:
+        refuse_missing(findings)
+    assert raised.value.items == ("scr, tpp: data set A - fetch it", "core: data set B - write it")
+    assert raised.value.summary == "2 things are missing; --skip-missing runs the rest"
+    assert str(raised.value) == (
+        "not everything is there (scr, tpp: data set A - fetch it; core: data set B - write it); "
+        "--skip-missing runs the rest"
+    )
 
 
 def test_nothing_is_missing(tiny_model_dir: Path) -> None:

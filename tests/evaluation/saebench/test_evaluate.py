@@ -227,6 +227,18 @@ def test_from_the_command_line(tiny_model_dir: Path, text_file: Path, tmp_path: 
     assert missing.exit_code == 2
     assert "exportd" in missing.output
 
+    # What the preflight misses has a line each.
+    lacking = json.loads(protocol.read_text())
+    lacking["evaluations"] |= {"core": {"dataset": str(tmp_path / "no.txt")}, "autointerp": {}}
+    protocol.write_text(json.dumps(lacking))
+    refused = CliRunner().invoke(app, [*words[:4], "--output", str(tmp_path / "other")])
+    assert refused.exit_code == 2
+    lines = [line for line in refused.output.splitlines() if line.startswith("missing: ")]
+    assert any(line.startswith("missing: core: ") and "no.txt" in line for line in lines)
+    assert any(line.startswith("missing: autointerp: ") for line in lines)
+    count = len(lines)
+    assert f"error: {count} things are missing; --skip-missing runs the rest" in refused.output
+
 
 def test_seeds_are_written_as_people_write_them() -> None:
     words = ["msae", "eval", "run", "--seeds", "0", "1", "2", "--output", "9"]
