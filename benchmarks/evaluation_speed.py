@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     from msae_plugin.evaluation.subjects import load_subjects
 
-    subjects = load_subjects([str(path) for path in args.saes])
+    # Named alike here and there, whatever else is evaluated beside an SAE.
+    subjects = [
+        replace(load_subjects([str(path)])[0], name="_".join(path.parts[-3:])) for path in args.saes
+    ]
     if args.work == "ours":
         from msae_plugin.evaluation.eval_config import EvalConfig
         from msae_plugin.evaluation.evaluate import evaluate
@@ -134,14 +138,16 @@ def numbers(file: Path) -> dict[str, float]:
 
 def largest_difference(args: argparse.Namespace) -> tuple[float, str]:
     """Over all SAEs and metrics: |ours - theirs| / max(1, |theirs|)."""
-    worst = (0.0, "")
+    worst, compared = (0.0, ""), 0
     for theirs in (args.folder / "theirs").glob("*.json"):
         for ours in args.folder.glob(f"tmp*/out/core/seed_42/{theirs.name}"):
             found, expected = numbers(ours), numbers(theirs)
             assert found.keys() == expected.keys()
+            compared += 1
             for name, value in expected.items():
                 error = abs(found[name] - value) / max(1.0, abs(value))
                 worst = max(worst, (error, f"{name} of {theirs.name}"))
+    assert compared, "no SAE was evaluated by both"
     return worst
 
 
