@@ -7,6 +7,7 @@ error is one line on standard error; `--debug` shows the traceback.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -54,10 +55,23 @@ class _ReportingGroup(TyperGroup):
         except Exception as error:
             if type(error).__module__.startswith(("click", "typer")):
                 raise
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                raise typer.Exit(EXIT_FAILED) from error
             status, message = _status_and_message(error)
             _show_traceback_if_debugging()
         say(message)
         raise typer.Exit(status)
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output goes to a program that has ended, as `head` does."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would be written, and reported, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _status_and_message(error: Exception) -> tuple[int, str]:

@@ -185,3 +185,12 @@ def test_ctrl_c_prints_a_command_that_continues(recipe_file: Path, tmp_path: Pat
     result = msae(*continuation[1].split())
     assert result.exit_code == 0, result.output
     assert (out / "sae" / "cfg.json").exists()
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "msae_cli.app", "publish", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")

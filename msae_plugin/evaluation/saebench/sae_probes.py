@@ -284,7 +284,7 @@ _LLM = (
     "datasets"
 )
 _SAE = (
-    "{measure} of a logistic regression (penalty reg_type, its strength chosen on 100 training "
+    "{measure} of a logistic regression (penalty as reg_type says, its strength chosen on 100 training "
     "texts) on the {k} SAE latents whose normalised means differ most between the classes on the "
     "training texts; mean over datasets"
 )
