@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -289,14 +290,15 @@ def test_saelens_command_line_builds_the_config(shell: dict[str, Any]) -> None:
 
 def described_fields() -> dict[str, str]:
     """First words of each field's entry in the `Args:` block of the training config."""
-    text = MultiScaleTrainingSAEConfig.__doc__ or ""
+    # CPython 3.13 strips the indentation of docstrings, earlier ones keep it.
+    text = inspect.cleandoc(MultiScaleTrainingSAEConfig.__doc__ or "")
     block = text.split("Args:\n", 1)[1]
     found: dict[str, str] = {}
     for line in block.splitlines():
-        if line.startswith(" " * 8) and not line.startswith(" " * 9) and "): " in line:
+        if line.startswith(" " * 4) and not line.startswith(" " * 5) and "): " in line:
             name, description = line.strip().split(" (", 1)[0], line.split("): ", 1)[1]
             found[name] = description
-        elif line.startswith(" " * 8) and not line.startswith(" " * 9) and line.endswith("):"):
+        elif line.startswith(" " * 4) and not line.startswith(" " * 5) and line.endswith("):"):
             found[line.strip().split(" (", 1)[0]] = ""
     return found
 
