@@ -285,8 +285,8 @@ _LLM = (
 )
 _SAE = (
     "{measure} of a logistic regression (penalty as reg_type says, its strength chosen on 100 "
-    "training texts) on the {k} SAE latents whose normalised means differ most between the classes on the "
-    "training texts; mean over datasets"
+    "training texts) on the {k} SAE latents whose normalised means differ most between the classes "
+    "on the training texts; mean over datasets"
 )
 
 
