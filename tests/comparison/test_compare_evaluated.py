@@ -4,9 +4,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from msae_plugin.comparison.compare import compare
 from msae_plugin.comparison.compare_config import CompareConfig
 from msae_plugin.training.models import LanguageModel
+
+
+pytest.importorskip("sae_bench")
 
 
 def test_core_of_a_comparison(
