@@ -10,7 +10,6 @@ from msae_plugin.comparison.compare import compare
 from msae_plugin.comparison.compare_config import CompareConfig
 from msae_plugin.training.models import LanguageModel
 
-
 pytest.importorskip("sae_bench")
 
 
