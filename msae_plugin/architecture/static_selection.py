@@ -37,17 +37,18 @@ def static_batch_top_k(
     n_tokens, d_sae = hidden_pre.shape
     budgets, main_tier = pair_budgets(k, sparsity_scales, n_tokens, d_sae)
     flat_pre = hidden_pre.flatten()
-    ranked = scores.flatten().masked_fill(flat_pre <= 0, -torch.inf)
+    # Not `flat_pre <= 0`: NaN is neither, would be ranked first, and become the cut.
+    ranked = scores.flatten().masked_fill(~(flat_pre > 0), -torch.inf)
     top_scores, chosen = torch.topk(ranked, budgets[-1])
+    padding = top_scores == -torch.inf
     ranks = torch.arange(budgets[-1], device=chosen.device)
     tiers = torch.zeros_like(ranks)
     for budget in budgets[:-1]:
         tiers += ranks >= budget
     # Scores descend, so the smallest one of a budget is the smallest before the padding.
-    above_padding = top_scores.masked_fill(top_scores == -torch.inf, torch.inf)
+    above_padding = top_scores.masked_fill(padding, torch.inf)
     return Selection(
-        # Padding is what was not positive.
-        values=flat_pre[chosen].clamp(min=0),
+        values=flat_pre[chosen].masked_fill(padding, 0),
         tokens=chosen // d_sae,
         latents=chosen % d_sae,
         tiers=tiers,

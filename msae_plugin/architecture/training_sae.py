@@ -278,10 +278,10 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         # While k falls the cut falls with it, so the running estimate starts when k has arrived.
         rate = running_rate(cfg.topk_threshold_lr, max(0, step - cfg.k_anneal_steps))
         cut = selection.cut.float()
-        nothing_active = cut == torch.inf
-        self.topk_threshold.lerp_(torch.where(nothing_active, self.topk_threshold, cut), rate)
+        known = cut < torch.inf  # neither infinity, of nothing active, nor NaN
+        self.topk_threshold.lerp_(torch.where(known, cut, self.topk_threshold), rate)
         lowest = selection.lowest_score.float()
-        self.candidate_cut.copy_(lowest.masked_fill(lowest == torch.inf, 0.0))
+        self.candidate_cut.copy_(lowest.masked_fill(~(lowest < torch.inf), 0.0))
 
         active = selection.active()
         fired = torch.zeros(cfg.d_sae, dtype=torch.int64, device=active.device)
@@ -290,7 +290,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         share = fired.float() / (feature_acts.shape[0] * self.ranks.count)
         self.firing_rate.lerp_(share, running_rate(1 - cfg.firing_rate_decay, step))
         self.mechanisms.follow_firing_floor(
-            self.firing_rate, cut.masked_fill(nothing_active, 0.0), cfg.k_at(step)
+            self.firing_rate, cut.masked_fill(~known, 0.0), cfg.k_at(step)
         )
         self.mechanisms.observe_latents(
             self.W_dec,

@@ -73,7 +73,7 @@ def refuse_missing(findings: Sequence[Finding]) -> None:
     for finding in findings:
         lacking.setdefault((finding.what, finding.how), []).append(finding.evaluation)
     if lacking:
-        items = [f"{', '.join(names)}: {what} - {how}" for (what, how), names in lacking.items()]
+        items = [str(Finding(", ".join(names), *lack)) for lack, names in lacking.items()]
         raise MissingInputError(items, "--skip-missing runs the rest")
 
 

@@ -53,6 +53,20 @@ def test_the_static_selection_is_the_other_one(scales: list[float], shift: float
     torch.testing.assert_close(static.lowest_score, other.lowest_score, atol=0, rtol=0)
 
 
+def test_the_static_selection_passes_over_nan() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_pre = torch.randn(N_TOKENS, D_SAE, generator=generator)
+    without = hidden_pre.clone()
+    hidden_pre[3], without[3] = torch.nan, 0.0
+    # As many as there are, and more than are positive.
+    for k in (2, D_SAE):
+        found, expected = (static_batch_top_k(pre, pre, k, [2.0]) for pre in (hidden_pre, without))
+        assert pairs(found) == pairs(expected)
+        assert torch.isfinite(found.values).all()
+        torch.testing.assert_close(found.cut, expected.cut, atol=0, rtol=0)
+        torch.testing.assert_close(found.lowest_score, expected.lowest_score, atol=0, rtol=0)
+
+
 class Refuses(TorchDispatchMode):
     """Fails at operations that make a GPU's host wait for a value."""
 
