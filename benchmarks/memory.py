@@ -77,7 +77,8 @@ def one_step(variant: str, d_sae: int, d_in: int, n_tokens: int, k: int, search_
     mechanisms.observe_latents(W_dec, feature_acts, tokens, latents, fired, 1, k)
     searched = ""
     if mechanisms.neighbours is None:
-        penalty = mechanisms.orthogonality(W_dec, sae_in, 1)
+        mechanisms.observe_inputs(sae_in, 1.0)
+        penalty = mechanisms.orthogonality(W_dec, 1)
     else:
         n_rows = min(search_rows or d_sae, d_sae)
         start = time.perf_counter()

@@ -12,8 +12,9 @@ alike. Shares of mechanisms are the default recipe's step with one mechanism rem
 `matryoshka_batchtopk` has the prefixes of the default recipe. Inference is encode and decode under
 no_grad of half the tokens, at an L0 of 32 and 64, for the export and for SAELens' JumpReLU with
 equal weights: "dense" decodes by the full product, "as it is" over active latents where that is
-faster. On a GPU every measurement waits for the device, ours runs with each decode kernel, and the
-peak of a step's memory is printed, beside what weights and optimiser hold.
+faster. On a GPU every measurement waits for the device, ours replays recorded steps and also runs
+without, with each decode kernel, and the peak of a step's memory is printed, beside what weights
+and optimiser hold; a recording holds as much all the time.
 """
 
 from __future__ import annotations
@@ -87,11 +88,10 @@ def training_saes(
         "multiscale default": ours("default"),
     }
     if device.type == "cuda":
-        found |= {
-            f"multiscale {name}, {kernel}": ours(name, decode_kernel=kernel)
-            for name in ("reconstruction", "default")
-            for kernel in ("embedding_bag", "triton")
-        }
+        for name in ("reconstruction", "default"):
+            found[f"multiscale {name}, not recorded"] = ours(name, cuda_graphs=False)
+            for kernel in ("embedding_bag", "triton"):
+                found[f"multiscale {name}, {kernel}"] = ours(name, decode_kernel=kernel)
     if shares:
         found |= {f"default {name}": ours("default", **change) for name, change in ADDED.items()}
     if compile_step:
@@ -134,15 +134,16 @@ def trainer_of(
 def timed(
     functions: dict[str, Callable[[int], None]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each function per repeat, in turns, after two unmeasured rounds."""
+    """Seconds of each function per repeat, in turns, after two unmeasured rounds (a GPU: six)."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 2):
+    unmeasured = 6 if device.type == "cuda" else 2
+    for repeat in range(repeats + unmeasured):
         for name, function in functions.items():
             synchronise(device)
             start = time.perf_counter()
             function(repeat)
             synchronise(device)
-            if repeat >= 2:
+            if repeat >= unmeasured:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -167,10 +168,16 @@ def spread(values: list[float], digits: int) -> str:
     return f"{middle} [{low}, {high}]"
 
 
-def report_memory(steps: dict[str, Callable[[int], None]], device: torch.device) -> None:
-    """Print what a step allocates at most beyond what lies on the GPU before it."""
+def report_memory(
+    saes: dict[str, TrainingSAE[Any]],
+    steps: dict[str, Callable[[int], None]],
+    device: torch.device,
+) -> None:
+    """Print what a step that is not recorded allocates at most beyond what lies there before it."""
     print("\n| | peak of a step beyond weights and moments, MiB |\n|---|---|")
     for name, step in steps.items():
+        if isinstance(saes[name], MultiScaleTrainingSAE):
+            saes[name].cfg.cuda_graphs = False
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step(1)
@@ -253,7 +260,7 @@ def main() -> None:
         title = f"Training step, d_in {d_in}, d_sae {d_sae}, {args.tokens} tokens, k {args.k}"
         report(f"{title}, {setting}", timed(steps, args.repeats, device), against)
         if device.type == "cuda":
-            report_memory(steps, device)
+            report_memory(saes, steps, device)
         del saes, steps
         for l0 in (32, 64) if args.inference else ():
             batch = batches[0][: max(1, args.tokens // 2)]

@@ -9,7 +9,7 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 
 from msae_plugin import MultiScaleTrainingSAE, preset
-from msae_plugin.architecture.auxk import auxk_loss
+from msae_plugin.architecture.auxk import DeadLatents, auxk_loss
 from msae_plugin.architecture.losses import reconstruction_losses
 from msae_plugin.architecture.nested import Reconstructions
 from msae_plugin.architecture.selection import Selection
@@ -62,7 +62,7 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     device, n, d, width = setting.device, setting.n_tokens, setting.d_in, setting.d_sae
     cfg = preset(
         setting.preset, d_in=d, d_sae=width, k=setting.k, training_steps=1000, k_anneal_steps=0,
-        device=str(device), decode_kernel=setting.decode_kernel,
+        device=str(device), decode_kernel=setting.decode_kernel, cuda_graphs=False,
     )  # fmt: skip
     sae = MultiScaleTrainingSAE(cfg).train()
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
@@ -168,7 +168,7 @@ def profile_step(setting: Setting, peak: Peak) -> None:
              measure(backward_encode, keep_encoder_graph),
              2.0 * n_pairs * d, rows + 12.0 * d * width),
     ]  # fmt: skip
-    parts += _optional_parts(setting, sae, batch, hidden_pre, selection, measure)
+    parts += _optional_parts(setting, sae, hidden_pre, selection, measure)
     whole_step()
     forward().backward()
     parts += [
@@ -184,7 +184,6 @@ def profile_step(setting: Setting, peak: Peak) -> None:
 def _optional_parts(
     setting: Setting,
     sae: MultiScaleTrainingSAE,
-    batch: torch.Tensor,
     hidden_pre: torch.Tensor,
     selection: Selection,
     measure: Measure,
@@ -194,7 +193,7 @@ def _optional_parts(
     found: list[Part] = []
     chunk = min(sae.cfg.orthogonality_chunk_size, width)
     if sae.cfg.orthogonality_coefficient:
-        timing = measure(lambda: sae.mechanisms.orthogonality(sae.W_dec, batch, 1))
+        timing = measure(lambda: sae.mechanisms.orthogonality(sae.W_dec, 1))
         found.append(
             Part("penalty and its gradient", timing, 2.0 * width * chunk * d, 8.0 * width * d)
         )
@@ -226,7 +225,9 @@ def _auxk(
     x_hat: torch.Tensor,
     measure: Measure,
 ) -> Part:
-    dead = torch.arange(0, setting.d_sae, int(1 / DEAD_SHARE), device=batch.device)
+    mask = torch.arange(setting.d_sae, device=batch.device) % int(1 / DEAD_SHARE) == 0
+    dead = DeadLatents.listed(mask)
+    assert dead is not None, "every twentieth is"
 
     def auxk() -> None:
         auxk_loss(
@@ -234,6 +235,6 @@ def _auxk(
         ).backward()  # fmt: skip
         sae.zero_grad()
 
-    flops = 10.0 * setting.n_tokens * setting.d_in * dead.numel()
+    flops = 10.0 * setting.n_tokens * setting.d_in * int(mask.sum())
     name = f"beside it: AuxK with {DEAD_SHARE:.0%} dead, forward and backward"
     return Part(name, measure(auxk), flops, 16.0 * sae.W_dec.numel())

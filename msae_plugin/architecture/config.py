@@ -151,8 +151,12 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         importance_decay (float): [G] Decay of the running contribution.
         decode_kernel (Literal["auto", "embedding_bag", "triton"]): What sums decoder rows over the
             active latents, and their gradients: torch's own kernel, or ours in Triton, on a CUDA
-            device. "auto" takes what was measured to be faster at this d_in on this device. The
-            results agree to float32 rounding. docs/performance.md.
+            device. "auto" takes what was measured to be faster at this d_in on this device, ours
+            where steps are recorded. The results agree to float32 rounding. docs/performance.md.
+        cuda_graphs (bool): On a CUDA device, record a step once and replay it, instead of starting
+            its operations one by one each time. The results are the same; what a step returns
+            beside its loss is overwritten by the next one. Steps that cannot be recorded run as
+            they are. docs/performance.md.
         norm_scales (list[float]): [N] See MultiScaleSAEConfig. Empty: no normalisation.
         norm_centre (bool): [N] See MultiScaleSAEConfig.
         norm_affine (bool): [N] See MultiScaleSAEConfig.
@@ -231,6 +235,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     importance_decay: float = 0.99
 
     decode_kernel: DecodeKernel = "auto"
+    cuda_graphs: bool = True
 
     norm_scales: list[float] = field(default_factory=list)
     norm_centre: bool = True

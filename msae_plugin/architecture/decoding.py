@@ -20,8 +20,8 @@ from torch.nn.functional import embedding_bag
 from msae_plugin.errors import InputError
 
 DecodeKernel = Literal["auto", "embedding_bag", "triton"]
-# Measured on an H100 (docs/performance.md): a step with the kernels takes .84 of the time at d_in
-# 2304 and 1.07 at 576, where starting them is what takes time.
+# Measured on an H100 (docs/performance.md): a step that is not recorded takes .84 of the time with
+# the kernels at d_in 2304 and 1.07 at 576, where starting them is what takes time.
 _TRITON_FROM_WIDTH = 1024
 
 _TRITON_IS_THERE = find_spec("triton") is not None
@@ -77,9 +77,13 @@ def bag_sum(
         )
 
 
+def triton_runs_on(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels take a tensor of this device and dtype here."""
+    return _TRITON_IS_THERE and tensor.device.type == "cuda" and tensor.dtype != torch.float64
+
+
 def _triton_pays(rows: torch.Tensor) -> bool:
-    on_gpu = rows.device.type == "cuda" and rows.dtype == torch.float32
-    return on_gpu and rows.shape[1] >= _TRITON_FROM_WIDTH and _TRITON_IS_THERE
+    return triton_runs_on(rows) and rows.shape[1] >= _TRITON_FROM_WIDTH
 
 
 def _triton_bag_sum(

@@ -20,6 +20,7 @@ import torch
 from typing_extensions import override
 
 from msae_plugin.architecture.exact import KeepsFloat32
+from msae_plugin.architecture.step_schedule import Number
 
 # Equal tokens have equal pre-activations but for rounding, and rounding would decide on which side
 # of a threshold between two of them they are: a layer norm makes tokens of one and the same feature
@@ -44,7 +45,7 @@ class FiringFloor(KeepsFloat32):
 
     @torch.no_grad()
     def follow(
-        self, firing_rate: torch.Tensor, floor: float, cut: torch.Tensor, rate: float
+        self, firing_rate: torch.Tensor, floor: Number, cut: torch.Tensor, rate: float
     ) -> None:
         """Move every allowance one step.
 

@@ -13,6 +13,7 @@ import torch
 
 from msae_plugin.architecture.coactivation import NeighbourCoactivation
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.decoding import DecodeKernel, triton_runs_on
 from msae_plugin.architecture.exact import KeepsFloat32
 from msae_plugin.architecture.firing_floor import FiringFloor
 from msae_plugin.architecture.importance import FeatureImportance
@@ -26,6 +27,7 @@ from msae_plugin.architecture.orthogonality import (
 )
 from msae_plugin.architecture.ortsae import nearest_in_chunks_penalty
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.recorded_steps import RecordedSteps
 from msae_plugin.architecture.revival import (
     RevivalRecord,
     new_directions,
@@ -36,9 +38,9 @@ from msae_plugin.architecture.revival import (
 )
 from msae_plugin.architecture.selection import running_rate
 from msae_plugin.architecture.sketch import CoactivationSketch
+from msae_plugin.architecture.step_schedule import Number
 from msae_plugin.architecture.zscore import PreActivationStatistics
 
-_INPUT_VARIANCE_DECAY = 0.99
 # The mean nearest cosine in the log is taken over so many latents, evenly spaced, against all: over
 # all 16,384 of width 2304 it is 1.2 TFLOP, eight times what the encoder of the step costs.
 _LATENTS_MEASURED = 1024
@@ -63,11 +65,12 @@ class Mechanisms(KeepsFloat32):
     ) -> None:
         super().__init__()
         self.cfg = cfg
-        # A queue for the log, a handle to the host's optimiser, the processes that train together:
-        # none decides what the SAE is.
+        # A queue for the log, a handle to the host's optimiser, the processes that train together,
+        # recordings of the step: none decides what the SAE is.
         self.events: list[dict[str, Any]] = []
         self.optimizer: torch.optim.Optimizer | None = None
         self.ranks: Ranks = ALONE
+        self.recorded_steps = RecordedSteps()
         d_sae = cfg.d_sae
         weighted = cfg.orthogonality_coefficient > 0 and cfg.orthogonality_weighting != "none"
         self.normalisation: MultiScaleNormalisation | None = None
@@ -101,16 +104,17 @@ class Mechanisms(KeepsFloat32):
             self.statistics.update(hidden_pre, rate, self.ranks)
 
     @torch.no_grad()
-    def follow_firing_floor(self, firing_rate: torch.Tensor, cut: torch.Tensor, k: float) -> None:
+    def follow_firing_floor(
+        self, firing_rate: torch.Tensor, floor: Number, cut: torch.Tensor
+    ) -> None:
         """[Z]: help the latents that hardly fire.
 
         Args:
             firing_rate: (d_sae,) running share of tokens on which each latent fires.
+            floor: Firing rate below which a latent is helped.
             cut: Zero-dimensional, the cut of the step at the budget k.
-            k: Target L0 of the step.
         """
         if self.firing_floor is not None:
-            floor = self.cfg.floor_rate(k)
             self.firing_floor.follow(firing_rate, floor, cut, self.cfg.firing_floor_rate)
 
     @torch.no_grad()
@@ -122,7 +126,7 @@ class Mechanisms(KeepsFloat32):
         latents: torch.Tensor,
         fired_tokens: torch.Tensor,
         step: int,
-        k: float,
+        k: Number,
     ) -> None:
         """[Z], [O], [C], [R], [G]: follow the statistics of the latents of one step.
 
@@ -139,7 +143,7 @@ class Mechanisms(KeepsFloat32):
         cfg, n_tokens = self.cfg, feature_acts.shape[0] * self.ranks.count
         if self.statistics is not None and cfg.selection == "zscore" and cfg.zscore_z_lr > 0:
             l0 = fired_tokens.sum() / n_tokens
-            self.statistics.follow_target(l0, k, cfg.zscore_z_lr)
+            self.statistics.follow_target(l0, float(k), cfg.zscore_z_lr)
         rate = running_rate(1 - cfg.coactivation_decay, step)
         if self.neighbours is not None:
             if step % cfg.neighbour_refresh_every == 0:
@@ -160,34 +164,63 @@ class Mechanisms(KeepsFloat32):
                 mean_activation, norm, running_rate(1 - cfg.importance_decay, step)
             )
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a step's operations are the same each time and never ask the device for a value.
+
+        Those that are off the presets are not written for it: they copy small tables, or have lists
+        whose length the data give them.
+        """
+        switched = (self.normalisation, self.statistics, self.neighbours, self.sketch)
+        compared = self.cfg.orthogonality_coefficient > 0
+        return (
+            all(mechanism is None for mechanism in (*switched, self.importance))
+            and self.ranks.count == 1
+            and not (compared and self.cfg.orthogonality_pairs == "neighbours")
+        )
+
+    def decode_kernel(self, W_dec: torch.Tensor) -> DecodeKernel:
+        """What sums decoder rows; in recorded steps starting a kernel of our own costs nothing."""
+        chosen = self.cfg.decode_kernel
+        recorded = self.cfg.cuda_graphs and self.can_be_recorded
+        return "triton" if chosen == "auto" and recorded and triton_runs_on(W_dec) else chosen
+
     def l1_weights(self) -> torch.Tensor | None:
         """[G]: (d_sae,) weights of the L1 penalty, or None when all are equal."""
         if self.importance is None:
             return None
         return 1 / self.importance.factors(self.cfg.importance_power)
 
-    def orthogonality(
-        self, W_dec: torch.Tensor, sae_in: torch.Tensor, step: int
-    ) -> torch.Tensor | None:
+    @torch.no_grad()
+    def observe_inputs(self, sae_in: torch.Tensor, rate: Number) -> None:
+        """[O]: follow the variance of the activations, the unit of the penalty.
+
+        Args:
+            sae_in: (n_tokens, d_in) activations.
+            rate: Weight of this batch.
+        """
+        if self.cfg.orthogonality_coefficient > 0:
+            variance = self.ranks.var_mean(sae_in.float())[0].sum()
+            self.input_variance.lerp_(variance, rate)
+
+    def penalty_is_due(self, step: int) -> bool:
+        """[O]: whether the penalty is taken in this step."""
+        cfg = self.cfg
+        return cfg.orthogonality_coefficient > 0 and step % cfg.orthogonality_every == 0
+
+    def orthogonality(self, W_dec: torch.Tensor, step: int) -> torch.Tensor | None:
         """[O]: the weighted penalty of this step, or None when it is not due.
 
         Args:
             W_dec: (d_sae, d_in) decoder.
-            sae_in: (n_tokens, d_in) activations, whose running variance is the unit.
             step: Training step.
 
         Returns:
             Zero-dimensional loss, or None.
         """
+        if not self.penalty_is_due(step):
+            return None
         cfg = self.cfg
-        if cfg.orthogonality_coefficient == 0:
-            return None
-        with torch.no_grad():
-            variance = self.ranks.var_mean(sae_in.float())[0].sum()
-            rate = running_rate(1 - _INPUT_VARIANCE_DECAY, step)
-            self.input_variance.lerp_(variance, rate)
-        if step % cfg.orthogonality_every:
-            return None
         scale = cfg.orthogonality_coefficient * cfg.orthogonality_every * self.input_variance
         return scale * self._penalty(W_dec)
 
@@ -197,7 +230,7 @@ class Mechanisms(KeepsFloat32):
             chunks = random_chunks(cfg.d_sae, cfg.orthogonality_chunk_size, W_dec.device)
             sketch = self.sketch
             if cfg.orthogonality_weighting == "none" or sketch is None:
-                return nearest_in_chunks_penalty(W_dec, chunks, cfg.decode_kernel)
+                return nearest_in_chunks_penalty(W_dec, chunks, self.decode_kernel(W_dec))
             factors = sketch.factors()
             return chunk_penalty(
                 W_dec,

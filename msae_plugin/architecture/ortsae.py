@@ -73,7 +73,8 @@ class _NearestInChunks(torch.autograd.Function):
         W_dec, cosine, nearest, share, norms = ctx.saved_tensors
         slope = 2 * grad_output.to(cosine.dtype) * share * cosine
         along = slope * cosine
-        along = along.index_add(0, nearest, along)
+        # Not `along.index_add(0, nearest, along)`: Inductor adds in place while it still reads.
+        along = along + torch.zeros_like(along).index_add(0, nearest, along)
         across = slope / (norms * norms[nearest])
         own = torch.arange(nearest.numel(), device=nearest.device)
         gradient = bag_sum(
@@ -118,7 +119,8 @@ def nearest_in_chunks_penalty(
             largest, at = cosines.max(dim=-1)
             cosine[members] = largest
             nearest[members] = members.gather(1, at)
-            share[members] = 1 / (len(chunks) * members.shape[1])
+            # Not `share[members] = number`: that copies the number to the device at each step.
+            share.index_fill_(0, members.flatten(), 1 / (len(chunks) * members.shape[1]))
     result = _NearestInChunks.apply(W_dec, cosine, nearest, share, norms, kernel)
     assert isinstance(result, torch.Tensor)
     return result

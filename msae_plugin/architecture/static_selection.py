@@ -1,18 +1,18 @@
 """[S] BatchTopK with shapes that do not depend on the data.
 
 On a GPU a list whose length depends on the data makes the host wait for the device, and under
-`torch.compile` it breaks the graph. Here every list has the length of its budget: where fewer
-pre-activations are positive, the rest of the list is padding of value zero, which no loss, gradient
-or statistic sees. On a CPU preselected candidates (`selection.batch_top_k`) are ten times as fast.
+`torch.compile` it breaks the graph. Here every list has a fixed length, that of its budget or, in a
+recorded step, of the largest budget that it is recorded for: where fewer pairs are positive or
+allowed, the rest of the list is padding of value zero, which no loss, gradient or statistic sees.
+On a CPU preselected candidates (`selection.batch_top_k`) are ten times as fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from msae_plugin.architecture.selection import Selection, pair_budgets
+from msae_plugin.architecture.selection import Selection
+from msae_plugin.architecture.step_schedule import Budgets
 
 
 def needs_static_shapes(tensor: torch.Tensor) -> bool:
@@ -21,29 +21,30 @@ def needs_static_shapes(tensor: torch.Tensor) -> bool:
 
 
 def static_batch_top_k(
-    hidden_pre: torch.Tensor, scores: torch.Tensor, k: float, sparsity_scales: Sequence[float]
+    hidden_pre: torch.Tensor, scores: torch.Tensor, budgets: Budgets
 ) -> Selection:
     """What `selection.batch_top_k` selects, in lists of fixed length.
 
     Args:
         hidden_pre: (n_tokens, d_sae) pre-activations.
         scores: (n_tokens, d_sae) what is ranked.
-        k: Mean number of active latents per token.
-        sparsity_scales: Further budgets as multiples of k.
+        budgets: Pairs that k and its multiples allow.
 
     Returns:
-        The selection; pairs beyond the positive pre-activations have value 0 and are not active.
+        The selection, of `budgets.n_listed` pairs; those beyond the positive pre-activations, and
+        beyond the last budget, have value 0 and are not active.
     """
-    n_tokens, d_sae = hidden_pre.shape
-    budgets, main_tier = pair_budgets(k, sparsity_scales, n_tokens, d_sae)
+    d_sae, (*smaller, last) = hidden_pre.shape[1], budgets.pairs
     flat_pre = hidden_pre.flatten()
     # Not `flat_pre <= 0`: NaN is neither, would be ranked first, and become the cut.
     ranked = scores.flatten().masked_fill(~(flat_pre > 0), -torch.inf)
-    top_scores, chosen = torch.topk(ranked, budgets[-1])
+    top_scores, chosen = torch.topk(ranked, budgets.n_listed)
+    ranks = torch.arange(budgets.n_listed, device=chosen.device)
     padding = top_scores == -torch.inf
-    ranks = torch.arange(budgets[-1], device=chosen.device)
+    if isinstance(last, torch.Tensor):
+        padding |= ranks >= last
     tiers = torch.zeros_like(ranks)
-    for budget in budgets[:-1]:
+    for budget in smaller:
         tiers += ranks >= budget
     # Scores descend, so the smallest one of a budget is the smallest before the padding.
     above_padding = top_scores.masked_fill(padding, torch.inf)
@@ -52,13 +53,15 @@ def static_batch_top_k(
         tokens=chosen // d_sae,
         latents=chosen % d_sae,
         tiers=tiers,
-        main_tier=main_tier,
-        cut=_smallest(above_padding[: budgets[main_tier]]),
+        main_tier=budgets.main_tier,
+        cut=_smallest(above_padding, tiers <= budgets.main_tier),
         lowest_score=_smallest(above_padding),
         padded=True,
     )
 
 
-def _smallest(scores: torch.Tensor) -> torch.Tensor:
+def _smallest(scores: torch.Tensor, within: torch.Tensor | None = None) -> torch.Tensor:
     """Zero-dimensional minimum; +inf of nothing, which a budget below one pair allows."""
-    return scores.amin() if scores.numel() else scores.new_full((), torch.inf)
+    if not scores.numel():
+        return scores.new_full((), torch.inf)
+    return (scores if within is None else scores.masked_fill(~within, torch.inf)).amin()

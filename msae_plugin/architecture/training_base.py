@@ -36,6 +36,7 @@ from msae_plugin.architecture.selection import (
 )
 from msae_plugin.architecture.skip import with_skip
 from msae_plugin.architecture.static_selection import needs_static_shapes, static_batch_top_k
+from msae_plugin.architecture.step_schedule import Budgets, Number
 from msae_plugin.architecture.threshold import calibrated_cut
 from msae_plugin.errors import RunFailure
 
@@ -106,17 +107,28 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             return None
         return self.W_dec.norm(dim=-1).clamp(min=1e-8)
 
-    def select(self, hidden_pre: torch.Tensor, k: float) -> Selection:
-        """[Z], [S]: active pairs of (n_tokens, d_sae) pre-activations in training mode."""
+    def select(
+        self, hidden_pre: torch.Tensor, k: Number, budgets: Budgets | None = None
+    ) -> Selection:
+        """[Z], [S]: active pairs of (n_tokens, d_sae) pre-activations in training mode.
+
+        Args:
+            hidden_pre: (n_tokens, d_sae).
+            k: Target L0.
+            budgets: What k allows in this batch; counted anew if None.
+        """
         statistics = self.mechanisms.statistics
         if self.cfg.selection == "zscore" and statistics is not None:
             return above_threshold(hidden_pre, statistics.threshold(), self.ranks)
         scores, cut = self.scores(hidden_pre), 0.0
         if self.ranks.count == 1 and needs_static_shapes(hidden_pre):
-            return static_batch_top_k(hidden_pre, scores, k, self.cfg.sparsity_scales)
+            if budgets is None:
+                n_tokens, d_sae = hidden_pre.shape
+                budgets = Budgets.of(float(k), self.cfg.sparsity_scales, n_tokens, d_sae)
+            return static_batch_top_k(hidden_pre, scores, budgets)
         if self.cfg.standardise == 0:
             cut = CANDIDATE_SHARE * float(self.candidate_cut)
-        return batch_top_k(hidden_pre, scores, k, self.cfg.sparsity_scales, cut, self.ranks)
+        return batch_top_k(hidden_pre, scores, float(k), self.cfg.sparsity_scales, cut, self.ranks)
 
     def scores(self, hidden_pre: torch.Tensor) -> torch.Tensor:
         """[Z]: what BatchTopK ranks; the pre-activations unless standardised or helped."""

@@ -17,10 +17,13 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 from typing_extensions import override
 
 from msae_plugin.architecture import losses
-from msae_plugin.architecture.auxk import auxk_loss, static_auxk_loss
+from msae_plugin.architecture.auxk import DeadLatents, auxk_loss, static_auxk_loss
+from msae_plugin.architecture.compiling import COMPILES_RIGHT_FROM, compiled_from
 from msae_plugin.architecture.decoding import active_preactivations, scale_gradient
 from msae_plugin.architecture.nested import Reconstructions, assign_rings, decode_nested
+from msae_plugin.architecture.replay import StepInputs, StepResults, replayed_step
 from msae_plugin.architecture.selection import Selection, running_rate
+from msae_plugin.architecture.step_schedule import StepSchedule
 from msae_plugin.architecture.training_base import MultiScaleTrainingBase
 
 
@@ -42,6 +45,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
 
     @override
+    @compiled_from(COMPILES_RIGHT_FROM)
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One training step: selection, nested and multi-budget reconstruction, losses.
 
@@ -56,14 +60,40 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         sae_in = step_input.sae_in.to(self.dtype).reshape(-1, shape[-1])
         step = step_input.n_training_steps
         self._prepare_step(sae_in, step)
+        given = StepInputs(
+            sae_in=sae_in,
+            dead=self._dead_latents(step_input.dead_neuron_mask),
+            l1_coefficient=step_input.coefficients.get("l1", 0.0),
+        )
+        schedule = StepSchedule.at(self.cfg, step, sae_in.shape[0] * self.ranks.count)
+        results = replayed_step(self, given, schedule)
+        if results is None:
+            results = self.take_step(given, schedule)
+        return TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=results.sae_out.reshape(shape),
+            feature_acts=results.feature_acts.reshape(*shape[:-1], self.cfg.d_sae),
+            hidden_pre=results.hidden_pre.reshape(*shape[:-1], self.cfg.d_sae),
+            loss=results.loss,
+            losses=results.terms,
+            metrics=self._metrics(step_input),
+        )
 
+    def take_step(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
+        """The equations of a step, with what follows them over time.
+
+        Args:
+            given: The batch and what the host said of it.
+            schedule: The numbers of the step.
+        """
+        sae_in = given.sae_in
         x_c = self.process_sae_in(sae_in)
         x_hat, token_scale = self.normalise(x_c)
         with torch.no_grad():
             decoder_norm = self.decoder_norm()
             hidden_pre = self.hook_sae_acts_pre(self.pre_activations(x_hat, decoder_norm))
-            self.mechanisms.observe_preactivations(hidden_pre, step)
-        selection = self.select(hidden_pre, self.cfg.k_at(step))
+            self.mechanisms.observe_preactivations(hidden_pre, schedule.step)
+        selection = self.select(hidden_pre, schedule.k, schedule.budgets)
         coefficients = self.decoder_coefficients(
             selection, x_hat, token_scale, decoder_norm, self._centre(sae_in)
         )
@@ -79,22 +109,20 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         )
         residual = target - reconstructions.main
         terms |= self._auxiliary_losses(
-            step_input, x_hat, token_scale, decoder_norm, hidden_pre, residual, weight
+            given, x_hat, token_scale, decoder_norm, hidden_pre, residual, weight
         )
-        terms |= self._sparsity_and_orthogonality(step_input, selection, coefficients, sae_in)
+        terms |= self._sparsity_and_orthogonality(given, schedule, selection, coefficients)
 
-        self._update_statistics(selection, feature_acts, step)
+        self._update_statistics(selection, feature_acts, schedule)
         sae_out = reconstructions.main
         if self.cfg.skip_scale:
             sae_out = sae_out + (sae_in - target)
-        return TrainStepOutput(
-            sae_in=step_input.sae_in,
-            sae_out=sae_out.reshape(shape),
-            feature_acts=feature_acts.reshape(*shape[:-1], self.cfg.d_sae),
-            hidden_pre=hidden_pre.reshape(*shape[:-1], self.cfg.d_sae),
+        return StepResults(
+            terms=terms,
             loss=torch.stack(list(terms.values())).sum(),
-            losses=terms,
-            metrics=self._metrics(step_input),
+            sae_out=sae_out,
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
         )
 
     def decoder_coefficients(
@@ -114,8 +142,9 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         values = selection.values.to(torch.promote_types(selection.values.dtype, torch.float32))
         if decoder_norm is not None:
             values = values / decoder_norm.detach()[latents]
+        kernel = self.mechanisms.decode_kernel(self.W_dec)
         values = active_preactivations(
-            x_hat, self.W_enc, self.b_enc, values, tokens, latents, self.cfg.decode_kernel, centre
+            x_hat, self.W_enc, self.b_enc, values, tokens, latents, kernel, centre
         )
         values = selection.without_padding(values)
         if token_scale is not None:
@@ -148,7 +177,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             n_tiers=len(self._tier_scales()) + 1,
             n_tokens=n_tokens,
             detach_inner=self.cfg.detach_inner_prefixes,
-            kernel=self.cfg.decode_kernel,
+            kernel=self.mechanisms.decode_kernel(self.W_dec),
         )
 
     @override
@@ -164,17 +193,24 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         norm = self.decoder_norm()
         detached_norm = norm.detach() if norm is not None else None
         residual = step_input.sae_in - sae_out
+        given = StepInputs(step_input.sae_in, self._dead_latents(step_input.dead_neuron_mask))
         return self._auxiliary_losses(
-            step_input, x_hat, token_scale, detached_norm, hidden_pre.detach(), residual, None
+            given, x_hat, token_scale, detached_norm, hidden_pre.detach(), residual, None
         )
 
     def _tier_scales(self) -> list[float]:
         """Further sparsity budgets in the order in which they are reconstructed."""
         return sorted(self.cfg.sparsity_scales)
 
+    def _dead_latents(self, mask: torch.Tensor | None) -> DeadLatents | None:
+        """Which latents AuxK trains; None when there are none, for which the host has to wait."""
+        if mask is None or self.cfg.aux_loss_coefficient == 0:
+            return None
+        return DeadLatents(mask) if torch.compiler.is_compiling() else DeadLatents.listed(mask)
+
     def _auxiliary_losses(
         self,
-        step_input: TrainStepInput,
+        given: StepInputs,
         x_hat: torch.Tensor,
         token_scale: torch.Tensor | None,
         decoder_norm: torch.Tensor | None,
@@ -182,48 +218,46 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         residual: torch.Tensor,
         token_weight: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        mask = step_input.dead_neuron_mask
-        if self.cfg.aux_loss_coefficient == 0:
-            return {}
-        nothing = {"auxiliary_reconstruction_loss": residual.new_zeros(())}
-        if mask is None:
-            return nothing
-        weights = (self.W_enc, self.b_enc, self.W_dec)
         coefficient = self.cfg.aux_loss_coefficient
-        if torch.compiler.is_compiling():
+        if coefficient == 0:
+            return {}
+        if given.dead is None:
+            return {"auxiliary_reconstruction_loss": residual.new_zeros(())}
+        weights = (self.W_enc, self.b_enc, self.W_dec)
+        if given.dead.latents is None:
             loss = static_auxk_loss(
                 x_hat,
                 token_scale,
                 residual,
                 hidden_pre,
                 *weights,
-                mask,
+                given.dead.mask,
                 token_weight,
                 decoder_norm,
-                self._centre(step_input.sae_in),
+                self._centre(given.sae_in),
             )
-            return {"auxiliary_reconstruction_loss": coefficient * loss}
-        dead = mask.nonzero().squeeze(1)
-        if dead.numel() == 0:
-            return nothing
-        loss = auxk_loss(x_hat, token_scale, residual, *weights, dead, token_weight, decoder_norm)
+        else:
+            loss = auxk_loss(
+                x_hat, token_scale, residual, *weights, given.dead, token_weight, decoder_norm
+            )
         return {"auxiliary_reconstruction_loss": coefficient * loss}
 
     def _sparsity_and_orthogonality(
         self,
-        step_input: TrainStepInput,
+        given: StepInputs,
+        schedule: StepSchedule,
         selection: Selection,
         coefficients: torch.Tensor,
-        sae_in: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         terms: dict[str, torch.Tensor] = {}
-        l1_coefficient = step_input.coefficients.get("l1", 0.0)
-        if l1_coefficient:
+        sae_in = given.sae_in
+        if given.l1_coefficient:
             norm = self.W_dec.norm(dim=-1).clamp(min=1e-8)
-            terms["l1_loss"] = l1_coefficient * losses.l1_loss(
+            terms["l1_loss"] = given.l1_coefficient * losses.l1_loss(
                 selection, coefficients, norm, self.mechanisms.l1_weights(), sae_in.shape[0]
             )
-        penalty = self.mechanisms.orthogonality(self.W_dec, sae_in, step_input.n_training_steps)
+        self.mechanisms.observe_inputs(sae_in, schedule.input_variance_rate)
+        penalty = self.mechanisms.orthogonality(self.W_dec, schedule.step)
         if penalty is not None:
             terms["orthogonality_loss"] = penalty
         return terms
@@ -268,18 +302,15 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
 
     @torch.no_grad()
     def _update_statistics(
-        self,
-        selection: Selection,
-        feature_acts: torch.Tensor,
-        step: int,
+        self, selection: Selection, feature_acts: torch.Tensor, schedule: StepSchedule
     ) -> None:
         """Everything that is followed over time; buffers only, no synchronisation needed."""
         cfg = self.cfg
-        # While k falls the cut falls with it, so the running estimate starts when k has arrived.
-        rate = running_rate(cfg.topk_threshold_lr, max(0, step - cfg.k_anneal_steps))
         cut = selection.cut.float()
         known = cut < torch.inf  # neither infinity, of nothing active, nor NaN
-        self.topk_threshold.lerp_(torch.where(known, cut, self.topk_threshold), rate)
+        self.topk_threshold.lerp_(
+            torch.where(known, cut, self.topk_threshold), schedule.threshold_rate
+        )
         lowest = selection.lowest_score.float()
         self.candidate_cut.copy_(lowest.masked_fill(~(lowest < torch.inf), 0.0))
 
@@ -288,9 +319,9 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         fired.index_add_(0, selection.latents, active.long())
         fired = self.ranks.sum(fired)
         share = fired.float() / (feature_acts.shape[0] * self.ranks.count)
-        self.firing_rate.lerp_(share, running_rate(1 - cfg.firing_rate_decay, step))
+        self.firing_rate.lerp_(share, schedule.firing_rate_rate)
         self.mechanisms.follow_firing_floor(
-            self.firing_rate, cut.masked_fill(~known, 0.0), cfg.k_at(step)
+            self.firing_rate, schedule.floor_rate, cut.masked_fill(~known, 0.0)
         )
         self.mechanisms.observe_latents(
             self.W_dec,
@@ -298,8 +329,8 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             selection.tokens,
             selection.latents,
             fired,
-            step,
-            cfg.k_at(step),
+            schedule.step,
+            schedule.k,
         )
 
     @torch.no_grad()

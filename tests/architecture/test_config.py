@@ -266,8 +266,8 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
 SAELENS_OWN = {"device", "normalize_activations", "reshape_activations", "metadata"}
 
 
-# Decides how something is computed, never what: test_triton_decoding.py.
-HOW_ONLY = {"decode_kernel"}
+# Decide how something is computed, never what: test_triton_decoding.py, test_recorded_steps.py.
+HOW_ONLY = {"decode_kernel", "cuda_graphs"}
 
 
 def test_the_table_of_effects_is_complete() -> None:
