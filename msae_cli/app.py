@@ -30,6 +30,7 @@ from msae_cli.hub import download, publish
 from msae_cli.scale import cache, sweep
 from msae_cli.terminal import errors, other_rank, results, say
 from msae_cli.train import train
+from msae_cli.tune import tune
 
 EXIT_FAILED = 1
 EXIT_INPUT = 2
@@ -316,7 +317,7 @@ def demo(
     results.print(demo_for_terminal(result))
 
 
-for command in (cache, compare, sweep, report, publish, download):
+for command in (cache, compare, tune, sweep, report, publish, download):
     app.command()(command)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,7 +26,7 @@ from msae_plugin.errors import RunFailure
 # initialised by them, and signatures that pass by are not worth a recording.
 _STEPS_BEFORE = 3
 # Recordings of one SAE that are kept; the least recently used goes first.
-_MOST_RECORDINGS = 6
+_MOST_RECORDINGS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +119,10 @@ class CudaRecording:
         # belongs to the stream of the step that first used it, for which a recording may not wait.
         leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, which read activations ahead, go on meanwhile.
-        mode = "thread_local"
-        with torch.cuda.graph(self._forward, pool=pool, capture_error_mode=mode):
+        with _recording(self._forward, pool, numbers.device):
             outputs = function(self.inputs, self.numbers, leaves)
         with (
-            torch.cuda.graph(self._backward, pool=pool, capture_error_mode=mode),
+            _recording(self._backward, pool, numbers.device),
             # As `loss.backward()` is called: outside the autocast of the step.
             torch.autocast("cuda", enabled=False),
         ):
@@ -245,8 +245,6 @@ class RecordedSteps:
                     "the step cannot be recorded as a CUDA graph and runs as it is: %s", reason
                 )
                 logger.debug("how recording failed", exc_info=error)
-                if device.type == "cuda":
-                    _leave_recording(device)
                 return None
             self._recordings[signature] = recording
             if len(self._recordings) > _MOST_RECORDINGS:
@@ -297,11 +295,28 @@ def _first_of(error: BaseException) -> BaseException:
     return error
 
 
-def _leave_recording(device: torch.device) -> None:
-    """Take the device's random generator out of a recording that broke off.
+@cache
+def _stream_for_recording(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: their shared memory requires it, and each has its own workspaces."""
+    return torch.cuda.Stream(device)
 
-    It would refuse every further number ("Offset increment outside graph capture"); the end of a
-    recording that succeeds releases it.
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Generator[None]:
+    """Record what the block does on a device; nothing of it runs.
+
+    A recording that breaks off would leave its stream as the current one, and the random generator
+    in a state in which it refuses every number ("Offset increment outside graph capture").
     """
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros((), device=device)
+    with torch.cuda.device(device):
+        outside, stream = torch.cuda.current_stream(device), _stream_for_recording(device)
+        try:
+            # Other threads, which read activations ahead, go on meanwhile.
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            torch.cuda.set_stream(outside)
+            # The end of a recording that succeeds releases the generator.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+                torch.zeros((), device=device)
+            raise

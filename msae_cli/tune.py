@@ -1,0 +1,133 @@
+"""The command that finds the learning rate of every method of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from msae_cli.arguments import ArgumentMistake, check_config, check_output
+from msae_cli.terminal import errors, results, say
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from msae_plugin.comparison.learning_rates import RateChoice
+
+
+def tune(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="Recipe; see examples/compare_*.yaml.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the trials.")],
+    rates: Annotated[
+        str, typer.Option(metavar="LR,LR,...", help="Learning rates that every method is tried at.")
+    ] = "2e-3,4e-3,8e-3",
+    l0: Annotated[
+        float | None, typer.Option("--l0", help="Target L0; the recipe's middle one by default.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="None that the recipe reports; 100 above them by default."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is highest at the best rate, as in comparison.json; of several the mean. "
+            "Explained variance by default, on ground truth F1 and MCC.",
+            show_default=False,
+        ),
+    ] = None,
+    extend: Annotated[
+        int,
+        typer.Option(
+            min=0, help="How often twice or half a rate is tried where the best lies at an end."
+        ),
+    ] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Methods by name; all by default.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short variant.")] = False,
+) -> None:
+    """Find each method's learning rate, on a seed of its own, and write the recipe with them.
+
+    OUTPUT/tuned.yaml is the recipe for msae compare, with the same --set and --quick. The same
+    command goes on where a killed one stopped.
+    """
+    check_config(config)
+    check_output(output)
+    tried = _rates(rates)
+    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.comparison.compare import compare
+    from msae_plugin.comparison.compare_config import CompareConfig
+    from msae_plugin.comparison.learning_rates import (
+        RATES_FILE,
+        TUNED_FILE,
+        TuningPlan,
+        rates_contents,
+        with_rates,
+    )
+    from msae_plugin.comparison.learning_rates import tune as find_rates
+    from msae_plugin.reporting.counter import step_reporter
+    from msae_plugin.training.atomic_files import write_json_atomic, write_text_atomic
+    from msae_plugin.training.interruption import InterruptedBySignalError
+
+    recipe = CompareConfig.load(config, set_ or [], quick=quick)
+    plan = TuningPlan.of(
+        recipe, tried, l0=l0, seed=seed, metrics=metric or (), extend=extend, methods=only
+    )
+    try:
+        with step_reporter(errors) as report:
+            choices = find_rates(
+                recipe, plan, lambda trials: compare(trials, output, report=report)
+            )
+    except InterruptedBySignalError as interruption:
+        say(f"{interruption}; the same command continues from here")
+        raise typer.Exit(interruption.exit_status) from interruption
+    write_json_atomic(output / RATES_FILE, rates_contents(plan, choices))
+    read = yaml.safe_load(config.read_text(encoding="utf-8"))
+    tuned = with_rates(read, choices)
+    beside = config.resolve().parent / str(tuned.get("evaluation"))
+    if isinstance(tuned.get("evaluation"), str) and beside.is_file():
+        tuned["evaluation"] = str(beside)
+    head = f"# {config.name} with the rates of {RATES_FILE}, by msae tune.\n"
+    write_text_atomic(output / TUNED_FILE, head + yaml.safe_dump(tuned, sort_keys=False))
+    results.print(_table(choices))
+    for name, choice in choices.items():
+        if choice.lr is None:
+            say(f"{name}: no SAE of it could be trained; its rate is as it was")
+        elif choice.at_end:
+            say(f"{name}: the best rate is the last one that was tried; give more --extend")
+    results.print(Text(f"recipe: {output / TUNED_FILE}"), soft_wrap=True)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ArgumentMistake(f"--rates {text!r}: give numbers, as in 2e-3,4e-3,8e-3") from error
+
+
+def _table(choices: Mapping[str, RateChoice]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("best lr", justify="right")
+    table.add_column("score by lr", overflow="fold")
+    for name, choice in choices.items():
+        scores = [
+            f"{rate:g}: {'failed' if score is None else f'{score:.4f}'}"
+            + (" (L0 missed)" if rate in choice.missed else "")
+            for rate, score in choice.tried.items()
+        ]
+        best = "-" if choice.lr is None else f"{choice.lr:g}"
+        table.add_row(Text(name), best, Text("   ".join(scores)))
+    return table
