@@ -25,7 +25,8 @@ from msae_plugin.errors import RunFailure
 # Steps of a signature that run as they are before one is recorded: lazy parts of CUDA are
 # initialised by them, and signatures that pass by are not worth a recording.
 _STEPS_BEFORE = 3
-# Recordings of one SAE that are kept; the least recently used goes first.
+# Recordings of one SAE that are kept: with dead latents and without, in steps with a penalty and
+# without. Each holds the outputs and the gradients of a step.
 _MOST_RECORDINGS = 4
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ class RecordedSteps:
         self._record = record
         self._seen: Counter[Hashable] = Counter()
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._phase: Hashable = None
         self._pool: Any = None
         self._ticket = 0
         self._failed = False
@@ -210,6 +212,8 @@ class RecordedSteps:
         inputs: Sequence[torch.Tensor],
         numbers: Sequence[float],
         parameters: Sequence[torch.Tensor],
+        *,
+        phase: Hashable = None,
     ) -> StepOutputs | None:
         """Replay a step, recording it first where its signature has been seen before.
 
@@ -220,12 +224,18 @@ class RecordedSteps:
             inputs: Tensors of a fixed shape.
             numbers: (n_numbers,) what changes from step to step.
             parameters: Tensors that the loss is differentiated by.
+            phase: A part of the signature that does not come back: when it is another one, the
+                recordings that were made before are given up.
 
         Returns:
             The outputs, or None when the step has to be run as it is.
         """
         if self._failed:
             return None
+        if phase != self._phase:
+            self._phase = phase
+            self._recordings.clear()
+            self._seen.clear()
         if signature not in self._recordings:
             self._seen[signature] += 1
             if self._seen[signature] <= _STEPS_BEFORE:

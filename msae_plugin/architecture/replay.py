@@ -106,7 +106,7 @@ def replayed_step(
 
     signature = _signature(sae, inputs, n_listed, given.l1_coefficient, schedule.step)
     outputs = sae.mechanisms.recorded_steps.step(
-        function, signature, inputs, numbers, list(named.values())
+        function, signature, inputs, numbers, list(named.values()), phase=n_listed
     )
     if outputs is None:
         return None

@@ -8,6 +8,8 @@ Formulas, in bytes; W = 4 for float32:
     step               10 W batch d_sae: the (batch, d_sae) tensors alive at once in a training
                        step, for the largest SAE (measured: standard 5, topk 8, batchtopk 9,
                        gated 8, matryoshka 10, multiscale 5)
+    recorded step      step and gradients once more, held by each multiscale SAE whose steps are
+                       recorded on a GPU
     activation buffer  2 W (buffer + LLM batch) * sum of the hooks' d_in: SAELens' mixing buffer
                        holds its rows twice while it shuffles them
     model weights      (12 L d_model^2 + 2 V d_model) numbers: attention and MLP of L layers,
@@ -35,6 +37,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 
+from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.training.models import ModelShape
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.sae_plans import SAEPlan
@@ -56,6 +59,7 @@ class SAECost:
         optimizer_bytes: Adam's two moments.
         gradient_bytes: Gradients.
         step_bytes: Estimate of the tensors of one training step.
+        recorded_bytes: What a recorded step holds all the time; 0 where steps are not recorded.
     """
 
     parameters: int
@@ -63,6 +67,7 @@ class SAECost:
     optimizer_bytes: int
     gradient_bytes: int
     step_bytes: int
+    recorded_bytes: int
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -101,7 +106,8 @@ class RunCost:
         The SAEs are stepped one after another, and never while the model runs.
         """
         held = sum(
-            c.weight_bytes + c.optimizer_bytes + c.gradient_bytes for c in self.saes.values()
+            c.weight_bytes + c.optimizer_bytes + c.gradient_bytes + c.recorded_bytes
+            for c in self.saes.values()
         )
         step = max(c.step_bytes for c in self.saes.values())
         model = round(LOADED_MODEL_FACTOR * self.model_bytes)
@@ -132,12 +138,23 @@ def sae_cost(config: TrainingSAEConfig, batch_size_tokens: int) -> SAECost:
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
     buffer_bytes = sum(b.numel() * b.element_size() for b in sae.buffers())
     width = str_to_dtype(config.dtype).itemsize
+    step_bytes = STEP_TENSORS * batch_size_tokens * config.d_sae * width
     return SAECost(
         parameters=sum(p.numel() for p in parameters),
         weight_bytes=parameter_bytes + buffer_bytes,
         optimizer_bytes=2 * parameter_bytes,
         gradient_bytes=parameter_bytes,
-        step_bytes=STEP_TENSORS * batch_size_tokens * config.d_sae * width,
+        step_bytes=step_bytes,
+        recorded_bytes=step_bytes + parameter_bytes if _is_recorded(config, sae) else 0,
+    )
+
+
+def _is_recorded(config: TrainingSAEConfig, sae: torch.nn.Module) -> bool:
+    return (
+        isinstance(sae, MultiScaleTrainingSAE)
+        and config.device.startswith("cuda")
+        and sae.cfg.cuda_graphs
+        and sae.mechanisms.can_be_recorded
     )
 
 

@@ -183,6 +183,12 @@ def _describe_plan(plan: SAEPlan, cost: RunCost) -> RenderableType:
             ("parameters", f"{item.parameters:,} ({human_bytes(item.weight_bytes)} with buffers)"),
             ("Adam", human_bytes(item.optimizer_bytes)),
             ("one step", f"{human_bytes(item.step_bytes)} (estimate)"),
+            (
+                "recorded step",
+                f"{human_bytes(item.recorded_bytes)} held (estimate); cuda_graphs: false holds none"
+                if item.recorded_bytes
+                else None,
+            ),
             ("mechanisms", "\n".join(mechanisms_on(vars(config))) or None if multiscale else None),
         ],
     )

@@ -9,6 +9,7 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import msae_plugin
+from msae_plugin import MultiScaleTrainingSAEConfig
 from msae_plugin.reporting.costs import buffer_bytes, model_parameters, run_cost, sae_cost
 from msae_plugin.training.models import ModelShape, describe_model
 from msae_plugin.training.run_config import RunConfig
@@ -48,6 +49,20 @@ def test_an_sae_costs_what_its_real_tensors_take(cfg):
     ]
     assert cost.optimizer_bytes == tensor_bytes(moments)
     assert cost.step_bytes == 10 * 64 * 100 * 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "recorded"),
+    [
+        ({"device": "cuda:1"}, True),
+        ({"device": "cpu"}, False),
+        ({"device": "cuda", "cuda_graphs": False}, False),
+        ({"device": "cuda", "norm_scales": [1.0]}, False),
+    ],
+)
+def test_a_recorded_step_is_held(fields: dict[str, Any], recorded: bool) -> None:
+    cost = sae_cost(MultiScaleTrainingSAEConfig(d_in=8, d_sae=100, k=3, **fields), 64)
+    assert cost.recorded_bytes == recorded * (cost.step_bytes + cost.gradient_bytes)
 
 
 def test_the_buffer_costs_what_saelens_holds_at_its_peak(monkeypatch):
