@@ -54,7 +54,7 @@ class RevivalRecord(KeepsFloat32):
             fired_tokens: (d_sae,) number of tokens of the batch on which each latent fired.
         """
         self.steps_since_fired += 1
-        self.steps_since_fired[fired_tokens > 0] = 0
+        self.steps_since_fired.masked_fill_(fired_tokens > 0, 0)
         self.tokens_fired += fired_tokens.to(self.tokens_fired.dtype)
 
     def dead(self, window: int) -> torch.Tensor:
