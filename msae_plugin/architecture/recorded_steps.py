@@ -234,8 +234,7 @@ class RecordedSteps:
             return None
         if phase != self._phase:
             self._phase = phase
-            self._recordings.clear()
-            self._seen.clear()
+            self.give_up()
         if signature not in self._recordings:
             self._seen[signature] += 1
             if self._seen[signature] <= _STEPS_BEFORE:
@@ -267,6 +266,11 @@ class RecordedSteps:
             "tuple[torch.Tensor, ...]", _Replay.apply(self, recording, *parameters)
         )
         return StepOutputs(loss, terms, recording.outputs.names, others)
+
+    def give_up(self) -> None:
+        """Free what the recordings hold; further steps are recorded anew."""
+        self._recordings.clear()
+        self._seen.clear()
 
     def _new(
         self,

@@ -224,6 +224,8 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         Raises:
             RunFailure: No batch was given.
         """
+        # Training is over: what a recorded step holds is wanted for other things.
+        self.mechanisms.recorded_steps.give_up()
         kept = list(batches)
         decoder_norm = self.decoder_norm()
 

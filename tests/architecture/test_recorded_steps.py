@@ -258,7 +258,7 @@ def test_hooks_gradients_of_the_input_and_no_grad_are_served() -> None:
 
 
 @pytest.mark.usefixtures("recording")
-def test_copies_leave_recordings_behind() -> None:
+def test_copies_and_exports_leave_recordings_behind() -> None:
     replayed, _ = twins(k_anneal_steps=0)
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
@@ -267,6 +267,9 @@ def test_copies_leave_recordings_behind() -> None:
     assert copy.deepcopy(replayed).mechanisms.recorded_steps.count == 0
     assert pickle.loads(pickle.dumps(replayed.mechanisms)).recorded_steps.count == 0
     assert "recorded" not in " ".join(replayed.state_dict())
+    # Training is over when the threshold is calibrated.
+    replayed.calibrate_threshold([activations(N_TOKENS, D_IN, 0)])
+    assert replayed.mechanisms.recorded_steps.count == 0
 
 
 @pytest.mark.usefixtures("recording")
