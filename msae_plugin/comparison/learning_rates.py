@@ -42,8 +42,9 @@ class RateChoice:
     Attributes:
         lr: The best one; None where no SAE of the method could be trained.
         tried: Score by rate; None where training failed.
-        missed: Rates at which L0 missed its target, which count only where all do.
-        at_end: Whether the best one is the lowest or the highest that was tried.
+        missed: Rates at which L0 missed its target. They count only where all do, and then the one
+            whose L0 is nearest is taken: scores at different L0s say nothing.
+        at_end: Whether the best one is the lowest or the highest that was tried, by its score.
         tokens: Activations that the trials were trained on, searches for coefficients included.
     """
 
@@ -196,7 +197,7 @@ def _choice(
     plan: TuningPlan,
 ) -> RateChoice:
     tried: dict[float, float | None] = {}
-    missed: list[float] = []
+    missed: dict[float, float] = {}  # with the distance from the target, in logarithms
     tokens = 0
     for rate in rates:
         row = rows.get(trial_name(method, rate))
@@ -204,12 +205,14 @@ def _choice(
         if row is not None:
             tokens += int(row["training_tokens"]) + int(row["search_tokens"])
             if not row.get("l0_matched", True):
-                missed.append(rate)
+                missed[rate] = abs(math.log(max(float(row["l0_measured"]), 1e-9) / plan.l0))
     scored = {rate: score for rate, score in tried.items() if score is not None}
-    matched = {rate: score for rate, score in scored.items() if rate not in missed} or scored
-    best = max(matched, key=matched.__getitem__) if matched else None
-    at_end = best is not None and best in (rates[0], rates[-1])
-    return RateChoice(best, tried, missed, at_end, tokens)
+    matched = {rate: score for rate, score in scored.items() if rate not in missed}
+    if matched:
+        best = max(matched, key=matched.__getitem__)
+        return RateChoice(best, tried, [*missed], best in (rates[0], rates[-1]), tokens)
+    nearest = min(scored, key=missed.__getitem__) if scored else None
+    return RateChoice(nearest, tried, [*missed], False, tokens)
 
 
 def _score(row: Mapping[str, Any], metrics: Sequence[str]) -> float | None:

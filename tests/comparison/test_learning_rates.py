@@ -42,8 +42,8 @@ def config(ground_truth_recipe: dict[str, Any]) -> CompareConfig:
 class Trained:
     """Comparisons whose scores are a function of method and rate."""
 
-    def __init__(self, score: Mapping[str, Any], missed: tuple[str, ...] = ()) -> None:
-        self.score, self.missed = score, missed
+    def __init__(self, score: Mapping[str, Any], missed: Mapping[str, float] | None = None) -> None:
+        self.score, self.missed = score, missed or {}
         self.configs: list[CompareConfig] = []
 
     def __call__(self, config: CompareConfig) -> Comparison:
@@ -60,6 +60,7 @@ class Trained:
                         "training_tokens": 100,
                         "search_tokens": 7,
                         "l0_matched": name not in self.missed,
+                        "l0_measured": self.missed.get(name, 3.0),
                         "metrics": {"ground_truth/f1": value, "ground_truth/mcc": value / 2},
                     }
                 )
@@ -121,7 +122,7 @@ def test_failed_collapsed_and_missed_trials(config: CompareConfig) -> None:
         "ours": lambda rate: math.nan if rate > 4e-3 else peak_at(3e-3)(rate),
         "frozen": lambda _: None,
     }
-    run = Trained(scores, missed=("ours_lr0.004",))
+    run = Trained(scores, missed={"ours_lr0.004": 9.0})
     choices = tune(config, TuningPlan.of(config, [1e-3, 2e-3, 4e-3, 8e-3]), run)
     # A rate that failed bounds the search as well as one that is worse.
     assert choices["batchtopk"].lr == 4e-3
@@ -136,11 +137,14 @@ def test_failed_collapsed_and_missed_trials(config: CompareConfig) -> None:
         tune(config, TuningPlan.of(config, [1e-3, 2e-3], metrics=["x/y"]), run)
 
 
-def test_where_every_l0_missed_the_best_of_all_counts(config: CompareConfig) -> None:
-    names = tuple(f"ours_lr{rate:g}" for rate in (1e-3, 2e-3, 4e-3))
-    run = Trained({"ours": peak_at(2e-3)}, missed=names)
+def test_where_every_l0_missed_the_nearest_counts(config: CompareConfig) -> None:
+    missed = {"ours_lr0.001": 0.0, "ours_lr0.002": 6.0, "ours_lr0.004": 2.0}
+    run = Trained({"ours": peak_at(2e-3)}, missed)
     choices = tune(config, TuningPlan.of(config, [1e-3, 2e-3, 4e-3], methods=["ours"]), run)
-    assert choices["ours"].lr == 2e-3
+    assert choices["ours"].lr == 4e-3
+    # Nor is it a reason to go on: scores at other L0s say nothing.
+    assert not choices["ours"].at_end
+    assert len(run.configs) == 1
 
 
 def test_the_recipe_gets_the_rates(config: CompareConfig) -> None:
