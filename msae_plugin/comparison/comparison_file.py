@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from msae_plugin.comparison.compare_config import CompareConfig
+from msae_plugin.comparison.compare_config import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.comparison.entries import Control
 from msae_plugin.comparison.measured_definitions import defined
 from msae_plugin.errors import RunFailure
@@ -66,7 +66,7 @@ def control_row(control: Control, d_in: int) -> dict[str, Any]:
         "method": control.method,
         "architecture": "identity" if entry is None else "permuted",
         "preset": None,
-        "hook": control.hook,
+        "hook": None if control.hook == SYNTHETIC_HOOK else control.hook,
         "l0_target": None if entry is None else entry.l0,
         "seed": None if entry is None else entry.seed,
         "lr": None,

@@ -143,6 +143,8 @@ def test_a_whole_comparison(
     kept = weights(tmp_path, entry.name)["W_dec"]
     torch.testing.assert_close(kept, torch.nn.functional.normalize(born, dim=1))
 
+    # Made or trained, all rows stand in one table.
+    assert {row["hook"] for row in rows.values()} == {None}
     # A permuted decoder has the latents of its SAE, and other directions.
     real, permuted = (rows[f"{name}_l0-3_seed0"]["metrics"] for name in ("batchtopk", "permuted"))
     assert permuted["ground_truth/l0"] == real["ground_truth/l0"]
