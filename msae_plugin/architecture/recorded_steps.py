@@ -246,7 +246,7 @@ class RecordedSteps:
         if recording is None:
             try:
                 recording = self._new(function, inputs, as_tensor, parameters)
-            except RuntimeError as error:
+            except Exception as error:  # Whatever it is: a recording is not worth a run.
                 self._failed = True
                 # The end of a broken recording raises too: what broke it came before.
                 reason = str(_first_of(error)).strip().split("\n")[0]

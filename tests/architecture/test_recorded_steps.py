@@ -273,9 +273,12 @@ def test_copies_and_exports_leave_recordings_behind() -> None:
 
 
 @pytest.mark.usefixtures("recording")
-def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError])
+def test_what_cannot_be_recorded_runs_as_it_is(
+    kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
     def fails(*_: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing\nat somewhere")
+        raise kind("operation not permitted when stream is capturing\nat somewhere")
 
     replayed, eager = twins(k_anneal_steps=0)
     replayed.mechanisms.recorded_steps = RecordedSteps(fails)
