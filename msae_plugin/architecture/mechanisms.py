@@ -166,15 +166,16 @@ class Mechanisms(KeepsFloat32):
 
     @property
     def can_be_recorded(self) -> bool:
-        """Whether a step's operations are the same each time and never ask the device for a value.
+        """Whether steps may be recorded, and are the same each time without asking the device.
 
-        Those that are off the presets are not written for it: they copy small tables, or have lists
-        whose length the data give them.
+        Mechanisms that are off the presets are not written for it: they copy small tables, or have
+        lists whose length the data give them.
         """
         switched = (self.normalisation, self.statistics, self.neighbours, self.sketch)
         compared = self.cfg.orthogonality_coefficient > 0
         return (
-            all(mechanism is None for mechanism in (*switched, self.importance))
+            self.cfg.cuda_graphs
+            and all(mechanism is None for mechanism in (*switched, self.importance))
             and self.ranks.count == 1
             and not (compared and self.cfg.orthogonality_pairs == "neighbours")
         )
@@ -182,8 +183,8 @@ class Mechanisms(KeepsFloat32):
     def decode_kernel(self, W_dec: torch.Tensor) -> DecodeKernel:
         """What sums decoder rows; in recorded steps starting a kernel of our own costs nothing."""
         chosen = self.cfg.decode_kernel
-        recorded = self.cfg.cuda_graphs and self.can_be_recorded
-        return "triton" if chosen == "auto" and recorded and triton_runs_on(W_dec) else chosen
+        ours = chosen == "auto" and self.can_be_recorded and triton_runs_on(W_dec)
+        return "triton" if ours else chosen
 
     def l1_weights(self) -> torch.Tensor | None:
         """[G]: (d_sae,) weights of the L1 penalty, or None when all are equal."""

@@ -128,8 +128,7 @@ class _Step(nn.Module):
 
 def _can_be_recorded(sae: MultiScaleTrainingSAE, sae_in: torch.Tensor) -> bool:
     return (
-        sae.cfg.cuda_graphs
-        and sae_in.device.type == "cuda"
+        sae_in.device.type == "cuda"
         and sae.mechanisms.can_be_recorded
         and torch.is_grad_enabled()
         and not sae_in.requires_grad

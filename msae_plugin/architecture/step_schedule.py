@@ -20,7 +20,6 @@ Number = float | torch.Tensor
 _INPUT_VARIANCE_DECAY = 0.99
 # While k falls a recorded list has room for the largest k of its part of the fall.
 _PARTS_OF_THE_FALL = 8
-_NUMBERS_BEFORE_PAIRS = 5
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,9 @@ class StepSchedule:
             numbers: (n,) float64, values as `numbers` gives them.
             n_listed: Length of the list of pairs.
         """
-        k, *rates = numbers[:_NUMBERS_BEFORE_PAIRS].float().unbind()
-        pairs = numbers[_NUMBERS_BEFORE_PAIRS:].long().unbind()
+        n_pairs = len(self.budgets.pairs)
+        k, *rates = numbers[:-n_pairs].float().unbind()
+        pairs = numbers[-n_pairs:].long().unbind()
         budgets = replace(self.budgets, pairs=pairs, n_listed=n_listed)
         return StepSchedule(self.step, k, budgets, *rates)
 

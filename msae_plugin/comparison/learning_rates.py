@@ -19,6 +19,7 @@ from typing import Any
 
 from msae_plugin.comparison.compare import Comparison
 from msae_plugin.comparison.compare_config import CompareConfig
+from msae_plugin.comparison.entries import FROZEN
 from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.training.parsing import as_mapping
 
@@ -122,11 +123,7 @@ class TuningPlan:
 def tunable_methods(config: CompareConfig) -> list[str]:
     """Methods of a comparison that are trained; variants of a ladder are not among them."""
     sections = {name: as_mapping(section, f"saes.{name}") for name, section in config.saes.items()}
-    return [
-        name
-        for name, section in sections.items()
-        if section.get("control") in (None, "frozen_decoder")
-    ]
+    return [name for name, section in sections.items() if section.get("control") in (None, FROZEN)]
 
 
 def rates_config(

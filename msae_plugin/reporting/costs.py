@@ -153,7 +153,6 @@ def _is_recorded(config: TrainingSAEConfig, sae: torch.nn.Module) -> bool:
     return (
         isinstance(sae, MultiScaleTrainingSAE)
         and config.device.startswith("cuda")
-        and sae.cfg.cuda_graphs
         and sae.mechanisms.can_be_recorded
     )
 
