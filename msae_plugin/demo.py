@@ -113,7 +113,7 @@ class DemoSettings:
         common = {
             "d_sae": self.d_sae,
             "k": float(self.k),
-            "normalize_activations": "expected_average_only_in",
+            "input_normalization": "first_batch",
         }
         return RunConfig.from_dict(
             {

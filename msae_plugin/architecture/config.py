@@ -17,6 +17,7 @@ from msae_plugin.architecture.validation import validate_inference, validate_tra
 
 ARCHITECTURE = "multiscale"
 
+InputNormalization = Literal["none", "first_batch"]
 NormEpsMode = Literal["absolute", "relative"]
 
 
@@ -92,8 +93,10 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         unit_norm_decoder (bool): Project the decoder rows onto unit norm at every step.
         weight_init (Literal["kaiming", "inverse_sqrt_d"]): Initial decoder directions: SAELens'
             uniform Kaiming rule, or normal with standard deviation 1/sqrt(d_in).
-        b_dec_init (Literal["zeros", "mean"]): Initial decoder bias: zeros, or the mean of the first
-            training batch.
+        input_normalization (Literal["none", "first_batch"]): Unit in which the SAE is trained.
+            first_batch: activations are shifted by the geometric median of the first training batch
+            and divided by their median distance from it, so that neither the mean nor the scale of
+            the activations matters; folded into the weights at export. docs/method.md, "Input".
         aux_loss_coefficient (float): AuxK: dead latents reconstruct the residual. 0 disables.
         l1_coefficient (float): Weight of the L1 penalty on the latents. 0 disables.
         l1_warm_up_steps (int): Steps over which the L1 weight rises linearly to its value.
@@ -188,7 +191,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     rescale_acts_by_decoder_norm: bool = True
     unit_norm_decoder: bool = False
     weight_init: Literal["kaiming", "inverse_sqrt_d"] = "kaiming"
-    b_dec_init: Literal["zeros", "mean"] = "zeros"
+    input_normalization: InputNormalization = "first_batch"
     aux_loss_coefficient: float = 1.0
     l1_coefficient: float = 0.0
     l1_warm_up_steps: int = 0
@@ -251,6 +254,12 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return ARCHITECTURE
+
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> "MultiScaleTrainingSAEConfig":
+        """Configuration from a saved one; before `input_normalization` all trained without."""
+        return super().from_dict({"input_normalization": "none", **config_dict})
 
     @override
     def __post_init__(self) -> None:
@@ -322,6 +331,7 @@ def mechanisms_off() -> dict[str, Any]:
         "skip_scale": 0.0,
         "l1_coefficient": 0.0,
         "token_loss_weight": "none",
+        "input_normalization": "none",
     }
 
 

@@ -63,12 +63,19 @@ def _folded_weights(sae: MultiScaleTrainingBase) -> dict[str, torch.Tensor]:
         b_enc = (b_enc + bias @ W_enc) / constant
         W_enc = gain[:, None] * W_enc / constant
         threshold = threshold / constant
+    b_dec = sae.b_dec.detach()
+    if sae.input_units is not None:
+        unit, shift = sae.input_units.scale.to(dtype), sae.input_units.shift.to(dtype)
+        b_enc, threshold = b_enc * unit, threshold * unit
+        if not sae.cfg.apply_b_dec_to_input:
+            b_enc = b_enc - shift @ W_enc
+        b_dec = sae.decoder_bias().detach()
     order = sae.export_order()
     return {
         "W_enc": W_enc[:, order].to(sae.dtype).contiguous(),
         "b_enc": b_enc[order].to(sae.dtype).contiguous(),
         "W_dec": W_dec[order].to(sae.dtype).contiguous(),
-        "b_dec": sae.b_dec.detach().clone(),
+        "b_dec": b_dec.clone(),
         "threshold": threshold[order].to(torch.float32).contiguous(),
     }
 

@@ -41,6 +41,7 @@ _RECONSTRUCTION: dict[str, Any] = {
     "sparsity_scales": [2.0],
     "sparsity_scale_weight": 0.25,
     "firing_floor": 0.1,
+    "input_normalization": "first_batch",
 }
 _DEFAULT: dict[str, Any] = {
     **_RECONSTRUCTION,

@@ -25,6 +25,7 @@ from msae_plugin.architecture.exact import (
 from msae_plugin.architecture.export import exported_tensors
 from msae_plugin.architecture.firing_floor import thresholds_at_rate
 from msae_plugin.architecture.initialisation import initialise_inverse_sqrt_d
+from msae_plugin.architecture.input_units import InputUnits
 from msae_plugin.architecture.mechanisms import Mechanisms
 from msae_plugin.architecture.nested import assign_rings
 from msae_plugin.architecture.ranks import Ranks
@@ -56,6 +57,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
     latent_ring: torch.Tensor
     training_step: torch.Tensor
     mechanisms: Mechanisms
+    input_units: InputUnits | None
 
     exact_tensor_names = (
         "topk_threshold",
@@ -87,6 +89,24 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             "training_step", torch.zeros((), dtype=torch.int64, device=self.device)
         )
         self.mechanisms = Mechanisms(cfg, self.dtype, self.device)
+        self.input_units = None
+        if cfg.input_normalization == "first_batch":
+            # [N] divides each token by its own norm, and its eps is in units of the activations.
+            self.input_units = InputUnits(
+                cfg.d_in, self.dtype, self.device, scales=not cfg.norm_scales
+            )
+
+    def in_units(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d_in) activations -> (..., d_in) in the unit in which the SAE is trained."""
+        return x if self.input_units is None else self.input_units(x).to(self.dtype)
+
+    def from_units(self, z: torch.Tensor) -> torch.Tensor:
+        """The inverse of `in_units`."""
+        return z if self.input_units is None else self.input_units.restore(z).to(self.dtype)
+
+    def latent_unit(self) -> torch.Tensor | float:
+        """What one latent in the training unit is worth in units of the activations."""
+        return 1.0 if self.input_units is None else self.input_units.scale
 
     def normalise(self, x_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[N], [A]: (..., d_in) -> x_hat (..., d_in) and scale(x) (..., 1), None when off."""
@@ -156,9 +176,9 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             x: (..., d_in) activations.
 
         Returns:
-            feature_acts (..., d_sae) and hidden_pre (..., d_sae).
+            feature_acts (..., d_sae) and hidden_pre (..., d_sae), in units of the activations.
         """
-        x_hat, token_scale = self.normalise(self.process_sae_in(x))
+        x_hat, token_scale = self.normalise(self.process_sae_in(self.in_units(x)))
         hidden_pre = self.hook_sae_acts_pre(self.pre_activations(x_hat, self.decoder_norm()))
         if self.training:
             flat = hidden_pre.detach().reshape(-1, self.cfg.d_sae)
@@ -172,13 +192,20 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         feature_acts = hidden_pre.relu() * active
         if token_scale is not None:
             feature_acts = feature_acts * token_scale
-        return self.hook_sae_acts_post(feature_acts), hidden_pre
+        unit = self.latent_unit()
+        return self.hook_sae_acts_post(feature_acts * unit), hidden_pre * unit
+
+    def decoder_bias(self) -> torch.Tensor:
+        """(d_in,) b_dec in units of the activations."""
+        return self.from_units(self.b_dec)
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """(..., d_sae) -> (..., d_in): f @ W_dec + b_dec, over unit rows when rescaled."""
         norm = self.decoder_norm()
-        return super().decode(feature_acts if norm is None else feature_acts / norm)
+        coefficients = feature_acts if norm is None else feature_acts / norm
+        sae_out = self.hook_sae_recons(coefficients @ self.W_dec + self.decoder_bias())
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -186,7 +213,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         sae_out = super().forward(x)
         if self.cfg.skip_scale == 0 or self.use_error_term:
             return sae_out
-        return with_skip(sae_out, x, self.b_dec, self.cfg.skip_scale)
+        return with_skip(sae_out, x, self.decoder_bias(), self.cfg.skip_scale)
 
     # ---- what our trainer asks for ------------------------------------------------------------
 
@@ -230,7 +257,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         decoder_norm = self.decoder_norm()
 
         def hidden_pre_of(batch: torch.Tensor) -> torch.Tensor:
-            x_hat, _ = self.normalise(self.process_sae_in(batch.to(self.device)))
+            x_hat, _ = self.normalise(self.process_sae_in(self.in_units(batch.to(self.device))))
             return self.pre_activations(x_hat, decoder_norm)
 
         def mean_l0() -> float:
@@ -264,7 +291,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         return {
             "l0_before": before,
             "l0_after": mean_l0(),
-            "threshold": float(self.threshold().mean()),
+            "threshold": float(self.threshold().mean() * self.latent_unit()),
         }
 
     @torch.no_grad()
@@ -303,6 +330,15 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        if self.input_units is not None:
+            self.input_units.rescale_inputs(scaling_factor)
+            if not self.cfg.norm_scales:
+                self.cfg.normalize_activations = "none"
+                return
+        self._fold_scale(scaling_factor)
+
+    def _fold_scale(self, scaling_factor: float) -> None:
+        """Let the weights take inputs x instead of `scaling_factor` * x."""
         if self.mechanisms.normalisation is not None:
             # x_hat does not depend on the unit of the activations: only the bias and eps do.
             self.b_dec.div_(scaling_factor)
@@ -325,11 +361,21 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
     def fold_activation_whitening(
         self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
     ) -> None:
+        if self.input_units is not None:
+            self._fold_units(self.input_units)
         if self.cfg.rescale_acts_by_decoder_norm:
             # Unwhitening changes the row norms; folding them first keeps the selection as it is.
             self.fold_W_dec_norm()
             self.cfg.rescale_acts_by_decoder_norm = False
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+
+    def _fold_units(self, units: InputUnits) -> None:
+        """Let the weights take activations instead of their values in the training unit."""
+        self._fold_scale(1 / float(units.scale))
+        self.b_dec.add_(units.shift)
+        if not self.cfg.apply_b_dec_to_input:
+            self.b_enc.sub_(units.shift.to(self.W_enc.dtype) @ self.W_enc)
+        units.reset()
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -337,6 +383,9 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        if self.input_units is not None and "input_units.shift" not in state_dict:
+            # A checkpoint older than this module was trained in units of the activations.
+            state_dict |= {f"input_units.{k}": v for k, v in self.input_units.identity().items()}
         restore_exact(state_dict, exact_dtypes(self))
 
     @override

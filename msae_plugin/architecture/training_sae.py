@@ -1,5 +1,6 @@
 """The training SAE: docs/method.md, equation by equation, each a call.
 
+x       = (activations - shift) / scale               first batch; folded at export
 x_c     = x - b_dec
 x_hat   = normalise(x_c)                              [N], [A]
 pre     = x_hat @ W_enc + b_enc
@@ -53,12 +54,16 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             step_input: `sae_in` (n_tokens, d_in) or (batch, seq, d_in), the step, dead latents.
 
         Returns:
-            SAELens' output; `feature_acts` and `hidden_pre` carry no gradient of their own, since
-            the loss reaches the weights over the active latents only.
+            SAELens' output. The losses are in the training unit (`input_normalization`), the rest
+            is in units of the activations. `feature_acts` and `hidden_pre` carry no gradient of
+            their own: the loss reaches the weights over the active latents only.
         """
         shape = step_input.sae_in.shape
-        sae_in = step_input.sae_in.to(self.dtype).reshape(-1, shape[-1])
         step = step_input.n_training_steps
+        activations = step_input.sae_in.to(self.dtype).reshape(-1, shape[-1])
+        if step == 0 and self.input_units is not None:
+            self.input_units.estimate(activations, self.ranks)
+        sae_in = self.in_units(activations)
         self._prepare_step(sae_in, step)
         given = StepInputs(
             sae_in=sae_in,
@@ -69,11 +74,12 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         results = replayed_step(self, given, schedule)
         if results is None:
             results = self.take_step(given, schedule)
+        unit = self.latent_unit()
         return TrainStepOutput(
             sae_in=step_input.sae_in,
-            sae_out=results.sae_out.reshape(shape),
-            feature_acts=results.feature_acts.reshape(*shape[:-1], self.cfg.d_sae),
-            hidden_pre=results.hidden_pre.reshape(*shape[:-1], self.cfg.d_sae),
+            sae_out=self.from_units(results.sae_out).reshape(shape),
+            feature_acts=(results.feature_acts * unit).reshape(*shape[:-1], self.cfg.d_sae),
+            hidden_pre=(results.hidden_pre * unit).reshape(*shape[:-1], self.cfg.d_sae),
             loss=results.loss,
             losses=results.terms,
             metrics=self._metrics(step_input),
@@ -189,11 +195,12 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         sae_out: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """AuxK alone, for hosts that call it; `training_forward_pass` adds the other terms."""
-        x_hat, token_scale = self.normalise(self.process_sae_in(step_input.sae_in))
+        sae_in = self.in_units(step_input.sae_in)
+        x_hat, token_scale = self.normalise(self.process_sae_in(sae_in))
         norm = self.decoder_norm()
         detached_norm = norm.detach() if norm is not None else None
-        residual = step_input.sae_in - sae_out
-        given = StepInputs(step_input.sae_in, self._dead_latents(step_input.dead_neuron_mask))
+        residual = sae_in - self.in_units(sae_out)
+        given = StepInputs(sae_in, self._dead_latents(step_input.dead_neuron_mask))
         return self._auxiliary_losses(
             given, x_hat, token_scale, detached_norm, hidden_pre.detach(), residual, None
         )
@@ -264,18 +271,15 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
 
     @torch.no_grad()
     def _prepare_step(self, sae_in: torch.Tensor, step: int) -> None:
-        """What changes weights or order before the step: initial bias, unit norms, rings, [R]."""
+        """What changes weights or order before the step: unit norms, rings, [R]."""
         cfg = self.cfg
-        if step == 0 and cfg.b_dec_init == "mean":
-            at_least_float32 = torch.promote_types(sae_in.dtype, torch.float32)
-            self.b_dec.copy_(self.ranks.mean(sae_in.mean(dim=0, dtype=at_least_float32)))
         if cfg.unit_norm_decoder:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8))
         if cfg.prefix_sort_every and step and step % cfg.prefix_sort_every == 0:
             self.latent_ring.copy_(assign_rings(self.firing_rate, cfg.prefix_widths))
         if cfg.revival_every and step and step % cfg.revival_every == 0:
             self.mechanisms.revive(
-                lambda: sae_in - self.decode(self.encode(sae_in)),
+                lambda: self._errors(sae_in),
                 self.W_enc,
                 self.b_enc,
                 self.W_dec,
@@ -287,6 +291,11 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             rate = running_rate(1 - cfg.firing_rate_decay, step)
             x_c = self.process_sae_in(sae_in)
             self.mechanisms.normalisation.update_running_variance(x_c, rate, self.ranks)
+
+    def _errors(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """(n_tokens, d_in) reconstruction errors in the training unit."""
+        activations = self.from_units(sae_in)
+        return sae_in - self.in_units(self.decode(self.encode(activations)))
 
     @torch.no_grad()
     def _dense_latents(
@@ -337,7 +346,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
     def _metrics(self, step_input: TrainStepInput) -> dict[str, Any]:
         metrics: dict[str, Any] = {
             "k": self.cfg.k_at(step_input.n_training_steps),
-            "topk_threshold": self.topk_threshold.clone(),
+            "topk_threshold": self.topk_threshold * self.latent_unit(),
         }
         if step_input.is_logging_step:
             metrics |= self.mechanisms.metrics(self.W_dec, step_input.n_training_steps)

@@ -107,13 +107,19 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
         0 < cfg.topk_threshold_lr <= 1, "topk_threshold_lr", cfg.topk_threshold_lr, "be in (0, 1]"
     )
     _require_choice("weight_init", cfg.weight_init, ("kaiming", "inverse_sqrt_d"))
-    _require_choice("b_dec_init", cfg.b_dec_init, ("zeros", "mean"))
+    _require_choice("input_normalization", cfg.input_normalization, ("none", "first_batch"))
     _require_choice("decode_kernel", cfg.decode_kernel, ("auto", "embedding_bag", "triton"))
     require(
         cfg.decode_kernel != "triton" or cfg.device.startswith("cuda"),
         "decode_kernel",
         cfg.decode_kernel,
         f"be 'auto' on device {cfg.device!r}: the Triton kernels run on CUDA devices",
+    )
+    require(
+        cfg.input_normalization == "none" or cfg.apply_b_dec_to_input or not cfg.norm_scales,
+        "input_normalization",
+        cfg.input_normalization,
+        "be 'none' with norm_scales unless apply_b_dec_to_input: the shift folds into b_dec",
     )
     _require_choice("token_loss_weight", cfg.token_loss_weight, ("none", "inverse_norm"))
     for name in (

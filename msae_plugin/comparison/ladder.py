@@ -233,7 +233,7 @@ def _cumulative() -> list[Variant]:
             {
                 "architecture": "standard",
                 "l1_coefficient": 1.0,
-                "normalize_activations": "expected_average_only_in",
+                "input_normalization": "first_batch",
             },
         )
     ]

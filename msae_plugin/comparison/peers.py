@@ -42,7 +42,10 @@ class Peer:
 
 def batchtopk_section() -> Section:
     """`multiscale` with every mechanism off: SAELens' BatchTopK, at a fraction of its cost."""
-    return {"architecture": "multiscale", "preset": "reconstruction", **mechanisms_off()}
+    off = mechanisms_off()
+    # A comparison's `common` section decides it, for all methods alike.
+    del off["input_normalization"]
+    return {"architecture": "multiscale", "preset": "reconstruction", **off}
 
 
 def _ortsae(_steps: int) -> Section:
@@ -60,7 +63,8 @@ def _c2r(_steps: int) -> Section:
 
 
 def _whitened(_steps: int) -> Section:
-    return {"architecture": "batchtopk", "normalize_activations": "covariance_whitening"}
+    whitening = {"normalize_activations": "covariance_whitening", "input_normalization": "none"}
+    return {"architecture": "batchtopk", **whitening}
 
 
 def _lista(steps: int) -> Section:

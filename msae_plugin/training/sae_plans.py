@@ -13,10 +13,12 @@ import torch
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
+from msae_plugin.architecture.config import InputNormalization
 from msae_plugin.architecture.presets import PRESETS
 from msae_plugin.architecture.presets import preset as build_preset
 from msae_plugin.errors import InputError
 from msae_plugin.training.hook_names import parse_hook_name
+from msae_plugin.training.input_normalization import check_can_be_centred
 from msae_plugin.training.parsing import coerce, unknown_key_message
 from msae_plugin.training.run_checks import check_gradient_rate
 from msae_plugin.training.schedules import GradientRateConfig
@@ -27,6 +29,8 @@ DEFAULT_PRESET = "default"
 
 # Keys of an SAE's section that are the trainer's, not the architecture's.
 _RATE_KEYS = ("lr", "lr_floor", "gradient_lr")
+_INPUT_NORMALIZATION = "input_normalization"
+_OWN_KEYS = {"architecture", "preset", _INPUT_NORMALIZATION, *_RATE_KEYS}
 # What the runner itself decides: a value in the recipe would be overwritten or would break loading.
 _DECIDED_ELSEWHERE = {
     "device": "model.device decides it",
@@ -57,6 +61,7 @@ class SAEPlan:
         lr: Its own learning rate; None for the run's.
         lr_floor: Its own floor of the rate; None for the run's.
         gradient_lr: Its own gradient-driven rule; None for the run's.
+        centres_inputs: Whether the trainer centres and scales its activations.
         alone: Whether it is the only SAE of the run, and so owns the run's folder.
     """
 
@@ -67,6 +72,7 @@ class SAEPlan:
     lr: float | None
     lr_floor: float | None
     gradient_lr: GradientRateConfig | None
+    centres_inputs: bool
     alone: bool
 
     def folder(self, output: Path) -> Path:
@@ -116,9 +122,12 @@ def plan_saes(
         where = "sae" if alone and base_name == "sae" else f"saes.{base_name}"
         own = dict(section)
         rates = _own_rates(own, where)
+        centres_inputs = _centres_inputs(own, where)
         _check_accumulation(section, accumulation_steps, where)
         for hook in hooks:
             config = _configure(dict(own), where, hook, d_model, training_steps)
+            if centres_inputs:
+                check_can_be_centred(config, where)
             plans.append(
                 SAEPlan(
                     name=base_name + names[hook],
@@ -128,6 +137,7 @@ def plan_saes(
                     lr=rates.lr,
                     lr_floor=rates.lr_floor,
                     gradient_lr=rates.gradient_lr,
+                    centres_inputs=centres_inputs,
                     alone=alone,
                 )
             )
@@ -164,9 +174,7 @@ def _configure(
         if key in _DECIDED_ELSEWHERE:
             raise InputError(f"'{where}.{key}' is not set here: {_DECIDED_ELSEWHERE[key]}")
         if key not in known:
-            raise InputError(
-                unknown_key_message(key, known | {"architecture", "preset", *_RATE_KEYS}, where)
-            )
+            raise InputError(unknown_key_message(key, known | _OWN_KEYS, where))
     values = {key: coerce(value, hints[key], f"{where}.{key}") for key, value in section.items()}
     if values.get("dtype") == "float16":
         raise InputError(
@@ -206,6 +214,14 @@ def _own_rates(section: dict[str, Any], where: str) -> _OwnRates:
     if rule is not None:
         check_gradient_rate(rule, f"{where}.gradient_lr")
     return _OwnRates(lr, lr_floor, rule)
+
+
+def _centres_inputs(section: dict[str, Any], where: str) -> bool:
+    """Take `input_normalization` out of the section of an architecture that lacks the field."""
+    if section.get("architecture", DEFAULT_ARCHITECTURE) == DEFAULT_ARCHITECTURE:
+        return False
+    value = section.pop(_INPUT_NORMALIZATION, "none")
+    return coerce(value, InputNormalization, f"{where}.{_INPUT_NORMALIZATION}") != "none"
 
 
 def preset_training(section: Mapping[str, Any]) -> Mapping[str, Any]:

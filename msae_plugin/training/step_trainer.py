@@ -20,6 +20,7 @@ from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.errors import RunFailure
 from msae_plugin.training.capabilities import SupportsRevival
 from msae_plugin.training.data_parallel import share_batches
+from msae_plugin.training.input_normalization import CentringScaler
 from msae_plugin.training.metrics_log import TrainingWindow, scalar
 from msae_plugin.training.optimisers import build_optimiser
 from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule
@@ -38,6 +39,8 @@ class StepOptions:
         clip_grad_norm: Largest gradient norm over all parameters; None does not clip.
         lr_floor: The learning rate never falls below it after the warm-up.
         gradient_lr: The gradient-driven rule.
+        centres_inputs: Activations are centred and scaled by the first batch, for an SAE that does
+            not do it itself.
     """
 
     accumulation_steps: int = 1
@@ -45,6 +48,7 @@ class StepOptions:
     clip_grad_norm: float | None = 1.0
     lr_floor: float = 0.0
     gradient_lr: GradientRateConfig = field(default_factory=GradientRateConfig)
+    centres_inputs: bool = False
 
 
 class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
@@ -111,6 +115,8 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         if isinstance(sae, SupportsRevival):
             sae.attach_optimizer(self.optimizer)
         share_batches(sae, name, ranks)
+        if options.centres_inputs:
+            self.activation_scaler = CentringScaler()
 
     @override
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
@@ -145,6 +151,8 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def _forward_backward(self, batch: torch.Tensor, n_batches: int) -> TrainStepOutput:
         # The multi-hook store keeps the model's dtype; losses and statistics want the SAE's.
         batch = batch.to(self.sae.device, self.sae.dtype)
+        if isinstance(self.activation_scaler, CentringScaler):
+            self.activation_scaler.estimate(batch, self.ranks)
         sae_in = self.activation_scaler(batch)
         with self.autocast_if_enabled:
             output = self.sae.training_forward_pass(

@@ -27,6 +27,7 @@ from msae_plugin.training.data_parallel import (
     share_batches,
     stop_together,
 )
+from msae_plugin.training.input_normalization import fold_centre
 from msae_plugin.training.interruption import InterruptionGuard
 from msae_plugin.training.seeding import RandomStream, derive_seed
 from msae_plugin.training.step_trainer import StepOptions, StepTrainer
@@ -244,6 +245,7 @@ class LockstepTrainer(MultiSAETrainer):
             if scaler.scaling_factor is not None:
                 self.saes[name].fold_activation_norm_scaling_factor(scaler.scaling_factor)
                 scaler.scaling_factor = None
+            fold_centre(self.saes[name], scaler)
             if scaler.whitening is not None:
                 self.saes[name].fold_activation_whitening(
                     mean=scaler.whitening.mean,

@@ -63,6 +63,7 @@ def _own_options(options: StepOptions, plan: SAEPlan) -> StepOptions:
         options,
         lr_floor=options.lr_floor if plan.lr_floor is None else plan.lr_floor,
         gradient_lr=plan.gradient_lr or options.gradient_lr,
+        centres_inputs=plan.centres_inputs,
     )
 
 

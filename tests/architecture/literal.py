@@ -25,6 +25,21 @@ def scaled_gradient(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() + factor * (tensor - tensor.detach())
 
 
+def literal_units(tokens: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Geometric median (Weiszfeld, from the mean) and median distance per root of the width."""
+    median = sum(tokens, torch.zeros_like(tokens[0])) / len(tokens)
+    for _ in range(32):
+        distances = [float((token - median).norm()) for token in tokens]
+        if not any(distances):
+            return median, 1.0
+        smallest = 1e-3 * sum(distances) / len(distances)
+        weights = [1 / max(distance, smallest) for distance in distances]
+        weighted = [w * token for w, token in zip(weights, tokens, strict=True)]
+        median = sum(weighted, torch.zeros_like(median)) / sum(weights)
+    distances = sorted(float((token - median).norm()) for token in tokens)
+    return median, distances[(len(distances) - 1) // 2] / math.sqrt(len(median))
+
+
 class LiteralSAE:
     """Reference for one training SAE; parameters are read from it, statistics are its own."""
 
@@ -127,6 +142,9 @@ class LiteralSAE:
             inverse_scale = inverse_scale + mixture[s] * gate / deviation
         return x_hat, 1 / inverse_scale
 
+    shift: torch.Tensor | float = 0.0
+    scale: float = 1.0
+
     # ---- [Z], [S] -----------------------------------------------------------------------------
 
     def deviation(self) -> torch.Tensor:
@@ -172,8 +190,10 @@ class LiteralSAE:
         cfg, p = self.cfg, self.p
         n_tokens = x.shape[0]
         with torch.no_grad():
-            if step == 0 and cfg.b_dec_init == "mean":
-                p["b_dec"].copy_(x.mean(0))
+            if step == 0 and cfg.input_normalization == "first_batch":
+                self.shift, self.scale = literal_units(list(x))
+                self.scale = 1.0 if cfg.norm_scales else self.scale
+            x = (x - self.shift) / self.scale
             if cfg.unit_norm_decoder:
                 for i in range(cfg.d_sae):
                     p["W_dec"][i] /= p["W_dec"][i].norm()

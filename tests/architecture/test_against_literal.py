@@ -92,7 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
     "L1": {"l1_coefficient": 0.3},
     "L1 not rescaled": {"l1_coefficient": 0.3, "rescale_acts_by_decoder_norm": False},
     "skip": {"skip_scale": 0.1},
-    "unit decoder": {"unit_norm_decoder": True, "b_dec_init": "mean"},
+    "unit decoder": {"unit_norm_decoder": True, "input_normalization": "first_batch"},
     "source initialisation": {"weight_init": "inverse_sqrt_d", "decoder_init_norm": None},
 }
 # Statistics are kept in float32 whatever the weights: their rounding reaches the losses.

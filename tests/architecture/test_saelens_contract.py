@@ -108,7 +108,7 @@ def test_a_training_step_returns_what_the_trainer_reads(
     assert {"k", "topk_threshold", "nearest_cosine"} <= set(output.metrics)
     # The squared error that is reported is that of the reconstruction that is returned.
     if sae.cfg.token_loss_weight == "none":
-        error = (output.sae_out - batch).pow(2).sum(-1).mean()
+        error = (output.sae_out - batch).pow(2).sum(-1).mean() / sae.latent_unit() ** 2
         torch.testing.assert_close(output.losses["mse_loss"], error, rtol=1e-4, atol=1e-4)
 
 
@@ -149,13 +149,13 @@ def test_decode_is_linear_and_stateless(
         generator = torch.Generator().manual_seed(0)
         g = torch.randn(f.shape, generator=generator)  # edited and negative latents
         zero = sae.decode(torch.zeros_like(f))
-        torch.testing.assert_close(zero, sae.b_dec.expand_as(zero))
+        torch.testing.assert_close(zero, sae.decoder_bias().expand_as(zero))
         mixed = sae.decode(2 * f - 3 * g) - zero
         separate = 2 * (sae.decode(f) - zero) - 3 * (sae.decode(g) - zero)
         torch.testing.assert_close(mixed, separate, rtol=1e-4, atol=1e-3)
         norm = sae.W_dec.norm(dim=1) if sae.cfg.rescale_acts_by_decoder_norm else 1.0
         torch.testing.assert_close(
-            sae.decode(g), (g / norm) @ sae.W_dec + sae.b_dec, rtol=1e-4, atol=1e-4
+            sae.decode(g), (g / norm) @ sae.W_dec + sae.decoder_bias(), rtol=1e-4, atol=1e-4
         )
         assert torch.equal(sae.decode(f), once)
 
@@ -219,6 +219,7 @@ def test_exported_prefixes_are_the_trained_ones(batch: torch.Tensor, tmp_path: P
         for width in sae.cfg.prefix_widths[:-1]:
             prefix = acts[:, :width] @ exported.W_dec[:width] + exported.b_dec
             error = sae.cfg.prefix_weight * (prefix - batch).pow(2).sum(-1).mean()
+            error = error / sae.latent_unit() ** 2  # losses are in the training unit
             torch.testing.assert_close(
                 output.losses[f"inner_mse_loss_{width}"], error, rtol=1e-4, atol=1e-4
             )

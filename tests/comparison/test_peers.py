@@ -72,6 +72,7 @@ def test_ortsae_is_the_mean_squared_maximum_cosine_of_chunks() -> None:
     del section["architecture"]
     name = section.pop("preset")
     section["orthogonality_chunk_size"] = 5  # four random chunks of four
+    section["input_normalization"] = "none"  # the penalty is in units of the raw variance then
     cfg = preset(name, d_in=D_IN, d_sae=D_SAE, k=3, training_steps=10, **section)
     sae = randomised(MultiScaleTrainingSAE(cfg))
     x = activations()
@@ -162,6 +163,7 @@ def test_whitening_is_that_of_its_paper_and_folds_exactly(tmp_path: Path) -> Non
     assert section == {
         "architecture": "batchtopk",
         "normalize_activations": "covariance_whitening",
+        "input_normalization": "none",
     }
     x = activations(tokens=400) @ torch.randn(
         D_IN, D_IN, generator=torch.Generator().manual_seed(5)

@@ -73,7 +73,10 @@ MULTISCALE: dict[str, dict[str, Any]] = {
         "norm_gate": True,
         "norm_attention": True,
     },
-    "mean as initial bias, unit decoder": {"b_dec_init": "mean", "unit_norm_decoder": True},
+    "mean as initial bias, unit decoder": {
+        "input_normalization": "first_batch",
+        "unit_norm_decoder": True,
+    },
     "scaled activations": {"normalize_activations": "expected_average_only_in"},
     "whitened activations": {"normalize_activations": "covariance_whitening"},
     "source's plan": {
