@@ -16,6 +16,9 @@ os.environ["WANDB_MODE"] = "disabled"
 # One thread unless the environment says otherwise, here and in the processes that tests start: with
 # several test processes on a small machine, two threads per process are slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that spin while they wait take the time of those that work: with more of them than free
+# cores, a file of one minute ran for more than ten.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
 import random

@@ -41,8 +41,6 @@ class Setting:
         unset = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
         variables = {name: value for name, value in os.environ.items() if name not in unset}
         variables["OMP_NUM_THREADS"] = str(self.threads)
-        # Threads that spin while they wait take the time of those that work, where cores are few.
-        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if self.capability != "best":
             variables["ATEN_CPU_CAPABILITY"] = self.capability
         return variables
