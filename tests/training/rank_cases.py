@@ -28,6 +28,7 @@ from msae_plugin.training.step_trainer import StepOptions
 from msae_plugin.training.trainer import LockstepTrainer
 
 D_IN, D_SAE, BATCH, STEPS, HOOK = 8, 40, 64, 8, "h"
+LR = 2e-2
 WEIGHTED = {"orthogonality_coefficient": 0.5, "orthogonality_weighting": "coactivation"}
 REVIVAL = {"revival_every": 3, "revival_dead_steps": 2, "revival_survival_steps": 3, "k": 2}
 
@@ -161,7 +162,7 @@ def train(case: str, ranks: Ranks) -> Outcome:
         SAETrainerConfig(
             total_training_samples=steps * options.accumulation_steps * BATCH,
             train_batch_size_samples=BATCH,
-            lr=2e-2,
+            lr=LR,
             lr_end=2e-3,
             dead_feature_window=2,
             feature_sampling_window=5,
