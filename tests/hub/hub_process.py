@@ -32,7 +32,6 @@ def hub_environment(hub: HubServer, home: Path) -> dict[str, str]:
         # Longer than the client's own ten seconds: a loaded machine is no failing Hub.
         "HF_HUB_ETAG_TIMEOUT": "60",
         "HF_HUB_DOWNLOAD_TIMEOUT": "60",
-        "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -28,6 +28,7 @@ from msae_plugin.training.step_trainer import StepOptions
 from msae_plugin.training.trainer import LockstepTrainer
 
 D_IN, D_SAE, BATCH, STEPS, HOOK = 8, 40, 64, 8, "h"
+LR = 2e-2
 WEIGHTED = {"orthogonality_coefficient": 0.5, "orthogonality_weighting": "coactivation"}
 REVIVAL = {"revival_every": 3, "revival_dead_steps": 2, "revival_survival_steps": 3, "k": 2}
 
@@ -164,7 +165,7 @@ def train(case: str, ranks: Ranks) -> Outcome:
         SAETrainerConfig(
             total_training_samples=steps * options.accumulation_steps * BATCH,
             train_batch_size_samples=BATCH,
-            lr=2e-2,
+            lr=LR,
             lr_end=2e-3,
             dead_feature_window=2,
             feature_sampling_window=5,
@@ -197,7 +198,7 @@ def train(case: str, ranks: Ranks) -> Outcome:
 
 def run_rank(rank: int, count: int, folder: Path) -> None:
     """All cases in one of several processes; outcomes and errors go to a file of its own."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the parent's threads do not survive its fork
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count
     )

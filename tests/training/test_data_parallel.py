@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rank_cases import CASES, MULTISCALE, Outcome, build, run_alone, run_ranks
+from rank_cases import (
+    BATCH,
+    CASES,
+    D_SAE,
+    LR,
+    MULTISCALE,
+    STEPS,
+    Outcome,
+    build,
+    run_alone,
+    run_ranks,
+)
+from tolerance import rounding_tolerance
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +36,12 @@ def test_two_ranks_of_half_the_batch_are_one_of_the_whole(
 ) -> None:
     first, second = outcomes(two_ranks, case)
     alone = run_alone(case)
+    # Parameters are float64. Statistics are float32: means over the batch and the steps, and a
+    # sketch's products over the latents. They reach Adam's two moments, hence each step's movement.
+    relative = rounding_tolerance(BATCH + D_SAE + STEPS, 1.0)
+    atol = 2 * STEPS * LR * relative
     for name, value in alone.state.items():
-        # Parameters are float64, statistics float32: both to rounding, after twelve steps of Adam.
-        torch.testing.assert_close(first.state[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(first.state[name], value, rtol=relative, atol=atol, msg=name)
         assert torch.equal(first.state[name], second.state[name]), name
     assert torch.equal(first.dead, alone.dead)
     assert torch.equal(second.dead, alone.dead)
