@@ -187,7 +187,10 @@ def run_demo(settings: DemoSettings, output: Path, console: Console) -> DemoResu
     clock = [time.perf_counter()]
     console.print(Text(f"loading {settings.model}"), soft_wrap=True)
     language_model = load_language_model(
-        settings.model, [settings.hook], device=default_device("auto")
+        settings.model,
+        [settings.hook],
+        device=default_device("auto"),
+        report=ConsoleProgress(console).message,
     )
     autocast = _autocast(settings, record, language_model)
     config = settings.run_config(autocast)

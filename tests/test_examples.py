@@ -15,10 +15,11 @@ from msae_plugin.training.run_config import RunConfig
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHAPES = {
     "packaged:smollm2-135m": ModelShape(d_model=576, n_layers=30, vocabulary=49152),
+    "packaged:gemma-3-270m": ModelShape(d_model=640, n_layers=18, vocabulary=262144),
     "google/gemma-2-2b": ModelShape(d_model=2304, n_layers=26, vocabulary=256000),
     "EleutherAI/pythia-160m-deduped": ModelShape(d_model=768, n_layers=12, vocabulary=50304),
 }
-TRAINING_RECIPES = ["gemma-2-2b", "pythia-160m", "smollm2"]
+TRAINING_RECIPES = ["gemma-2-2b", "gemma-2-2b-source", "gemma-3-270m", "pythia-160m", "smollm2"]
 # Sections whose keys depend on the architecture.
 FREE_SECTIONS = ("sae", "saes", "hooks", "logging.wandb")
 
@@ -89,8 +90,8 @@ def test_every_key_of_an_sae_is_explained(name: str) -> None:
         assert "default" in comment, path
 
 
-def test_the_gemma_recipe_has_the_numbers_of_the_source() -> None:
-    config = RunConfig.load(EXAMPLES / "gemma-2-2b.yaml")
+def test_the_source_recipe_has_the_numbers_of_the_source() -> None:
+    config = RunConfig.load(EXAMPLES / "gemma-2-2b-source.yaml")
     assert config.hooks == [f"blocks.{layer}.hook_resid_post" for layer in (5, 12, 19)]
     training = config.training
     assert (training.tokens, training.batch_size_tokens) == (1_000_000, 2048)
@@ -99,3 +100,25 @@ def test_the_gemma_recipe_has_the_numbers_of_the_source() -> None:
     assert config.saes is not None
     assert {sae["d_sae"] for sae in config.saes.values()} == {2304}
     assert config.saes["standard"]["l1_coefficient"] == 0.04
+
+
+def test_the_gemma_2_recipe_has_the_numbers_of_saebench() -> None:
+    """arXiv 2503.09532: width 2^14, 500M tokens, decay over the last fifth."""
+    config = RunConfig.load(EXAMPLES / "gemma-2-2b.yaml")
+    assert config.hooks == ["blocks.12.hook_resid_post"]
+    assert config.model.dtype == "bfloat16"
+    training = config.training
+    assert (training.tokens, training.batch_size_tokens) == (500_000_000, 2048)
+    assert (training.lr, training.lr_warm_up_steps) == (3e-4, 1000)
+    assert training.lr_decay_steps == training.tokens // training.batch_size_tokens // 5
+    assert config.saes is not None
+    assert {sae["d_sae"] for sae in config.saes.values()} == {2**14}
+    assert {sae["k"] for sae in config.saes.values()} == {80}
+
+
+def test_the_gemma_3_recipe_has_the_layers_of_the_source() -> None:
+    config = RunConfig.load(EXAMPLES / "gemma-3-270m.yaml")
+    assert config.hooks == [f"blocks.{layer}.hook_resid_post" for layer in (5, 9, 12)]
+    training = config.training
+    steps = training.tokens // training.batch_size_tokens
+    assert (training.lr_warm_up_steps, training.lr_decay_steps) == (steps // 20, steps // 5)

@@ -282,6 +282,7 @@ class LanguageModelBench:
                 self.config.hooks,
                 device=self.device,
                 dtype=self.config.model.dtype,
+                report=self._report,
             )
         return self._language_model
 

@@ -124,7 +124,9 @@ def evaluate(
     if language_model is None and len(missing) < len(config.evaluations):
         report(f"loading {name}")
         hooks = list(dict.fromkeys(subject.hook_name for subject in subjects))
-        language_model = load_language_model(name, hooks, device=device, dtype=config.model.dtype)
+        language_model = load_language_model(
+            name, hooks, device=device, dtype=config.model.dtype, report=report
+        )
     context = None if language_model is None else _context(config, language_model, device)
     entries: list[dict[str, Any]] = []
     definitions: dict[str, Mapping[str, MetricDefinition]] = {}

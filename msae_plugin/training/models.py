@@ -12,7 +12,7 @@ argument of its own, and the loaded model is what the runner receives.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -118,6 +118,7 @@ def load_language_model(
     *,
     model_class: str | None = None,
     from_pretrained_kwargs: Mapping[str, Any] | None = None,
+    report: Callable[[str], object] = logger.info,
 ) -> LanguageModel:
     """Load a language model for the hooks of a run.
 
@@ -129,6 +130,7 @@ def load_language_model(
         model_class: The loader, `HookedTransformer` or `AutoModelForCausalLM`; the one that the
             hooks need if None.
         from_pretrained_kwargs: Further arguments of the loader's `from_pretrained`.
+        report: Told the steps of a packaged model's first use.
 
     Raises:
         InputError: If the model cannot be had, cannot be loaded, or lacks one of the hooks.
@@ -146,7 +148,7 @@ def load_language_model(
     for hook in hook_names:
         validate_hook(hook, shape.n_layers)
 
-    source = resolve_model(name)
+    source = resolve_model(name, report)
     config = read_config(source.folder)
     remote_code = {k: v for k, v in options.items() if k == "trust_remote_code"}
     model: HookedTransformer | HookedProxyLM

