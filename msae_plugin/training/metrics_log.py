@@ -26,6 +26,9 @@ from msae_plugin.training.health import DENSE_RATE, SILENT_LOG10_RATE
 
 METRICS_FILE = "metrics.jsonl"
 REVIVALS_FILE = "revivals.jsonl"
+# Their mean cosine has a standard error below .01. All of 16,384 latents of a model of width 2304
+# would take as long as a training step: one of two matrices is read against its memory order.
+ALIGNED_LATENTS = 2048
 
 MetricValue = torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
 
@@ -123,7 +126,8 @@ def latent_statistics(
         `dead_share` of the latents; `dense_share` of the L0, on latents that fire on more than
         `DENSE_RATE` of the tokens; quantiles of log10 firing rates, -10 for a latent that never
         fired; and, for an SAE with W_enc and W_dec, `encoder_decoder_alignment`, the mean cosine
-        of a latent's encoder and decoder direction over those that are not dead.
+        of a latent's encoder and decoder direction over those that are not dead, evenly sampled
+        where they are many.
     """
     rates = firings / max(n_tokens, 1)
     dense = firings[rates > DENSE_RATE].sum() / firings.sum().clamp(min=1)
@@ -136,9 +140,10 @@ def latent_statistics(
     found = dict(zip(names, values, strict=True))
     w_enc, w_dec = getattr(sae, "W_enc", None), getattr(sae, "W_dec", None)
     if isinstance(w_enc, torch.Tensor) and isinstance(w_dec, torch.Tensor) and not dead.all():
-        products = torch.einsum("is,si->s", w_enc, w_dec)
-        cosines = products / (w_enc.norm(dim=0) * w_dec.norm(dim=1)).clamp(min=1e-12)
-        found["encoder_decoder_alignment"] = float(cosines[~dead].mean())
+        live = (~dead).nonzero().squeeze(1)
+        live = live[:: -(-len(live) // ALIGNED_LATENTS)]
+        cosines = torch.cosine_similarity(w_enc[:, live], w_dec[live].T, dim=0)
+        found["encoder_decoder_alignment"] = float(cosines.mean())
     return found
 
 

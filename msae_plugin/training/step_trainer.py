@@ -188,7 +188,8 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def _start_counting(self) -> None:
         """Remember the firing counts, so that the next log row can tell its window's own."""
-        self._firings_before: torch.Tensor = self.act_freq_scores.clone()
+        firings = self.act_freq_scores
+        self._firings_before = firings.clone()
         self._tokens_before = self.n_frac_active_samples
 
     @override
