@@ -61,6 +61,13 @@ def publish(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that exists without asking.")
     ] = False,
+    allow_negative_variance: Annotated[
+        bool,
+        typer.Option(
+            "--allow-negative-variance",
+            help="Publish an SAE that reconstructs worse than the mean activation.",
+        ),
+    ] = False,
 ) -> None:
     """Publish SAEs on the Hugging Face Hub in one commit, and check what others will get."""
     check_folder(folder)
@@ -82,6 +89,7 @@ def publish(
         pr=pr,
         licence=licence,
         overwrite=overwrite,
+        allow_negative_variance=allow_negative_variance,
         confirm=_ask(),
         say=say,
     )

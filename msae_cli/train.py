@@ -95,6 +95,9 @@ def _print_result(result: RunResult) -> None:
             "yes" if export.has_twin else "no",
         )
     results.print(table)
+    for name, export in result.exports.items():
+        for warning in export.warnings:
+            results.print(Text(f"warning: {name}: {warning}"), soft_wrap=True)
     results.print(
         "expl. var. and dead: end of training. L0: the export, on real activations.\n"
         "export check: largest relative difference to the trained SAE. twin: jumprelu copy."

@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and its exit status."""
 
+import json
 import os
 import re
 import signal
@@ -86,6 +87,30 @@ def test_train_prints_where_the_results_are(recipe_file: Path, tmp_path: Path) -
     assert "loading" not in result.stdout
     assert "100 %" in result.stderr
     assert "explained variance" in result.stderr
+
+
+def test_a_run_that_learns_nothing_says_so_while_it_runs_and_at_its_end(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = ("training.lr=1e-9", "sae.preset=null", "logging.every_steps=1")
+    words = [word for setting in settings for word in ("--set", setting)]
+    result = msae("train", "-c", str(recipe_file), "-o", str(out), *words)
+    assert result.exit_code == 0, result.output
+    during = [line for line in result.stderr.splitlines() if line.startswith("warning: sae, step")]
+    negative = "explained variance is -"
+    assert [negative in line for line in during].count(True) == 1
+    health = json.loads((out / "run.json").read_text())["saes"]["sae"]["health"]
+    assert "negative_explained_variance" in [finding["kind"] for finding in health]
+    assert health == json.loads((out / "export.json").read_text())["health"]
+    lines = result.stdout.splitlines()
+    assert all(f"warning: sae: {finding['message']}" in lines for finding in health)
+    told = msae("info", str(out)).stdout
+    assert "WARNING" in told
+    assert negative in told
+    refused = msae("publish", str(out), "--repo", "ada/x", "--dry-run", "-o", str(tmp_path / "r"))
+    assert refused.exit_code == 2
+    assert "--allow-negative-variance" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def compare(
     rows: list[dict[str, Any]] = []
     for of_sae in records:
         row = dict(of_sae["comparison"]["row"])
+        row["health"] = of_sae["saes"][row["name"]].get("health", [])
         measured.add(str(row["name"]), training_metrics(of_sae, row))
         rows.append(row)
     for control in expansion.controls:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from msae_plugin.evaluation.cache import key_digest
 from msae_plugin.hub.export_run import REPORT_FILENAME, export_sae
 from msae_plugin.training.atomic_files import json_safe
 from msae_plugin.training.calibration import calibrate, needs_calibration
-from msae_plugin.training.metrics_log import METRICS_FILE, last_row
+from msae_plugin.training.metrics_log import METRICS_FILE, read_rows
 from msae_plugin.training.run_record import (
     RunRecord,
     describe_device,
@@ -165,7 +165,8 @@ def _finish_one(
 ) -> None:
     folder, config = place.folder(entry.name), place.config
     sae, plan = trained.trainer.saes[entry.name], trained.plans[entry.name]
-    final = last_row(folder / METRICS_FILE)
+    log = read_rows(folder / METRICS_FILE)
+    final = log[-1] if log else {}
     metadata = sae.cfg.metadata
     place.source.describe(metadata, entry.hook)
     metadata.training_steps, metadata.training_tokens = trained.steps, trained.tokens
@@ -188,6 +189,7 @@ def _finish_one(
                 "accumulation_steps": trained.training.accumulation_steps,
                 "comparison": config.to_dict(),
             },
+            log,
         )
     except RunFailure as failure:
         raise RunFailure(f"SAE {entry.name!r}: {failure}") from failure
@@ -237,6 +239,7 @@ def _finish_one(
                     "calibration": cut.calibration,
                     "tokens_per_second": trained.tokens / max(trained.seconds[entry.name], 1e-9),
                     "export": json_safe(exported.to_dict()),
+                    "health": [asdict(finding) for finding in exported.health],
                 }
             },
             "config": config.to_dict(),

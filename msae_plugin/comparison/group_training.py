@@ -19,6 +19,7 @@ from msae_plugin.errors import RunFailure
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.training.capabilities import SupportsRevival
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
+from msae_plugin.training.health import HealthWatch
 from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.training.metrics_log import REVIVALS_FILE, JsonLines, JsonLinesSink, MetricsLog
 from msae_plugin.training.run_sections import TrainingSection
@@ -141,9 +142,10 @@ def train_group(
     saes = {entry.name: _build(entry, plans[entry.name], place.device) for entry in group.entries}
     hooks = {entry.name: entry.hook for entry in group.entries}
     batches = SeededBatches(place.source, list(hooks.values()), group.seed)
-    logs = _Logs(place, saes, checkpoint) if keys is not None else None
-    earlier = _earlier_seconds(checkpoint)
     total = _total_tokens(training)
+    steps = total // (training.batch_size_tokens * training.accumulation_steps)
+    logs = _Logs(place, saes, checkpoint, steps) if keys is not None else None
+    earlier = _earlier_seconds(checkpoint)
 
     def save() -> None:
         if store is None or keys is None:
@@ -267,12 +269,15 @@ class _Logs:
         place: Workplace,
         saes: Mapping[str, TrainingSAE[Any]],
         checkpoint: Checkpoint | None,
+        steps: int,
     ) -> None:
         step = 0 if checkpoint is None else checkpoint.step
         folders = {name: place.folder(name) for name in saes}
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsLog([JsonLinesSink(folders, step)])
+        self._report = place.report
+        self._health = HealthWatch(steps, {name: sae.cfg.d_sae for name, sae in saes.items()})
         self._saes = saes
         self._revivals: dict[str, JsonLines] = {}
         for name, sae in saes.items():
@@ -285,6 +290,8 @@ class _Logs:
 
     def write(self, name: str, row: Mapping[str, float]) -> None:
         self._metrics.write(name, row)
+        for warning in self._health.check(name, row):
+            self._report(f"warning: {warning}")
         self._drain(name, int(row["step"]))
 
     def _drain(self, name: str, step: int) -> None:

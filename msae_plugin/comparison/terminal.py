@@ -1,4 +1,4 @@
-"""What `msae compare` prints at its end: a table, and what was not measured."""
+"""What `msae compare` prints at its end: a table, what failed to learn, what was not measured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msae_plugin.comparison.statistics import spread
+from msae_plugin.training.health import recorded_messages
 
 _COLUMNS = {
     "language_model": (
@@ -54,7 +55,12 @@ def comparison_for_terminal(contents: Mapping[str, Any]) -> RenderableType:
         Text(f"{item['status']}: {item['what']}: {item['reason']}")
         for item in contents["not_measured"]
     ]
-    return Group(table, *missing)
+    health = [
+        Text(f"warning: {row['name']}: {message}")
+        for row in contents["rows"]
+        for message in recorded_messages(row.get("health"))
+    ]
+    return Group(table, *health, *missing)
 
 
 def _cell(rows: Sequence[Mapping[str, Any]], metric: str, digits: int) -> str:

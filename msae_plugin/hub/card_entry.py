@@ -14,6 +14,7 @@ from msae_plugin.hub.measured import is_summary
 from msae_plugin.hub.sources import hub_dataset
 from msae_plugin.reporting.checkpoint_info import mechanisms_on
 from msae_plugin.reporting.evaluation_tables import columns_of
+from msae_plugin.training.health import recorded_messages
 
 # Published scores swing 15x inside one architecture: it is in the table, with its spread, and not
 # among the numbers that the Hub shows beside the model's name.
@@ -96,6 +97,11 @@ class CardEntry:
         if self.trained_as != ARCHITECTURE:
             return []
         return mechanisms_on({**self.details, **self.config})
+
+    @property
+    def warnings(self) -> list[str]:
+        """In which ways it failed to learn."""
+        return recorded_messages(self.export.get("health"))
 
     def recorded(self, name: str) -> str:
         """A field of the metadata, for a table."""

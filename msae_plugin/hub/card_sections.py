@@ -43,6 +43,7 @@ def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: s
     sections = (
         _what_it_is(entries),
         _list_of_saes(entries),
+        _warnings(entries, named),
         _loading(repo, shown),
         _metrics(entries, named),
         _figures(entries, named),
@@ -122,6 +123,11 @@ def _list_of_saes(entries: Sequence[CardEntry]) -> str:
         "`jumprelu`, for hosts without the package `msae-plugin`; `-` where SAELens alone loads "
         "the SAE anyway."
     )
+
+
+def _warnings(entries: Sequence[CardEntry], named: Labels) -> str:
+    lines = [f"- {named[entry.folder]}: {line}" for entry in entries for line in entry.warnings]
+    return "## Warnings\n\n" + "\n".join(lines) if lines else ""
 
 
 def loading_snippet(repo: str, folder: str, plugin: bool) -> str:

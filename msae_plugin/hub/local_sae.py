@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from msae_plugin.errors import InputError
 from msae_plugin.hub.export_run import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
 from msae_plugin.reporting.checkpoint_info import is_checkpoint, read_checkpoint
+from msae_plugin.training.metrics_log import METRICS_FILE, read_rows
 from msae_plugin.training.run_record import RUN_FILE, read_run_record
 
 _READ_BYTES = 1 << 20
@@ -54,6 +55,14 @@ class LocalSAE:
     def l0(self) -> float | None:
         """Active latents per token: measured at export, else what the metadata records."""
         recorded = self.metadata.get("l0") if self.report is None else self.report["l0_exported"]
+        return None if recorded is None else float(recorded)
+
+    @property
+    def explained_variance(self) -> float | None:
+        """At export, else at the end of the training log; None where neither says."""
+        recorded = (self.report or {}).get("explained_variance")
+        if recorded is None and (rows := read_rows(self.root / METRICS_FILE)):
+            recorded = rows[-1].get("explained_variance")
         return None if recorded is None else float(recorded)
 
 

@@ -82,6 +82,7 @@ def publish(
     evaluation: Path | None = None,
     report: Path | None = None,
     overwrite: bool = False,
+    allow_negative_variance: bool = False,
     confirm: Confirm | None = None,
     say: Say | None = None,
 ) -> PublishResult:
@@ -101,6 +102,7 @@ def publish(
         evaluation: Output folder of `msae eval` on these SAEs.
         report: Output folder of `msae report`; its figures are published with the first SAE.
         overwrite: Replace folders that exist without asking.
+        allow_negative_variance: Publish SAEs that reconstruct worse than the mean activation.
         confirm: Asks the user a question; None refuses whatever would have been asked.
         say: Shows one line of progress.
 
@@ -123,6 +125,8 @@ def publish(
     plan = make_plan(
         run, state, folder=folder, licence=licence, evaluation=evaluation, report=report
     )
+    if not allow_negative_variance:
+        _require_positive_variance(plan)
     traces = [line for sae in plan.folders for line in private_content(sae)]
     notes += plan.notes
     notes += [f"local path in a file that is published unmodified: {line}" for line in traces]
@@ -194,6 +198,17 @@ def _require_possible(state: RepositoryState, private: bool, tag: str | None) ->
         )
     if tag is not None and remote.existing_tag(state.repo, tag):
         raise InputError(f"{state.repo} has a tag {tag!r} already: choose another")
+
+
+def _require_positive_variance(plan: PublishPlan) -> None:
+    for folder in plan.folders:
+        value = folder.sae.explained_variance
+        if value is not None and value < 0:
+            raise InputError(
+                f"SAE {folder.sae.name!r} has an explained variance of {value:.3g}, worse than the "
+                "mean activation alone: train it again (msae info says what to change), or publish "
+                "it with --allow-negative-variance"
+            )
 
 
 def _ask_before_replacing(plan: PublishPlan, confirm: Confirm | None) -> None:

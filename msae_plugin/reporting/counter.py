@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 PLAIN_LINE_SECONDS = 15.0
+WARNING_PREFIX = "warning: "
 
 
 class Advance(Protocol):
@@ -64,7 +65,7 @@ def step_reporter(console: Console) -> Generator[Report]:
 
     Args:
         console: Where to show them: a line that changes in a terminal, elsewhere a line when the
-            message is new and now and then.
+            message is new and now and then. A warning stays.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -72,6 +73,9 @@ def step_reporter(console: Console) -> Generator[Report]:
             task = bar.add_task("", total=None)
 
             def update(message: str, done: int | None = None, total: int | None = None) -> None:
+                if message.startswith(WARNING_PREFIX):
+                    bar.console.print(Text(message), soft_wrap=True)
+                    return
                 bar.update(task, description=message, total=total, completed=done or 0)
 
             yield update

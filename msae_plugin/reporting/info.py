@@ -18,6 +18,7 @@ from msae_plugin.reporting.checkpoint_info import (
     read_folder,
 )
 from msae_plugin.reporting.costs import LOADED_MODEL_FACTOR, RunCost, run_cost
+from msae_plugin.training.health import recorded_messages
 from msae_plugin.training.models import describe_model
 from msae_plugin.training.run_config import RunConfig
 from msae_plugin.training.sae_plans import SAEPlan
@@ -74,6 +75,7 @@ def describe_checkpoint(name: str, info: CheckpointInfo) -> RenderableType:
             ("mechanisms", "\n".join(info.mechanisms) or None),
             ("L0", l0),
             ("jumprelu twin", _twin(info.export)),
+            ("WARNING", "\n".join(recorded_messages((info.export or {}).get("health"))) or None),
         ],
     )
 

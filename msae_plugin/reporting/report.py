@@ -39,6 +39,7 @@ from msae_plugin.reporting.report_tables import markdown, table_csv
 from msae_plugin.reporting.report_trained import trained_saes
 from msae_plugin.reporting.report_training_sections import (
     curves_section,
+    health_section,
     missing_of_runs,
     runs_section,
 )
@@ -139,7 +140,10 @@ def build(
     methods += [sae.method for sae in trained]
     # Those that share a figure with others come first: their looks differ most.
     styles = looks(sorted(methods, key=is_variant))
-    parts: list[Section | None] = [protocol_section(measured) if measured else None]
+    parts: list[Section | None] = [
+        health_section(sources),
+        protocol_section(measured) if measured else None,
+    ]
     for bench in measured:
         if bench.rows:
             parts.append(results_section(bench, styles))

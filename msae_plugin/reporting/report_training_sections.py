@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from msae_plugin.reporting.report_document import (
     Block,
+    Bullets,
     CellValue,
     Section,
     Table,
@@ -18,9 +19,10 @@ from msae_plugin.reporting.report_figure_style import Look
 from msae_plugin.reporting.report_figures import curves
 from msae_plugin.reporting.report_places import Place
 from msae_plugin.reporting.report_rows import Missing
-from msae_plugin.reporting.report_sources import RunSource
+from msae_plugin.reporting.report_sources import RunSource, Sources
 from msae_plugin.reporting.report_trained import TrainedSAE, run_l0_target
 from msae_plugin.reporting.report_variants import is_variant
+from msae_plugin.training.health import recorded_messages
 
 MOST_CURVES_OF_L0 = 3
 
@@ -70,6 +72,25 @@ def runs_section(runs: Sequence[RunSource]) -> Section | None:
         rows,
     )
     return Section("runs", "Training runs", [table])
+
+
+def health_section(sources: Sources) -> Section | None:
+    """SAEs that failed to learn, a line each; None when all are healthy."""
+    found = [
+        f"{run.label}, {name}: {message}"
+        for run in sources.runs
+        for name, sae in cast("Mapping[str, Mapping[str, Any]]", run.content["saes"]).items()
+        for message in recorded_messages(sae.get("health"))
+    ]
+    found += [
+        f"{source.label}, {row['name']}: {message}"
+        for source in sources.comparisons
+        for row in cast("Sequence[Mapping[str, Any]]", source.content["rows"])
+        for message in recorded_messages(row.get("health"))
+    ]
+    if not found:
+        return None
+    return Section("health", "Read this first: SAEs that failed to learn", [Bullets(found)])
 
 
 def missing_of_runs(runs: Sequence[RunSource], *, evaluated: bool) -> list[Missing]:

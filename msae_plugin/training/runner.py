@@ -8,8 +8,8 @@ revivals.jsonl
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -38,7 +38,7 @@ from msae_plugin.training.metrics_log import (
     MetricsLog,
     TensorBoardSink,
     WandbSink,
-    last_row,
+    read_rows,
     tensorboard_wanted,
 )
 from msae_plugin.training.models import LanguageModel, ModelShape
@@ -298,17 +298,19 @@ class MultiScaleRunner:
             if not self._leads:
                 sae.eval()
                 continue
-            final = final_rows[plan.name] = last_row(self.folders[plan.name] / METRICS_FILE)
+            log = read_rows(self.folders[plan.name] / METRICS_FILE)
+            final = final_rows[plan.name] = log[-1] if log else {}
             calibration = calibrations.get(plan.name)
             self._complete_metadata(sae, final, calibration)
             sae.eval()
-            exports[plan.name] = self._export(runner, plan.name, samples[plan.hook])
+            exports[plan.name] = self._export(runner, plan.name, samples[plan.hook], log)
             details = cast("dict[str, dict[str, Any]]", record.content["saes"])[plan.name]
             details.update(
                 final=final,
                 calibration=calibration,
                 tokens_per_second=speeds.get(plan.name),
                 export=json_safe(exports[plan.name].to_dict()),
+                health=[asdict(finding) for finding in exports[plan.name].health],
             )
         record.write("complete", tokens_per_second=speeds.get("overall"))
         if self._leads:
@@ -363,7 +365,13 @@ class MultiScaleRunner:
             # SAELens' own figure counts the training batches, before the cut was set.
             metadata.l0 = calibration["l0_after"]
 
-    def _export(self, runner: TrainingPass, name: str, activations: torch.Tensor) -> ExportReport:
+    def _export(
+        self,
+        runner: TrainingPass,
+        name: str,
+        activations: torch.Tensor,
+        log: Sequence[Mapping[str, Any]],
+    ) -> ExportReport:
         folder = self.folders[name]
         # Left by a run that was stopped between two exports; run.json does not say complete.
         (folder / REPORT_FILENAME).unlink(missing_ok=True)
@@ -380,4 +388,5 @@ class MultiScaleRunner:
                 "accumulation_steps": self.config.training.accumulation_steps,
                 "recipe": self.config.to_dict(),
             },
+            log,
         )

@@ -21,7 +21,7 @@ from msae_plugin.errors import RunFailure
 from msae_plugin.training.capabilities import SupportsRevival
 from msae_plugin.training.data_parallel import share_batches
 from msae_plugin.training.input_normalization import CentringScaler
-from msae_plugin.training.metrics_log import TrainingWindow, scalar
+from msae_plugin.training.metrics_log import TrainingWindow, latent_statistics, scalar
 from msae_plugin.training.optimisers import build_optimiser
 from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule
 from msae_plugin.training.seeding import RandomStream
@@ -85,6 +85,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.ranks = ranks
         self._waits_for_device = one_of_several and sae.device.type == "cuda"
         self.window = TrainingWindow()
+        self._start_counting()
         self.seconds = 0.0
         self.session_tokens = 0
         self.gradient_norm = 0.0
@@ -185,6 +186,22 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.n_frac_active_samples += n_tokens * self.ranks.count
         return own
 
+    def _start_counting(self) -> None:
+        """Remember the firing counts, so that the next log row can tell its window's own."""
+        firings = self.act_freq_scores
+        self._firings_before = firings.clone()
+        self._tokens_before = self.n_frac_active_samples
+
+    @override
+    def maybe_reset_sparsity(self) -> dict[str, Any]:
+        """SAELens' reset of the firing counts at the end of a sampling window."""
+        firings, tokens = self.act_freq_scores, self.n_frac_active_samples
+        log = super().maybe_reset_sparsity()
+        if self.act_freq_scores is not firings:
+            self._firings_before = self._firings_before - firings
+            self._tokens_before -= tokens
+        return log
+
     def _update(self, outputs: list[TrainStepOutput], batches: Sequence[torch.Tensor]) -> None:
         self.ranks.average_gradients(self.sae.parameters())
         max_norm = self.options.clip_grad_norm
@@ -247,6 +264,12 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             "tokens": self.n_training_samples,
             **self.window.read(self.ranks),
             "dead_latents": int(self.dead_neurons.sum().item()),
+            **latent_statistics(
+                self.act_freq_scores - self._firings_before,
+                self.n_frac_active_samples - self._tokens_before,
+                self.dead_neurons,
+                self.sae,
+            ),
             "lr": self.learning_rate,
             "gradient_norm": self.gradient_norm,
             "step_tokens_per_second": self.tokens_per_second,
@@ -256,6 +279,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         for name, value in output.metrics.items():
             row[f"metrics/{name}"] = scalar(value)
         self.window = TrainingWindow()
+        self._start_counting()
         return row
 
     @override
@@ -268,6 +292,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """The inverse of `save_trainer_state`."""
         super().load_trainer_state(checkpoint_path)
+        self._start_counting()
         self.rate_rule.load_state_dict(
             torch.load(Path(checkpoint_path) / RULES_FILE, weights_only=True)
         )

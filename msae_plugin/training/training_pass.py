@@ -24,6 +24,7 @@ from msae_plugin.training.atomic_files import json_safe
 from msae_plugin.training.capabilities import SupportsRevival
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.data_parallel import gathered
+from msae_plugin.training.health import HealthWatch
 from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.training.metrics_log import REVIVALS_FILE, JsonLines, MetricsLog
 from msae_plugin.training.progress import ProgressDisplay
@@ -116,6 +117,8 @@ class TrainingPass:
             on_checkpoint=self.save_checkpoint,
             ranks=ranks,
         )
+        widths = {name: sae.cfg.d_sae for name, sae in saes.items()}
+        self._health = HealthWatch(self.trainer.total_steps, widths)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, optimisers, schedules, place in the corpus.
@@ -179,6 +182,8 @@ class TrainingPass:
     def _log(self, name: str, row: dict[str, float]) -> None:
         self._metrics.write(name, row)
         self._progress.metrics(name, row)
+        for warning in self._health.check(name, row):
+            self._progress.message(f"warning: {warning}")
         self._drain_revivals(name, int(row["step"]))
 
     def _drain_revivals(self, name: str, step: int) -> None:

@@ -24,9 +24,14 @@ def test_means_spread_misses_and_what_is_missing_are_shown() -> None:
             "metrics": {"ground_truth/f1": f1, "training/step_ms": 2.0},
         }
 
+    failed_to_learn = {
+        **row(1, 0.7, False),
+        "name": "a[b]-seed1",
+        "health": [{"kind": "mostly_dead", "message": "90% are dead", "setting": "lr"}],
+    }
     contents: dict[str, object] = {
         "kind": "ground_truth",
-        "rows": [row(0, 0.5, True), row(1, 0.7, False)],
+        "rows": [row(0, 0.5, True), failed_to_learn],
         "not_measured": [{"what": "c", "status": "failed", "reason": "it diverged"}],
     }
     text = shown(contents)
@@ -34,4 +39,5 @@ def test_means_spread_misses_and_what_is_missing_are_shown() -> None:
     assert "0.600 ± 0.141" in text
     assert "5 (missed)" in text
     assert "failed: c: it diverged" in text
+    assert "warning: a[b]-seed1: 90% are dead" in text
     assert "2.0 ± 0.0" in text

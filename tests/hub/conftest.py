@@ -61,7 +61,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_language_model, t
         "training": {
             "tokens": 20 * 128,
             "batch_size_tokens": 128,
-            "lr": 1e-3,
+            "lr": 3e-3,
             "n_batches_in_buffer": 16,
             "store_batch_size_prompts": 8,
             "calibrate_batches": 4,

@@ -128,6 +128,13 @@ def test_what_the_tables_say():
     assert "2509.22033" not in card
 
 
+def test_what_failed_to_learn_is_said_above_everything_that_loads_it():
+    finding = {"kind": "mostly_dead", "message": "90% of the latents are dead", "setting": "x"}
+    card = card_of(entry(export={"l0_exported": 31.84, "health": [finding]}), entry("b/32k"))
+    assert "## Warnings\n\n- `16k`: 90% of the latents are dead\n\n## Load" in card
+    assert "## Warnings" not in card_of(entry(export={"l0_exported": 31.84, "health": []}))
+
+
 def test_the_recipe_is_told_as_it_was():
     accumulated = entry(run={"train_batch_size_tokens": 512, "accumulation_steps": 4, "lr": 1e-5})
     card = card_of(accumulated)

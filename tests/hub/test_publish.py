@@ -245,6 +245,26 @@ def test_a_dry_run_renders_exactly_what_is_uploaded_and_uploads_nothing(
     refused(again, "InputError", "not empty")
 
 
+@pytest.mark.parametrize("recorded_in", ["export.json", "metrics.jsonl"])
+def test_an_sae_worse_than_the_mean_is_published_only_on_demand(hub, worker, run, recorded_in):
+    """Exports of older versions have the number in their log alone."""
+    sae = run / "multiscale"
+    export = json.loads((sae / "export.json").read_text())
+    assert export.pop("explained_variance") is not None
+    if recorded_in == "export.json":
+        export["explained_variance"] = -6.0
+    else:
+        rows = [json.loads(line) for line in (sae / "metrics.jsonl").read_text().splitlines()]
+        rows[-1]["explained_variance"] = -6.0
+        (sae / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (sae / "export.json").write_text(json.dumps(export))
+    outcome = worker.run("publish", run=sae, repo=REPO)
+    refused(outcome, "InputError", "'multiscale'", "of -6,", "--allow-negative-variance")
+    assert hub.repos == {}
+    done(worker.run("publish", run=sae, repo=REPO, allow_negative_variance=True))
+    assert REPO in hub.repos
+
+
 def test_a_dry_run_needs_no_hub(hub, worker, run, tmp_path):
     hub.fail("GET", "", "drop", times=1)
     value = done(

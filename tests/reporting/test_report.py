@@ -28,7 +28,7 @@ from report_inputs import (
 )
 
 from msae_plugin.reporting.report import build, report
-from msae_plugin.reporting.report_document import Document, Table
+from msae_plugin.reporting.report_document import Bullets, Document, Table
 from msae_plugin.reporting.report_sources import read_sources
 
 
@@ -247,6 +247,23 @@ def check_files(output: Path) -> None:
 
 def read_csv(path: Path) -> list[Mapping[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+def test_saes_that_failed_to_learn_come_first_and_healthy_ones_say_nothing(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "Read this first" not in "".join(s.title for s in build(read_sources([run]))[0].sections)
+    record = json.loads((run / "run.json").read_text())
+    finding = {"kind": "mostly_dead", "message": "90% are dead", "setting": "training.lr"}
+    record["saes"]["batchtopk"]["health"] = [finding]
+    (run / "run.json").write_text(json.dumps(record))
+    contents = comparison()
+    contents["rows"][0]["health"] = [finding]
+    sources = read_sources([run, write_comparison(tmp_path / "cmp", contents)])
+    first = build(sources)[0].sections[0]
+    assert first.title.startswith("Read this first")
+    (lines,) = first.blocks
+    name = contents["rows"][0]["name"]
+    assert lines == Bullets(["run, batchtopk: 90% are dead", f"cmp, {name}: 90% are dead"])
 
 
 def test_a_run_alone_says_what_it_did_not_measure(tmp_path):

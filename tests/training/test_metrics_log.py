@@ -16,7 +16,7 @@ from msae_plugin.training.metrics_log import (
     TensorBoardSink,
     TrainingWindow,
     WandbSink,
-    last_row,
+    read_rows,
     scalar,
     tensorboard_wanted,
 )
@@ -77,7 +77,7 @@ def test_rows_after_the_resumed_step_and_a_line_cut_short_are_dropped(tmp_path: 
     assert [line["step"] for line in lines] == [5, 10, 15]
     # Strict JSON has no NaN.
     assert lines[-1]["loss"] is None
-    assert last_row(path) == lines[-1]
+    assert read_rows(path) == lines
 
 
 def test_truncating_leaves_a_good_file_untouched(tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_truncating_leaves_a_good_file_untouched(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == before
 
 
-def test_last_row_of_no_file_is_empty(tmp_path: Path) -> None:
-    assert last_row(tmp_path / "absent.jsonl") == {}
+def test_no_file_has_no_rows(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "absent.jsonl") == []
 
 
 def test_each_sae_has_its_own_file(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_each_sae_has_its_own_file(tmp_path: Path) -> None:
     sink.write("a", {"step": 1, "loss": 2.0})
     sink.write("b", {"step": 1, "loss": 3.0})
     sink.close()
-    assert last_row(tmp_path / "a" / "metrics.jsonl")["loss"] == 2.0
-    assert last_row(tmp_path / "metrics.jsonl")["loss"] == 3.0
+    assert read_rows(tmp_path / "a" / "metrics.jsonl")[-1]["loss"] == 2.0
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["loss"] == 3.0
 
 
 def test_tensorboard_files_hold_the_values(tmp_path: Path) -> None:
