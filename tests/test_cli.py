@@ -93,7 +93,8 @@ def test_a_run_that_learns_nothing_says_so_while_it_runs_and_at_its_end(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    settings = ("training.lr=1e-9", "sae.preset=null", "logging.every_steps=1")
+    sae = "sae={d_sae: 96, k: 8, preset: null, input_normalization: none}"
+    settings = (sae, "training.lr=1e-9", "logging.every_steps=1")
     words = [word for setting in settings for word in ("--set", setting)]
     result = msae("train", "-c", str(recipe_file), "-o", str(out), *words)
     assert result.exit_code == 0, result.output

@@ -120,7 +120,7 @@ def _explained_variance(value: float | None, rows: Sequence[Row]) -> HealthFindi
             "negative_explained_variance",
             f"explained variance is {value:.3g}, worse than the mean activation alone: the large "
             "mean or scale of the inputs is probably not learned; set input_normalization: "
-            "first_batch for this SAE, or raise training.tokens or training.lr",
+            "first_batch for this SAE where it is none, else raise training.tokens or training.lr",
             "sae.input_normalization",
         )
     quarters = _last_quarters(rows, "explained_variance")
@@ -129,7 +129,7 @@ def _explained_variance(value: float | None, rows: Sequence[Row]) -> HealthFindi
             "low_explained_variance",
             f"explained variance is only {value:.3f} and no longer rises: the learning rate "
             "probably does not suit the scale of the inputs; set input_normalization: first_batch "
-            "for this SAE, or change training.lr",
+            "for this SAE where it is none, else change training.lr",
             "training.lr",
         )
     return HealthFinding(
@@ -196,7 +196,7 @@ def _dense(last: Row, d_sae: int | None) -> HealthFinding | None:
     return HealthFinding(
         "mostly_dense",
         f"{what}: they probably carry the mean of the inputs or a few massive tokens; set "
-        "input_normalization: first_batch for this SAE and data.exclude_special_tokens: true",
+        "data.exclude_special_tokens: true, and input_normalization: first_batch for this SAE",
         "data.exclude_special_tokens",
     )
 
