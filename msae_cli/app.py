@@ -77,7 +77,7 @@ def _reader_is_gone() -> bool:
 
 def _status_and_message(error: Exception) -> tuple[int, str]:
     # Imported here: an error of a command comes after the command's own imports.
-    from msae_plugin.errors import InputError, MissingInputError, RunFailure
+    from msae_plugin.common.errors import InputError, MissingInputError, RunFailure
 
     if isinstance(error, MissingInputError):
         for item in error.items:
@@ -216,13 +216,13 @@ def evaluate_command(
     for reference in references:
         check_reference(reference)
     # As in train: heavy imports.
-    from msae_plugin.errors import RunFailure
-    from msae_plugin.evaluation.eval_config import EvalConfig
+    from msae_plugin.common.counter import step_reporter
+    from msae_plugin.common.errors import RunFailure
     from msae_plugin.evaluation.evaluate import evaluate
-    from msae_plugin.evaluation.subjects import load_subjects
-    from msae_plugin.reporting.counter import step_reporter
+    from msae_plugin.evaluation.recipe import EvalConfig
     from msae_plugin.reporting.evaluation_tables import summary_for_terminal
-    from msae_plugin.training.sae_plans import default_device
+    from msae_plugin.saes.load import load_subjects
+    from msae_plugin.training.plans import default_device
 
     changes = list(set_ or [])
     if seeds is not None:
@@ -293,8 +293,8 @@ def demo(
     """Train multiscale beside batchtopk on a packaged language model and show what came out."""
     check_output(output)
     # As in train: heavy imports.
+    from msae_plugin.common.interruption import InterruptedBySignalError
     from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
-    from msae_plugin.training.interruption import InterruptedBySignalError
 
     given: dict[str, Any] = {
         "tokens": tokens,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class ArgumentMistake(ValueError):
-    """An argument that cannot work: exit status 2, as `msae_plugin.errors.InputError`."""
+    """An argument that cannot work: exit status 2, as `msae_plugin.common.errors.InputError`."""
 
 
 def check_config(config: Path) -> None:

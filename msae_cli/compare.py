@@ -53,13 +53,13 @@ def compare(
     check_config(config)
     check_output(output)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.common.counter import step_reporter
+    from msae_plugin.common.errors import RunFailure
+    from msae_plugin.common.interruption import InterruptedBySignalError
     from msae_plugin.comparison.compare import compare as run_comparison
-    from msae_plugin.comparison.compare_config import CompareConfig
+    from msae_plugin.comparison.recipe import CompareConfig
     from msae_plugin.comparison.terminal import comparison_for_terminal
     from msae_plugin.comparison.training_schedule import Part
-    from msae_plugin.errors import RunFailure
-    from msae_plugin.reporting.counter import step_reporter
-    from msae_plugin.training.interruption import InterruptedBySignalError
 
     share = None if part is None else Part.parse(part)
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
@@ -91,7 +91,7 @@ def compare(
 
 def _page_of_comparison(output: Path) -> None:
     # As in compare: heavy imports.
-    from msae_plugin.errors import InputError
+    from msae_plugin.common.errors import InputError
 
     try:
         _written_report([output], output / REPORT_FOLDER)
@@ -130,8 +130,8 @@ def report(
     check_output(output)
     chosen = latent_indices(latents)
     # As in compare: heavy imports.
-    from msae_plugin.hub.download import local_folder
     from msae_plugin.reporting.dashboards import DashboardRequest
+    from msae_plugin.saes.download import local_folder
 
     request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
     result = _written_report([local_folder(text) for text in folders], output, request)
@@ -143,7 +143,7 @@ def _written_report(
     folders: list[Path], output: Path, dashboards: DashboardRequest | None = None
 ) -> ReportResult:
     # As in compare: heavy imports.
-    from msae_plugin.reporting.counter import step_reporter
+    from msae_plugin.common.counter import step_reporter
     from msae_plugin.reporting.report import report as write_report
 
     with step_reporter(errors) as progress:

@@ -106,6 +106,6 @@ def download(
     """Fetch an SAE, or a whole repository, from the Hugging Face Hub."""
     check_output(output)
     # As in publish: heavy imports.
-    from msae_plugin.hub.download import download as download_reference
+    from msae_plugin.saes.download import download as download_reference
 
     results.print(Text(str(download_reference(reference, output))), soft_wrap=True)

@@ -39,10 +39,10 @@ def cache(
     check_config(config)
     check_output(output)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.training.caching import make_cache
-    from msae_plugin.training.interruption import InterruptedBySignalError
-    from msae_plugin.training.progress import ConsoleProgress
-    from msae_plugin.training.run_config import RunConfig
+    from msae_plugin.common.interruption import InterruptedBySignalError
+    from msae_plugin.common.progress import ConsoleProgress
+    from msae_plugin.training.cached_activations import make_cache
+    from msae_plugin.training.recipe import RunConfig
 
     recipe = RunConfig.load(config, set_ or [])
     try:
@@ -101,10 +101,10 @@ def sweep(
     check_output(output)
     parameters = dict(_parameter(text) for text in job or [])
     # As in cache: heavy imports.
-    from msae_plugin.comparison.compare_config import CompareConfig
+    from msae_plugin.common.counter import step_reporter
+    from msae_plugin.common.interruption import InterruptedBySignalError
+    from msae_plugin.comparison.recipe import CompareConfig
     from msae_plugin.comparison.sweep import sweep as run_sweep
-    from msae_plugin.reporting.counter import step_reporter
-    from msae_plugin.training.interruption import InterruptedBySignalError
 
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
     try:

@@ -40,10 +40,10 @@ def train(
     check_config(config)
     check_output(output)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.common.interruption import InterruptedBySignalError
+    from msae_plugin.common.progress import ConsoleProgress
     from msae_plugin.training.data_parallel import launched_ranks
-    from msae_plugin.training.interruption import InterruptedBySignalError
-    from msae_plugin.training.progress import ConsoleProgress
-    from msae_plugin.training.run_config import RunConfig
+    from msae_plugin.training.recipe import RunConfig
     from msae_plugin.training.runner import MultiScaleRunner
 
     overrides = set_ or []

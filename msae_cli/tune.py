@@ -67,8 +67,10 @@ def tune(
     check_output(output)
     tried = _rates(rates)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.common.counter import step_reporter
+    from msae_plugin.common.files import write_json_atomic, write_text_atomic
+    from msae_plugin.common.interruption import InterruptedBySignalError
     from msae_plugin.comparison.compare import compare
-    from msae_plugin.comparison.compare_config import CompareConfig
     from msae_plugin.comparison.learning_rates import (
         RATES_FILE,
         TUNED_FILE,
@@ -77,9 +79,7 @@ def tune(
         with_rates,
     )
     from msae_plugin.comparison.learning_rates import tune as find_rates
-    from msae_plugin.reporting.counter import step_reporter
-    from msae_plugin.training.atomic_files import write_json_atomic, write_text_atomic
-    from msae_plugin.training.interruption import InterruptedBySignalError
+    from msae_plugin.comparison.recipe import CompareConfig
 
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
     plan = TuningPlan.of(

@@ -13,7 +13,7 @@ from msae_plugin.architecture import (
     preset_names,
     preset_summary,
 )
-from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.registration import register
 
 register()

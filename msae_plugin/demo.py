@@ -21,41 +21,41 @@ from rich.text import Text
 from sae_lens import SAE
 
 from msae_plugin.architecture.config import ARCHITECTURE
+from msae_plugin.common.counter import step_reporter, token_counter
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import write_json_atomic, write_text_atomic
+from msae_plugin.common.progress import ConsoleProgress
+from msae_plugin.data.text import load_text
+from msae_plugin.data.windows import iterate_windows
 from msae_plugin.demo_evaluation import (
     HOW_TO_INSTALL,
     PROBES,
     evaluate_with_saebench,
     saebench_installed,
 )
-from msae_plugin.errors import InputError
-from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
-from msae_plugin.evaluation.model_pass import faster_in_bfloat16
-from msae_plugin.evaluation.windows import iterate_windows
-from msae_plugin.reporting.context_rendering import (
+from msae_plugin.evaluation.context_rendering import (
     ContextsForTerminal,
     contexts_as_json,
     contexts_as_markdown,
 )
-from msae_plugin.reporting.contexts import ContextCollector, LatentProfile
-from msae_plugin.reporting.counter import step_reporter, token_counter
+from msae_plugin.evaluation.contexts import ContextCollector, LatentProfile
+from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
+from msae_plugin.models.forward_pass import faster_in_bfloat16
+from msae_plugin.models.loading import LanguageModel, load_language_model
+from msae_plugin.reporting.demo_output import demo_figure, figure_saes, require_matplotlib
 from msae_plugin.reporting.evaluation_tables import summary_for_terminal, summary_markdown
-from msae_plugin.reporting.figures import demo_figure, figure_saes, require_matplotlib
 from msae_plugin.reporting.tables import (
     ComparisonRow,
     comparison_json,
     comparison_markdown,
     comparison_table,
 )
-from msae_plugin.training.atomic_files import write_json_atomic, write_text_atomic
-from msae_plugin.training.metrics_log import METRICS_FILE
-from msae_plugin.training.models import LanguageModel, load_language_model
-from msae_plugin.training.progress import ConsoleProgress
-from msae_plugin.training.run_config import RunConfig
+from msae_plugin.saes.run_record import read_run_record
+from msae_plugin.training.log import METRICS_FILE
+from msae_plugin.training.plans import default_device
+from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.run_folder import check_output
-from msae_plugin.training.run_record import read_run_record
 from msae_plugin.training.runner import MultiScaleRunner
-from msae_plugin.training.sae_plans import default_device
-from msae_plugin.training.text_data import load_text
 
 logger = logging.getLogger(__name__)
 

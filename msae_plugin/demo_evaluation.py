@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msae_plugin.evaluation.outcomes import Reporter
-from msae_plugin.training.models import LanguageModel
+from msae_plugin.models.loading import LanguageModel
 
 EVALUATION_FOLDER = "evaluation"
 # Small on purpose: both evaluations together take about two minutes on two cores.
@@ -60,9 +60,9 @@ def evaluate_with_saebench(
         The contents of `summary.json`.
     """
     # Imported here: SAEBench is an extra, and importing it takes seconds.
-    from msae_plugin.evaluation.eval_config import EvalConfig
     from msae_plugin.evaluation.evaluate import evaluate
-    from msae_plugin.evaluation.subjects import load_subjects
+    from msae_plugin.evaluation.recipe import EvalConfig
+    from msae_plugin.saes.load import load_subjects
 
     read = {"dataset": text, "heldout_documents": heldout_documents, "context_size": context_size}
     evaluations: dict[str, Any] = {"core": {**PROTOCOL["core"], **read}}

@@ -18,7 +18,7 @@ from msae_plugin.architecture.config import (
 )
 from msae_plugin.architecture.inference_sae import MultiScaleSAE
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 
 
 def register() -> None:

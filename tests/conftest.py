@@ -30,7 +30,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from msae_plugin.training.models import LanguageModel, load_language_model
+from msae_plugin.models.loading import LanguageModel, load_language_model
 
 # CPython 3.13 has no sae-bench (pyproject.toml): what evaluates with it cannot be tested there.
 collect_ignore_glob = [] if importlib.util.find_spec("sae_bench") else ["evaluation/*"]

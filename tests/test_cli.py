@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from msae_cli import app as cli
 from msae_cli.train import resume_command
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.training import run_config
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.training import recipe
 
 
 def msae(*words: str) -> Any:
@@ -159,7 +159,7 @@ def test_every_error_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(run_config.RunConfig, "load", fail)
+    monkeypatch.setattr(recipe.RunConfig, "load", fail)
     result = msae("train", "-c", str(recipe_file), "-o", "out")
     assert result.exit_code == status
     assert result.stderr == line

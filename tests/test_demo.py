@@ -11,12 +11,12 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from msae_cli.app import app
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.progress import ConsoleProgress
+from msae_plugin.data.text import load_text
 from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
-from msae_plugin.errors import InputError
 from msae_plugin.evaluation.heldout import evaluate_many
-from msae_plugin.training.models import load_language_model
-from msae_plugin.training.progress import ConsoleProgress
-from msae_plugin.training.text_data import load_text
+from msae_plugin.models.loading import load_language_model
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from msae_plugin.training import run_config
-from msae_plugin.training.models import ModelShape
-from msae_plugin.training.run_config import RunConfig
+from msae_plugin.models.loading import ModelShape
+from msae_plugin.training import recipe
+from msae_plugin.training.recipe import RunConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHAPES = {
@@ -61,7 +61,7 @@ def test_there_is_no_unknown_recipe() -> None:
 @pytest.mark.parametrize("name", TRAINING_RECIPES)
 def test_the_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig.load(EXAMPLES / f"{name}.yaml")
-    monkeypatch.setattr(run_config, "describe_model", SHAPES.__getitem__)
+    monkeypatch.setattr(recipe, "describe_model", SHAPES.__getitem__)
     plans = config.validate()
     assert len(plans) == 2 * len(config.hooks)
     assert plans[0].config.d_in == SHAPES[config.model.name].d_model

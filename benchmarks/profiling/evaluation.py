@@ -51,11 +51,11 @@ def profile_core(saes: list[str], prompts: int, batches: int) -> None:
     # SAEBench and what it imports take seconds, and only this part of the benchmark needs them.
     from sae_bench.evals.core import main as core_main
 
-    from msae_plugin.evaluation.eval_config import EvalConfig
     from msae_plugin.evaluation.evaluate import evaluate
-    from msae_plugin.evaluation.saebench.core_model_side import CoreModelSide
-    from msae_plugin.evaluation.saebench.core_predictions import CleanPredictions
-    from msae_plugin.evaluation.subjects import load_subjects
+    from msae_plugin.evaluation.recipe import EvalConfig
+    from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide
+    from msae_plugin.evaluation.saebench.core.predictions import CleanPredictions
+    from msae_plugin.saes.load import load_subjects
 
     subjects = load_subjects(saes)
     watch = Stopwatch()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from msae_plugin.architecture.decoding import active_preactivations, bag_sum
+from msae_plugin.architecture.kernels.decoding import active_preactivations, bag_sum
 
 # Shortest padded list of dead latents; the others are twice, four times as long, and so on.
 _SHORTEST_LIST = 64

@@ -12,7 +12,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from typing_extensions import override
 
-from msae_plugin.architecture.decoding import DecodeKernel
+from msae_plugin.architecture.kernels.decoding import DecodeKernel
 from msae_plugin.architecture.validation import validate_inference, validate_training
 
 ARCHITECTURE = "multiscale"

@@ -15,8 +15,8 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from safetensors.torch import save_file
 
-from msae_plugin.architecture.exact import add_remainders
-from msae_plugin.errors import InputError
+from msae_plugin.architecture.float32_buffers import add_remainders
+from msae_plugin.common.errors import InputError
 
 if TYPE_CHECKING:
     from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig

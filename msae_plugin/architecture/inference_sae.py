@@ -10,15 +10,15 @@ from torch import nn
 from typing_extensions import override
 
 from msae_plugin.architecture.config import MultiScaleSAEConfig
-from msae_plugin.architecture.exact import (
+from msae_plugin.architecture.float32_buffers import (
     KeepsFloat32,
     add_remainders,
     exact_dtypes,
     restore_exact,
 )
 from msae_plugin.architecture.latent_decoding import decode_latents
-from msae_plugin.architecture.normalisation import MultiScaleNormalisation
-from msae_plugin.architecture.skip import with_skip
+from msae_plugin.architecture.mechanisms.normalisation import MultiScaleNormalisation
+from msae_plugin.architecture.mechanisms.skip import with_skip
 
 
 class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):

@@ -18,7 +18,7 @@ import math
 import torch
 from typing_extensions import override
 
-from msae_plugin.architecture.exact import KeepsFloat32
+from msae_plugin.architecture.float32_buffers import KeepsFloat32
 from msae_plugin.architecture.ranks import ALONE, Ranks
 
 # Weiszfeld's iteration gains about a digit in five steps on residual streams; from 32 on the

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from msae_plugin.architecture.decoding import DecodeKernel, bag_sum
+from msae_plugin.architecture.kernels.decoding import DecodeKernel, bag_sum
+from msae_plugin.architecture.kernels.static_selection import needs_static_shapes
 from msae_plugin.architecture.selection import Selection
-from msae_plugin.architecture.static_selection import needs_static_shapes
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig, mechanisms_off
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 
 
 @dataclass(frozen=True)

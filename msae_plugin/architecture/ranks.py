@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 from typing_extensions import override
 
-from msae_plugin.errors import RunFailure
+from msae_plugin.common.errors import RunFailure
 
 _T = TypeVar("_T")
 

@@ -1,6 +1,6 @@
 """What a training step takes from its number: k, its budgets, rates of running means.
 
-A step that was recorded on a GPU (`recorded_steps.py`) is replayed with other numbers, so that
+A step that was recorded on a GPU (`kernels/cuda_graphs.py`) is replayed with other numbers, so that
 everything that changes from step to step is here, as Python numbers or as tensors of the device.
 """
 

@@ -16,17 +16,22 @@ from torch import nn
 from typing_extensions import override
 
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
-from msae_plugin.architecture.exact import (
+from msae_plugin.architecture.export import exported_tensors
+from msae_plugin.architecture.float32_buffers import (
     KeepsFloat32,
     add_remainders,
     exact_dtypes,
     restore_exact,
 )
-from msae_plugin.architecture.export import exported_tensors
-from msae_plugin.architecture.firing_floor import thresholds_at_rate
 from msae_plugin.architecture.initialisation import initialise_inverse_sqrt_d
 from msae_plugin.architecture.input_units import InputUnits
-from msae_plugin.architecture.mechanisms import Mechanisms
+from msae_plugin.architecture.kernels.static_selection import (
+    needs_static_shapes,
+    static_batch_top_k,
+)
+from msae_plugin.architecture.mechanisms.collection import Mechanisms
+from msae_plugin.architecture.mechanisms.firing_floor import thresholds_at_rate
+from msae_plugin.architecture.mechanisms.skip import with_skip
 from msae_plugin.architecture.nested import assign_rings
 from msae_plugin.architecture.ranks import Ranks
 from msae_plugin.architecture.selection import (
@@ -35,11 +40,9 @@ from msae_plugin.architecture.selection import (
     above_threshold,
     batch_top_k,
 )
-from msae_plugin.architecture.skip import with_skip
-from msae_plugin.architecture.static_selection import needs_static_shapes, static_batch_top_k
 from msae_plugin.architecture.step_schedule import Budgets, Number
 from msae_plugin.architecture.threshold import calibrated_cut
-from msae_plugin.errors import RunFailure
+from msae_plugin.common.errors import RunFailure
 
 
 class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConfig]):

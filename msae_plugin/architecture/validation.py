@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 
 if TYPE_CHECKING:
     from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig

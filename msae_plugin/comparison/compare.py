@@ -17,33 +17,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import TEMPORARY_PREFIX, write_json_atomic
+from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison import (
-    language_model_bench,
+    activations,
     measured_ground_truth,
     measured_language_model,
-    stored_activations,
     training_schedule,
     tuning,
 )
-from msae_plugin.comparison.compare_config import CompareConfig
-from msae_plugin.comparison.comparison_file import (
+from msae_plugin.comparison import (
+    language_model as language_model_bench,
+)
+from msae_plugin.comparison.finished_saes import missing_entries
+from msae_plugin.comparison.ground_truth import GroundTruthBench
+from msae_plugin.comparison.group_training import Workplace
+from msae_plugin.comparison.language_model import LanguageModelBench
+from msae_plugin.comparison.methods import SAES_FOLDER, Entry, expand, sae_folder
+from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.comparison.results import (
     COMPARISON_FILE,
     comparison_contents,
     control_row,
     training_metrics,
 )
-from msae_plugin.comparison.entries import SAES_FOLDER, Entry, expand, sae_folder
-from msae_plugin.comparison.finished_saes import missing_entries
-from msae_plugin.comparison.ground_truth_bench import GroundTruthBench
-from msae_plugin.comparison.group_training import Workplace
-from msae_plugin.comparison.language_model_bench import LanguageModelBench
 from msae_plugin.comparison.training_schedule import Part, TrainingOutcome, share_of, train_all
-from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation.outcomes import Reporter, no_report
-from msae_plugin.training.atomic_files import TEMPORARY_PREFIX, write_json_atomic
-from msae_plugin.training.interruption import InterruptionGuard
-from msae_plugin.training.models import LanguageModel
-from msae_plugin.training.run_record import read_run_record
+from msae_plugin.models.loading import LanguageModel
+from msae_plugin.saes.run_record import read_run_record
 
 RECIPE_FILE = "recipe.json"
 _OURS = frozenset(
@@ -52,7 +54,7 @@ _OURS = frozenset(
         COMPARISON_FILE,
         SAES_FOLDER,
         tuning.FOLDER,
-        stored_activations.FOLDER,
+        activations.FOLDER,
         training_schedule.CHECKPOINTS,
         measured_language_model.FOLDER,
         measured_ground_truth.FOLDER,
@@ -154,7 +156,7 @@ def compare(
     contents = comparison_contents(config, rows, measured, record, bench.device, outcome.failures)
     write_json_atomic(output / COMPARISON_FILE, contents)
     if not config.keep_activations and not outcome.failures:
-        shutil.rmtree(output / stored_activations.FOLDER, ignore_errors=True)
+        shutil.rmtree(output / activations.FOLDER, ignore_errors=True)
     complete = not outcome.failures and all(
         item["status"] in ("skipped", "not_measurable") for item in measured.missing
     )
@@ -201,8 +203,8 @@ def _require_activations(
     """Of several processes the first makes the model's pass."""
     if config.synthetic is not None or part.number == 1 or not missing:
         return
-    if stored_activations.open_activations(output) is None:
+    if activations.open_activations(output) is None:
         raise InputError(
-            f"--part {part.number}/{part.of}: {output / stored_activations.FOLDER} is not complete "
+            f"--part {part.number}/{part.of}: {output / activations.FOLDER} is not complete "
             f"yet: start --part 1/{part.of} first, and this one when the model's pass is over"
         )

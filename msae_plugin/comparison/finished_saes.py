@@ -9,23 +9,23 @@ from typing import Any, cast
 
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 
+from msae_plugin.architecture.calibration import calibrate, needs_calibration
+from msae_plugin.common.cache import key_digest
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import json_safe
 from msae_plugin.comparison.coefficient_search import is_matched
-from msae_plugin.comparison.compare_config import CompareConfig
-from msae_plugin.comparison.entries import SAES_FOLDER, Entry, sae_folder
 from msae_plugin.comparison.group_training import TrainedGroup, Workplace
+from msae_plugin.comparison.methods import SAES_FOLDER, Entry, sae_folder
+from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.sparsity_knobs import mean_l0, scale_thresholds
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.evaluation.cache import key_digest
-from msae_plugin.hub.export_run import REPORT_FILENAME, export_sae
-from msae_plugin.training.atomic_files import json_safe
-from msae_plugin.training.calibration import calibrate, needs_calibration
-from msae_plugin.training.metrics_log import METRICS_FILE, read_rows
-from msae_plugin.training.run_record import (
+from msae_plugin.saes.export import REPORT_FILENAME, export_sae
+from msae_plugin.saes.run_record import (
     RunRecord,
     describe_device,
     read_run_record,
     software_versions,
 )
+from msae_plugin.training.log import METRICS_FILE, read_rows
 
 # Changing these trains the same SAE.
 _NOT_OF_AN_SAE = (

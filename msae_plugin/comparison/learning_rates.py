@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.recipes import as_mapping
 from msae_plugin.comparison.compare import Comparison
-from msae_plugin.comparison.compare_config import CompareConfig
-from msae_plugin.comparison.entries import FROZEN
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.training.parsing import as_mapping
+from msae_plugin.comparison.methods import FROZEN
+from msae_plugin.comparison.recipe import CompareConfig
 
 RATES_FILE = "rates.json"
 TUNED_FILE = "tuned.yaml"

@@ -14,13 +14,13 @@ from typing import Any, cast
 from sae_lens import SAE
 from sae_lens.synthetic import eval_sae_on_synthetic_data
 
-from msae_plugin.comparison.compare_config import CompareConfig
+from msae_plugin.common.cache import key_digest, tensors_sha256
+from msae_plugin.common.files import write_json_atomic
+from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.recorded_samples import RecordedSamples
 from msae_plugin.comparison.synthetic_source import SyntheticSource
-from msae_plugin.evaluation.cache import key_digest, tensors_sha256
 from msae_plugin.evaluation.decoder_overlap import mean_max_decoder_cosine
 from msae_plugin.evaluation.outcomes import Reporter, require_real
-from msae_plugin.training.atomic_files import write_json_atomic
 
 FOLDER = "ground_truth"
 

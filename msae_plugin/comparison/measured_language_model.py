@@ -13,16 +13,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.comparison.compare_config import CompareConfig
-from msae_plugin.comparison.entries import sae_folder
-from msae_plugin.evaluation.cache import key_digest
+from msae_plugin.common.cache import key_digest
+from msae_plugin.common.files import write_json_atomic
+from msae_plugin.comparison.methods import sae_folder
+from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.data.windows import Window, iterate_windows
+from msae_plugin.evaluation.context_rendering import contexts_as_json
+from msae_plugin.evaluation.contexts import ContextCollector
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
 from msae_plugin.evaluation.outcomes import Reporter, Subject
-from msae_plugin.evaluation.windows import Window, iterate_windows
-from msae_plugin.reporting.context_rendering import contexts_as_json
-from msae_plugin.reporting.contexts import ContextCollector
-from msae_plugin.training.atomic_files import write_json_atomic
-from msae_plugin.training.models import LanguageModel
+from msae_plugin.models.loading import LanguageModel
 
 FOLDER = "heldout"
 CONTEXTS_FILE = "contexts.json"

@@ -22,8 +22,8 @@ from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 
 from msae_plugin.architecture.threshold import calibrated_cut
-from msae_plugin.errors import InputError
-from msae_plugin.training.sae_plans import DEFAULT_ARCHITECTURE
+from msae_plugin.common.errors import InputError
+from msae_plugin.training.plans import DEFAULT_ARCHITECTURE
 
 _MODE = "jumprelu_sparsity_loss_mode"
 _DIRECT = ("k", "max_iterations")

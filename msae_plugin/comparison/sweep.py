@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison.compare import check_comparison_folder, compare
-from msae_plugin.comparison.compare_config import CompareConfig
-from msae_plugin.comparison.entries import expand
 from msae_plugin.comparison.finished_saes import missing_entries
-from msae_plugin.comparison.language_model_bench import LanguageModelBench
+from msae_plugin.comparison.language_model import LanguageModelBench
+from msae_plugin.comparison.methods import expand
+from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.training_schedule import Part
-from msae_plugin.errors import InputError, RunFailure
 from msae_plugin.evaluation.outcomes import Reporter, no_report
-from msae_plugin.training.interruption import InterruptionGuard
 
 if TYPE_CHECKING:
     import submitit

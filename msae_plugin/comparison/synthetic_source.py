@@ -16,12 +16,12 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig
 
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.recipes import unknown_key_message
+from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.comparison.compare_sections import SyntheticSection
 from msae_plugin.comparison.sources import SAMPLE_TOKENS
-from msae_plugin.errors import InputError
-from msae_plugin.training.parsing import unknown_key_message
-from msae_plugin.training.sae_plans import default_device
-from msae_plugin.training.seeding import RandomStream, derive_seed
+from msae_plugin.training.plans import default_device
 
 
 def model_config(section: SyntheticSection) -> SyntheticModelConfig:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msae_plugin.comparison.statistics import spread
-from msae_plugin.training.health import recorded_messages
+from msae_plugin.saes.health import recorded_messages
 
 _COLUMNS = {
     "language_model": (

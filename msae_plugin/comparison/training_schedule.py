@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.comparison.entries import Entry
+from msae_plugin.common.cache import key_digest
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import TEMPORARY_PREFIX
 from msae_plugin.comparison.finished_saes import (
     Cut,
     entry_key,
@@ -27,10 +29,8 @@ from msae_plugin.comparison.group_training import (
     train_group,
     trained_or_failed,
 )
+from msae_plugin.comparison.methods import Entry
 from msae_plugin.comparison.tuning import Search, Tuner
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.evaluation.cache import key_digest
-from msae_plugin.training.atomic_files import TEMPORARY_PREFIX
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
 
 logger = logging.getLogger(__name__)

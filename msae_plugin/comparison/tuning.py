@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import write_json_atomic
 from msae_plugin.comparison.coefficient_search import (
     Trial,
     best_trial,
@@ -21,11 +23,9 @@ from msae_plugin.comparison.coefficient_search import (
     is_matched,
     next_coefficient,
 )
-from msae_plugin.comparison.entries import Entry
 from msae_plugin.comparison.finished_saes import set_cut
 from msae_plugin.comparison.group_training import Group, Workplace, train_group
-from msae_plugin.errors import InputError
-from msae_plugin.training.atomic_files import write_json_atomic
+from msae_plugin.comparison.methods import Entry
 
 FOLDER = "search"
 

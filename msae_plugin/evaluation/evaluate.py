@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.evaluation.cache import (
+from msae_plugin.common.cache import (
     default_cache,
     files_sha256,
     key_digest,
     tensors_sha256,
     versions,
 )
-from msae_plugin.evaluation.eval_config import EvalConfig
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.evaluation.outcomes import (
     MetricDefinition,
     ModelContext,
@@ -31,20 +30,21 @@ from msae_plugin.evaluation.outcomes import (
     no_report,
 )
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
+from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.evaluation.stored_outcomes import read_outcomes, write_outcomes
-from msae_plugin.evaluation.subjects import subject_record
 from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
-from msae_plugin.training.models import HOOKED_TRANSFORMER, LanguageModel, load_language_model
-from msae_plugin.training.packaged_model import PACKAGED_MODELS, PACKAGED_PREFIX, is_installed
-from msae_plugin.training.sae_plans import default_device
+from msae_plugin.models.loading import HOOKED_TRANSFORMER, LanguageModel, load_language_model
+from msae_plugin.models.packaged import PACKAGED_MODELS, PACKAGED_PREFIX, is_installed
+from msae_plugin.saes.load import subject_record
+from msae_plugin.training.plans import default_device
 
 MODULES = {
-    "core": "core",
+    "core": "core.adapter",
     "sparse_probing": "sparse_probing",
     "sparse_probing_sae_probes": "sae_probes",
-    "unlearning": "unlearning",
+    "unlearning": "unlearning.adapter",
 }
-"""SAEBench's names of the evaluations, and our modules for them; all others run in `others`."""
+"""SAEBench's names of the evaluations, and our modules for them; the rest runs in `passthrough`."""
 
 _VERSIONS = ("sae-bench", "sae-probes", "sae-lens", "transformer-lens", "torch")
 
@@ -280,8 +280,8 @@ def _runner(evaluation: str) -> Evaluation:
     # Imported here: importing sae_bench takes seconds and needs the extra `eval`.
     if evaluation in MODULES:
         module = importlib.import_module(f"msae_plugin.evaluation.saebench.{MODULES[evaluation]}")
-        return cast("Evaluation", getattr(module, f"run_{MODULES[evaluation]}"))
-    others = importlib.import_module("msae_plugin.evaluation.saebench.others")
+        return cast("Evaluation", getattr(module, f"run_{MODULES[evaluation].partition('.')[0]}"))
+    others = importlib.import_module("msae_plugin.evaluation.saebench.passthrough")
 
     def run(
         context: ModelContext,
@@ -305,7 +305,7 @@ def _definitions(
     if evaluation not in MODULES:
         others = importlib.import_module("msae_plugin.evaluation.saebench.others_definitions")
         return {name: others.definition(evaluation, name) for name in names}
-    module_name = "core_definitions" if evaluation == "core" else MODULES[evaluation]
+    module_name = "core.definitions" if evaluation == "core" else MODULES[evaluation]
     module = importlib.import_module(f"msae_plugin.evaluation.saebench.{module_name}")
     return {name: module.DEFINITIONS[name] for name in names}
 

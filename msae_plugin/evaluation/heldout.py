@@ -27,20 +27,15 @@ from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.util import get_special_token_ids
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
+from msae_plugin.data.windows import Window, batched_windows, iterate_windows, require_texts
 from msae_plugin.evaluation.decoder_overlap import mean_max_decoder_cosine
-from msae_plugin.evaluation.model_pass import (
+from msae_plugin.evaluation.token_losses import predicting_positions, summed_losses
+from msae_plugin.models.forward_pass import (
     ModelWithTokenizer,
     Tail,
     activations_at,
     logits_and_activations,
-)
-from msae_plugin.evaluation.token_losses import predicting_positions, summed_losses
-from msae_plugin.evaluation.windows import (
-    Window,
-    batched_windows,
-    iterate_windows,
-    require_texts,
 )
 
 # Latents are computed for as many tokens at a time as fit in 64 MiB of float32.

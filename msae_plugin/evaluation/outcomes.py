@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from sae_lens import SAE
 
-from msae_plugin.errors import RunFailure
-from msae_plugin.training.models import LanguageModel
+from msae_plugin.common.errors import RunFailure
+from msae_plugin.models.loading import LanguageModel
 
 Status = Literal["measured", "failed", "skipped", "not_measurable"]
 

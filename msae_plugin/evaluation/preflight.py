@@ -12,20 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae_plugin.errors import InputError, MissingInputError
-from msae_plugin.evaluation.cache import default_cache
-from msae_plugin.evaluation.eval_config import EvalConfig
-from msae_plugin.evaluation.local_datasets import missing_for_probing
-from msae_plugin.evaluation.missing import Missing
+from msae_plugin.common.cache import default_cache
+from msae_plugin.common.errors import InputError, MissingInputError
+from msae_plugin.common.missing import Missing
+from msae_plugin.data.local_datasets import missing_for_probing
 from msae_plugin.evaluation.outcomes import Subject
-from msae_plugin.evaluation.preflight_data import (
-    core_bytes,
-    missing_disk,
-    missing_for_autointerp,
-    missing_for_core,
-    missing_for_ravel,
-)
-from msae_plugin.evaluation.preflight_model import (
+from msae_plugin.evaluation.preflight_checks import (
     as_missing,
     misfits,
     missing_device,
@@ -33,9 +25,17 @@ from msae_plugin.evaluation.preflight_model import (
     tokenizer_folder,
     without_advice,
 )
+from msae_plugin.evaluation.preflight_data import (
+    core_bytes,
+    missing_disk,
+    missing_for_autointerp,
+    missing_for_core,
+    missing_for_ravel,
+)
 from msae_plugin.evaluation.preflight_packages import missing_packages, saebench_is_installed
-from msae_plugin.training.hub_access import hub_asked_once
-from msae_plugin.training.models import describe_model
+from msae_plugin.evaluation.recipe import EvalConfig
+from msae_plugin.models.hub_access import hub_asked_once
+from msae_plugin.models.loading import describe_model
 
 ALL = "all"
 """In place of an evaluation's name: nothing can run without it."""
@@ -192,7 +192,7 @@ class _Checks:
         if not saebench_is_installed():
             return found  # named already
         # As in `_sae_probes`.
-        module = importlib.import_module("msae_plugin.evaluation.saebench.unlearning")
+        module = importlib.import_module("msae_plugin.evaluation.saebench.unlearning.adapter")
         try:
             return found + module.missing_for_unlearning(settings, folder)
         except InputError as error:

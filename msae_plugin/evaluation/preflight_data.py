@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msae_plugin.errors import InputError
-from msae_plugin.evaluation.eval_config import datasets_of
-from msae_plugin.evaluation.eval_schemas import default_of
-from msae_plugin.evaluation.missing import Missing
-from msae_plugin.evaluation.preflight_model import as_missing
-from msae_plugin.training.hub_access import model_config_folder, require_repository
-from msae_plugin.training.model_sources import hub_name_of, local_folder, read_config
-from msae_plugin.training.packaged_model import PACKAGED_PREFIX, packaged_model
-from msae_plugin.training.text_corpora import open_corpus
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.missing import Missing
+from msae_plugin.data.text_corpora import open_corpus
+from msae_plugin.evaluation.preflight_checks import as_missing
+from msae_plugin.evaluation.protocols import default_of
+from msae_plugin.evaluation.recipe import datasets_of
+from msae_plugin.models.hub_access import model_config_folder, require_repository
+from msae_plugin.models.packaged import PACKAGED_PREFIX, packaged_model
+from msae_plugin.models.sources import hub_name_of, local_folder, read_config
 
 OPENAI_VARIABLE = "OPENAI_API_KEY"
 RAVEL_DATASET = "adamkarvonen/ravel_prompts"

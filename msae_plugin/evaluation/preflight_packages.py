@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from msae_plugin.evaluation.cache import versions
-from msae_plugin.evaluation.missing import Missing
+from msae_plugin.common.cache import versions
+from msae_plugin.common.missing import Missing
 
 EXTRA = 'pip install "msae-plugin[eval]"'
 

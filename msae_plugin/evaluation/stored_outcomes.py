@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import write_json_atomic
 from msae_plugin.evaluation.outcomes import Outcome
-from msae_plugin.training.atomic_files import write_json_atomic
 
 FILE = "outcomes.json"
 

@@ -11,9 +11,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from msae_plugin.evaluation.cache import versions
+from msae_plugin.common.cache import versions
+from msae_plugin.common.files import write_json_atomic, write_text_atomic
 from msae_plugin.evaluation.outcomes import MetricDefinition, Outcome
-from msae_plugin.training.atomic_files import write_json_atomic, write_text_atomic
 
 FORMAT = 1
 JSON_FILE, CSV_FILE = "summary.json", "summary.csv"

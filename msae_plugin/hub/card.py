@@ -12,8 +12,8 @@ from typing import Any, cast
 import yaml
 from huggingface_hub import CardData, RepoCard
 
-from msae_plugin.errors import InputError
-from msae_plugin.hub.card_entry import CardEntry
+from msae_plugin.common.errors import InputError
+from msae_plugin.hub.card_data import CardEntry
 from msae_plugin.hub.card_sections import render
 from msae_plugin.hub.sources import hub_dataset, hub_model
 

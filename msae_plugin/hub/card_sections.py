@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from msae_plugin.hub.card_entry import CardEntry, evaluated_on
+from msae_plugin.hub.card_data import CardEntry, evaluated_on
 from msae_plugin.hub.sources import base_terms, hub_dataset, hub_model, sources_of
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")

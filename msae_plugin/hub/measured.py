@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
-from msae_plugin.hub.clean_config import clean_run_config
-from msae_plugin.hub.local_sae import LocalSAE
+from msae_plugin.saes.clean_config import clean_run_config
+from msae_plugin.saes.local_sae import LocalSAE
 
 
 @dataclass(frozen=True)

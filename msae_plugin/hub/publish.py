@@ -15,16 +15,16 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
-from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.hub import remote
-from msae_plugin.hub.hub_errors import explained, hub_errors, require_token, status_of
-from msae_plugin.hub.publish_plan import PublishPlan, make_plan
-from msae_plugin.hub.references import require_repo_name
+from msae_plugin.hub.plan import PublishPlan, make_plan
 from msae_plugin.hub.release import dashboard_command, pretrained_saes_stanza
 from msae_plugin.hub.remote import Committed, RepositoryState
 from msae_plugin.hub.sae_folder import private_content
 from msae_plugin.hub.verification import Verification, check_files, check_latents
-from msae_plugin.training.atomic_files import folder_written_atomically
+from msae_plugin.models.hub_errors import explained, hub_errors, require_token, status_of
+from msae_plugin.saes.references import require_repo_name
 
 Confirm = Callable[[str], bool]
 Say = Callable[[str], None]

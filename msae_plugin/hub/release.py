@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from msae_plugin.hub import sae_dashboard
-from msae_plugin.hub.card_entry import CardEntry
-from msae_plugin.hub.export_run import TWIN_FOLDER
+from msae_plugin.hub.card_data import CardEntry
 from msae_plugin.hub.sources import hub_dataset, hub_model
+from msae_plugin.reporting import sae_dashboard
+from msae_plugin.saes.export import TWIN_FOLDER
 
 _UNKNOWN_DATASET = "DATASET_ON_THE_HUB"
 

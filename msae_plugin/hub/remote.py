@@ -23,10 +23,10 @@ from huggingface_hub.errors import (
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
-from msae_plugin.hub.card_entry import CardEntry, usable_summary
-from msae_plugin.hub.export_run import REPORT_FILENAME, TWIN_FOLDER
-from msae_plugin.hub.hub_errors import hub_errors
+from msae_plugin.hub.card_data import CardEntry, usable_summary
 from msae_plugin.hub.sae_folder import FIGURES_FOLDER
+from msae_plugin.models.hub_errors import hub_errors
+from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
 
 CARD_FILENAME = "README.md"
 MAIN = "main"

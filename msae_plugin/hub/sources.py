@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
-from msae_plugin.training.packaged_model import PACKAGED_PREFIX
+from msae_plugin.models.packaged import PACKAGED_PREFIX
 
 _SAELENS = "SAELens, which trains and loads it: https://github.com/decoderesearch/SAELens"
 _GAO = "AuxK and TopK: Gao et al., Scaling and evaluating sparse autoencoders, arXiv 2406.04093"

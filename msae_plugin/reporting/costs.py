@@ -38,9 +38,9 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
-from msae_plugin.training.models import ModelShape
-from msae_plugin.training.run_config import RunConfig
-from msae_plugin.training.sae_plans import SAEPlan
+from msae_plugin.models.loading import ModelShape
+from msae_plugin.training.plans import SAEPlan
+from msae_plugin.training.recipe import RunConfig
 
 STEP_TENSORS = 10
 LAYER_TENSORS = 16

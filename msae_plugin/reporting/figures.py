@@ -1,213 +1,400 @@
-"""Figures, drawn without a display. Needs the `report` extra (matplotlib)."""
+"""The figures of a report. Each returns a picture with its caption and its alternative text."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from math import isfinite, nan
+from statistics import fmean
 from typing import Any
 
-import torch
+from msae_plugin.reporting.document import Figure, slug
+from msae_plugin.reporting.figure_style import Look, drawing
+from msae_plugin.reporting.metrics import BY_KEY, Definition, digits_for, number, sentence
+from msae_plugin.reporting.rows import Bench, Difference, Group
 
-from msae_plugin.errors import InputError
-from msae_plugin.evaluation.heldout import HeldoutMetrics
-from msae_plugin.training.atomic_files import TEMPORARY_PREFIX
 
-# Okabe and Ito's palette: told apart with any common colour blindness; the line styles and markers
-# below tell them apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D")
+def axis_label(heading: str, definition: Definition | None) -> str:
+    """Heading, unit and direction of a metric."""
+    if definition is None:
+        return heading
+    unit = f" ({definition.unit})" if definition.unit not in ("", "none", "share") else ""
+    share = " (share)" if definition.unit.startswith("share") else ""
+    return f"{heading}{share or unit} {definition.arrow}".rstrip()
+
+
+def seeds_shown(bench: Bench) -> str:
+    """What the small marks of a figure are; empty when there are none."""
+    if not any(len(group.rows) > 1 for group in bench.groups()):
+        return ""
+    return f" Small marks: single {bench.seeds_are}; large ones: their mean."
+
+
+def pareto(
+    bench: Bench, role: str, metric: str, l0: str | None, looks: Mapping[str, Look]
+) -> Figure | None:
+    """A metric against L0, a line per method, every seed shown.
+
+    Args:
+        bench: The measurements.
+        role: What the metric is.
+        metric: Its name.
+        l0: Metric that measures L0; None draws against the target.
+        looks: By method.
+
+    Returns:
+        The figure; None when no method was measured at two L0s: a single one makes no front.
+    """
+    points: dict[str, list[tuple[float, float, Group]]] = {}
+    for group in bench.groups():
+        if group.is_variant:
+            continue  # fifty lines would hide the others; they are in the ladder
+        x = group.l0_target if l0 is None else group.mean(l0)
+        y = group.mean(metric)
+        if x is not None and y is not None:
+            points.setdefault(group.method, []).append((x, y, group))
+    if all(len(line) < 2 for line in points.values()):
+        return None
+    heading = BY_KEY[role].heading
+    definition = bench.definitions.get(metric)
+    with drawing(4.6) as canvas:
+        for method, line in points.items():
+            look = looks[method]
+            line.sort(key=lambda point: point[0])
+            control = line[0][2].first.control is not None
+            canvas.axis.plot(
+                [x for x, _, _ in line], [y for _, y, _ in line],
+                linestyle=":" if control else look.line, color=look.colour, marker=look.marker,
+                markerfacecolor="white" if control else look.colour,
+                label=f"{method} (control)" if control else method,
+            )  # fmt: skip
+            for x, y, group in line:
+                for row in group.rows if len(group.rows) > 1 else []:
+                    at = x if l0 is None else row.metrics.get(l0, x)
+                    canvas.axis.plot(
+                        at, row.metrics.get(metric, y), look.marker,
+                        color=look.colour, markersize=3.2, alpha=0.55,
+                    )  # fmt: skip
+        hidden = _leave_out_far_controls(canvas.axis, points)
+        canvas.axis.set_xlabel("target L0" if l0 is None else "L0 (active latents per token)")
+        canvas.axis.set_ylabel(axis_label(heading, definition))
+        canvas.legend_below()
+    values = [y for line in points.values() for _, y, _ in line]
+    digits = digits_for(values)
+    told = [
+        f"{method} " + ", ".join(f"{number(y, digits)} at L0 {number(x, 0)}" for x, y, _ in line)
+        for method, line in points.items()
+    ]
+    return Figure(
+        name=f"{bench.name}-pareto-{slug(role)}",
+        caption=f"{sentence(heading)} against L0. {_direction(definition)}{seeds_shown(bench)}"
+        + (f" Outside of the axes: {', '.join(hidden)}." if hidden else ""),
+        alt=f"Lines of {heading} against L0: {'; '.join(told)}.",
+        png=canvas.png,
+    )
+
+
+def _leave_out_far_controls(
+    axis: Any, points: Mapping[str, Sequence[tuple[float, float, Group]]]
+) -> list[str]:
+    """Limits that fit what is compared; names and values of controls outside of them."""
+    ours = [(x, y) for line in points.values() for x, y, g in line if g.first.control is None]
+    if len(ours) < 2:
+        return []
+    xs, ys = [x for x, _ in ours], [y for _, y in ours]
+    margin = 0.25 * (max(ys) - min(ys) or 1.0)
+    low, high = axis.get_ylim()
+    bottom, top = max(low, min(ys) - margin), min(high, max(ys) + margin)
+    axis.set_ylim(bottom, top)
+    _l0_axis(axis, xs)
+    left, right = axis.get_xlim()
+    return [
+        f"{method} (control) {number(y, 3)} at L0 {number(x, 0)}"
+        for method, line in points.items()
+        for x, y, _ in line
+        if not (bottom <= y <= top and left <= x <= right)
+    ]
+
+
+def _l0_axis(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where L0 spans more than a factor of four, with plain numbers."""
+    if min(values) > 0 and max(values) / min(values) > 4:
+        axis.set_xlim(min(values) / 1.2, max(values) * 1.2)
+        ticks = [base * 10**power for power in range(5) for base in (1, 2, 5)]
+        inside = [tick for tick in ticks if min(values) / 1.5 <= tick <= max(values) * 1.5]
+        axis.set_xscale("log")
+        axis.set_xticks(inside, [f"{tick:,}" for tick in inside])
+        axis.minorticks_off()
+    else:
+        reach = 0.07 * (max(values) - min(values) or 1.0)
+        axis.set_xlim(min(values) - reach, max(values) + reach)
+
+
+def _direction(definition: Definition | None) -> str:
+    if definition is None or definition.higher_is_better is None:
+        return ""
+    return "Up is better." if definition.higher_is_better else "Down is better."
+
+
+def difference_plot(
+    bench: Bench,
+    found: Sequence[Difference],
+    role: str,
+    looks: Mapping[str, Look],
+    name: str | None = None,
+) -> Figure | None:
+    """Differences to the reference with their intervals, one line each.
+
+    Args:
+        bench: The measurements.
+        found: Differences in one metric.
+        role: What the metric is.
+        looks: By method.
+        name: File name, made of bench and role when None.
+
+    Returns:
+        The figure; None when no difference has an interval.
+    """
+    drawn = [item for item in found if item.found.low is not None]
+    if not drawn:
+        return None
+    definition = bench.definitions.get(drawn[0].metric)
+    heading = BY_KEY[role].heading
+    others = list(dict.fromkeys(item.theirs for item in drawn))
+    targets = {item.l0_target for item in drawn}
+    labels: list[str] = []
+    with drawing(1.5 + 0.30 * len(drawn)) as canvas:
+        for place, item in enumerate(drawn):
+            look, low, high = looks[item.ours], item.found.low, item.found.high
+            canvas.axis.plot([low, high], [place, place], color=look.colour, lw=2.2)
+            canvas.axis.plot(
+                item.found.mean, place, look.marker, color=look.colour,
+                markerfacecolor=look.colour if item.found.shown else "white",
+            )  # fmt: skip
+            where = "all L0" if item.l0_target is None else f"L0 {item.l0_target:g}"
+            ours = item.ours if len(others) == 1 else f"{item.ours} − {item.theirs}"
+            labels.append(ours if len(targets) == 1 else f"{ours}, {where}")
+        canvas.axis.axvline(0, color="#333333", lw=1)
+        canvas.axis.set_yticks(range(len(drawn)), labels, fontsize=8.5)
+        canvas.axis.set_ylim(len(drawn) - 0.5, -0.5)
+        minus = f", minus {others[0]}" if len(others) == 1 else ""
+        canvas.axis.set_xlabel(f"{axis_label(heading, definition)}{minus}", fontsize=10)
+        canvas.axis.locator_params(axis="x", nbins=5)
+        canvas.axis.grid(visible=False, axis="y")
+    shown = sum(item.found.shown for item in drawn)
+    compared = f" from {', '.join(others)}" if len(others) < 4 else ""
+    where = "".join(f" at target L0 {l0:g}" for l0 in targets if l0 and len(targets) == 1)
+    return Figure(
+        name=name or f"{bench.name}-differences-{slug(role)}",
+        caption=f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. Filled "
+        "marks: the interval leaves out zero; hollow: no difference shown.",
+        alt=f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
+        "zero; the numbers are in the table of differences.",
+        png=canvas.png,
+    )
+
+
+def curves(
+    name: str,
+    heading: str,
+    caption: str,
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    looks: Mapping[str, Look],
+    *,
+    bottom: float | None = None,
+    top: float | None = None,
+) -> Figure | None:
+    """Values of training logs against tokens; lines of one method look alike.
+
+    Args:
+        name: File name.
+        heading: Of the vertical axis.
+        caption: One sentence.
+        lines: Method, tokens and values, one per SAE.
+        looks: By method.
+        bottom: Lowest value shown.
+        top: Highest value shown.
+
+    Returns:
+        The figure; None without a line of two points.
+    """
+    lines = [line for line in lines if len(line[1]) > 1]
+    if not lines:
+        return None
+    longest = max(tokens[-1] for _, tokens, _ in lines) >= 2e6
+    unit, scale = ("millions", 1e6) if longest else ("thousands", 1e3)
+    with drawing(4.3) as canvas:
+        labelled: dict[str, Any] = {}
+        for method, tokens, values in lines:
+            look = looks[method]
+            (drawn,) = canvas.axis.plot(
+                [count / scale for count in tokens], list(values),
+                color=look.colour, linestyle=look.line, lw=1.4,
+            )  # fmt: skip
+            labelled.setdefault(method, drawn)
+        canvas.axis.set_xlabel(f"training tokens or samples ({unit})")
+        canvas.axis.set_ylabel(heading)
+        canvas.axis.set_xlim(left=0)
+        if bottom is not None and any(max(values) > bottom for _, _, values in lines):
+            canvas.axis.set_ylim(bottom=max(bottom, canvas.axis.get_ylim()[0]))
+        if top is not None:
+            canvas.axis.set_ylim(top=top)
+        canvas.legend_below(labelled)
+    digits = digits_for([values[-1] for _, _, values in lines])
+    ends = "; ".join(f"{method} ends at {number(v[-1], digits)}" for method, _, v in lines)
+    return Figure(
+        name, f"{caption} One line per SAE.", f"Curves of {heading} over training: {ends}.",
+        canvas.png,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class FigureSAE:
-    """What the demo's figure shows of one SAE.
+class Panel:
+    """One metric over categories.
 
     Args:
-        name: Label.
-        metrics: On held-out text, with firing frequencies.
-        tokens: Training tokens of each logged row.
-        explained_variance: Explained variance of the training batches of each logged row.
-        l0: Active latents per token in those batches; not the exported SAE's.
+        heading: Over the panel, with unit and direction.
+        told: In the alternative text.
+        values: Per category one value per seed; an empty list where nothing was measured.
     """
 
-    name: str
-    metrics: HeldoutMetrics
-    tokens: list[int]
-    explained_variance: list[float]
-    l0: list[float]
-
-    @property
-    def training_label(self) -> str:
-        """Name and L0 while training: curves at different L0 must not be read as a comparison."""
-        first, last = round(self.l0[0]), round(self.l0[-1])
-        span = f"{last}" if first == last else f"{first} falling to {last}"
-        return f"{self.name} (training L0 {span})"
+    heading: str
+    told: str
+    values: Sequence[Sequence[float]]
 
 
-def training_curve(metrics_file: Path) -> tuple[list[int], list[float], list[float]]:
-    """Tokens, explained variance and L0 from a `metrics.jsonl`.
-
-    Raises:
-        InputError: The file is missing or not JSON lines.
-    """
-    try:
-        rows = [json.loads(line) for line in metrics_file.read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(metrics_file)!r} cannot be read: {error}") from error
-    rows = [row for row in rows if row.get("explained_variance") is not None]
-    return (
-        [int(row["tokens"]) for row in rows],
-        [row["explained_variance"] for row in rows],
-        [row["l0"] for row in rows],
-    )
-
-
-def _pyplot() -> Any:
-    # matplotlib is optional, and importing it takes half a second.
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError(
-            "figures need matplotlib, which is not installed: pip install 'msae-plugin[report]'"
-        ) from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def require_matplotlib() -> None:
-    """Refuse early, before minutes of training.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    _pyplot()
-
-
-def demo_figure(saes: Sequence[FigureSAE], path: Path, title: str) -> None:
-    """Training curves, held-out quality and firing frequencies of a few SAEs.
+def panels(
+    name: str,
+    caption: str,
+    categories: Sequence[str],
+    shown: Sequence[Panel],
+    x_label: str,
+    *,
+    connected: bool = True,
+) -> Figure | None:
+    """Metrics over the same categories, one panel under another, every seed shown.
 
     Args:
-        saes: At most four.
-        path: A PNG; written whole or not at all.
-        title: One line over the figure.
+        name: File name.
+        caption: One sentence.
+        categories: Along the horizontal axis.
+        shown: The panels; those without a value are left out.
+        x_label: Horizontal axis.
+        connected: Whether a line joins the means.
 
-    Raises:
-        InputError: matplotlib is not installed, or there are too many SAEs for the palette.
+    Returns:
+        The figure; None when nothing was measured.
     """
-    if not 1 <= len(saes) <= len(COLOURS):
-        raise InputError(f"the figure shows 1 to {len(COLOURS)} SAEs, not {len(saes)}")
-    plt = _pyplot()
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#dddddd",
-        "axes.axisbelow": True,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-    }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=(1.1, 1, 1.1)
-        )
-        _draw_curves(axes[0], saes)
-        _draw_quality(axes[1], saes)
-        _draw_firing(axes[2], saes)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=len(saes), frameon=False)
-        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-        try:
-            figure.savefig(temporary, dpi=150, format="png")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-            plt.close(figure)
+    shown = [panel for panel in shown if any(panel.values)]
+    if not shown:
+        return None
+    slanted = max(map(len, categories)) > 6
+    height = (3.6 if len(shown) == 1 else 0.9 + 1.55 * len(shown)) + (1.0 if slanted else 0.0)
+    told: list[str] = []
+    with drawing(height, len(shown), share_x=True) as canvas:
+        for axis, panel in zip(canvas.axes, shown, strict=True):
+            means = [fmean(values) if values else nan for values in panel.values]
+            axis.plot(range(len(means)), means, "-o" if connected else "o", color="#0072B2")
+            for place, values in enumerate(panel.values):
+                if len(values) > 1:
+                    axis.plot([place] * len(values), values, "o", color="#0072B2", ms=3, alpha=0.5)
+            if len(shown) == 1:
+                axis.set_ylabel(panel.heading)
+            else:
+                axis.set_title(panel.heading, fontsize=10)
+            axis.margins(x=0.04, y=0.15)
+            known = {c: m for c, m in zip(categories, means, strict=True) if isfinite(m)}
+            digits = digits_for(list(known.values()))
+            numbers = ", ".join(f"{c} {number(m, digits)}" for c, m in known.items())
+            told.append(f"{panel.told}: {numbers}")
+        turned = {"rotation": 35, "ha": "right", "fontsize": 9} if slanted else {}
+        canvas.axes[-1].set_xticks(range(len(categories)), list(categories), **turned)
+        canvas.axes[-1].set_xlabel(x_label)
+    return Figure(name, caption, f"{'; '.join(told)}.", canvas.png)
 
 
-def _draw_curves(axis: Any, saes: Sequence[FigureSAE]) -> None:
-    for sae, colour, line in zip(saes, COLOURS, LINES, strict=False):
-        thousands = [tokens / 1000 for tokens in sae.tokens]
-        axis.plot(
-            thousands, sae.explained_variance, line, color=colour, label=sae.training_label, lw=2
-        )
-    axis.set_title("Training")
-    axis.set_xlabel("training tokens (thousands)")
-    axis.set_ylabel("explained variance of training batches")
-    axis.set_xlim(left=0)
-    # The first rows of a run are far below zero and would flatten everything after them.
-    axis.set_ylim(bottom=max(axis.get_ylim()[0], 0.0), top=1.0)
+def bars(
+    name: str,
+    caption: str,
+    alt: str,
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    *,
+    stacked: bool = False,
+) -> Figure:
+    """Bars with hatching, for parts and counts.
+
+    Args:
+        name: File name.
+        caption: One sentence.
+        alt: Alternative text.
+        labels: Under the bars.
+        series: Heights by name.
+        x_label: Horizontal axis.
+        y_label: Vertical axis.
+        stacked: On top of one another in place of side by side.
+    """
+    hatches = ("", "///", "...", "xx", "\\\\", "++", "oo")
+    colours = ("#0072B2", "#E69F00", "#B3579A", "#999999", "#007A59", "#56B4E9", "#D55E00")
+    with drawing(4.0) as canvas:
+        width = 0.85 if stacked else 0.85 / max(1, len(series))
+        base = [0.0] * len(labels)
+        for place, (label, heights) in enumerate(series.items()):
+            shift = 0.0 if stacked else (place - (len(series) - 1) / 2) * width
+            canvas.axis.bar(
+                [i + shift for i in range(len(labels))], list(heights), width,
+                bottom=base if stacked else None, label=label,
+                color=colours[place % len(colours)], hatch=hatches[place % len(hatches)],
+                edgecolor="white", linewidth=0.5,
+            )  # fmt: skip
+            if stacked:
+                base = [low + high for low, high in zip(base, heights, strict=True)]
+        every = max(1, -(-len(labels) // 10))
+        slanted = max(map(len, labels), default=0) > 6
+        turned = {"rotation": 35, "ha": "right", "fontsize": 9} if slanted else {}
+        canvas.axis.set_xticks(range(0, len(labels), every), labels[::every], **turned)
+        canvas.axis.set_xlabel(x_label)
+        canvas.axis.set_ylabel(y_label)
+        canvas.axis.grid(visible=False, axis="x")
+        if len(series) > 1:
+            canvas.legend_below()
+    return Figure(name, caption, alt, canvas.png)
 
 
-def _draw_quality(axis: Any, saes: Sequence[FigureSAE]) -> None:
-    # An arrow says which way is better.
-    measures = (
-        "explained\nvariance ↑",
-        "loss\nrecovered ↑",
-        "alive\nlatents ↑",
-        "decoder\noverlap ↓",
-    )
-    offsets = [0.16 * (i - (len(saes) - 1) / 2) for i in range(len(saes))]
-    for sae, colour, marker, offset in zip(saes, COLOURS, MARKERS, offsets, strict=False):
-        m = sae.metrics
-        alive = 1 - m.dead_latents / m.d_sae
-        values = (m.explained_variance, m.loss_recovered, alive, m.mean_max_decoder_cosine)
-        for place, value in enumerate(values):
-            if value is None:
-                continue
-            shown = min(max(value, 0.0), 1.0)
-            axis.vlines(place + offset, 0, shown, color=colour, lw=2, alpha=0.5)
-            axis.plot(place + offset, shown, marker, color=colour, ms=8)
-            axis.annotate(
-                f"{value:.2f}",
-                (place + offset, shown),
-                xytext=(-7 if offset < 0 else 7, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=colour,
+def steps(
+    name: str,
+    caption: str,
+    alt: str,
+    edges: Sequence[float],
+    counts: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    looks: Mapping[str, Look],
+) -> Figure:
+    """Histograms as outlines, one per method.
+
+    Args:
+        name: File name.
+        caption: One sentence.
+        alt: Alternative text.
+        edges: Of the bins.
+        counts: Heights by label.
+        x_label: Horizontal axis.
+        y_label: Vertical axis.
+        looks: By label.
+    """
+    with drawing(4.2) as canvas:
+        entries: dict[str, Any] = {}
+        for label, heights in counts.items():
+            look = looks[label]
+            canvas.axis.stairs(
+                list(heights), list(edges), color=look.colour, ls=look.line, lw=1.8, label=label
             )
-    axis.set_title("Held-out text")
-    axis.set_xticks(range(len(measures)), measures)
-    axis.set_ylim(0, 1.1)
-    axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-    axis.set_ylabel("share; overlap: mean max cosine")
-    axis.grid(visible=False, axis="x")
-
-
-def _draw_firing(axis: Any, saes: Sequence[FigureSAE]) -> None:
-    lowest = min(1 / sae.metrics.n_tokens for sae in saes)
-    start = torch.tensor(lowest / 2).log10().item()
-    edges = torch.logspace(start, 0, 29).tolist()
-    notes: list[str] = []
-    for sae, colour, line in zip(saes, COLOURS, LINES, strict=False):
-        frequency = sae.metrics.firing_frequency
-        alive = frequency[frequency > 0].tolist()
-        axis.hist(alive, edges, histtype="stepfilled", color=colour, alpha=0.15, edgecolor="none")
-        axis.hist(alive, edges, histtype="step", color=colour, ls=line, lw=2)
-        notes.append(f"{sae.name}: {sae.metrics.dead_latents} never fire")
-    axis.set_xscale("log")
-    axis.set_title("How often latents fire")
-    axis.set_xlabel("share of held-out tokens on which a latent fires")
-    axis.set_ylabel("number of latents")
-    axis.set_ylim(top=1.22 * axis.get_ylim()[1])  # room for the note
-    axis.text(
-        0.98, 0.97, "\n".join(notes), transform=axis.transAxes, ha="right", va="top", fontsize=9
-    )
-
-
-def figure_saes(
-    metrics: Mapping[str, HeldoutMetrics], metrics_files: Mapping[str, Path]
-) -> list[FigureSAE]:
-    """What `demo_figure` needs, from evaluations and training logs by SAE name."""
-    found: list[FigureSAE] = []
-    for name, measured in metrics.items():
-        found.append(FigureSAE(name, measured, *training_curve(metrics_files[name])))
-    return found
+            (entries[label],) = canvas.axis.plot([], [], color=look.colour, ls=look.line, lw=1.8)
+        canvas.axis.set_xlabel(x_label)
+        canvas.axis.set_ylabel(y_label)
+        canvas.axis.set_ylim(bottom=0)
+        canvas.legend_below(entries)
+    return Figure(name, caption, alt, canvas.png)

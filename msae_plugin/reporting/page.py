@@ -13,8 +13,7 @@ from importlib.resources import files
 from itertools import groupby
 from urllib.parse import quote
 
-from msae_plugin.reporting.page_tables import table_html
-from msae_plugin.reporting.report_document import (
+from msae_plugin.reporting.document import (
     Block,
     Bullets,
     Document,
@@ -27,6 +26,7 @@ from msae_plugin.reporting.report_document import (
     Table,
     Text,
 )
+from msae_plugin.reporting.page_tables import table_html
 
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from msae_plugin.comparison.statistics import Spread
-from msae_plugin.reporting.report_document import CellValue, Table
+from msae_plugin.reporting.document import CellValue, Table
 
 _GOOD, _BAD = ("better",), ("worse",)
 WORDS_FROM = 24

@@ -8,43 +8,43 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.evaluation.outcomes import Reporter, no_report
+from msae_plugin.reporting.analyses.per_sae import SAEAnalysis, analyse
 from msae_plugin.reporting.dashboards import (
     DASHBOARDS_FOLDER,
     DashboardRequest,
     require_dashboard,
     write_dashboards,
 )
+from msae_plugin.reporting.document import Document, Section
+from msae_plugin.reporting.figure_style import looks, pyplot
 from msae_plugin.reporting.page import page
-from msae_plugin.reporting.report_analyses import SAEAnalysis, analyse
-from msae_plugin.reporting.report_benches import benches as benches_of
-from msae_plugin.reporting.report_closing_sections import definitions_section, missing_section
-from msae_plugin.reporting.report_comparison_sections import (
+from msae_plugin.reporting.places import places
+from msae_plugin.reporting.report_tables import markdown, table_csv
+from msae_plugin.reporting.results import benches as benches_of
+from msae_plugin.reporting.rows import Bench
+from msae_plugin.reporting.sections.closing_sections import definitions_section, missing_section
+from msae_plugin.reporting.sections.contexts_section import contexts_section, dashboards_section
+from msae_plugin.reporting.sections.difference_sections import differences_section
+from msae_plugin.reporting.sections.features import diversity_section
+from msae_plugin.reporting.sections.ladder import ladder_section
+from msae_plugin.reporting.sections.results import (
     all_metrics_table,
     protocol_section,
     results_section,
 )
-from msae_plugin.reporting.report_contexts_section import contexts_section, dashboards_section
-from msae_plugin.reporting.report_difference_sections import differences_section
-from msae_plugin.reporting.report_document import Document, Section
-from msae_plugin.reporting.report_feature_sections import diversity_section
-from msae_plugin.reporting.report_figure_style import looks, pyplot
-from msae_plugin.reporting.report_ladder import ladder_section
-from msae_plugin.reporting.report_places import places
-from msae_plugin.reporting.report_revival_section import revival_section
-from msae_plugin.reporting.report_rows import Bench
-from msae_plugin.reporting.report_sources import Sources, read_json, read_sources
-from msae_plugin.reporting.report_tables import markdown, table_csv
-from msae_plugin.reporting.report_trained import trained_saes
-from msae_plugin.reporting.report_training_sections import (
+from msae_plugin.reporting.sections.revival import revival_section
+from msae_plugin.reporting.sections.training import (
     curves_section,
     health_section,
     missing_of_runs,
     runs_section,
 )
-from msae_plugin.reporting.report_variants import is_variant
-from msae_plugin.training.atomic_files import folder_written_atomically
+from msae_plugin.reporting.sources import Sources, read_json, read_sources
+from msae_plugin.reporting.trained import trained_saes
+from msae_plugin.reporting.variants import is_variant
 
 PAGE_FILE, MARKDOWN_FILE, RECORD_FILE = "report.html", "report.md", "report.json"
 TABLES_FOLDER, FIGURES_FOLDER = "tables", "figures"

@@ -7,7 +7,7 @@ import io
 from urllib.parse import quote
 
 from msae_plugin.comparison.statistics import Spread
-from msae_plugin.reporting.report_document import (
+from msae_plugin.reporting.document import (
     Block,
     Bullets,
     Document,

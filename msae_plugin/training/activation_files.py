@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.progress import ProgressDisplay
+from msae_plugin.data.text import TextData
+from msae_plugin.models.loading import LanguageModel, ModelShape
 from msae_plugin.training.checkpoints import CheckpointStore
-from msae_plugin.training.interruption import InterruptionGuard
-from msae_plugin.training.metrics_log import MetricsLog
-from msae_plugin.training.models import LanguageModel, ModelShape
-from msae_plugin.training.progress import ProgressDisplay
-from msae_plugin.training.run_config import RunConfig
-from msae_plugin.training.sae_plans import build_sae
+from msae_plugin.training.log import MetricsLog
+from msae_plugin.training.passes import TrainingSetting
+from msae_plugin.training.plans import build_sae
+from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.shared_pass import SharedPassRunner, shared_pass_config
-from msae_plugin.training.text_data import TextData
-from msae_plugin.training.training_pass import TrainingSetting
 
 # Free space that is left alone.
 _SPARE_BYTES = 200 << 20

@@ -10,9 +10,9 @@ from sae_lens.saes.sae import TrainingSAE
 from typing_extensions import override
 
 from msae_plugin import upstream
-from msae_plugin.training.activation_cache import CachedActivations, CachedBatches, norm_batches
+from msae_plugin.training.activation_store import CachedActivations, CachedBatches, norm_batches
+from msae_plugin.training.passes import TrainingPass, TrainingSetting
 from msae_plugin.training.shared_pass import shared_pass_config
-from msae_plugin.training.training_pass import TrainingPass, TrainingSetting
 
 
 class CachedPass(TrainingPass):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.errors import InputError
-from msae_plugin.training.atomic_files import (
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import (
     TEMPORARY_PREFIX,
     folder_written_atomically,
     remove_leftovers,

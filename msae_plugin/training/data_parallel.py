@@ -33,11 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from typing_extensions import override
 
+from msae_plugin.architecture.capabilities import SupportsRanks
 from msae_plugin.architecture.ranks import ALONE, ProcessRanks, Ranks
 from msae_plugin.architecture.selection import batch_top_k
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.training.capabilities import SupportsRanks
-from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A rank that reads a larger share of the text, or saves, may let the others wait for this long.

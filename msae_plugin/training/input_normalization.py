@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from msae_plugin.architecture.input_units import estimate_units
 from msae_plugin.architecture.ranks import Ranks
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 
 _CENTRE_FILE = "activation_centre.safetensors"
 

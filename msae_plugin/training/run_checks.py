@@ -6,9 +6,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 
-from msae_plugin.errors import InputError
-from msae_plugin.training.run_sections import DataSection, LoggingSection, TrainingSection
+from msae_plugin.common.errors import InputError
 from msae_plugin.training.schedules import GradientRateConfig
+from msae_plugin.training.settings import DataSection, LoggingSection, TrainingSection
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.errors import InputError
-from msae_plugin.training.atomic_files import TEMPORARY_PREFIX
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import TEMPORARY_PREFIX
+from msae_plugin.saes.run_record import RUN_FILE, read_run_record
 from msae_plugin.training.checkpoints import Checkpoint
-from msae_plugin.training.run_config import RunConfig
-from msae_plugin.training.run_record import RUN_FILE, read_run_record
+from msae_plugin.training.recipe import RunConfig
 
 _MAY_CHANGE = (
     "logging.",

@@ -16,22 +16,33 @@ from typing import Any, TypeAlias, cast
 import torch
 from sae_lens.saes.sae import TrainingSAE
 
+from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.hub.export_run import REPORT_FILENAME, ExportReport, export_sae
-from msae_plugin.training.activation_cache import (
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import json_safe
+from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
+from msae_plugin.common.progress import ProgressDisplay, SilentProgress
+from msae_plugin.common.seeding import seed_everything
+from msae_plugin.data.text import TextData
+from msae_plugin.models.loading import LanguageModel, ModelShape
+from msae_plugin.saes.export import REPORT_FILENAME, ExportReport, export_sae
+from msae_plugin.saes.run_record import (
+    RunRecord,
+    describe_device,
+    read_run_record,
+    software_versions,
+)
+from msae_plugin.training.activation_store import (
     ACTIVATION_SAMPLES,
     CachedInputs,
     check_cache,
     open_cache,
 )
-from msae_plugin.training.atomic_files import json_safe
 from msae_plugin.training.cached_pass import CachedPass
-from msae_plugin.training.calibration import calibrate, needs_calibration
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.data_parallel import own_batch_size
-from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
-from msae_plugin.training.metrics_log import (
+from msae_plugin.training.inputs import ModelAndText, load_model_and_text
+from msae_plugin.training.log import (
     METRICS_FILE,
     JsonLinesSink,
     MetricSink,
@@ -41,22 +52,11 @@ from msae_plugin.training.metrics_log import (
     read_rows,
     tensorboard_wanted,
 )
-from msae_plugin.training.models import LanguageModel, ModelShape
-from msae_plugin.training.progress import ProgressDisplay, SilentProgress
-from msae_plugin.training.run_config import RunConfig
+from msae_plugin.training.passes import TrainingPass, TrainingSetting
+from msae_plugin.training.plans import build_sae, default_device
+from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.run_folder import check_output, check_same_run
-from msae_plugin.training.run_inputs import ModelAndText, load_model_and_text
-from msae_plugin.training.run_record import (
-    RunRecord,
-    describe_device,
-    read_run_record,
-    software_versions,
-)
-from msae_plugin.training.sae_plans import build_sae, default_device
-from msae_plugin.training.seeding import seed_everything
 from msae_plugin.training.shared_pass import SharedPassRunner, shared_pass_config
-from msae_plugin.training.text_data import TextData
-from msae_plugin.training.training_pass import TrainingPass, TrainingSetting
 
 logger = logging.getLogger(__name__)
 

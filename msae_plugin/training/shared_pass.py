@@ -21,7 +21,8 @@ from sae_lens.saes.sae import TrainingSAE
 from typing_extensions import override
 
 from msae_plugin import upstream
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
+from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.data_parallel import (
     load_position,
     own_batch_size,
@@ -29,10 +30,9 @@ from msae_plugin.training.data_parallel import (
     positions_of_all,
     save_positions,
 )
-from msae_plugin.training.models import LanguageModel
-from msae_plugin.training.run_config import RunConfig
-from msae_plugin.training.sae_plans import SAEPlan
-from msae_plugin.training.training_pass import TrainingPass, TrainingSetting
+from msae_plugin.training.passes import TrainingPass, TrainingSetting
+from msae_plugin.training.plans import SAEPlan
+from msae_plugin.training.recipe import RunConfig
 
 
 class ModelNames(Protocol):

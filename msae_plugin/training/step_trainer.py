@@ -16,15 +16,15 @@ from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from typing_extensions import override
 
+from msae_plugin.architecture.capabilities import SupportsRevival
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.errors import RunFailure
-from msae_plugin.training.capabilities import SupportsRevival
+from msae_plugin.common.errors import RunFailure
+from msae_plugin.common.seeding import RandomStream
 from msae_plugin.training.data_parallel import share_batches
 from msae_plugin.training.input_normalization import CentringScaler
-from msae_plugin.training.metrics_log import TrainingWindow, latent_statistics, scalar
+from msae_plugin.training.log import TrainingWindow, latent_statistics, scalar
 from msae_plugin.training.optimisers import build_optimiser
 from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule
-from msae_plugin.training.seeding import RandomStream
 
 RULES_FILE = "learning_rate_rule.pt"
 

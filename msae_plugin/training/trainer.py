@@ -20,7 +20,9 @@ from typing_extensions import override
 
 from msae_plugin import upstream
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.training.data_parallel import (
     gathered,
     same_weights_everywhere,
@@ -28,8 +30,6 @@ from msae_plugin.training.data_parallel import (
     stop_together,
 )
 from msae_plugin.training.input_normalization import fold_centre
-from msae_plugin.training.interruption import InterruptionGuard
-from msae_plugin.training.seeding import RandomStream, derive_seed
 from msae_plugin.training.step_trainer import StepOptions, StepTrainer
 
 

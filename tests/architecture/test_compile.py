@@ -12,9 +12,9 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msae_plugin import MultiScaleTrainingSAE
-from msae_plugin.architecture.compiling import COMPILES_RIGHT_FROM, compiled_from
+from msae_plugin.architecture.kernels.compiling import COMPILES_RIGHT_FROM, compiled_from
+from msae_plugin.architecture.kernels.static_selection import static_batch_top_k
 from msae_plugin.architecture.selection import Selection, batch_top_k
-from msae_plugin.architecture.static_selection import static_batch_top_k
 from msae_plugin.architecture.step_schedule import Budgets
 
 D_IN, D_SAE, N_TOKENS = 12, 40, 32

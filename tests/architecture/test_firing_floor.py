@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from steps import activations, make, plain, train
 
-from msae_plugin.architecture.firing_floor import FiringFloor, thresholds_at_rate
+from msae_plugin.architecture.mechanisms.firing_floor import FiringFloor, thresholds_at_rate
 
 
 def test_steps_by_hand() -> None:

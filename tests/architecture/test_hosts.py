@@ -40,7 +40,7 @@ from msae_plugin import (
     preset,
     preset_names,
 )
-from msae_plugin.training.models import LanguageModel
+from msae_plugin.models.loading import LanguageModel
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -13,7 +13,7 @@ from sae_lens import SAE
 from steps import EVERYTHING, activations, make, plain, step_input, train
 
 from msae_plugin import MultiScaleTrainingSAE, RunFailure
-from msae_plugin.architecture.normalisation import MultiScaleNormalisation
+from msae_plugin.architecture.mechanisms.normalisation import MultiScaleNormalisation
 from msae_plugin.architecture.selection import batch_top_k
 
 

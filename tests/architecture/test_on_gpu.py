@@ -15,8 +15,8 @@ import torch
 from steps import activations, step_input
 
 from msae_plugin import MultiScaleSAE, MultiScaleTrainingSAE, preset
-from msae_plugin.architecture.compiling import COMPILES_RIGHT_FROM
-from msae_plugin.architecture.decoding import bag_sum
+from msae_plugin.architecture.kernels.compiling import COMPILES_RIGHT_FROM
+from msae_plugin.architecture.kernels.decoding import bag_sum
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -11,7 +11,7 @@ from steps import activations, make, plain, step_input, train
 from tolerance import rounding_tolerance
 
 from msae_plugin import MultiScaleTrainingSAE
-from msae_plugin.architecture.revival import (
+from msae_plugin.architecture.mechanisms.revival import (
     RevivalRecord,
     interference,
     new_directions,

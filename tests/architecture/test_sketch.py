@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msae_plugin.architecture.sketch import CoactivationSketch, leading_directions
+from msae_plugin.architecture.mechanisms.sketch import CoactivationSketch, leading_directions
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from msae_plugin import MultiScaleTrainingSAEConfig
-from msae_plugin.architecture.decoding import bag_sum
-from msae_plugin.errors import InputError
+from msae_plugin.architecture.kernels.decoding import bag_sum
+from msae_plugin.common.errors import InputError
 
 CHECKS = Path(__file__).with_name("triton_checks.py")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerance import rounding_tolerance
 
 # The module needs torch and Triton only: loaded by itself, without SAELens, it is there in seconds.
-_FILE = Path(__file__).parents[2] / "msae_plugin/architecture/triton_decoding.py"
+_FILE = Path(__file__).parents[2] / "msae_plugin/architecture/kernels/triton_decoding.py"
 _SPEC = importlib.util.spec_from_file_location("triton_decoding", _FILE)
 assert _SPEC is not None
 assert _SPEC.loader is not None

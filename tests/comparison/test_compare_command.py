@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from msae_cli import app as cli
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 from msae_plugin.reporting import report as report_module
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from msae_plugin.comparison.compare import compare
-from msae_plugin.comparison.compare_config import CompareConfig
-from msae_plugin.training.models import LanguageModel
+from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.models.loading import LanguageModel
 
 pytest.importorskip("sae_bench")
 

@@ -13,17 +13,17 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, eval_sae_on
 from tolerance import rounding_tolerance
 
 from msae_plugin import InputError, RunFailure
+from msae_plugin.architecture.peers.registry import batchtopk_section
+from msae_plugin.common.interruption import InterruptedBySignalError
+from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.comparison import group_training
 from msae_plugin.comparison.compare import Comparison, compare
-from msae_plugin.comparison.compare_config import SYNTHETIC_HOOK, CompareConfig
-from msae_plugin.comparison.comparison_file import Measured, comparison_contents
-from msae_plugin.comparison.entries import expand, plan_entry
-from msae_plugin.comparison.peers import batchtopk_section
+from msae_plugin.comparison.methods import expand, plan_entry
+from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
+from msae_plugin.comparison.results import Measured, comparison_contents
 from msae_plugin.comparison.synthetic_source import SyntheticSource
 from msae_plugin.comparison.training_schedule import Part
-from msae_plugin.training.interruption import InterruptedBySignalError
-from msae_plugin.training.sae_plans import build_sae
-from msae_plugin.training.seeding import RandomStream, derive_seed
+from msae_plugin.training.plans import build_sae
 from msae_plugin.training.trainer import LockstepTrainer
 
 BATCHTOPK = {"architecture": "batchtopk"}

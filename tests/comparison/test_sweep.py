@@ -13,12 +13,12 @@ import yaml
 from typer.testing import CliRunner
 
 from msae_cli import app as cli
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.comparison import sweep as sweep_module
 from msae_plugin.comparison.compare import compare
-from msae_plugin.comparison.compare_config import CompareConfig
+from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.sweep import PartJob, sweep
 from msae_plugin.comparison.training_schedule import Part
-from msae_plugin.errors import InputError, RunFailure
 
 SAES = {"ours": {"preset": "reconstruction"}, "batchtopk": {"architecture": "batchtopk"}}
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from msae_plugin.evaluation.eval_config import EvalConfig
 from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight import Finding, preflight
+from msae_plugin.evaluation.recipe import EvalConfig
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
+from msae_plugin.data.windows import iterate_windows
 from msae_plugin.evaluation import heldout, token_losses
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_heldout, evaluate_many
-from msae_plugin.evaluation.model_pass import activations_at
-from msae_plugin.evaluation.windows import iterate_windows
-from msae_plugin.training.models import load_language_model
+from msae_plugin.models.forward_pass import activations_at
+from msae_plugin.models.loading import load_language_model
 
 D_IN = 64
 HOOK = "blocks.1.hook_resid_post"

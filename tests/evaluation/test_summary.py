@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.outcomes import MetricDefinition, Outcome
 from msae_plugin.evaluation.stored_outcomes import read_outcomes, write_outcomes
 from msae_plugin.evaluation.summary import result_entry, summary, summary_csv, write_summary

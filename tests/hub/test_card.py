@@ -10,9 +10,9 @@ import yaml
 from huggingface_hub import ModelCard
 from sae_lens.loading import pretrained_saes_directory
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 from msae_plugin.hub.card import BEGIN, END, make_card
-from msae_plugin.hub.card_entry import CardEntry
+from msae_plugin.hub.card_data import CardEntry
 from msae_plugin.hub.card_sections import labels
 from msae_plugin.hub.release import dashboard_command, pretrained_saes_stanza
 from msae_plugin.hub.sources import base_terms, hub_dataset, hub_model

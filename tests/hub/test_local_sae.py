@@ -15,10 +15,10 @@ from sae_lens import (
 )
 from safetensors.torch import load_file, save_file
 
-from msae_plugin.errors import InputError
-from msae_plugin.hub.local_sae import file_sha256, find_saes
+from msae_plugin.common.errors import InputError
 from msae_plugin.hub.measured import measured_of, read_evaluation
 from msae_plugin.hub.sae_folder import build_folder, default_path, private_content
+from msae_plugin.saes.local_sae import file_sha256, find_saes
 
 
 def export(folder: Path, **metadata) -> Path:

@@ -17,7 +17,7 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from msae_cli.app import app
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.dashboards import DashboardRequest, require_dashboard
 from msae_plugin.reporting.report import report
 

@@ -5,10 +5,10 @@ import torch
 from rich.console import Console
 from sae_lens import StandardSAE, StandardSAEConfig
 
+from msae_plugin.data.windows import iterate_windows
+from msae_plugin.evaluation.context_rendering import ContextsForTerminal, contexts_as_markdown
+from msae_plugin.evaluation.contexts import ContextCollector, LatentProfile, TokenContext
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
-from msae_plugin.evaluation.windows import iterate_windows
-from msae_plugin.reporting.context_rendering import ContextsForTerminal, contexts_as_markdown
-from msae_plugin.reporting.contexts import ContextCollector, LatentProfile, TokenContext
 
 CONTEXT = 16
 HOOK = "blocks.1.hook_resid_post"

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import msae_plugin
 from msae_cli.app import app
-from msae_plugin.errors import InputError
-from msae_plugin.hub.export_run import export_sae
-from msae_plugin.reporting.checkpoint_info import RunInfo, mechanisms_on, read_folder
+from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.info import describe_config, describe_folder, human_bytes
+from msae_plugin.saes.describe import RunInfo, mechanisms_on, read_folder
+from msae_plugin.saes.export import export_sae
 
 SIZES = {"d_in": 8, "d_sae": 20}
 

@@ -13,8 +13,7 @@ import pytest
 from page_browser import chromium
 
 from msae_plugin.comparison.statistics import Spread
-from msae_plugin.reporting.page import asset, page
-from msae_plugin.reporting.report_document import (
+from msae_plugin.reporting.document import (
     Bullets,
     Column,
     Context,
@@ -28,6 +27,7 @@ from msae_plugin.reporting.report_document import (
     Table,
     Text,
 )
+from msae_plugin.reporting.page import asset, page
 from msae_plugin.reporting.report_tables import markdown
 
 VOID = {"meta", "link", "img", "wbr", "br"}
@@ -239,7 +239,7 @@ def test_text_has_contrast_in_both_schemes(scheme):
 
 
 def test_colours_of_figures_stand_out_from_white():
-    from msae_plugin.reporting.report_figure_style import COLOURS, looks
+    from msae_plugin.reporting.figure_style import COLOURS, looks
 
     assert min(contrast(colour, "#ffffff") for colour in COLOURS) >= 3
     drawn = looks([str(i) for i in range(40)])

@@ -27,9 +27,9 @@ from report_inputs import (
     write_sae,
 )
 
+from msae_plugin.reporting.document import Bullets, Document, Table
 from msae_plugin.reporting.report import build, report
-from msae_plugin.reporting.report_document import Bullets, Document, Table
-from msae_plugin.reporting.report_sources import read_sources
+from msae_plugin.reporting.sources import read_sources
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from report_inputs import (
 )
 from sae_lens import SAE
 
+from msae_plugin.reporting.document import Document, Subheading, Table
 from msae_plugin.reporting.report import build
-from msae_plugin.reporting.report_document import Document, Subheading, Table
-from msae_plugin.reporting.report_sources import read_sources
+from msae_plugin.reporting.sources import read_sources
 
 UNIQUENESS = "ground_truth/uniqueness"
 

@@ -15,11 +15,11 @@ from report_inputs import (
 )
 from safetensors.torch import save_file
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.report import build, report
-from msae_plugin.reporting.report_benches import benches
-from msae_plugin.reporting.report_sources import read_json_lines, read_sources
-from msae_plugin.reporting.report_trained import trained_saes
+from msae_plugin.reporting.results import benches
+from msae_plugin.reporting.sources import read_json_lines, read_sources
+from msae_plugin.reporting.trained import trained_saes
 
 
 def refused(folders, match):

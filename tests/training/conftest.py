@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.training.models import LanguageModel
-from msae_plugin.training.run_config import RunConfig
+from msae_plugin.data.text import TextData, load_text
+from msae_plugin.models.loading import LanguageModel
+from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
-from msae_plugin.training.text_data import TextData, load_text
 
 TINY_HOOK = "blocks.1.hook_resid_post"
 

@@ -20,9 +20,9 @@ from sae_lens.saes.sae import TrainingSAE
 from torch import distributed
 
 from msae_plugin import preset
+from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.config import mechanisms_off
 from msae_plugin.architecture.ranks import ALONE, ProcessRanks, Ranks
-from msae_plugin.training.calibration import calibrate, needs_calibration
 from msae_plugin.training.data_parallel import gathered
 from msae_plugin.training.step_trainer import StepOptions
 from msae_plugin.training.trainer import LockstepTrainer

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msae_plugin.errors import InputError
-from msae_plugin.training import caching
-from msae_plugin.training.activation_cache import CachedActivations, open_cache
-from msae_plugin.training.caching import make_cache
-from msae_plugin.training.models import LanguageModel
-from msae_plugin.training.run_config import RunConfig
+from msae_plugin.common.errors import InputError
+from msae_plugin.data.text import TextData
+from msae_plugin.models.loading import LanguageModel
+from msae_plugin.training import cached_activations
+from msae_plugin.training.activation_store import CachedActivations, open_cache
+from msae_plugin.training.cached_activations import make_cache
+from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
-from msae_plugin.training.text_data import TextData
 
 Train = Callable[..., RunResult]
 Cache = Callable[..., CachedActivations]
@@ -154,7 +154,7 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
     whole = cache(tmp_path / "whole", *SHORT)
     folder = tmp_path / "cache"
     appended = 0
-    append = caching.CacheWriter.append
+    append = cached_activations.CacheWriter.append
 
     def killed(writer: Any, batch: Any) -> None:
         nonlocal appended
@@ -163,9 +163,9 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
         if appended == 12:
             raise SystemExit("killed")
 
-    monkeypatch.setattr(caching, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(cached_activations, "SECONDS_BETWEEN_SAVES", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(caching.CacheWriter, "append", killed)
+        patch.setattr(cached_activations.CacheWriter, "append", killed)
         with pytest.raises(SystemExit):
             cache(folder, *SHORT)
     with pytest.raises(InputError, match="holds an unfinished cache of activations"):

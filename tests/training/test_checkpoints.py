@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from msae_plugin.errors import InputError
-from msae_plugin.training.atomic_files import folder_written_atomically, write_text_atomic
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import folder_written_atomically, write_text_atomic
 from msae_plugin.training.checkpoints import MANIFEST_FILE, CheckpointStore, open_checkpoint
 
 

@@ -12,9 +12,9 @@ from packaging.version import Version
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from msae_plugin.training.gguf_file import parse_gguf
-from msae_plugin.training.gguf_tokenizer import tokenizer_from_gguf, vocabulary_merges
-from msae_plugin.training.packaged_model import PACKAGED_MODELS, _installed_parts, is_installed
+from msae_plugin.models.gguf_file import parse_gguf
+from msae_plugin.models.gguf_tokenizer import tokenizer_from_gguf, vocabulary_merges
+from msae_plugin.models.packaged import PACKAGED_MODELS, _installed_parts, is_installed
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPACE_RUNS = ["▁" * length for length in range(2, 32)]  # as Gemma has them

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from msae_plugin.training.health import (
+from msae_plugin.saes.health import (
     EARLY_CHECKS,
     L0_RATIO,
     LOW_EXPLAINED_VARIANCE,
@@ -18,7 +18,7 @@ from msae_plugin.training.health import (
     assess,
     recorded_messages,
 )
-from msae_plugin.training.metrics_log import latent_statistics
+from msae_plugin.training.log import latent_statistics
 from msae_plugin.training.runner import RunResult
 
 STEPS = range(10, 101, 10)

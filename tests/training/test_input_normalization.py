@@ -13,8 +13,8 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 
 from msae_plugin.architecture.input_units import estimate_units
-from msae_plugin.errors import InputError
-from msae_plugin.training.sae_plans import plan_saes
+from msae_plugin.common.errors import InputError
+from msae_plugin.training.plans import plan_saes
 from msae_plugin.training.step_trainer import StepOptions
 from msae_plugin.training.trainer import LockstepTrainer
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.training.checkpoints import CheckpointStore
-from msae_plugin.training.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.training.runner import RunResult
 
 Train = Callable[..., RunResult]

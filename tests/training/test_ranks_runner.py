@@ -17,10 +17,10 @@ from sae_lens import SAE
 from torch import distributed
 
 from msae_plugin.architecture.ranks import ProcessRanks
-from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.interruption import InterruptedBySignalError
 from msae_plugin.training.checkpoints import CheckpointStore
 from msae_plugin.training.data_parallel import own_batch_size
-from msae_plugin.training.interruption import InterruptedBySignalError
 from msae_plugin.training.runner import RunResult
 
 Train = Callable[..., RunResult]

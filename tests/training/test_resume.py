@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msae_plugin.errors import InputError
-from msae_plugin.training.interruption import InterruptedBySignalError
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.interruption import InterruptedBySignalError
 from msae_plugin.training.runner import RunResult
 from msae_plugin.training.trainer import LockstepTrainer
 

@@ -8,12 +8,12 @@ import torch
 import yaml
 
 from msae_plugin.architecture.presets import PRESETS
-from msae_plugin.errors import InputError
-from msae_plugin.training import run_inputs
-from msae_plugin.training.models import ModelShape
-from msae_plugin.training.run_config import RunConfig
+from msae_plugin.common.errors import InputError
+from msae_plugin.models.loading import ModelShape
+from msae_plugin.training import inputs
+from msae_plugin.training.plans import default_device
+from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner
-from msae_plugin.training.sae_plans import default_device
 
 SHAPE = ModelShape(d_model=64, n_layers=3, vocabulary=512)
 
@@ -246,8 +246,8 @@ def test_refusals_come_before_any_model_or_text_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(run_inputs, "load_language_model", never)
-    monkeypatch.setattr(run_inputs, "load_text", never)
+    monkeypatch.setattr(inputs, "load_language_model", never)
+    monkeypatch.setattr(inputs, "load_text", never)
     for override in ("sae.d_in=32", "hooks=[blocks.9.hook_resid_post]", "training.tokens=1"):
         with pytest.raises(InputError):
             MultiScaleRunner(config_of(recipe, override), tmp_path / "out")
@@ -264,7 +264,7 @@ def test_a_wrong_text_is_refused_before_a_model_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(run_inputs, "load_language_model", never)
+    monkeypatch.setattr(inputs, "load_language_model", never)
     config = config_of(recipe, f"data.source={tmp_path / 'missing.jsonl'}")
     with pytest.raises(InputError, match="does not exist"):
         MultiScaleRunner(config, tmp_path / "out").run()

@@ -11,10 +11,10 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
 from sae_lens.saes.standard_sae import StandardTrainingSAE
 from safetensors.torch import load_file
 
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.training import run_inputs
-from msae_plugin.training.models import LanguageModel
-from msae_plugin.training.run_config import RunConfig
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.models.loading import LanguageModel
+from msae_plugin.training import inputs
+from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
 from msae_plugin.training.shared_pass import SharedPassRunner
 
@@ -240,7 +240,7 @@ def test_autocast_auto_does_what_is_faster(
 ) -> None:
     samples: dict[bool, torch.Tensor] = {}
     for faster in (True, False):
-        monkeypatch.setattr(run_inputs, "faster_in_bfloat16", lambda *_, answer=faster: answer)
+        monkeypatch.setattr(inputs, "faster_in_bfloat16", lambda *_, answer=faster: answer)
         out = tmp_path / str(faster)
         result = train(out, "model.autocast=auto", "training.tokens=640")
         assert json.loads((out / "run.json").read_text())["model"]["autocast"] is faster

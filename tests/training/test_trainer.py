@@ -12,7 +12,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
-from msae_plugin.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.training.optimisers import build_optimiser
 from msae_plugin.training.schedules import GradientRateConfig
 from msae_plugin.training.step_trainer import StepOptions

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from msae_plugin.errors import RunFailure
+from msae_plugin.common.errors import RunFailure
 
 
 class CheckedLatents:

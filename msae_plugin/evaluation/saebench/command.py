@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.preflight_packages import EXTRA
 from msae_plugin.registration import register
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
 
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.evaluation.labelled_texts import LABELLED_SOURCES, labelled_texts
-from msae_plugin.evaluation.local_datasets import SAEBENCH_PROBING_SETS, LocalCopies
-from msae_plugin.evaluation.saebench.host import replaced
-from msae_plugin.training.packaged_model import PACKAGED_PREFIX
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.data.labelled_texts import LABELLED_SOURCES, labelled_texts
+from msae_plugin.data.local_datasets import SAEBENCH_PROBING_SETS, LocalCopies
+from msae_plugin.evaluation.saebench.patching import replaced
+from msae_plugin.models.packaged import PACKAGED_PREFIX
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from sae_probes import DATASETS
 from sae_probes.run_baselines import METHODS
 from sae_probes.utils_data import get_dataset_sizes
 
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.evaluation.cache import files_sha256, key_digest
-from msae_plugin.evaluation.local_datasets import missing_disk
-from msae_plugin.evaluation.missing import Missing
+from msae_plugin.common.cache import files_sha256, key_digest
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.missing import Missing
+from msae_plugin.data.local_datasets import missing_disk
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
     MetricDefinition,
@@ -40,7 +40,10 @@ from msae_plugin.evaluation.outcomes import (
     result_file,
 )
 from msae_plugin.evaluation.saebench.checked_latents import CheckedLatents
-from msae_plugin.evaluation.saebench.host import evaluation_environment, scratch_working_directory
+from msae_plugin.evaluation.saebench.patching import (
+    evaluation_environment,
+    scratch_working_directory,
+)
 from msae_plugin.evaluation.saebench.sae_probes_model_side import (
     SaeProbesModelSide,
     dataset_file,

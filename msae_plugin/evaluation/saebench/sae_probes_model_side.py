@@ -22,14 +22,14 @@ from sae_probes import run_baseline_evals
 from sae_probes.constants import DATA_PATH
 from sae_probes.generate_model_activations import ensure_dataset_activations
 
-from msae_plugin.errors import RunFailure
-from msae_plugin.evaluation.cache import (
+from msae_plugin.common.cache import (
     files_sha256,
     is_complete,
     keyed_folder,
     mark_complete,
     versions,
 )
+from msae_plugin.common.errors import RunFailure
 from msae_plugin.evaluation.outcomes import ModelContext
 
 ACTIVATIONS = "sae_probes_activations"

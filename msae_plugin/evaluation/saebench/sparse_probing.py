@@ -37,14 +37,8 @@ from sae_bench.sae_bench_utils import (
     get_sae_lens_version,
 )
 
-from msae_plugin.errors import InputError, RunFailure
-from msae_plugin.evaluation.cache import (
-    is_complete,
-    key_digest,
-    keyed_folder,
-    mark_complete,
-    versions,
-)
+from msae_plugin.common.cache import is_complete, key_digest, keyed_folder, mark_complete, versions
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
     MetricDefinition,
@@ -57,7 +51,7 @@ from msae_plugin.evaluation.outcomes import (
     result_file,
 )
 from msae_plugin.evaluation.saebench.checked_latents import CheckedLatents
-from msae_plugin.evaluation.saebench.host import evaluation_environment
+from msae_plugin.evaluation.saebench.patching import evaluation_environment
 from msae_plugin.evaluation.saebench.probing_texts import (
     ProbingTexts,
     load_probing_texts,

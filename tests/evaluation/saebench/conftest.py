@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from evaluation_builders import make_subject, random_multiscale, random_standard
 
-from msae_plugin.evaluation.cache import tensors_sha256
+from msae_plugin.common.cache import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, Subject
-from msae_plugin.training.models import LanguageModel
+from msae_plugin.models.loading import LanguageModel
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from sae_bench.sae_bench_utils import sae_selection_utils
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from msae_plugin.errors import InputError
+from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.saebench.command import run_saebench_script, saebench_scripts
 
 

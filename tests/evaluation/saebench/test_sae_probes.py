@@ -25,11 +25,11 @@ from sae_probes import (
 from sae_probes.utils_training import BestClassifierResults, Metrics
 from sklearn.linear_model import LogisticRegression
 
-from msae_plugin.errors import InputError
-from msae_plugin.evaluation.cache import tensors_sha256
+from msae_plugin.common.cache import tensors_sha256
+from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.outcomes import ModelContext, Subject, no_report
 from msae_plugin.evaluation.saebench import sae_probes_model_side
-from msae_plugin.evaluation.saebench.host import evaluation_environment, replaced
+from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sae_probes import (
     DEFINITIONS,
     OFFLINE_SAE_PROBES_DATASETS,
@@ -43,7 +43,7 @@ from msae_plugin.evaluation.saebench.sae_probes_model_side import (
     dataset_file,
     tokenizer_sha256,
 )
-from msae_plugin.training.models import load_language_model
+from msae_plugin.models.loading import load_language_model
 
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"
 SETTINGS: dict[str, Any] = {"dataset_names": [FLORIDA, BASEBALL], "ks": [1, 2]}

@@ -17,19 +17,19 @@ from sae_bench.evals.sparse_probing import probe_training
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
 
-from msae_plugin.errors import InputError
-from msae_plugin.evaluation.cache import tensors_sha256
-from msae_plugin.evaluation.labelled_texts import LABELLED_SOURCES, LabelledSource
-from msae_plugin.evaluation.local_datasets import LocalCopies
+from msae_plugin.common.cache import tensors_sha256
+from msae_plugin.common.errors import InputError
+from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
+from msae_plugin.data.local_datasets import LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, Subject, no_report
-from msae_plugin.evaluation.saebench.host import evaluation_environment, replaced
+from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sparse_probing import (
     DEFINITIONS,
     KIND,
     known_k,
     run_sparse_probing,
 )
-from msae_plugin.training.models import load_language_model
+from msae_plugin.models.loading import load_language_model
 
 PACKAGED = "packaged:tiny-topics"
 

@@ -15,27 +15,19 @@ from sae_bench.evals.unlearning.utils import eval as unlearning_eval
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.evals.unlearning.utils.var import GEMMA_INST_FORMAT
 from sae_lens import SAE
+from toy_instruct.prepare import TOY_HOOK, ToyInstruct, prepare_toy_instruct
+from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
-from msae_plugin.evaluation.cache import tensors_sha256
+from msae_plugin.common.cache import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, Outcome, Subject, no_report
-from msae_plugin.evaluation.saebench.host import replaced, seeded, without_jaxtyping
-from msae_plugin.evaluation.saebench.unlearning import run_unlearning
-from msae_plugin.evaluation.saebench.unlearning_prompts import (
+from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
+from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
+from msae_plugin.evaluation.saebench.unlearning.model import (
     LetterAnswers,
     chat_format,
     letter_tokens,
 )
-from msae_plugin.evaluation.toy_instruct.prepare import (
-    TOY_HOOK,
-    ToyInstruct,
-    prepare_toy_instruct,
-)
-from msae_plugin.evaluation.toy_instruct.saes import (
-    toy_activations,
-    train_toy_sae,
-    untrained_toy_sae,
-)
-from msae_plugin.training.models import LanguageModel, load_language_model
+from msae_plugin.models.loading import LanguageModel, load_language_model
 
 SEED = 42
 GEMMA = "gemma-2-2b-it"

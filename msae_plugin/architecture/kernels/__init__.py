@@ -1,0 +1,1 @@
+"""Speed alone: sparse decoding, Triton kernels, CUDA graphs."""

@@ -1,0 +1,163 @@
+"""A training step as something that can be recorded: plain tensors in, plain tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from typing_extensions import override
+
+from msae_plugin.architecture.auxk import DeadLatents
+from msae_plugin.architecture.kernels.cuda_graphs import StepOutputs
+from msae_plugin.architecture.step_schedule import StepSchedule, room_for_pairs
+
+if TYPE_CHECKING:  # it imports this module
+    from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step is given.
+
+    Attributes:
+        sae_in: (n_tokens, d_in) activations in the dtype of the SAE.
+        dead: The latents that AuxK trains; None when there are none.
+        l1_coefficient: Weight of the L1 penalty in this step.
+    """
+
+    sae_in: torch.Tensor
+    dead: DeadLatents | None
+    l1_coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """What a step gives.
+
+    Attributes:
+        terms: Loss terms by name, zero-dimensional.
+        loss: Their sum.
+        sae_out: (n_tokens, d_in) reconstruction.
+        feature_acts: (n_tokens, d_sae) latents.
+        hidden_pre: (n_tokens, d_sae) pre-activations.
+    """
+
+    terms: dict[str, torch.Tensor]
+    loss: torch.Tensor
+    sae_out: torch.Tensor
+    feature_acts: torch.Tensor
+    hidden_pre: torch.Tensor
+
+
+def replayed_step(
+    sae: MultiScaleTrainingSAE, given: StepInputs, schedule: StepSchedule
+) -> StepResults | None:
+    """The step of an SAE, replayed from a recording (`kernels/cuda_graphs.py`).
+
+    Args:
+        sae: The SAE.
+        given: The batch.
+        schedule: The numbers of the step.
+
+    Returns:
+        The results, of which the loss alone has a gradient; None where the step has to be run as
+        it is.
+    """
+    if not _can_be_recorded(sae, given.sae_in):
+        return None
+    n_listed = room_for_pairs(sae.cfg, schedule.step, given.sae_in.shape[0])
+    inputs, numbers = [given.sae_in], schedule.numbers()
+    if given.dead is not None:
+        latents, n_dead = given.dead.padded()
+        inputs += [latents, given.dead.mask]
+        numbers.append(n_dead)
+
+    named = {name: p for name, p in sae.named_parameters() if p.requires_grad}
+
+    def function(
+        inputs: Sequence[torch.Tensor], numbers: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> StepOutputs:
+        sae_in, *static_dead = inputs
+        dead = None
+        if static_dead:
+            latents, mask = static_dead
+            dead = DeadLatents(mask, latents, count=numbers[-1])
+            numbers = numbers[:-1]
+        inside = schedule.with_numbers(numbers, n_listed)
+        # A cast that autocast keeps for later would be a tensor from outside the recording.
+        kind = sae_in.device.type
+        dtype, mixed = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False):
+            results = functional_call(
+                _Step(sae),
+                {f"sae.{name}": leaf for name, leaf in zip(named, parameters, strict=True)},
+                (StepInputs(sae_in, dead, given.l1_coefficient), inside),
+            )
+        return StepOutputs(
+            loss=results.loss,
+            terms=torch.stack([term.detach() for term in results.terms.values()]),
+            names=tuple(results.terms),
+            others=(results.sae_out, results.feature_acts, results.hidden_pre),
+        )
+
+    signature = _signature(sae, inputs, n_listed, given.l1_coefficient, schedule.step)
+    outputs = sae.mechanisms.recorded_steps.step(
+        function, signature, inputs, numbers, list(named.values()), phase=n_listed
+    )
+    if outputs is None:
+        return None
+    terms = dict(zip(outputs.names, outputs.terms.unbind(), strict=True))
+    return StepResults(terms, outputs.loss, *outputs.others)
+
+
+class _Step(nn.Module):
+    """`take_step` as a forward pass, for `functional_call`."""
+
+    def __init__(self, sae: MultiScaleTrainingSAE) -> None:
+        super().__init__()
+        self.sae = sae
+
+    @override
+    def forward(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
+        return self.sae.take_step(given, schedule)
+
+
+def _can_be_recorded(sae: MultiScaleTrainingSAE, sae_in: torch.Tensor) -> bool:
+    return (
+        sae_in.device.type == "cuda"
+        and sae.mechanisms.can_be_recorded
+        and torch.is_grad_enabled()
+        and not sae_in.requires_grad
+        and not torch.compiler.is_compiling()
+        # A function of the user's would be called while recording only.
+        and not any(point.fwd_hooks or point.bwd_hooks for point in sae.hook_points())
+    )
+
+
+def _signature(
+    sae: MultiScaleTrainingSAE,
+    inputs: Sequence[torch.Tensor],
+    n_listed: int,
+    l1_coefficient: float,
+    step: int,
+) -> Hashable:
+    """Everything that a recording of a step depends on and that a replay cannot be given."""
+    kind = inputs[0].device.type
+    tensors = (*sae.parameters(), *sae.buffers())
+    return (
+        tuple((tensor.shape, tensor.dtype) for tensor in inputs),
+        tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors),
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        n_listed,
+        l1_coefficient,
+        sae.mechanisms.penalty_is_due(step),
+        tuple(
+            tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
+            for name, value in vars(sae.cfg).items()
+            if name != "metadata"
+        ),
+    )

@@ -1,0 +1,174 @@
+"""[N] Multi-scale normalisation of the input.
+
+    x_hat_s = gain_s (x_c - mu) / sqrt(s var + eps) + bias_s,   x_hat = sum_s pi_s x_hat_s
+
+Per token this is one vector of n_scales weights times a matrix (n_scales, d_in), never n_scales
+branches of compute. With an absolute eps, which is added before the scale multiplies the variance,
+the branches differ by the constants 1/sqrt(s): the module then folds into one affine map. With eps
+relative to the running mean variance they differ token by token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from msae_plugin.architecture.float32_buffers import KeepsFloat32
+from msae_plugin.architecture.mechanisms.attention import ScaleAttention
+from msae_plugin.architecture.ranks import ALONE, Ranks
+
+# Keeps an all-zero first batch finite, and the gradient, which takes it to the power -3/2.
+_SMALLEST_VARIANCE = 1e-24
+
+
+class NormalisationFields(Protocol):
+    """The configuration fields that the normalisation reads."""
+
+    d_in: int
+    norm_scales: list[float]
+    norm_centre: bool
+    norm_affine: bool
+    norm_gate: bool
+    norm_eps: float
+    norm_eps_mode: Literal["absolute", "relative"]
+    norm_attention: bool
+    attention_d_key: int | None
+
+
+class MultiScaleNormalisation(KeepsFloat32):
+    """The input normalisation and the factor per token that undoes it.
+
+    Args:
+        cfg: Configuration of the SAE.
+        dtype: Data type of the parameters.
+        device: Device of the parameters.
+    """
+
+    exact_tensor_names = ("running_variance",)
+    running_variance: torch.Tensor
+
+    def __init__(self, cfg: NormalisationFields, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.cfg = cfg
+        n_scales = len(cfg.norm_scales)
+        self.mixture_logits: nn.Parameter | None = None
+        if n_scales > 1:
+            self.mixture_logits = nn.Parameter(torch.zeros(n_scales, dtype=dtype, device=device))
+        self.gain: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if cfg.norm_affine:
+            self.gain = nn.Parameter(torch.ones(n_scales, cfg.d_in, dtype=dtype, device=device))
+            self.bias = nn.Parameter(torch.zeros(n_scales, cfg.d_in, dtype=dtype, device=device))
+        self.gate_weight: nn.Parameter | None = None
+        self.gate_bias: nn.Parameter | None = None
+        if cfg.norm_gate:
+            self.gate_weight = nn.Parameter(
+                torch.zeros(n_scales, cfg.d_in, dtype=dtype, device=device)
+            )
+            self.gate_bias = nn.Parameter(torch.zeros(n_scales, dtype=dtype, device=device))
+        self.attention: ScaleAttention | None = None
+        if cfg.norm_attention:
+            d_key = cfg.attention_d_key or max(1, cfg.d_in // 4)
+            self.attention = ScaleAttention(cfg.d_in, n_scales, d_key, dtype, device)
+        self.register_buffer(
+            "running_variance", torch.zeros((), dtype=torch.float32, device=device)
+        )
+
+    @override
+    def forward(self, x_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise tokens.
+
+        Args:
+            x_c: (..., d_in) activations minus b_dec.
+
+        Returns:
+            x_hat (..., d_in), and scale(x) (..., 1): with unit gain and no bias,
+            scale(x) * x_hat is x_c minus its mean.
+        """
+        centred, variance = self._centre(x_c)
+        reciprocal = self._reciprocal_deviations(variance)
+        mixture = self._mixture(centred, variance)
+        branch = mixture * self._gate(centred, variance) * reciprocal
+        if self.gain is None or self.bias is None:
+            x_hat = centred * branch.sum(dim=-1, keepdim=True)
+        else:
+            x_hat = centred * (branch @ self.gain) + mixture @ self.bias
+        return x_hat, 1 / branch.sum(dim=-1, keepdim=True)
+
+    @torch.no_grad()
+    def update_running_variance(self, x_c: torch.Tensor, rate: float, ranks: Ranks = ALONE) -> None:
+        """Follow the mean variance of the tokens; training only, read when eps is relative."""
+        _, variance = self._centre(x_c)
+        self.running_variance.lerp_(ranks.mean(variance.float().mean()), rate)
+
+    @torch.no_grad()
+    def fold_input_scaling(self, scaling_factor: float) -> None:
+        """Take inputs x instead of `scaling_factor` * x, with the same x_hat.
+
+        Only what is in units of the activations changes: the running variance, and an absolute
+        eps, which lives in the configuration.
+        """
+        self.running_variance.div_(scaling_factor**2)
+        if self.cfg.norm_eps_mode == "absolute":
+            self.cfg.norm_eps /= scaling_factor**2
+
+    def _centre(self, x_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        centred = x_c - x_c.mean(dim=-1, keepdim=True) if self.cfg.norm_centre else x_c
+        return centred, centred.pow(2).mean(dim=-1, keepdim=True)
+
+    def _reciprocal_deviations(self, variance: torch.Tensor) -> torch.Tensor:
+        """(..., n_scales): 1 / sqrt(s var + eps)."""
+        scales = torch.tensor(self.cfg.norm_scales, dtype=variance.dtype, device=variance.device)
+        if self.cfg.norm_eps_mode == "absolute":
+            return torch.rsqrt(scales * (variance + self.cfg.norm_eps))
+        eps = self.cfg.norm_eps * self.running_variance.to(variance.dtype)
+        return torch.rsqrt(scales * variance + eps + _SMALLEST_VARIANCE)
+
+    def _unit(self, centred: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """(..., d_in) tokens of unit variance, which the gate and the attention look at."""
+        eps = self.cfg.norm_eps
+        if self.cfg.norm_eps_mode == "relative":
+            eps = eps * self.running_variance.to(variance.dtype)
+        return centred * torch.rsqrt(variance + eps + _SMALLEST_VARIANCE)
+
+    def _mixture(self, centred: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """(..., n_scales): softmax of the mixture logits, plus attention when on."""
+        if self.mixture_logits is None:
+            return torch.ones_like(variance)
+        logits = self.mixture_logits.expand(*variance.shape[:-1], -1)
+        if self.attention is not None:
+            logits = logits + self.attention(self._unit(centred, variance))
+        return torch.softmax(logits, dim=-1)
+
+    def _gate(self, centred: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        """(..., n_scales) or (..., 1): twice a sigmoid, 1 at initialisation."""
+        if self.gate_weight is None or self.gate_bias is None:
+            return torch.ones_like(variance)
+        unit = self._unit(centred, variance)
+        return 2 * torch.sigmoid(unit @ self.gate_weight.T / self.cfg.d_in + self.gate_bias)
+
+    @torch.no_grad()
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The affine map and the constant into which scales with an absolute eps collapse.
+
+        With u = (x_c - mu) / sqrt(var + eps): x_hat = gain * u + bias and
+        scale(x) = sqrt(var + eps) / constant.
+
+        Returns:
+            gain (d_in,), bias (d_in,) and the zero-dimensional constant, in float32.
+        """
+        scales = torch.tensor(self.cfg.norm_scales, dtype=torch.float32)
+        logits = torch.zeros_like(scales)
+        if self.mixture_logits is not None:
+            logits = self.mixture_logits.float().to(scales.device)
+        mixture = torch.softmax(logits, dim=-1)
+        branch = mixture * scales.rsqrt()
+        gain = branch.sum().expand(self.cfg.d_in)
+        bias = torch.zeros(self.cfg.d_in)
+        if self.gain is not None and self.bias is not None:
+            gain = branch @ self.gain.float().to(scales.device)
+            bias = mixture @ self.bias.float().to(scales.device)
+        return gain, bias, branch.sum()

@@ -1,0 +1,121 @@
+"""[C] Rank-r sketch of the co-activation matrix C = E[f f^T], never formed.
+
+Y = C Omega is linear in C, so its running mean over batches is exact, and costs O(tokens d_sae r)
+per batch. The Nystrom approximation C ~ Y (Omega^T Y)^+ Y^T recovers C (Tropp et al. 2017,
+arXiv 1706.05736, algorithm 3); its error is measured on random probes that it has not seen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from msae_plugin.architecture.float32_buffers import KeepsFloat32
+from msae_plugin.architecture.ranks import ALONE, Ranks
+
+_OVERSAMPLING = 8
+_N_PROBES = 8
+
+
+class CoactivationSketch(KeepsFloat32):
+    """Streaming sketch of the second moments of the latents, in float32 whatever the autocast.
+
+    Args:
+        d_sae: Number of latents.
+        rank: Rank r of the approximation; capped at d_sae.
+        device: Device of the buffers.
+    """
+
+    exact_tensor_names = ("test_matrix", "sample", "diagonal")
+    test_matrix: torch.Tensor
+    sample: torch.Tensor
+    diagonal: torch.Tensor
+
+    def __init__(self, d_sae: int, rank: int, device: torch.device) -> None:
+        super().__init__()
+        self.rank = min(rank, d_sae)
+        self.n_sketch = min(self.rank + _OVERSAMPLING, d_sae)
+        width = self.n_sketch + _N_PROBES
+        # One matrix holds the test vectors of the sketch and, in its last columns, the probes.
+        self.register_buffer(
+            "test_matrix", torch.randn(d_sae, width, dtype=torch.float32, device=device)
+        )
+        self.register_buffer(
+            "sample", torch.zeros(d_sae, width, dtype=torch.float32, device=device)
+        )
+        self.register_buffer("diagonal", torch.zeros(d_sae, dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def update(self, feature_acts: torch.Tensor, rate: float, ranks: Ranks = ALONE) -> None:
+        """Fold one batch in.
+
+        Args:
+            feature_acts: (n_tokens, d_sae) latents.
+            rate: Weight of this batch.
+            ranks: The processes that share the batch.
+        """
+        with torch.autocast(feature_acts.device.type, enabled=False):
+            acts = feature_acts.float()
+            product = acts.T @ (acts @ self.test_matrix) / acts.shape[0]
+            self.sample.lerp_(ranks.mean(product), rate)
+            # A norm instead of a mean of squares: no second dense copy of the latents.
+            squares = torch.linalg.vector_norm(acts, dim=0).square() / acts.shape[0]
+            self.diagonal.lerp_(ranks.mean(squares), rate)
+
+    @torch.no_grad()
+    def factors(self) -> torch.Tensor:
+        """(d_sae, r) factor F with C ~ F F^T, the best of rank r within the sketch."""
+        omega, sample = self.test_matrix[:, : self.n_sketch], self.sample[:, : self.n_sketch]
+        # A shift of the size of rounding makes the core positive definite; it is taken out below.
+        shift = torch.finfo(torch.float32).eps * sample.norm() * omega.shape[0] ** 0.5
+        if shift == 0:
+            return torch.zeros_like(sample[:, : self.rank])
+        shifted = sample + shift * omega
+        core = omega.T @ shifted
+        eigenvalues, vectors = torch.linalg.eigh((core + core.T) / 2)
+        inverse_root = vectors * eigenvalues.clamp(min=shift.item()).rsqrt()
+        left, singular, _ = torch.linalg.svd(shifted @ inverse_root, full_matrices=False)
+        strengths = (singular.square() - shift).clamp(min=0).sqrt()
+        return (left * strengths)[:, : self.rank]
+
+    @torch.no_grad()
+    def relative_error(self, factors: torch.Tensor) -> torch.Tensor:
+        """Estimated relative Frobenius error of the approximation, from unseen probes.
+
+        Args:
+            factors: (d_sae, r) result of `factors`.
+
+        Returns:
+            Zero-dimensional; 0 is exact. Zero when nothing has been seen.
+        """
+        probes, truth = self.test_matrix[:, self.n_sketch :], self.sample[:, self.n_sketch :]
+        gap = truth - factors @ (factors.T @ probes)
+        return gap.norm() / truth.norm().clamp(min=1e-12)
+
+    def normalised(self, factors: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """(n, n) co-activation cosines among chosen latents (n,), from the factors."""
+        rows = factors[latents] / self.diagonal[latents].sqrt().clamp(min=1e-12)[:, None]
+        return rows @ rows.T
+
+
+@torch.no_grad()
+def leading_directions(errors: torch.Tensor, count: int) -> torch.Tensor:
+    """Leading right singular vectors of the reconstruction errors, by randomised SVD.
+
+    Args:
+        errors: (n_tokens, d_in) input minus reconstruction.
+        count: Directions wanted; capped at min(n_tokens, d_in).
+
+    Returns:
+        (count, d_in) float32 unit rows, each signed so that most of its error lies along it.
+    """
+    with torch.autocast(errors.device.type, enabled=False):
+        errors = errors.float()
+        count = min(count, *errors.shape)
+        _, _, right = torch.svd_lowrank(errors, q=min(count + _OVERSAMPLING, *errors.shape))
+        right = right[:, :count]
+        # ReLU latents reconstruct one side of a direction only: take the heavier one.
+        projections = errors @ right
+        heavier = (projections.clamp(min=0).square().sum(0)) >= (
+            projections.clamp(max=0).square().sum(0)
+        )
+        return (right * torch.where(heavier, 1.0, -1.0)).T.contiguous()

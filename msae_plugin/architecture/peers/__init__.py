@@ -1,0 +1,1 @@
+"""Peers that SAELens does not have."""

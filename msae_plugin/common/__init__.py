@@ -1,0 +1,1 @@
+"""Shared ground: errors, files, recipes, progress, interruption, random streams."""

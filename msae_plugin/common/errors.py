@@ -1,0 +1,37 @@
+"""The two kinds of failure a user of the package can meet.
+
+Every message is one line that says what is wrong, where, and what to do. The command line turns
+[`InputError`][msae_plugin.common.errors.InputError] into exit status 2 and
+[`RunFailure`][msae_plugin.common.errors.RunFailure] into exit status 1 (docs/cli.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class InputError(ValueError):
+    """The user's input cannot work: a wrong field, file, shape or name."""
+
+
+class MissingInputError(InputError):
+    """Several things that are needed are not there.
+
+    Args:
+        items: Each of them and how to get it, one line each.
+        advice: What can be done at once.
+
+    Attributes:
+        items: As given.
+        summary: How many, and the advice: what follows the items where each has a line of its own.
+    """
+
+    def __init__(self, items: Sequence[str], advice: str) -> None:
+        self.items = tuple(items)
+        count = "1 thing is" if len(self.items) == 1 else f"{len(self.items)} things are"
+        self.summary = f"{count} missing; {advice}"
+        super().__init__(f"not everything is there ({'; '.join(self.items)}); {advice}")
+
+
+class RunFailure(RuntimeError):
+    """The input was fine, yet the run could not finish or its result is not valid."""

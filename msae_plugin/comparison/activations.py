@@ -1,0 +1,266 @@
+"""One pass of the language model, kept on the disk: what every SAE of a comparison is trained on.
+
+OUTPUT/activations/activations.json  what it holds, written last: its presence says "complete"
+OUTPUT/activations/<hook>.bin        (rows, d_in) as they are in memory
+
+The batches come from SAELens' own store, mixing buffer included, through the runner of `msae
+train`. The first rows are for training, in an order of each seed's own; further rows set the cuts
+and check the exports. A run that was killed makes the pass again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sae_lens.saes.sae import SAEMetadata
+
+from msae_plugin.common.cache import key_digest
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import (
+    TEMPORARY_PREFIX,
+    json_safe,
+    remove_leftovers,
+    write_json_atomic,
+)
+from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.progress import SilentProgress
+from msae_plugin.common.seeding import derive_seed, seed_everything
+from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.comparison.sources import SAMPLE_TOKENS
+from msae_plugin.data.text import TextData
+from msae_plugin.evaluation.outcomes import Reporter
+from msae_plugin.models.loading import LanguageModel, hook_widths
+from msae_plugin.training.activation_files import (
+    PLACEHOLDER,
+    mapped,
+    reading_runner,
+    require_space,
+)
+from msae_plugin.training.inputs import ModelAndText, chosen_autocast
+from msae_plugin.training.recipe import RunConfig
+from msae_plugin.training.shared_pass import SharedPassRunner
+
+FOLDER, MANIFEST = "activations", "activations.json"
+FORMAT = 1
+_METADATA = (
+    "dataset_path", "model_name", "model_class_name", "hook_head_index", "context_size",
+    "seqpos_slice", "model_from_pretrained_kwargs", "prepend_bos", "exclude_special_tokens",
+    "sequence_separator_token", "disable_concat_sequences",
+)  # fmt: skip
+
+
+def rows_needed(config: CompareConfig) -> tuple[int, int]:
+    """Rows to train on, and all rows."""
+    training = config.training
+    whole_batches = training.tokens // training.batch_size_tokens * training.batch_size_tokens
+    calibration = training.calibrate_batches * training.batch_size_tokens
+    return whole_batches, whole_batches + calibration + SAMPLE_TOKENS
+
+
+def recipe(config: CompareConfig) -> RunConfig:
+    """The sections of a training recipe, with an SAE that is never trained: runners want one."""
+    training = replace(config.training, tokens=rows_needed(config)[1])
+    return RunConfig(
+        model=config.model, data=config.data, hooks=config.hooks, sae=PLACEHOLDER, training=training
+    )
+
+
+def activations_key(config: CompareConfig) -> str:
+    """A digest of everything that the activations depend on."""
+    model, data, training = config.model, config.data, config.training
+    return key_digest(
+        {
+            "format": FORMAT,
+            "model": [model.name, model.dtype, model.autocast],
+            "data": json_safe(vars(data)),
+            "hooks": config.hooks,
+            "rows": rows_needed(config),
+            "batch": training.batch_size_tokens,
+            "buffer": [training.n_batches_in_buffer, training.activations_mixing_fraction],
+            "seed": training.seed,
+        }
+    )
+
+
+class StoredActivations:
+    """The activations of a comparison on the disk.
+
+    Args:
+        folder: OUTPUT/activations.
+        manifest: Contents of activations.json.
+        tensors: (rows, d_in) by hook, mapped from the files.
+    """
+
+    side_by_side: int | None = 1
+
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.tensors = tensors
+        self.batch_size = int(manifest["batch_size"])
+        self.training_rows = int(manifest["training_rows"])
+        # The order that was asked for last: seeds are trained one after another.
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def d_in(self, hook: str) -> int:
+        """Width of the activations at a hook."""
+        return self.tensors[hook].shape[1]
+
+    def batch(self, hook: str, seed: int, number: int) -> torch.Tensor:
+        """Batch `number` of the seed's order; after the last one the order begins again."""
+        if self._order is None or self._order[0] != seed:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
+            self._order = seed, torch.randperm(self.training_rows, generator=generator)
+        start = number * self.batch_size % self.training_rows
+        rows = self._order[1][start : start + self.batch_size]
+        # Neighbours in the file are read together; the order within a batch changes nothing.
+        return self.tensors[hook][rows.sort().values]
+
+    def fresh(self, hook: str, seed: int, count: int) -> list[torch.Tensor]:
+        """The rows after those for training, the same for all seeds."""
+        del seed
+        start = self.training_rows
+        rows = self.tensors[hook][start : start + count * self.batch_size]
+        return list(rows.split(self.batch_size))
+
+    def samples(self, hook: str, seed: int) -> torch.Tensor:
+        """The last rows, the same for all seeds."""
+        del seed
+        return self.tensors[hook][-SAMPLE_TOKENS:].float()
+
+    def describe(self, metadata: SAEMetadata, hook: str) -> None:
+        """What SAELens' runner wrote when the pass was made."""
+        for key, value in cast("Mapping[str, Any]", self.manifest["metadata"]).items():
+            setattr(metadata, key, value)
+        metadata.hook_name = hook
+
+    def record(self) -> dict[str, Any]:
+        """Model and text, as the pass recorded them."""
+        return {key: self.manifest[key] for key in ("model", "data")}
+
+
+def open_activations(output: Path) -> StoredActivations | None:
+    """The activations in a comparison's folder; None when the pass was not made or not finished.
+
+    Args:
+        output: The comparison's folder.
+
+    Raises:
+        InputError: They are of another format.
+    """
+    folder = output / FOLDER
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{folder} is of another version: delete it, or give another --output")
+    dtype = getattr(torch, str(manifest["dtype"]))
+    rows = int(manifest["rows"])
+    tensors = {
+        hook: mapped(folder / stored["file"], rows, stored["d_in"], dtype, writable=False)
+        for hook, stored in manifest["hooks"].items()
+    }
+    return StoredActivations(folder, manifest, tensors)
+
+
+def store_activations(
+    config: CompareConfig,
+    output: Path,
+    language_model: LanguageModel,
+    text: TextData,
+    device: str,
+    *,
+    guard: InterruptionGuard,
+    report: Reporter,
+) -> StoredActivations:
+    """Run the text through the model once and keep the activations.
+
+    Args:
+        config: The comparison.
+        output: Its folder.
+        language_model: The model.
+        text: The text.
+        device: Where the activations are made.
+        guard: Knows about signals.
+        report: Shows progress.
+
+    Raises:
+        InputError: The text is too short, or the disk too small.
+    """
+    folder = output / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    started = time.perf_counter()
+    training_rows, rows = rows_needed(config)
+    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    widths = hook_widths(language_model, config.hooks)
+    require_space(folder, rows * sum(widths.values()) * dtype.itemsize)
+    autocast = chosen_autocast(config.model.autocast, config.hooks, language_model, report)
+    files = {hook: f"{hook}.bin" for hook in config.hooks}
+    temporary = {hook: folder / f"{TEMPORARY_PREFIX}{name}" for hook, name in files.items()}
+    tensors = {
+        hook: mapped(temporary[hook], rows, widths[hook], dtype, writable=True)
+        for hook in config.hooks
+    }
+    run = recipe(config)
+    seed_everything(run.training.seed)
+    runner = reading_runner(
+        run,
+        language_model,
+        text,
+        folder,
+        device,
+        autocast=autocast,
+        guard=guard,
+        progress=SilentProgress(),
+    )
+    done = 0
+    while done < rows:
+        guard.check()
+        (batch,) = runner.fresh_batches(1)
+        count = min(rows - done, len(next(iter(batch.values()))))
+        for hook, tensor in tensors.items():
+            tensor[done : done + count] = batch[hook][:count].to("cpu", dtype)
+        done += count
+        report("the model's pass over the text", done, rows)
+    del tensors  # unmapped before the files get their names
+    for hook, path in temporary.items():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+        path.replace(folder / files[hook])
+    record = ModelAndText(language_model, text, autocast).record()
+    write_json_atomic(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "key": activations_key(config),
+            "rows": rows,
+            "training_rows": training_rows,
+            "batch_size": config.training.batch_size_tokens,
+            "dtype": str(dtype).removeprefix("torch."),
+            "hooks": {h: {"file": files[h], "d_in": widths[h]} for h in config.hooks},
+            "model": {**record["model"], "dtype": config.model.dtype},
+            "data": {**record["data"], "context_size": config.data.context_size},
+            "metadata": _metadata(runner),
+            "seconds": time.perf_counter() - started,
+        },
+    )
+    stored = open_activations(output)
+    assert stored is not None, "the manifest was written a moment ago"
+    return stored
+
+
+def _metadata(runner: SharedPassRunner) -> dict[str, Any]:
+    """What SAELens wrote into the metadata of the SAE that is not trained, less the SAE's own."""
+    written = next(iter(runner.saes.values())).cfg.metadata
+    return {key: json_safe(getattr(written, key)) for key in _METADATA}

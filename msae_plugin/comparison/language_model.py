@@ -1,0 +1,301 @@
+"""A comparison on a language model: its one pass, held-out text, and the evaluations of Part 2."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from sae_lens.saes.sae import SAEMetadata
+
+from msae_plugin.common.cache import tensors_sha256
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.seeding import derive_seed
+from msae_plugin.comparison.activations import (
+    StoredActivations,
+    activations_key,
+    open_activations,
+    recipe,
+    store_activations,
+)
+from msae_plugin.comparison.controls import ResidualStreamSAE, with_permuted_decoder
+from msae_plugin.comparison.measured_language_model import (
+    HeldoutText,
+    heldout_keys,
+    measure_heldout,
+    stored_heldout,
+)
+from msae_plugin.comparison.methods import Control, Entry, Expansion, sae_folder
+from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.comparison.results import Measured
+from msae_plugin.data.text import TextData, load_text
+from msae_plugin.evaluation.evaluate import evaluate
+from msae_plugin.evaluation.outcomes import Reporter, Subject
+from msae_plugin.evaluation.preflight import preflight, refuse_missing
+from msae_plugin.models.loading import (
+    HOOKED_TRANSFORMER,
+    LanguageModel,
+    ModelShape,
+    describe_model,
+    load_language_model,
+)
+from msae_plugin.saes.load import load_subjects, transformer_lens_hook
+from msae_plugin.training.plans import default_device
+
+EVALUATION_FOLDER = "evaluation"
+
+
+class LanguageModelBench:
+    """What a comparison on a language model trains and measures with.
+
+    Args:
+        config: The recipe.
+        output: The comparison's folder.
+        report: Shows progress.
+        language_model: A model that is loaded already.
+        skip_missing: Leave evaluations out whose data or packages are missing.
+    """
+
+    def __init__(
+        self,
+        config: CompareConfig,
+        output: Path,
+        report: Reporter,
+        language_model: LanguageModel | None,
+        *,
+        skip_missing: bool,
+    ) -> None:
+        self.config = config
+        self.output = output
+        self.device = default_device(config.model.device)
+        self._report = report
+        self._language_model = language_model
+        self._skip_missing = skip_missing
+        self._text: TextData | None = None
+
+    def check(self) -> None:
+        """Refuse what can be refused before the model is loaded.
+
+        Raises:
+            InputError: Model, hooks or data cannot work, or an evaluation lacks something.
+        """
+        recipe(self.config).validate(self._shape())
+        evaluation = self.config.eval_config()
+        if evaluation is None or self._skip_missing:
+            return
+        name = evaluation.model.name or self.config.model.name
+        loaded = self._language_model is not None
+        refuse_missing(preflight(evaluation, [], model_name=None if loaded else name))
+
+    def widths(self) -> dict[str, int]:
+        """Width of the activations by hook: as stored, else the model's."""
+        stored = open_activations(self.output)
+        if stored is not None and set(stored.tensors) == set(self.config.hooks):
+            return {hook: stored.d_in(hook) for hook in self.config.hooks}
+        return dict.fromkeys(self.config.hooks, self._shape().d_model)
+
+    def source(self, guard: InterruptionGuard) -> StoredActivations:
+        """The activations, after the model's pass if it was not made yet.
+
+        Raises:
+            InputError: The folder holds those of another model, text or length.
+        """
+        stored = open_activations(self.output)
+        if stored is not None:
+            if stored.manifest["key"] != activations_key(self.config):
+                raise InputError(
+                    f"{stored.folder} holds activations of another model, text, hook or length: "
+                    "give another --output"
+                )
+            return stored
+        return store_activations(
+            self.config,
+            self.output,
+            self._model(),
+            self._loaded_text(),
+            self.device,
+            guard=guard,
+            report=self._report,
+        )
+
+    def measure(
+        self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
+    ) -> Measured:
+        """Held-out metrics and evaluations of the trained SAEs and the controls.
+
+        Args:
+            expansion: The comparison.
+            trained: Its SAEs that are trained.
+            source: The record of the activations.
+        """
+        subjects = self._subjects(expansion, trained)
+        measured = Measured()
+        self._measure_heldout(expansion, subjects, source, measured)
+        evaluation = self.config.eval_config()
+        if evaluation is not None:
+            self._evaluate(subjects, measured)
+        return measured
+
+    def measure_share(
+        self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
+    ) -> None:
+        """Held-out metrics of SAEs, kept for `measure`; one of several processes on one folder.
+
+        SAEBench's evaluations keep what they know in one file for all SAEs, and are left to
+        `measure`.
+
+        Args:
+            expansion: The comparison.
+            trained: SAEs that are trained.
+            source: The record of the activations.
+        """
+        without_controls = replace(expansion, controls=[])
+        subjects = self._subjects(without_controls, trained)
+        self._measure_heldout(without_controls, subjects, source, Measured())
+
+    def _subjects(self, expansion: Expansion, trained: Sequence[Entry]) -> list[Subject]:
+        folders = [str(sae_folder(self.output, entry.name)) for entry in trained]
+        loaded = {s.name: s for s in load_subjects(folders, device=self.device)}
+        controls = [self._control(control, loaded) for control in expansion.controls]
+        return [*loaded.values(), *(subject for subject in controls if subject is not None)]
+
+    def _control(self, control: Control, loaded: Mapping[str, Subject]) -> Subject | None:
+        if control.of is None:
+            near = [s for s in loaded.values() if s.sae.cfg.metadata.hook_name == control.hook]
+            template = near[0].sae.cfg.metadata if near else SAEMetadata(hook_name=control.hook)
+            d_in = near[0].sae.cfg.d_in if near else self._shape().d_model
+            sae: Any = ResidualStreamSAE(d_in, copy.deepcopy(template))
+            sae = sae.to(self.device)
+        elif control.of.name in loaded:
+            of = control.of
+            sae = with_permuted_decoder(
+                loaded[of.name].sae, derive_seed(of.seed, "permuted decoder")
+            )
+        else:  # what it would be made of failed to train
+            return None
+        sae.eval()
+        return Subject(
+            name=control.name,
+            reference=f"control: {control.method}",
+            sae=sae,
+            weights_sha256=tensors_sha256(sae.state_dict()),
+            model_name=sae.cfg.metadata.model_name or self.config.model.name,
+            hook_name=transformer_lens_hook(control.hook),
+        )
+
+    def _measure_heldout(
+        self,
+        expansion: Expansion,
+        subjects: Sequence[Subject],
+        source: Mapping[str, Any],
+        measured: Measured,
+    ) -> None:
+        keys = heldout_keys(self.config, activations_key(self.config), subjects)
+        todo = [s for s in subjects if s.name not in stored_heldout(self.output, keys)]
+        if todo:
+            hooks = {item.name: item.hook for item in (*expansion.entries, *expansion.controls)}
+            text = HeldoutText(
+                self._model(),
+                self._loaded_text().heldout_texts(self._model().tokenizer),
+                bool(source["model"]["autocast"]),
+                hooks,
+            )
+            contexts = self._with_contexts(expansion)
+            measure_heldout(self.config, self.output, todo, keys, text, contexts, self._report)
+        for name, metrics in stored_heldout(self.output, keys).items():
+            measured.add(name, metrics)
+            if "heldout/loss_recovered" not in metrics:
+                measured.missing.append(
+                    {
+                        "what": f"heldout/loss_recovered of {name}",
+                        "status": "not_measurable",
+                        "reason": "zeroing the activations does not change the model's loss",
+                    }
+                )
+
+    def _with_contexts(self, expansion: Expansion) -> list[str]:
+        """The first seed of each method at the first L0, less the variants of the ladder.
+
+        Fifty of them would fill a page that nobody reads.
+        """
+        if self.config.heldout.contexts == 0:
+            return []
+        first = self.config.seeds[0], self.config.l0[0]
+        return [
+            entry.name
+            for entry in expansion.entries
+            if (entry.seed, entry.l0) == first
+            and (entry.method.variant is None or entry.method.variant.against is None)
+        ]
+
+    def _evaluate(self, subjects: Sequence[Subject], measured: Measured) -> None:
+        evaluation = self.config.eval_config()
+        assert evaluation is not None, "the caller has looked"
+        # Loaded already, and as the evaluation wants it.
+        model = self._language_model
+        fits = (
+            model is not None
+            and model.model_class_name == HOOKED_TRANSFORMER
+            and evaluation.model.dtype == self.config.model.dtype
+            and evaluation.model.name in (None, self.config.model.name)
+            and default_device(evaluation.model.device) == self.device
+        )
+        result = evaluate(
+            evaluation,
+            subjects,
+            self.output / EVALUATION_FOLDER,
+            language_model=model if fits else None,
+            skip_missing=self._skip_missing,
+            report=self._report,
+        )
+        for entry in cast("list[Mapping[str, Any]]", result.summary["results"]):
+            name = str(entry["evaluation"])
+            if entry["status"] != "measured":
+                measured.missing.append(
+                    {
+                        "what": f"{name} of {entry['sae']}",
+                        "status": str(entry["status"]),
+                        "reason": str(entry["reason"]),
+                    }
+                )
+            values = cast("Mapping[str, Mapping[str, Any]]", entry["metrics"])
+            measured.add(
+                str(entry["sae"]),
+                {f"{name}/{metric}": float(value["mean"]) for metric, value in values.items()},
+            )
+        measured.definitions.update(result.summary["metrics"])
+
+    def _shape(self) -> ModelShape:
+        model = self._language_model
+        if model is None:
+            return describe_model(self.config.model.name)
+        return ModelShape(model.d_model, model.n_layers, model.vocabulary)
+
+    def _model(self) -> LanguageModel:
+        if self._language_model is None:
+            self._report(f"loading {self.config.model.name}")
+            self._language_model = load_language_model(
+                self.config.model.name,
+                self.config.hooks,
+                device=self.device,
+                dtype=self.config.model.dtype,
+                report=self._report,
+            )
+        return self._language_model
+
+    def _loaded_text(self) -> TextData:
+        if self._text is None:
+            data = self.config.data
+            self._report(f"reading {data.source}")
+            self._text = load_text(
+                data.source,
+                split=data.split,
+                text_column=data.text_column,
+                heldout_documents=data.heldout_documents,
+                seed=derive_seed(self.config.training.seed, "text"),
+                streaming=data.streaming,
+            )
+        return self._text

@@ -1,0 +1,312 @@
+"""From methods, sparsities and seeds to single SAEs to train, and the controls beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msae_plugin.architecture.peers.registry import peer_section
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.recipes import as_mapping, coerce
+from msae_plugin.comparison.ladder import Variant, chosen_variants
+from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
+from msae_plugin.comparison.sparsity_knobs import Knob, sparsity_knob, with_l0
+from msae_plugin.models.hook_names import parse_hook_name
+from msae_plugin.training.plans import SAEPlan, plan_saes, preset_training
+from msae_plugin.training.run_checks import check_schedule
+from msae_plugin.training.settings import TrainingSection
+
+SAES_FOLDER = "saes"
+FROZEN = "frozen_decoder"
+RESIDUAL_STREAM = "residual_stream"
+_PERMUTED = re.compile(r"permuted_decoder of (\S+)")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything about a method but its sparsity and its seed.
+
+    Args:
+        name: Its name.
+        section: Keys of an SAE in a recipe, `d_sae` among them; no `peer` or `control`.
+        knob: What sets its L0.
+        accumulation_steps: Mini-batches per step.
+        frozen_decoder: Train without changing the decoder.
+        variant: Where it stands in the ladder, if it does.
+    """
+
+    name: str
+    section: Mapping[str, Any]
+    knob: Knob
+    accumulation_steps: int
+    frozen_decoder: bool = False
+    variant: Variant | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One SAE to train.
+
+    Args:
+        name: Unique in the comparison; the name of its folder.
+        bundle: The name without the seed: what the seeds share is a coefficient.
+        method: What it is an instance of.
+        hook: Where its activations are read.
+        l0: Target L0.
+        seed: Of its initialisation, the order of its data, and what it draws.
+    """
+
+    name: str
+    bundle: str
+    method: Method
+    hook: str
+    l0: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control that is made, not trained.
+
+    Args:
+        name: Unique in the comparison.
+        method: As in the recipe.
+        hook: Where it reads.
+        of: The SAE whose decoder is permuted; None for the residual stream.
+    """
+
+    name: str
+    method: str
+    hook: str
+    of: Entry | None
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Everything that a comparison consists of.
+
+    Args:
+        entries: SAEs to train, method by method.
+        controls: What is evaluated beside them.
+        methods: By name.
+    """
+
+    entries: list[Entry]
+    controls: list[Control]
+    methods: dict[str, Method] = field(default_factory=dict[str, Method])
+
+
+def entry_name(method: str, label: str, l0: float, seed: int | None = None) -> str:
+    """`<method>[_layer9]_l0-<k>[_seed<s>]`, with the label that tells several hooks apart."""
+    return f"{method}{label}_l0-{l0:g}" + ("" if seed is None else f"_seed{seed}")
+
+
+def sae_folder(output: Path, name: str) -> Path:
+    """Folder of an SAE in a comparison's folder."""
+    return output / SAES_FOLDER / name
+
+
+def hook_labels(hooks: Sequence[str]) -> dict[str, str]:
+    """What names get for a hook: nothing for a single one, `_layer9`, or all of the hook's name."""
+    if len(hooks) == 1:
+        return {hooks[0]: ""}
+    layers = [parse_hook_name(hook).layer for hook in hooks]
+    if None in layers or len(set(layers)) < len(layers):
+        return {hook: "_" + hook.replace(".", "-") for hook in hooks}
+    return {hook: f"_layer{layer}" for hook, layer in zip(hooks, layers, strict=True)}
+
+
+def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
+    """All SAEs of a comparison, each checked against its architecture.
+
+    Args:
+        config: The recipe.
+        d_in: Width of the activations by hook.
+
+    Raises:
+        InputError: A method cannot work; the field is named.
+    """
+    sections = {name: as_mapping(section, f"saes.{name}") for name, section in config.saes.items()}
+    variants: dict[str, Variant] = {}
+    if config.ladder is not None:
+        for variant in chosen_variants(list(config.ladder.groups), config.ladder.leave_out):
+            if variant.name in sections:
+                raise InputError(
+                    f"'saes.{variant.name}' has the name of a variant of the ladder: rename it"
+                )
+            sections[variant.name] = dict(variant.section)
+            variants[variant.name] = variant
+    methods: dict[str, Method] = {}
+    untrained: dict[str, str] = {}
+    for name, section in sections.items():
+        control = coerce(section.pop("control", None), str | None, f"saes.{name}.control")
+        if control is not None and control != FROZEN:
+            if section:
+                raise InputError(f"'saes.{name}': an untrained control has no further keys")
+            untrained[name] = control
+            continue
+        methods[name] = _method(config, name, section, control == FROZEN, variants.get(name))
+    if config.reference is not None and config.reference not in methods:
+        raise InputError(f"'reference' {config.reference!r} is no method of 'saes' or 'ladder'")
+    labels = hook_labels(config.hooks or [SYNTHETIC_HOOK])
+    entries = [
+        Entry(
+            entry_name(method.name, label, l0, seed),
+            entry_name(method.name, label, l0),
+            method,
+            hook,
+            l0,
+            seed,
+        )
+        for method in methods.values()
+        for hook, label in labels.items()
+        for l0 in config.l0
+        for seed in config.seeds
+    ]
+    for entry in entries:
+        # Every seed is the same to an architecture.
+        if entry.seed == config.seeds[0]:
+            plan_entry(entry, config, d_in[entry.hook], coefficient=None)
+    controls = [
+        control
+        for name, kind in untrained.items()
+        for control in _controls(name, kind, entries, labels)
+    ]
+    if controls and config.synthetic is not None:
+        residual = [control for control in controls if control.of is None]
+        if residual:
+            raise InputError(
+                f"'saes.{residual[0].name}.control' residual_stream: the true features are the "
+                "reference on ground truth; remove it"
+            )
+    return Expansion(entries, controls, methods)
+
+
+def _method(
+    config: CompareConfig,
+    name: str,
+    section: dict[str, Any],
+    frozen: bool,
+    variant: Variant | None,
+) -> Method:
+    where = f"saes.{name}"
+    steps = _accumulation(config, section, where)
+    peer = coerce(section.pop("peer", None), str | None, f"{where}.peer")
+    if peer is not None:
+        if "architecture" in section or "preset" in section:
+            raise InputError(f"'{where}.peer' decides the architecture: remove the other key")
+        total = config.training.tokens // (config.training.batch_size_tokens * steps)
+        section = {**peer_section(peer, total), **section}
+    if frozen and "preset" not in section:
+        section.setdefault("architecture", "batchtopk")
+    section = {**config.common, **section}
+    if "d_sae" not in section:
+        raise InputError(f"'{where}.d_sae' is missing: give it here or once in 'common'")
+    section["d_sae"] = coerce(section["d_sae"], int, f"{where}.d_sae")
+    knob = sparsity_knob(section, where)
+    return Method(name, section, knob, steps, frozen, variant)
+
+
+def _accumulation(config: CompareConfig, section: dict[str, Any], where: str) -> int:
+    wanted = preset_training(section).get("accumulation_steps", config.training.accumulation_steps)
+    steps = coerce(section.pop("accumulation_steps", wanted), int, f"{where}.accumulation_steps")
+    if steps < 1:
+        raise InputError(f"'{where}.accumulation_steps' must be at least 1, not {steps}")
+    return steps
+
+
+def _controls(
+    name: str, kind: str, entries: list[Entry], labels: Mapping[str, str]
+) -> list[Control]:
+    if kind == RESIDUAL_STREAM:
+        return [Control(name + label, name, hook, None) for hook, label in labels.items()]
+    found = _PERMUTED.fullmatch(kind)
+    if found is None:
+        raise InputError(
+            f"'saes.{name}.control' must be {RESIDUAL_STREAM}, {FROZEN} or permuted_decoder of "
+            f"NAME, not {kind!r}"
+        )
+    of = [entry for entry in entries if entry.method.name == found[1]]
+    if not of:
+        raise InputError(f"'saes.{name}.control': there is no method {found[1]!r} in 'saes'")
+    return [
+        Control(entry_name(name, labels[entry.hook], entry.l0, entry.seed), name, entry.hook, entry)
+        for entry in of
+    ]
+
+
+def entry_training(entry: Entry, config: CompareConfig, tokens: int) -> TrainingSection:
+    """The training section of one SAE for a run of so many tokens.
+
+    Warm-up, decay and the dead window are scaled: to the SAE's own number of mini-batches per step,
+    and to the length of a short trial, whose schedule is that of the whole run in small.
+
+    Raises:
+        InputError: The schedule does not fit into the run.
+    """
+    training, accumulation = config.training, entry.method.accumulation_steps
+    share = tokens / training.tokens
+    scaled = dataclasses.replace(
+        training,
+        tokens=tokens,
+        accumulation_steps=accumulation,
+        lr_warm_up_steps=round(training.lr_warm_up_steps * share / accumulation),
+        lr_decay_steps=round(training.lr_decay_steps * share / accumulation),
+        dead_feature_window=max(1, round(training.dead_feature_window * share)),
+    )
+    steps = tokens // (training.batch_size_tokens * accumulation)
+    if steps < 1:
+        raise InputError(
+            f"SAE {entry.name!r}: {tokens} tokens are less than one step of "
+            f"{training.batch_size_tokens} x {accumulation}: raise training.tokens"
+        )
+    check_schedule(scaled, steps)
+    return scaled
+
+
+def plan_entry(
+    entry: Entry,
+    config: CompareConfig,
+    d_in: int,
+    *,
+    coefficient: float | None,
+    tokens: int | None = None,
+) -> SAEPlan:
+    """SAELens' training configuration of one SAE.
+
+    Args:
+        entry: Which.
+        config: The recipe.
+        d_in: Width of its activations.
+        coefficient: Value of a searched knob; None leaves the one the search begins with.
+        tokens: Length of the run; None is training.tokens.
+
+    Raises:
+        InputError: The architecture refuses its configuration.
+    """
+    tokens = config.training.tokens if tokens is None else tokens
+    training = entry_training(entry, config, tokens)
+    method = entry.method
+    section = with_l0(method.section, method.knob, entry.l0, int(method.section["d_sae"]))
+    share = tokens / config.training.tokens
+    for key, value in section.items():
+        # A sparsity penalty that is still warming up at the end of a trial says little.
+        if key.endswith("_warm_up_steps") and share < 1:
+            section[key] = round(int(value) * share)
+    if coefficient is not None:
+        section[method.knob.name] = coefficient
+    steps = tokens // (training.batch_size_tokens * training.accumulation_steps)
+    (plan,) = plan_saes(
+        {method.name: section},
+        [entry.hook],
+        d_model=d_in,
+        training_steps=steps,
+        accumulation_steps=training.accumulation_steps,
+    )
+    # All methods of a seed begin with the same weights: of two that differ in a mechanism which
+    # never acts, both would else end at different ones, and every difference would hold that noise.
+    return dataclasses.replace(plan, name=entry.name, base_name="one start per seed")

@@ -1,0 +1,1 @@
+"""Text: corpora, the held-out split, labelled sets."""

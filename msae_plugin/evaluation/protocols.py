@@ -1,0 +1,309 @@
+"""Settings of each evaluation: SAEBench's own config classes, and what is added or fixed here.
+
+The classes are read when settings are checked, not when this module is imported: importing
+sae_bench takes seconds and needs the extra `eval`. Without it settings are taken as they are; the
+preflight says what to install.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, cast, get_type_hints
+
+from pydantic import ValidationError
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.recipes import as_mapping, coerce, unknown_key_message
+from msae_plugin.data.labelled_texts import LABELLED_SOURCES
+
+_EVERYWHERE = {
+    "model_name": "the model is model.name",
+    "random_seed": "seeds are in seeds",
+    "llm_dtype": "the model's dtype is model.dtype",
+}
+_COPIES: Mapping[str, Any] = {"datasets": dict[str, str]}
+# Whole numbers that may be zero or negative.
+_ANY_NUMBER = frozenset({"prompt_token_pos"})
+_ZERO_ALLOWED = frozenset(
+    {
+        "heldout_documents",
+        "buffer",
+        "n_iw_sampled_ex_for_generation",
+        "n_iw_sampled_ex_for_scoring",
+        "n_random_ex_for_scoring",
+        "override_latents",
+        "early_stopping_patience",
+    }
+)
+_SHARES = frozenset({"train_test_split", "min_GT_probe_f1", "act_threshold_frac"})
+
+
+@dataclass(frozen=True)
+class EvaluationSchema:
+    """One evaluation.
+
+    Args:
+        package: Sub-package of `sae_bench.evals`.
+        config: Name of its config class.
+        own: Keys of ours and their types.
+        fixed: SAEBench's fields that are not to be set, and why.
+        choices: Values that work, where SAEBench's type allows more.
+        counted: The list of numbers of latents, the class of results that has a field for each
+            number that SAEBench can report, and the pattern of these fields.
+        sets: Whether `dataset_names` is limited to SAEBench's own, and ours.
+    """
+
+    package: str
+    config: str
+    own: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    fixed: Mapping[str, str] = field(default_factory=dict[str, str])
+    choices: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    counted: tuple[str, str, str] | None = None
+    sets: bool = False
+
+
+SCHEMAS = {
+    "core": EvaluationSchema(
+        "core",
+        "CoreEvalConfig",
+        own={"heldout_documents": int},
+        fixed={
+            **{
+                f"compute_{name}": "core always computes it"
+                for name in ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")
+            },
+            "verbose": "progress is shown anyway",
+        },
+    ),
+    "sparse_probing": EvaluationSchema(
+        "sparse_probing",
+        "SparseProbingEvalConfig",
+        own=_COPIES,
+        counted=("k_values", "SparseProbingSaeMetrics", r"sae_top_(\d+)_test_accuracy"),
+        sets=True,
+    ),
+    "sparse_probing_sae_probes": EvaluationSchema(
+        "sparse_probing_sae_probes",
+        "SparseProbingSaeProbesEvalConfig",
+        fixed={
+            "results_path": "results go to --output",
+            "model_cache_path": "caches are in cache",
+            "binarize": "SAEBench 0.6 does not find sae-probes' results of binarised latents",
+        },
+        choices={
+            "setting": ("normal",),
+            "reg_type": ("l1", "l2"),
+            "baseline_method": ("logreg", "pca", "knn", "xgboost", "mlp"),
+        },
+        counted=("ks", "SaeProbesSaeMetrics", r"sae_top_(\d+)_test_accuracy"),
+        sets=True,
+    ),
+    "unlearning": EvaluationSchema(
+        "unlearning",
+        "UnlearningEvalConfig",
+        own={
+            "model": str | None,
+            "forget_corpus": str | None,
+            "retain_corpus": str | None,
+            "questions": dict[str, str],
+        },
+    ),
+    "absorption": EvaluationSchema("absorption", "AbsorptionEvalConfig"),
+    "scr": EvaluationSchema(
+        "scr_and_tpp",
+        "ScrAndTppEvalConfig",
+        own=_COPIES,
+        fixed={"perform_scr": "the evaluations are scr and tpp"},
+        counted=("n_values", "ScrMetrics", r"scr_metric_threshold_(\d+)"),
+        sets=True,
+    ),
+    "tpp": EvaluationSchema(
+        "scr_and_tpp",
+        "ScrAndTppEvalConfig",
+        own=_COPIES,
+        fixed={
+            "perform_scr": "the evaluations are scr and tpp",
+            "column1_vals_lookup": "only scr has pairs of classes",
+        },
+        counted=("n_values", "TppMetrics", r"tpp_threshold_(\d+)_total_metric"),
+        sets=True,
+    ),
+    "ravel": EvaluationSchema(
+        "ravel",
+        "RAVELEvalConfig",
+        own=_COPIES,
+        fixed={
+            "artifact_dir": "caches are in cache",
+            "train_mdas": "it ignores the SAE",
+            "force_dataset_recompute": "SAEBench reads it nowhere",
+            "top_n_templates": "SAEBench reads it nowhere",
+        },
+    ),
+    "autointerp": EvaluationSchema("autointerp", "AutoInterpEvalConfig", own=_COPIES),
+    "meta_structure": EvaluationSchema("meta_structure", "MetaStructureEvalConfig"),
+}
+"""The evaluations that `msae eval` runs, by the name in a config file."""
+
+
+def check_settings(evaluation: str, settings: object) -> dict[str, Any]:
+    """Check the settings of an evaluation against SAEBench's class and ours.
+
+    Args:
+        evaluation: Its name.
+        settings: From the config file; null stands for none.
+
+    Returns:
+        Exactly the given keys, less those that are null where SAEBench has a default, their values
+        in the types of SAEBench's class.
+
+    Raises:
+        InputError: The evaluation or a key is unknown, or a value cannot work.
+    """
+    if evaluation not in SCHEMAS:
+        near = get_close_matches(evaluation, SCHEMAS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SCHEMAS)}"
+        raise InputError(f"evaluation {evaluation!r} is not known: {hint}")
+    schema = SCHEMAS[evaluation]
+    where = f"evaluations.{evaluation}"
+    given = as_mapping({} if settings is None else settings, where)
+    for key in given:
+        reason = {**_EVERYWHERE, **schema.fixed}.get(key)
+        if reason is not None:
+            raise InputError(f"{where}.{key} is not to be set: {reason}")
+    own = {
+        key: coerce(given[key], kind, f"{where}.{key}")
+        for key, kind in schema.own.items()
+        if key in given
+    }
+    theirs = {key: value for key, value in given.items() if key not in schema.own}
+    cls = config_class(evaluation)
+    if cls is not None:
+        theirs = _check_against(cls, schema, theirs, where)
+    for key, value in {**theirs, **own}.items():
+        _check_numbers(key, value, f"{where}.{key}")
+        if isinstance(value, list):
+            _check_list(cast("list[Any]", value), f"{where}.{key}")
+    # In the order of the file.
+    return {key: {**theirs, **own}[key] for key in given if key in theirs or key in own}
+
+
+def config_class(evaluation: str) -> type[Any] | None:
+    """SAEBench's config class of an evaluation; None where sae-bench is not installed."""
+    return _class_of(SCHEMAS[evaluation].package, "eval_config", SCHEMAS[evaluation].config)
+
+
+def default_of(evaluation: str, key: str) -> Any:
+    """SAEBench's default of a field; None where sae-bench is not installed."""
+    cls = config_class(evaluation)
+    return None if cls is None else getattr(cls(), key)
+
+
+def _class_of(package: str, module: str, name: str) -> type[Any] | None:
+    if importlib.util.find_spec("sae_bench") is None:
+        return None
+    try:
+        found = importlib.import_module(f"sae_bench.evals.{package}.{module}")
+    except ModuleNotFoundError:
+        return None  # one of its own packages; the preflight names it
+    return cast("type[Any]", getattr(found, name))
+
+
+def _check_against(
+    cls: type[Any], schema: EvaluationSchema, given: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    defaults = {item.name: item for item in dataclasses.fields(cls)}
+    not_set = {*_EVERYWHERE, *schema.fixed}
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in defaults:
+            raise InputError(
+                unknown_key_message(key, [*(set(defaults) - not_set), *schema.own], where)
+            )
+        # `llm_batch_size: int = None` is how SAEBench says that a default depends on the model.
+        if value is None and _default_is_none(cls, key):
+            if key == "n_latents":
+                checked[key] = None
+            continue
+        checked[key] = coerce(value, hints[key], f"{where}.{key}")
+        if key in schema.choices and checked[key] not in schema.choices[key]:
+            raise InputError(
+                f"{where}.{key} must be {' or '.join(schema.choices[key])}, not {value!r}"
+            )
+    try:
+        cls(**checked)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "assertion_error":  # AutoInterpEvalConfig's only check
+            raise InputError(
+                f"{where}: give either n_latents or override_latents; with override_latents set "
+                "n_latents: null"
+            ) from error
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{where}.{place}: {first['msg']}, not {first['input']!r}") from error
+    _check_counts(schema, checked, where)
+    if schema.sets and "dataset_names" in checked:
+        known = [*cls().dataset_names]
+        if schema.package == "sparse_probing":
+            known += LABELLED_SOURCES
+        _check_names(checked["dataset_names"], known, f"{where}.dataset_names")
+    return checked
+
+
+def _default_is_none(cls: type[Any], key: str) -> bool:
+    return key == "n_latents" or getattr(cls(), key) is None
+
+
+def _check_counts(schema: EvaluationSchema, settings: Mapping[str, Any], where: str) -> None:
+    if schema.counted is None or schema.counted[0] not in settings:
+        return
+    key, class_name, pattern = schema.counted
+    results = _class_of(schema.package, "eval_output", class_name)
+    if results is None:
+        return
+    matches = [re.fullmatch(pattern, item.name) for item in dataclasses.fields(results)]
+    reported = [int(match.group(1)) for match in matches if match is not None]
+    for count in settings[key]:
+        if count not in reported:
+            raise InputError(
+                f"{where}.{key}: SAEBench's results have no field for {count}: choose from "
+                f"{', '.join(map(str, reported))}"
+            )
+
+
+def _check_names(names: Sequence[str], known: Sequence[str], where: str) -> None:
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=2, cutoff=0.5)
+            some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {some}"
+            raise InputError(f"{where}: {name!r} is not known: {hint}")
+
+
+def _check_numbers(key: str, value: Any, where: str) -> None:
+    values = cast("list[Any]", value) if isinstance(value, list) else [value]
+    for number in values:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if not math.isfinite(number):
+            raise InputError(f"{where} must be a finite number, not {number}")
+        if key in _SHARES and not 0 <= number <= 1:
+            raise InputError(f"{where} must be between 0 and 1, not {number}")
+        least = 0 if isinstance(number, float) or key in _ZERO_ALLOWED else 1
+        if key not in _ANY_NUMBER and number < least:
+            raise InputError(f"{where} must be at least {least}, not {number}")
+
+
+def _check_list(values: list[Any], where: str) -> None:
+    if not values:
+        raise InputError(f"{where} is empty: leave it out for SAEBench's default")
+    twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+    if twice is not None:
+        raise InputError(f"{where} has {twice!r} twice: give it once")

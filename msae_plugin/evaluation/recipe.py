@@ -1,0 +1,310 @@
+"""The protocol of an evaluation: a tree of dataclasses read from YAML.
+
+`eval_configs/*.yaml` show every key with its type and default. Paths in a file are relative to the
+file's folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from typing_extensions import Self
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.recipes import as_mapping, build
+from msae_plugin.data.text_files import is_text_file
+from msae_plugin.evaluation.protocols import SCHEMAS, check_settings, default_of
+from msae_plugin.models.hook_names import parse_hook_name
+from msae_plugin.saes.load import transformer_lens_hook
+
+logger = logging.getLogger(__name__)
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_LARGEST_SEED = 2**32 - 1
+# Where a value of a file may be a path. Those of the first kind are nothing else.
+_PATHS = ("cache", "datasets.*", "evaluations.*.datasets.*")
+_PATHS_OR_NAMES = (
+    "model.name",
+    "evaluations.core.dataset",
+    "evaluations.autointerp.dataset_name",
+    "evaluations.unlearning.model",
+    "evaluations.unlearning.forget_corpus",
+    "evaluations.unlearning.retain_corpus",
+    "evaluations.unlearning.questions.*",
+)
+_TAKES_COPIES = ("sparse_probing", "scr", "tpp", "autointerp", "ravel")
+# Hub names of evaluations' data that no setting names.
+_UNNAMED_DATA = {"ravel": ["adamkarvonen/ravel_prompts"]}
+
+
+@dataclass
+class ModelChoice:
+    """Which language model, and how it runs.
+
+    Attributes:
+        name: `packaged:NAME`, a folder, or a hub name; null is the one that the SAEs are for.
+        dtype: Data type of the weights; SAEBench casts SAEs to it.
+        device: Where it runs; auto is cuda when there is one.
+    """
+
+    name: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+
+
+@dataclass
+class EvalConfig:
+    """What to evaluate, with which settings and seeds.
+
+    Attributes:
+        model: The language model.
+        hook: Where the SAEs read, in place of what their metadata say.
+        seeds: Every evaluation runs once with each.
+        evaluations: Settings by evaluation: fields of SAEBench's config class of that name and ours
+            (`eval_schemas`), and no others.
+        datasets: Local copy of a hub dataset by its name, in the same schema.
+        cache: Folder for what is computed of the language model alone.
+    """
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    hook: str | None = None
+    seeds: list[int] = field(default_factory=lambda: [42])
+    evaluations: dict[str, Any] = field(default_factory=dict[str, Any])
+    datasets: dict[str, str] = field(default_factory=dict[str, str])
+    cache: str | None = None
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
+        """Read an evaluation config.
+
+        Args:
+            path: A YAML file, or the bare name of one that comes with the package (`offline`).
+            overrides: `key.path=value` with the value in YAML, applied in order;
+                `evaluations.NAME=null` removes an evaluation. Paths in them are relative to the
+                working directory, as on any command line.
+
+        Raises:
+            InputError: The file cannot be read, or a value cannot work.
+        """
+        file = find_config(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"cannot read the evaluation config {str(file)!r}: {error.strerror}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"evaluation config {str(file)!r} is not a text file") from error
+        try:
+            read: object = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            problem = " ".join(str(error).split())
+            raise InputError(f"{str(file)!r} is not valid YAML: {problem}") from error
+        if read is None:
+            raise InputError(f"evaluation config {str(file)!r} is empty")
+        values = _with_absolute_paths(as_mapping(read, str(file)), file.resolve().parent)
+        config = cls.from_dict(values, overrides)
+        for warning in config.warnings():
+            logger.warning("%s: %s", file.name, warning)
+        return config
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
+        """Build a config from plain dictionaries, as `to_dict` gives them.
+
+        Raises:
+            InputError: As `load`.
+        """
+        merged = copy.deepcopy(dict(values))
+        for override in overrides:
+            _apply(merged, override)
+        merged = {key: value for key, value in merged.items() if value is not None}
+        config = build(cls, merged, "")
+        config.check()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Check all values, and give each evaluation the local copies of its datasets.
+
+        Raises:
+            InputError: A value cannot work.
+        """
+        if not _DEVICE.fullmatch(self.model.device):
+            raise InputError(
+                f"'model.device' must be auto, cpu, cuda, cuda:N or mps, not {self.model.device!r}"
+            )
+        if self.hook is not None:
+            parse_hook_name(self.hook)
+            self.hook = transformer_lens_hook(self.hook)
+        self._check_seeds()
+        if not self.evaluations:
+            raise InputError(f"'evaluations' is empty: name one of {', '.join(SCHEMAS)}")
+        self.evaluations = {
+            name: check_settings(name, settings) for name, settings in self.evaluations.items()
+        }
+        self._hand_out_copies()
+
+    def warnings(self) -> list[str]:
+        """What works but may not be meant."""
+        found: list[str] = []
+        if "core" in self.evaluations and self.model.dtype != "float32":
+            found.append(
+                f"core in {self.model.dtype}: SAEBench rounds its numbers to 3 digits and its KL "
+                "divergence may be infinite; for finer numbers set model.dtype to float32"
+            )
+        return found
+
+    def _check_seeds(self) -> None:
+        if not self.seeds:
+            raise InputError("'seeds' is empty: give at least one, SAEBench's own is 42")
+        for index, seed in enumerate(self.seeds):
+            if not 0 <= seed <= _LARGEST_SEED:
+                raise InputError(f"'seeds' has {seed}: seeds are 0 to {_LARGEST_SEED}")
+            if seed in self.seeds[:index]:
+                raise InputError(f"'seeds' has {seed} twice: a spread over equal seeds is none")
+
+    def _hand_out_copies(self) -> None:
+        used: set[str] = set()
+        for name in _TAKES_COPIES:
+            settings = self.evaluations.get(name)
+            if settings is None:
+                continue
+            wanted = datasets_of(name, settings)
+            copies = {
+                hub_name: path
+                for hub_name, path in self.datasets.items()
+                if any(_is_part(dataset, hub_name) for dataset in wanted)
+            }
+            used |= copies.keys()
+            if copies:
+                settings["datasets"] = {**copies, **settings.get("datasets", {})}
+        core = self.evaluations.get("core")
+        if core is not None and core.get("dataset") in self.datasets:
+            used.add(core["dataset"])
+            core["dataset"] = self.datasets[core["dataset"]]
+        for hub_name in self.datasets.keys() - used:
+            logger.warning("datasets: none of the evaluations reads %r", hub_name)
+
+
+def datasets_of(evaluation: str, settings: Mapping[str, Any]) -> list[str]:
+    """The names of the datasets that an evaluation with these settings reads."""
+    if evaluation in _UNNAMED_DATA:
+        return _UNNAMED_DATA[evaluation]
+    key = "dataset_name" if evaluation == "autointerp" else "dataset_names"
+    names = settings[key] if key in settings else default_of(evaluation, key)
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by bare name."""
+    # Beside the package in the repository, inside it in an installed wheel.
+    package = Path(__file__).parents[1]
+    for folder in (package / "eval_configs", package.parent / "eval_configs"):
+        found = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+        if found:
+            return found
+    return {}
+
+
+def find_config(path: Path | str) -> Path:
+    """The file that a path or a bare name stands for; what exists on the disk comes first.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    shipped = shipped_configs()
+    if str(path) in shipped:
+        return shipped[str(path)]
+    near = get_close_matches(file.stem, shipped, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"shipped ones are {', '.join(shipped)}"
+    problem = "is a folder" if file.is_dir() else "does not exist"
+    raise InputError(f"evaluation config {str(path)!r} {problem}; {hint}")
+
+
+def _is_part(dataset: str, hub_name: str) -> bool:
+    """Whether a dataset's name is a hub name, or that of a part that SAEBench cuts from it."""
+    return dataset == hub_name or dataset.startswith(f"{hub_name}_")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise InputError(f"--set {override!r} is not of the form key.path=value")
+    try:
+        value: object = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
+    tree: Any = value
+    for key in reversed(keys):
+        tree = {key: tree}
+    tree = _with_absolute_paths(tree, Path.cwd())
+    section = values
+    for depth, key in enumerate(keys[:-1]):
+        tree = tree[key]
+        if section.get(key) is None:
+            section[key] = {}
+        if not isinstance(section[key], dict):
+            raise InputError(f"--set {override!r}: {'.'.join(keys[: depth + 1])!r} has no keys")
+        section = cast("dict[str, Any]", section[key])
+    if value is None and keys[0] == "evaluations" and len(keys) == 2:
+        section.pop(keys[-1], None)
+    else:
+        section[keys[-1]] = tree[keys[-1]]
+
+
+def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    def absolute(value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            section = cast("Mapping[Any, Any]", value)
+            return {
+                key: absolute(item, f"{place}.{key}" if place else str(key))
+                for key, item in section.items()
+            }
+        if isinstance(value, str) and _matches(place, _PATHS):
+            return str(base / Path(value).expanduser())
+        if isinstance(value, str) and _matches(place, _PATHS_OR_NAMES) and _is_path(value, base):
+            return str(base / Path(value).expanduser())
+        return value
+
+    return cast("dict[str, Any]", absolute(values, ""))
+
+
+def _matches(place: str, patterns: Sequence[str]) -> bool:
+    for pattern in patterns:
+        wanted = pattern.split(".")
+        # The last star takes the rest: dataset names hold dots.
+        parts = place.split(".", len(wanted) - 1)
+        if len(parts) == len(wanted) and all(
+            w in ("*", part) for w, part in zip(wanted, parts, strict=True)
+        ):
+            return True
+    return False
+
+
+def _is_path(value: str, base: Path) -> bool:
+    if ":" in value:  # packaged:NAME
+        return False
+    path = Path(value).expanduser()
+    return (
+        path.is_absolute()
+        or value.startswith((".", "~"))
+        or is_text_file(path)
+        or (base / path).exists()
+    )

@@ -1,0 +1,315 @@
+"""SAEBench's core evaluation of many SAEs over one pass of the language model.
+
+`sae_bench.evals.core.main.run_evals` runs unchanged, once per SAE; what it is given are the tokens
+and activations from disk (`core_model_side`) and, in place of `get_recons_loss`, that function's
+results (`core_reconstruction`). Numbers that SAEBench gets wrong stand beside a right one under a
+name of its own: explained variance by the streaming definition, KL from float32 log-probabilities,
+the mean squared error per token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_bench.evals.core import main as core_main
+from sae_bench.evals.core.eval_config import CoreEvalConfig
+from sae_bench.sae_bench_utils import (
+    general_utils,
+    get_eval_uuid,
+    get_sae_bench_version,
+    get_sae_lens_version,
+)
+from sae_lens import SAE
+from sae_lens.evals import ExplainedVarianceCalculator
+
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.evaluation.outcomes import (
+    SAEBENCH_ID,
+    ModelContext,
+    Outcome,
+    Reporter,
+    Subject,
+    failure,
+    require_real,
+    result_file,
+)
+from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide
+from msae_plugin.evaluation.saebench.core.reconstruction import (
+    masked_mean,
+    measure_reconstruction,
+    not_special,
+)
+from msae_plugin.evaluation.saebench.core.text import core_tokens, ignored_tokens
+from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
+
+logger = logging.getLogger(__name__)
+
+OWN_SETTINGS = ("heldout_documents",)
+# Without these two SAEBench 0.6 cannot write its results: fields that they fill are required ("7
+# validation errors for MiscMetrics").
+FEATUREWISE = {
+    "compute_featurewise_density_statistics": True,
+    "compute_featurewise_weight_based_metrics": True,
+}
+# What `python -m sae_bench.evals.core.main` computes beside.
+COMPUTED = {
+    "compute_kl": True,
+    "compute_ce_loss": True,
+    "compute_l2_norms": True,
+    "compute_sparsity_metrics": True,
+    "compute_variance_metrics": True,
+}
+
+
+def run_core(
+    context: ModelContext,
+    settings: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    seed: int,
+    output: Path,
+    report: Reporter,
+) -> dict[str, Outcome]:
+    """Evaluate SAEs with SAEBench's core evaluation.
+
+    Args:
+        context: The model.
+        settings: Fields of SAEBench's CoreEvalConfig, and `heldout_documents` for packaged text.
+        subjects: The SAEs.
+        seed: Of the shuffling of the text; SAEBench's own is 42.
+        output: Folder for SAEBench's JSON.
+        report: Shows progress.
+
+    Returns:
+        An outcome per SAE.
+
+    Raises:
+        InputError: The text cannot be had or is too short, or a setting cannot work.
+    """
+    for name in FEATUREWISE:
+        if settings.get(name) is False:
+            raise InputError(f"core.{name}: SAEBench cannot write its results without it")
+    given: dict[str, Any] = {k: v for k, v in settings.items() if k not in OWN_SETTINGS}
+    given |= {**COMPUTED, **FEATUREWISE, "model_name": context.name, "llm_dtype": context.dtype}
+    config = CoreEvalConfig(**given)
+    filled = {**vars(config), **settings}
+    outcomes: dict[str, Outcome] = {}
+    for group in _groups(subjects):
+        outcomes |= _run_group(context, config, filled, group, seed, output, report)
+    return outcomes
+
+
+def _groups(subjects: Sequence[Subject]) -> list[list[Subject]]:
+    """SAEs that share hook and token settings, hence the model's side."""
+    groups: dict[tuple[Any, ...], list[Subject]] = {}
+    for subject in subjects:
+        metadata = subject.sae.cfg.metadata
+        key = (subject.hook_name, metadata.prepend_bos, str(metadata.seqpos_slice))
+        groups.setdefault(key, []).append(subject)
+    return list(groups.values())
+
+
+def _run_group(
+    context: ModelContext,
+    config: CoreEvalConfig,
+    settings: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    seed: int,
+    output: Path,
+    report: Reporter,
+) -> dict[str, Outcome]:
+    n_batches = config.n_eval_reconstruction_batches + config.n_eval_sparsity_variance_batches
+    report("core: reading text")
+    tokens = core_tokens(context, settings, subjects[0], seed, n_batches)
+    side = CoreModelSide(
+        context, subjects[0].hook_name, tokens, config.n_eval_reconstruction_batches
+    )
+    ignored = ignored_tokens(context.language_model.tokenizer)
+    with evaluation_environment(seed):
+        side.prepare(report)
+        saes = {
+            subject.name: subject.for_saebench(context.torch_dtype, context.device)
+            for subject in subjects
+        }
+        # SAEBench switches hook_z's reshaping off around the whole evaluation.
+        for sae in saes.values():
+            if sae.hook_z_reshaping_mode:
+                sae.turn_off_forward_pass_hook_z_reshaping()
+        reconstruction, outcomes = measure_reconstruction(
+            side,
+            saes,
+            ignored,
+            exclude_special_tokens=config.exclude_special_tokens_from_reconstruction,
+            report=report,
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        for number, subject in enumerate(subjects):
+            if subject.name in outcomes:
+                continue
+            report("core: sparsity and variance", number, len(subjects))
+            try:
+                outcomes[subject.name] = _evaluate(
+                    config, side, subject, saes[subject.name], ignored,
+                    reconstruction[subject.name], output,
+                )  # fmt: skip
+            # Whatever one SAE raises is its own outcome: the others go on.
+            except Exception as error:
+                logger.info("core: %s failed", subject.name, exc_info=True)
+                outcomes[subject.name] = failure(error)
+    return outcomes
+
+
+def _evaluate(
+    config: CoreEvalConfig,
+    side: CoreModelSide,
+    subject: Subject,
+    sae: SAE[Any],
+    ignored: set[int],
+    reconstruction: list[dict[str, torch.Tensor]],
+    output: Path,
+) -> Outcome:
+    general_utils.load_and_format_sae(subject.name, sae, side.context.device)
+    served = _Served(side)
+    observed = _Observed(sae, served, ignored)
+    with replaced(core_main, "get_recons_loss", _serve(reconstruction)):
+        metrics, features = core_main.run_evals(
+            sae=observed,  # pyright: ignore[reportArgumentType] - stands for the SAE
+            activation_store=served,  # pyright: ignore[reportArgumentType] - its tokens
+            model=served,  # pyright: ignore[reportArgumentType] - its activations
+            eval_config=config,
+            ignore_tokens=set(ignored),
+        )
+    metrics["misc_metrics"] = core_main.calculate_misc_metrics(features)
+    flat = {name: float(value) for part in metrics.values() for name, value in part.items()}
+    flat |= observed.metrics() | _float32_divergences(reconstruction, side, ignored)
+    if flat["l0"] == 0:
+        raise RunFailure(
+            f"core of {subject.name}: no latent is active on any token (L0 is 0): is it trained, "
+            "and is the hook the one it was trained on?"
+        )
+    require_real(flat, f"core of {subject.name}")
+    file = result_file(output, subject)
+    temporary = file.with_name(f".incomplete-{file.name}")
+    result: dict[str, Any] = {
+        "metrics": metrics,
+        "eval_cfg": config,
+        "sae_set": subject.name,
+        "sae_id": SAEBENCH_ID,
+        "feature_metrics": features,
+    }
+    core_main.save_single_eval_result(
+        core_main.replace_nans_with_negative_one(result),  # of latents that never fire
+        get_eval_uuid(),
+        get_sae_lens_version(),
+        get_sae_bench_version(),
+        str(temporary),
+        sae,
+    )
+    temporary.replace(file)
+    return Outcome("measured", flat, file, facts={"text": str(side.key["tokens"])})
+
+
+def _serve(results: Sequence[Mapping[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
+    """Stands for `get_recons_loss`: the result of one batch after the other."""
+    remaining = iter(results)
+
+    def get_recons_loss(*_arguments: Any, **_options: Any) -> dict[str, torch.Tensor]:
+        found = next(remaining)
+        return {name: value for name, value in found.items() if not name.endswith("_float32")}
+
+    return get_recons_loss
+
+
+def _float32_divergences(
+    reconstruction: Sequence[Mapping[str, torch.Tensor]], side: CoreModelSide, ignored: set[int]
+) -> dict[str, float]:
+    tokens = [side.batch(index) for index in range(len(reconstruction))]
+    found = {
+        name: masked_mean([batch[name] for batch in reconstruction], tokens, ignored)
+        for name in ("kl_div_with_sae_float32", "kl_div_with_ablation_float32")
+    }
+    ablation = found["kl_div_with_ablation_float32"]
+    found["kl_div_score_float32"] = (ablation - found["kl_div_with_sae_float32"]) / ablation
+    return found
+
+
+class _Served:
+    """Tokens and activations from disk, in the order in which `run_evals` asks for them.
+
+    Stands for SAELens' ActivationsStore and for the model.
+    """
+
+    def __init__(self, side: CoreModelSide) -> None:
+        self._side = side
+        self._next = 0
+        self.context_size = int(side.tokens.shape[2])
+        self.store_batch_size_prompts = int(side.tokens.shape[1])
+        self.current = side.batch(0)
+
+    def get_batch_tokens(self, batch_size: int) -> torch.Tensor:
+        """(batch_size, context) the next tokens."""
+        if batch_size != self.store_batch_size_prompts:
+            raise RunFailure(f"core: SAEBench asks for {batch_size} prompts")
+        self.current = self._side.batch(self._next)
+        self._next += 1
+        return self.current
+
+    def reset_input_dataset(self) -> None:
+        """Nothing: in SAELens 6.54 it does not reach the tokens, which go on where they were."""
+
+    def run_with_cache(
+        self, tokens: torch.Tensor, names_filter: Sequence[str], **_options: Any
+    ) -> tuple[None, dict[str, torch.Tensor]]:
+        """The activations of the tokens that were handed out last."""
+        if tokens is not self.current:
+            raise RunFailure("core: SAEBench asks for activations of other tokens")
+        return None, {names_filter[0]: self._side.activations(self._next - 1)}
+
+
+class _Observed:
+    """The SAE as SAEBench sees it; measures what SAEBench gets wrong on the way."""
+
+    def __init__(self, sae: SAE[Any], served: _Served, ignored: set[int]) -> None:
+        self._sae = sae
+        self._served = served
+        self._ignored = ignored
+        self._read = torch.empty(0)
+        self._variance = ExplainedVarianceCalculator()
+        self._variance_with_special = ExplainedVarianceCalculator()
+        self._squared_error = 0.0
+        self._n_tokens = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sae, name)
+
+    def encode(self, activations: torch.Tensor) -> torch.Tensor:
+        """(..., d_sae) latents."""
+        self._read = activations
+        latents = self._sae.encode(activations)
+        return latents.to_dense() if latents.is_sparse else latents
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(..., d_in) reconstruction."""
+        reconstruction = self._sae.decode(latents)
+        self._observe(self._read.float().flatten(0, 1), reconstruction.float().flatten(0, 1))
+        return reconstruction
+
+    def _observe(self, read: torch.Tensor, reconstruction: torch.Tensor) -> None:
+        keep = not_special(self._served.current, self._ignored).flatten().to(read.device)
+        self._variance_with_special.add_batch(reconstruction, read)
+        self._variance.add_batch(reconstruction[keep], read[keep])
+        squared = (read[keep] - reconstruction[keep]).double().square()
+        self._squared_error += float(squared.sum())
+        self._n_tokens += int(keep.sum())
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured."""
+        return {
+            "explained_variance_streaming": self._variance.compute(),
+            "explained_variance_streaming_with_special": self._variance_with_special.compute(),
+            "squared_error_per_token": self._squared_error / self._n_tokens,
+            "n_tokens": float(self._n_tokens),
+        }

@@ -1,0 +1,386 @@
+"""SAEBench's unlearning evaluation, for any instruct model, questions and texts.
+
+Features that are active on text about a subject and not on other text are clamped to negative
+values; the score is how many of the subject's questions the model then gets wrong while it keeps
+99 % of the others. All of it is SAEBench's code; what it loads by name is handed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_bench.evals.unlearning.eval_output import (
+    UnlearningEvalOutput,
+    UnlearningMetricCategories,
+    UnlearningMetrics,
+)
+from sae_bench.evals.unlearning.utils.eval import run_eval_single_sae
+from sae_bench.sae_bench_utils import (
+    general_utils,
+    get_eval_uuid,
+    get_sae_bench_version,
+    get_sae_lens_version,
+)
+from sae_lens import SAE
+from transformer_lens import HookedTransformer
+from transformers import AutoTokenizer
+
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.missing import Missing
+from msae_plugin.evaluation.outcomes import (
+    SAEBENCH_ID,
+    ModelContext,
+    Outcome,
+    Reporter,
+    Subject,
+    failure,
+    no_report,
+    require_real,
+    result_file,
+)
+from msae_plugin.evaluation.saebench.patching import evaluation_environment
+from msae_plugin.evaluation.saebench.unlearning.data import (
+    Corpus,
+    load_corpora,
+    load_questions,
+    load_wikitext,
+    require_corpus_file,
+)
+from msae_plugin.evaluation.saebench.unlearning.host import adapted, corpora_and_sweep
+from msae_plugin.evaluation.saebench.unlearning.knowledge import Knowledge, find_knowledge
+from msae_plugin.evaluation.saebench.unlearning.model import (
+    ChatFormat,
+    LetterAnswers,
+    chat_format,
+    letter_tokens,
+)
+from msae_plugin.evaluation.saebench.unlearning.results import DEFINITIONS, Sweep, read_sweep
+from msae_plugin.evaluation.saebench.unlearning.settings import (
+    FORGET_DATASET,
+    OUTSIDE_SCORE,
+    WIKITEXT,
+    UnlearningSettings,
+    read_settings,
+)
+
+__all__ = ["DEFINITIONS", "missing_for_unlearning", "run_unlearning"]
+
+logger = logging.getLogger(__name__)
+
+FORGET_CORPUS_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
+
+
+def run_unlearning(
+    context: ModelContext,
+    settings: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    seed: int,
+    output: Path,
+    report: Reporter = no_report,
+) -> dict[str, Outcome]:
+    """Evaluate SAEs with SAEBench's unlearning evaluation.
+
+    Args:
+        context: The instruct model.
+        settings: Fields of SAEBench's UnlearningEvalConfig; `forget_corpus` and `retain_corpus`,
+            files of text (`wikitext` for SAEBench's own); `questions`, a local path or hub name by
+            SAEBench's name of them.
+        subjects: The SAEs.
+        seed: Of the choice and order of the texts.
+        output: Folder for SAEBench's JSON.
+        report: Shows progress.
+
+    Returns:
+        An outcome per SAE; `not_measurable` for all where the model knows none of the questions
+        to forget, or none of those to retain.
+
+    Raises:
+        InputError: The model is no instruct model, a setting is wrong, or data cannot be had.
+        RunFailure: The model cannot take the questions.
+    """
+    given = read_settings(settings, model_name=context.name, dtype=context.dtype, seed=seed)
+    model, chat, answers = _instruct_model(context, given)
+    report("unlearning: reading questions and texts")
+    questions = {
+        name: load_questions(name, given.questions.get(name)) for name in given.config.dataset_names
+    }
+    forget, retain = load_corpora(given.forget_corpus, given.retain_corpus)
+    with adapted(model, chat, answers, questions):
+        knowledge = find_knowledge(
+            context, model, answers, questions, given.question_batch_size, report
+        )
+    reason = _nothing_to_measure(knowledge)
+    if reason is not None:
+        return {subject.name: Outcome("not_measurable", reason=reason) for subject in subjects}
+    evaluation = _Evaluation(context, given, model, chat, answers, knowledge, forget, retain)
+    output.mkdir(parents=True, exist_ok=True)
+    outcomes: dict[str, Outcome] = {}
+    for subject in subjects:
+        try:
+            outcomes[subject.name] = evaluation.run(subject, output, report)
+        # Whatever one SAE raises is its own outcome: the others go on.
+        except Exception as error:
+            logger.info("unlearning: %s failed", subject.name, exc_info=True)
+            outcomes[subject.name] = failure(error)
+    return outcomes
+
+
+def missing_for_unlearning(
+    settings: Mapping[str, Any], tokenizer_folder: Path | None
+) -> list[Missing]:
+    """What the evaluation lacks, found without loading a model.
+
+    Questions and texts that are on the hub alone are fetched here: they are small.
+
+    Args:
+        settings: As for `run_unlearning`.
+        tokenizer_folder: Folder of the instruct model's tokenizer, None where it is not at hand.
+
+    Raises:
+        InputError: A setting is wrong.
+    """
+    given = read_settings(settings)
+    missing = _missing_corpora(given)
+    for name in given.config.dataset_names:
+        try:
+            load_questions(name, given.questions.get(name))
+        except InputError as error:
+            how = (
+                "name a local copy (.json, .jsonl, .parquet or .csv with the columns question, "
+                f"choices, answer) as unlearning.questions.{name}"
+            )
+            missing.append(Missing(str(error), how))
+    if tokenizer_folder is not None:
+        missing += _missing_in_tokenizer(tokenizer_folder)
+    return missing
+
+
+def _missing_corpora(given: UnlearningSettings) -> list[Missing]:
+    missing: list[Missing] = []
+    if not given.forget_corpus:
+        missing.append(
+            Missing(
+                "unlearning.forget_corpus, the text on what is to be forgotten",
+                "SAEBench's, bio-forget-corpus.jsonl, is gated: request access as "
+                f"{FORGET_CORPUS_FORM} says, and give the path of the file; or give another text "
+                "(.jsonl with {'text'}, or .txt) that goes with the questions",
+            )
+        )
+    for field, source in (
+        ("forget_corpus", given.forget_corpus),
+        ("retain_corpus", given.retain_corpus),
+    ):
+        try:
+            if field == "retain_corpus" and source == WIKITEXT:
+                load_wikitext()
+            elif source:
+                require_corpus_file(field, source)
+        except InputError as error:
+            missing.append(Missing(str(error), f"correct unlearning.{field}"))
+    return missing
+
+
+def _missing_in_tokenizer(folder: Path) -> list[Missing]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        chat_format(tokenizer, str(folder))
+        letter_tokens(tokenizer, str(folder))
+    except InputError as error:
+        return [Missing(str(error), "choose another instruct model as unlearning.model")]
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:150]
+        return [Missing(f"unlearning: {folder} has no usable tokenizer ({reason})", "save one")]
+    return []
+
+
+def _instruct_model(
+    context: ModelContext, given: UnlearningSettings
+) -> tuple[HookedTransformer, ChatFormat, LetterAnswers]:
+    model = context.language_model.model
+    if not isinstance(model, HookedTransformer):
+        raise InputError(
+            "unlearning: SAEBench intervenes in a HookedTransformer: load the model with a hook "
+            "such as blocks.9.hook_resid_post"
+        )
+    if given.config.seq_len > model.cfg.n_ctx:
+        raise InputError(
+            f"unlearning.seq_len is {given.config.seq_len}, longer than the model's context of "
+            f"{model.cfg.n_ctx}: lower it"
+        )
+    tokenizer = context.language_model.tokenizer
+    chat = chat_format(
+        tokenizer, context.name, default_prepend_bos=bool(model.cfg.default_prepend_bos)
+    )
+    return model, chat, LetterAnswers(model, chat, letter_tokens(tokenizer, context.name))
+
+
+def _nothing_to_measure(knowledge: Mapping[str, Knowledge]) -> str | None:
+    """Why no SAE can be measured; None where it can."""
+    unknown = {name: found for name, found in knowledge.items() if not found.answerable}
+    retained = [name for name in knowledge if name not in OUTSIDE_SCORE]
+    if FORGET_DATASET in unknown:
+        names = [FORGET_DATASET]
+    elif all(name in unknown for name in retained):
+        names = retained
+    else:
+        return None
+    counts = ", ".join(f"0 of {len(unknown[name].questions.rows)} in {name}" for name in names)
+    return (
+        f"no answerable question: {counts} answered right in all 24 orders of the choices; "
+        "unlearning needs an instruct model that knows the subject"
+    )
+
+
+class _Evaluation:
+    """What is the same for all SAEs of one call."""
+
+    def __init__(
+        self,
+        context: ModelContext,
+        given: UnlearningSettings,
+        model: HookedTransformer,
+        chat: ChatFormat,
+        answers: LetterAnswers,
+        knowledge: Mapping[str, Knowledge],
+        forget: Corpus,
+        retain: Corpus,
+    ) -> None:
+        self._context = context
+        self._config = given.config
+        self._model = model
+        self._chat = chat
+        self._answers = answers
+        self._knowledge = knowledge
+        self._forget = forget
+        self._retain = retain
+        known = [name for name, found in knowledge.items() if found.answerable]
+        # SAEBench's own code fails on a set without answerable questions; it would add nothing to
+        # the pooled accuracy.
+        self._asked = replace(self._config, dataset_names=known)
+
+    def run(self, subject: Subject, output: Path, report: Reporter) -> Outcome:
+        """Evaluate one SAE."""
+        _require_hook(subject, self._model)
+        _require_double_decode(subject)
+        config = self._config
+        sae = subject.for_saebench(self._context.torch_dtype, self._context.device)
+        general_utils.load_and_format_sae(subject.name, sae, self._context.device)
+        windows = _WindowsHash()
+        questions = {name: found.questions for name, found in self._knowledge.items()}
+        with (
+            tempfile.TemporaryDirectory(prefix="msae-unlearning-") as folder,
+            adapted(self._model, self._chat, self._answers, questions),
+            corpora_and_sweep(
+                self._forget,
+                self._retain,
+                windows,
+                lambda done, total: report(f"unlearning: {subject.name}", done, total),
+            ),
+            evaluation_environment(config.random_seed),
+        ):
+            artifacts = Path(folder)
+            for found in self._knowledge.values():
+                found.copy_to(artifacts)
+            run_eval_single_sae(
+                self._model, sae, self._asked, folder, subject.name, force_rerun=False
+            )
+            sweep = read_sweep(artifacts, subject.name, self._asked)
+        metrics = {**sweep.metrics(), **self._answerable()}
+        require_real(metrics, f"unlearning of {subject.name}")
+        file = result_file(output, subject)
+        self._write(file, subject, sae, sweep)
+        return Outcome("measured", metrics, file, facts={"text": windows.sha256})
+
+    def _answerable(self) -> dict[str, float]:
+        retained = [f.answerable for n, f in self._knowledge.items() if n not in OUTSIDE_SCORE]
+        return {
+            "n_answerable_forget": float(self._knowledge[FORGET_DATASET].answerable),
+            "n_answerable_retain": float(sum(retained)),
+        }
+
+    def _write(self, file: Path, subject: Subject, sae: SAE[Any], sweep: Sweep) -> None:
+        result = UnlearningEvalOutput(
+            eval_config=self._config,
+            eval_id=get_eval_uuid(),
+            datetime_epoch_millis=int(datetime.now().timestamp() * 1000),
+            eval_result_metrics=UnlearningMetricCategories(
+                unlearning=UnlearningMetrics(unlearning_score=sweep.score)
+            ),
+            eval_result_details=[],
+            sae_bench_commit_hash=get_sae_bench_version(),
+            sae_lens_id=SAEBENCH_ID,
+            sae_lens_release_id=subject.name,
+            sae_lens_version=get_sae_lens_version(),
+            sae_cfg_dict=sae.cfg.to_dict(),
+            eval_result_unstructured=self._what_was_used(sweep),
+        )
+        temporary = file.with_name(f".incomplete-{file.name}")
+        result.to_json_file(str(temporary), indent=2)
+        temporary.replace(file)
+
+    def _what_was_used(self, sweep: Sweep) -> dict[str, Any]:
+        """What SAEBench's schema has no field for: above all, that questions may not be WMDP's."""
+        return {
+            "questions": {
+                name: {
+                    "source": found.questions.source,
+                    "sha256": found.questions.sha256,
+                    "number": len(found.questions.rows),
+                    "answerable": found.answerable,
+                }
+                for name, found in self._knowledge.items()
+            },
+            "corpora": {
+                name: {
+                    "source": corpus.source,
+                    "sha256": corpus.sha256,
+                    "documents": len(corpus.documents),
+                }
+                for name, corpus in (("forget", self._forget), ("retain", self._retain))
+            },
+            "prompt_format": self._chat.for_saebench,
+            "first_position": (
+                "BOS: never intervened at"
+                if self._chat.has_bos
+                else "the first token of the prompt, for want of BOS: never intervened at"
+            ),
+            "qualifying_features": {str(k): count for k, count in sweep.features.items()},
+            "interventions": sweep.interventions,
+            "notes": sweep.notes(self._config.n_features_list),
+        }
+
+
+class _WindowsHash:
+    """Remembers which windows of tokens the features were counted on."""
+
+    def __init__(self) -> None:
+        self.sha256 = ""
+
+    def __call__(self, forget: torch.Tensor, retain: torch.Tensor) -> None:
+        # Sorted: the order of the windows changes no count.
+        content = [sorted(windows.tolist()) for windows in (forget, retain)]
+        self.sha256 = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _require_hook(subject: Subject, model: HookedTransformer) -> None:
+    if subject.hook_name not in model.hook_dict:
+        raise RunFailure(f"the model has no hook {subject.hook_name!r}, where this SAE reads")
+
+
+def _require_double_decode(subject: Subject) -> None:
+    """SAELens keeps these statistics of a token from `encode` to the first `decode` alone."""
+    normalisation = subject.sae.cfg.normalize_activations
+    if normalisation in ("layer_norm", "constant_norm_rescale"):
+        raise RunFailure(
+            f"SAEBench decodes twice per encode, which SAELens' normalize_activations="
+            f"{normalisation!r} cannot: this SAE cannot be measured"
+        )

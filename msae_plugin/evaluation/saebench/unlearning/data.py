@@ -1,0 +1,263 @@
+"""The questions and texts of the unlearning evaluation, from files or from SAEBench's places."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import datasets.config
+import pandas as pd
+from datasets import DatasetDict, load_from_disk
+from sae_bench.evals.unlearning.utils import feature_activation, metrics
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.data.local_datasets import in_datasets_cache
+from msae_plugin.data.text_files import open_text, read_column
+from msae_plugin.evaluation.saebench.patching import replaced
+from msae_plugin.evaluation.saebench.unlearning.settings import FORGET_DATASET, WIKITEXT
+from msae_plugin.models.hub_access import require_repository
+
+_COLUMNS = ("question", "choices", "answer")
+_CHOICES = 4
+_FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
+_CORPUS_SUFFIXES = (".jsonl", ".txt")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Multiple-choice questions under one of SAEBench's names.
+
+    Args:
+        name: SAEBench's name.
+        source: Where they are from: a path or a hub name.
+        rows: `question`, `choices` (4 texts) and `answer` (0 to 3) of each.
+    """
+
+    name: str
+    source: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the rows as JSON: of what is asked, whatever file it came in."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents.
+
+    Args:
+        source: Where they are from: a path or a hub name.
+        documents: Their text.
+    """
+
+    source: str
+    documents: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the documents as JSON."""
+        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+
+
+def load_questions(name: str, source: str | None) -> Questions:
+    """Questions from a file, a folder, or the hub.
+
+    Args:
+        name: SAEBench's name.
+        source: A .json, .jsonl, .parquet or .csv file or a folder of such files or of
+            `save_to_disk`; a hub name, `organisation/name` or `organisation/name:config`, of which
+            the split `test` is read; SAEBench's own data set of this name if None.
+
+    Raises:
+        InputError: They cannot be had, or a row is not a question with four choices.
+    """
+    if source is None:
+        hub = ("cais/wmdp", FORGET_DATASET) if name == FORGET_DATASET else ("cais/mmlu", name)
+        return _from_hub(name, *hub)
+    path = Path(source).expanduser()
+    if path.exists():
+        return Questions(name, str(path), _checked(_rows_of(path), str(path)))
+    if path.is_absolute() or path.suffix in _FILE_SUFFIXES or source.count("/") != 1:
+        raise InputError(f"unlearning.questions: {name}: there is no {path}")
+    repository, _, config = source.partition(":")
+    return _from_hub(name, repository, config or None)
+
+
+def load_corpora(forget: str | None, retain: str) -> tuple[Corpus, Corpus]:
+    """The text to find features of what is to be forgotten, and of what is to be retained.
+
+    Args:
+        forget: A .jsonl file with {"text"} per line, or a .txt file with a document per line.
+        retain: The same, or `wikitext`, SAEBench's own from the hub.
+
+    Raises:
+        InputError: A corpus is not given or cannot be had, or holds no text.
+    """
+    if not forget:
+        raise InputError(
+            "unlearning.forget_corpus is not given: SAEBench's is gated and in no package; name "
+            "the file bio-forget-corpus.jsonl, or another text on what is to be forgotten"
+        )
+    retained = load_wikitext() if retain == WIKITEXT else _corpus("retain_corpus", retain)
+    return _corpus("forget_corpus", forget), retained
+
+
+def require_corpus_file(field: str, source: str) -> Path:
+    """The file of a corpus.
+
+    Raises:
+        InputError: There is none, or its name says another format.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise InputError(f"unlearning.{field}: there is no file {path}")
+    if path.suffix not in _CORPUS_SUFFIXES:
+        raise InputError(
+            f"unlearning.{field}: {path} must be a .jsonl file with {{'text'}} per line, or a .txt "
+            "file with a document per line"
+        )
+    return path
+
+
+def _corpus(field: str, source: str) -> Corpus:
+    path = require_corpus_file(field, source)
+    if path.suffix == ".jsonl":
+        documents = [text for text in read_column(path, "text") if isinstance(text, str)]
+    else:
+        # SAEBench reads text files so, a line with its line break.
+        with open_text(path) as lines:
+            documents = [line for line in lines if line.strip()]
+    if not documents:
+        raise InputError(f"unlearning.{field}: {path} holds no text")
+    return Corpus(str(path), documents)
+
+
+def load_wikitext() -> Corpus:
+    """SAEBench's own text to retain, from the hub or its cache.
+
+    Raises:
+        InputError: It cannot be had.
+    """
+    name, config = WIKITEXT, "wikitext-2-raw-v1"
+    rows = _downloaded(
+        "retain_corpus", f"{name}:{config}", feature_activation.load_dataset, name, config
+    )
+    return Corpus(f"{name}:{config} (test)", [str(row["text"]) for row in rows])
+
+
+def _from_hub(name: str, repository: str, config: str | None) -> Questions:
+    source = repository if config is None else f"{repository}:{config}"
+    rows = _downloaded(f"questions: {name}", source, metrics.load_dataset, repository, config)
+    return Questions(name, f"{source} (test)", _checked(rows, source))
+
+
+def _downloaded(
+    field: str, source: str, load_dataset: Any, repository: str, config: str | None
+) -> Iterator[Mapping[str, Any]]:
+    # Asked first: without a network `datasets` retries for 20 seconds per data set, cached or not.
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        require_repository(repository, "dataset")
+    except InputError as error:
+        if not in_datasets_cache(repository):
+            raise InputError(f"unlearning.{field}: {error}") from error
+        offline = True
+    try:
+        with replaced(datasets.config, "HF_HUB_OFFLINE", offline):
+            return iter(load_dataset(repository, config, split="test"))
+    # datasets, huggingface_hub and their HTTP client raise errors without a common base class.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(
+            f"unlearning.{field}: {source} cannot be had from the hub ({reason}): name a local copy"
+        ) from error
+
+
+def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return _saved_rows(path)
+        files = sorted(file for file in path.iterdir() if file.suffix in _FILE_SUFFIXES)
+        if not files:
+            raise InputError(f"unlearning.questions: folder {path} holds no questions")
+        # A copy of a hub repository: SAEBench reads the split `test`.
+        tests = [file for file in files if file.name.startswith("test")]
+        return (row for file in tests or files for row in _file_rows(file))
+    if path.suffix not in _FILE_SUFFIXES:
+        raise InputError(
+            f"unlearning.questions: {path} must be one of {', '.join(_FILE_SUFFIXES)} or a folder"
+        )
+    return _file_rows(path)
+
+
+def _saved_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    saved = load_from_disk(str(path))
+    if isinstance(saved, DatasetDict):
+        if "test" not in saved:
+            raise InputError(f"unlearning.questions: {path} has no split test")
+        saved = saved["test"]
+    return (cast("Mapping[str, Any]", row) for row in saved)
+
+
+def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        elif path.suffix == ".csv":
+            frame = pd.read_csv(path)
+        else:
+            text = path.read_text(encoding="utf-8")
+            lines = text.splitlines() if path.suffix == ".jsonl" else None
+            rows: list[Any] = (
+                json.loads(text)
+                if lines is None
+                else [json.loads(line) for line in lines if line.strip()]
+            )
+            return iter(rows)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(f"unlearning.questions: {path} cannot be read ({reason})") from error
+    return (cast("Mapping[str, Any]", row) for row in frame.to_dict("records"))
+
+
+def _checked(rows: Iterator[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
+    checked = [
+        _question(row, f"unlearning.questions: {source}, row {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+    if not checked:
+        raise InputError(f"unlearning.questions: {source} holds no questions")
+    return checked
+
+
+def _question(row: object, where: str) -> dict[str, Any]:
+    if not isinstance(row, Mapping) or any(column not in row for column in _COLUMNS):
+        raise InputError(f"{where}: expected the columns {', '.join(_COLUMNS)}")
+    values = cast("Mapping[str, Any]", row)
+    choices = _choices(values["choices"], where)
+    answer = values["answer"]
+    if isinstance(answer, bool) or answer not in range(_CHOICES):
+        raise InputError(f"{where}: answer must be 0, 1, 2 or 3, got {answer!r}")
+    if not isinstance(values["question"], str):
+        raise InputError(f"{where}: question must be text")
+    return {"question": values["question"], "choices": choices, "answer": int(answer)}
+
+
+def _choices(value: Any, where: str) -> list[str]:
+    if isinstance(value, str):  # a cell of a .csv file
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise InputError(f"{where}: choices must be a list such as ['a', 'b', ...]") from error
+    choices: list[Any] = list(value)
+    if len(choices) != _CHOICES or not all(isinstance(choice, str) for choice in choices):
+        raise InputError(f"{where}: choices must be {_CHOICES} texts, got {choices!r}")
+    return choices

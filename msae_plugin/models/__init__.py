@@ -1,0 +1,1 @@
+"""Language models: loading, names of hooks, access to the Hub, forward passes."""

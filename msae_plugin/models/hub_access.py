@@ -1,0 +1,192 @@
+"""Files of a Hugging Face Hub model, from the local cache first, without minutes of retries.
+
+transformers, TransformerLens and datasets each retry a hub that does not answer: one model load
+without a network was measured at 127 s before its error. Here one request with a short time limit
+says whether the repository can be had at all, and only then is anything downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from msae_plugin.common.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+HUB_TIMEOUT_SECONDS = 5.0
+"""How long the hub may take to answer the one request that asks whether a repository exists."""
+
+# What a connection failed with, inside `hub_asked_once`; None outside.
+_failures: ContextVar[list[Exception] | None] = ContextVar("failures", default=None)
+
+_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@contextmanager
+def hub_asked_once() -> Generator[None, None, None]:
+    """Where many repositories are asked for: the first connection that fails stands for all.
+
+    A network that swallows packets makes each request wait for its whole time limit. What the hub
+    answers about one repository says nothing on the next and is not remembered.
+    """
+    token = _failures.set([])
+    try:
+        yield
+    finally:
+        _failures.reset(token)
+
+
+def require_repository(name: str, kind: Literal["model", "dataset"]) -> None:
+    """Ask the hub once, for a few seconds at most, whether a repository can be had.
+
+    Args:
+        name: Name of the repository, `organisation/name`.
+        kind: Whether it holds a model or a dataset.
+
+    Raises:
+        InputError: If the name is not valid, the repository does not exist or is not accessible,
+            or the hub cannot be reached.
+    """
+    remembered = _failures.get()
+    if remembered:
+        raise InputError(explain_hub_error(name, kind, remembered[0]))
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
+    except HFValidationError as error:
+        raise InputError(
+            f"{kind} {name!r} is neither an existing folder nor a valid hub name: "
+            "give a folder, organisation/name, or packaged:NAME"
+        ) from error
+    # The client library behind huggingface_hub has changed twice (requests, httpx, httpx2); the
+    # errors of a failed connection share no base class but Exception.
+    except Exception as error:
+        if remembered is not None and not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled)):
+            remembered.append(error)
+        raise InputError(explain_hub_error(name, kind, error)) from error
+
+
+def explain_hub_error(name: str, kind: Literal["model", "dataset"], error: Exception) -> str:
+    """One line on why the hub did not give a repository, and what to do.
+
+    Args:
+        name: Name of the repository.
+        kind: Whether it holds a model or a dataset.
+        error: What huggingface_hub raised.
+    """
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{kind} {name!r} is gated on the Hugging Face Hub: accept its terms on "
+            f"https://huggingface.co/{name} and log in with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{kind} {name!r} does not exist on the Hugging Face Hub, or is private: "
+            "check the spelling, or log in with `hf auth login`"
+        )
+    reason = (
+        "offline mode is on (HF_HUB_OFFLINE)"
+        if isinstance(error, OfflineModeIsEnabled)
+        else f"the hub answered with an error ({first_line(error)})"
+        if isinstance(error, HfHubHTTPError)
+        else f"the hub cannot be reached ({first_line(error)})"
+    )
+    return (
+        f"{kind} {name!r} is not in the local cache and {reason}: "
+        f"give a local folder or a packaged: {kind}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def model_config_folder(name: str) -> Path:
+    """A local folder that holds the config.json of a hub model; no weights are fetched.
+
+    Raises:
+        InputError: If the model is not cached and cannot be fetched.
+    """
+    cached = _cached_snapshot(name)
+    if cached is not None:
+        return cached
+    require_repository(name, "model")
+    with _hub_errors_explained(name):
+        return Path(hf_hub_download(name, "config.json")).parent
+
+
+def model_folder(name: str) -> Path:
+    """A local folder with the config, tokenizer and weights of a hub model.
+
+    A complete snapshot in the local cache is used as it is, without asking the hub.
+
+    Args:
+        name: Name of the model, `organisation/name`.
+
+    Raises:
+        InputError: If the model is not cached and cannot be fetched.
+    """
+    cached = _cached_snapshot(name)
+    if cached is not None and has_all_weights(cached):
+        return cached
+    require_repository(name, "model")
+    logger.info("downloading %s from the Hugging Face Hub", name)
+    with _hub_errors_explained(name):
+        folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
+        if not has_all_weights(folder):
+            # Older repositories hold pickled weights alone; both kinds would be twice the size.
+            folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.bin"]))
+        return folder
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    try:
+        cached = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    except HFValidationError:
+        return None  # `require_repository` says what is wrong with the name
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+@contextmanager
+def _hub_errors_explained(name: str) -> Generator[None, None, None]:
+    try:
+        yield
+    except Exception as error:
+        raise InputError(explain_hub_error(name, "model", error)) from error
+
+
+def has_all_weights(folder: Path) -> bool:
+    """Whether a folder holds every weight file that it should.
+
+    A cached snapshot may stem from an interrupted download, or from a tool that wanted the
+    tokenizer alone.
+    """
+    for index in _WEIGHT_INDEXES:
+        if (folder / index).is_file():
+            shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+            return all((folder / shard).is_file() for shard in shards)
+    return any((folder / weights).is_file() for weights in _WEIGHT_FILES)

@@ -1,0 +1,315 @@
+"""Resolve any language model a run can be trained on into one object with what the run needs.
+
+Sources: weights that a package carries (`packaged:smollm2-135m`), a local folder in the format of
+`save_pretrained`, or a name on the Hugging Face Hub. Loaders: HookedTransformer for TransformerLens
+hooks (`blocks.9.hook_resid_post`), SAELens' HookedProxyLM for module hooks (`model.layers.9`).
+
+SAELens stores `model_from_pretrained_kwargs` in the metadata of every SAE, and a dtype in them
+later breaks SAEBench's core evaluation (two values for the keyword `dtype`): here the dtype is an
+argument of its own, and the loaded model is what the runner receives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.util import str_to_dtype
+from safetensors import SafetensorError
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookedRootModule
+from transformer_lens.utils import get_tokenizer_with_bos
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.models.hook_names import common_style, validate_hook
+from msae_plugin.models.hub_access import first_line, model_config_folder
+from msae_plugin.models.packaged import PACKAGED_PREFIX, packaged_model
+from msae_plugin.models.sources import hub_name_of, local_folder, read_config, resolve_model
+from msae_plugin.models.transformer_lens import (
+    hooked_transformer,
+    require_supported,
+    transformer_lens_name,
+)
+from msae_plugin.upstream import register_transformer_lens_name
+
+logger = logging.getLogger(__name__)
+
+HOOKED_TRANSFORMER = "HookedTransformer"
+HOOKED_MODULES = "AutoModelForCausalLM"
+"""SAELens' names of the two loaders (`model_class_name` in an SAE's metadata)."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_CLASS_OF_STYLE = {"transformer_lens": HOOKED_TRANSFORMER, "module": HOOKED_MODULES}
+_OWN_ARGUMENTS = {
+    "dtype": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "device": "model.device",
+    "revision": "a local folder that holds this revision",
+    "hf_model": "model.name",
+    "tokenizer": "model.name",
+    "cache_dir": "HF_HOME",
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a language model that validation and cost estimates need.
+
+    Attributes:
+        d_model: Width of the residual stream.
+        n_layers: Number of layers.
+        vocabulary: Number of rows of the embedding.
+    """
+
+    d_model: int
+    n_layers: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded language model, in eval mode.
+
+    Attributes:
+        model: What SAELens' runners take as `override_model`.
+        tokenizer: The model's tokenizer, as `model` uses it: it puts the BOS token before a text
+            unless called with `add_special_tokens=False`.
+        model_name: What the metadata of an SAE records: a name that loads on other machines
+            wherever there is one (the hub name of packaged weights), else the folder.
+        model_class_name: SAELens' name of the loader, `HookedTransformer` or
+            `AutoModelForCausalLM`.
+        d_model: Width of the residual stream.
+        n_layers: Number of layers.
+        vocabulary: Number of rows of the embedding.
+    """
+
+    model: HookedRootModule
+    tokenizer: PreTrainedTokenizerBase
+    model_name: str
+    model_class_name: str
+    d_model: int
+    n_layers: int
+    vocabulary: int
+
+
+def load_language_model(
+    name: str,
+    hook_names: Sequence[str],
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    model_class: str | None = None,
+    from_pretrained_kwargs: Mapping[str, Any] | None = None,
+    report: Callable[[str], object] = logger.info,
+) -> LanguageModel:
+    """Load a language model for the hooks of a run.
+
+    Args:
+        name: `packaged:NAME`, a local folder, a hub name, or an alias of TransformerLens.
+        hook_names: The hooks to be read, all of one style; the style chooses the loader.
+        device: A torch device.
+        dtype: `float32`, `bfloat16` or `float16`; every weight of the result has it.
+        model_class: The loader, `HookedTransformer` or `AutoModelForCausalLM`; the one that the
+            hooks need if None.
+        from_pretrained_kwargs: Further arguments of the loader's `from_pretrained`.
+        report: Told the steps of a packaged model's first use.
+
+    Raises:
+        InputError: If the model cannot be had, cannot be loaded, or lacks one of the hooks.
+    """
+    model_class_name = _loader_for(hook_names, model_class)
+    torch_dtype = _checked_dtype(dtype)
+    _require_device(device)
+    options = dict(from_pretrained_kwargs or {})
+    for key in options:
+        if key in _OWN_ARGUMENTS:
+            raise InputError(
+                f"from_pretrained_kwargs: {key!r} is not taken here: use {_OWN_ARGUMENTS[key]}"
+            )
+    shape = describe_model(name)
+    for hook in hook_names:
+        validate_hook(hook, shape.n_layers)
+
+    source = resolve_model(name, report)
+    config = read_config(source.folder)
+    remote_code = {k: v for k, v in options.items() if k == "trust_remote_code"}
+    model: HookedTransformer | HookedProxyLM
+    if model_class_name == HOOKED_TRANSFORMER:
+        if source.hub_name is not None and name.startswith(PACKAGED_PREFIX):
+            register_transformer_lens_name(source.hub_name)
+        lens_name = transformer_lens_name(config, source.hub_name)
+        require_supported(source.folder, lens_name)
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, remote_code)
+        model = hooked_transformer(
+            hf_model, tokenizer, source.folder, lens_name, device=device, options=options
+        )
+    else:
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options)
+        model = _hooked_modules(hf_model, tokenizer, list(hook_names), device, options)
+    _require_hooks(model, hook_names, name)
+    return LanguageModel(
+        model=model,
+        # TransformerLens reloads the tokenizer with add_bos_token on: the model's own counts.
+        tokenizer=model.tokenizer,  # pyright: ignore[reportArgumentType]
+        model_name=source.recorded_name,
+        model_class_name=model_class_name,
+        d_model=shape.d_model,
+        n_layers=shape.n_layers,
+        vocabulary=shape.vocabulary,
+    )
+
+
+def describe_model(name: str) -> ModelShape:
+    """The sizes of a model, from its config alone: no weights are read or fetched.
+
+    Args:
+        name: `packaged:NAME`, a local folder, a hub name, or an alias of TransformerLens.
+
+    Raises:
+        InputError: If there is no such model, or its config cannot be had or read.
+    """
+    if name.startswith(PACKAGED_PREFIX):
+        package = packaged_model(name)
+        return ModelShape(package.d_model, package.n_layers, package.vocabulary)
+    folder = local_folder(name)
+    if folder is None:
+        folder = model_config_folder(hub_name_of(name))
+    config = read_config(folder).get_text_config()
+    try:
+        return ModelShape(config.hidden_size, config.num_hidden_layers, config.vocab_size)
+    except AttributeError as error:
+        raise InputError(
+            f"the config of {name!r} does not describe a language model ({error}): "
+            "give a causal language model"
+        ) from error
+
+
+@torch.no_grad()
+def hook_widths(language_model: LanguageModel, hook_names: Sequence[str]) -> dict[str, int]:
+    """The width of the activations at each hook, heads concatenated as SAELens does it.
+
+    One token is run through the model: an MLP's inside or an attention head's output is not as
+    wide as the residual stream, and no config tells it for every architecture.
+
+    Args:
+        language_model: The loaded model.
+        hook_names: Hooks of the model.
+
+    Returns:
+        d_in by hook.
+
+    Raises:
+        InputError: If a hook gives no activations of the shape (batch, seq, ...).
+    """
+    model = language_model.model
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    _, cache = model.run_with_cache(tokens, names_filter=list(hook_names))
+    widths: dict[str, int] = {}
+    for hook in hook_names:
+        if hook not in cache or cache[hook].shape[:2] != tokens.shape or cache[hook].ndim < 3:
+            raise InputError(
+                f"hook {hook!r} gives no activations of the shape (batch, seq, width): "
+                "use for example the output of a layer"
+            )
+        widths[hook] = cache[hook][0, 0].numel()
+    return widths
+
+
+def _loader_for(hook_names: Sequence[str], model_class: str | None) -> str:
+    needed = _CLASS_OF_STYLE[common_style(hook_names)]
+    if model_class is None or model_class == needed:
+        return needed
+    if model_class not in _CLASS_OF_STYLE.values():
+        raise InputError(
+            f"model class {model_class!r} is not known: "
+            f"use {HOOKED_TRANSFORMER} or {HOOKED_MODULES}, or leave it out"
+        )
+    raise InputError(f"hook {hook_names[0]!r} needs the model class {needed}, not {model_class}")
+
+
+def _checked_dtype(dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise InputError(f"model dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
+    return str_to_dtype(dtype)
+
+
+def _require_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not known: use cpu, cuda or mps") from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(kind, True):
+        raise InputError(f"device {device!r} is not available on this machine: use cpu")
+
+
+def _load_hf_model(
+    folder: Path, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"folder {folder} has no usable tokenizer ({first_line(error)}): "
+            "save the tokenizer beside the model with save_pretrained"
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise InputError(
+            f"the model in {folder} cannot be loaded ({first_line(error)}): "
+            "check that the files are complete and belong together"
+        ) from error
+    model.eval()
+    return model, tokenizer
+
+
+def _hooked_modules(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    hook_names: list[str],
+    device: str,
+    options: Mapping[str, Any],
+) -> HookedProxyLM:
+    modules = [name for name, _ in hf_model.named_modules()]
+    for hook in hook_names:
+        if hook not in modules:
+            raise InputError(_missing_hook(hook, modules))
+    # With a device_map the weights have been placed already; moving them would undo it.
+    if options.get("device_map") is None:
+        hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    # The same tokenizer as HookedTransformer's. SAELens strips the BOS token that a tokenizer puts
+    # before every text only where `add_bos_token` says so, and Gemma's does it without saying so.
+    return HookedProxyLM(hf_model, get_tokenizer_with_bos(tokenizer), hook_names=hook_names)
+
+
+def _require_hooks(
+    model: HookedTransformer | HookedProxyLM, hook_names: Sequence[str], name: str
+) -> None:
+    for hook in hook_names:
+        if hook not in model.hook_dict:
+            raise InputError(f"model {name!r}: {_missing_hook(hook, list(model.hook_dict))}")
+
+
+def _missing_hook(hook: str, known: list[str]) -> str:
+    near = get_close_matches(hook, known, n=3)
+    return f"hook {hook!r} does not exist" + (f": did you mean {', '.join(near)}" if near else "")

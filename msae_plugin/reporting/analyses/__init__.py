@@ -1,0 +1,1 @@
+"""Analyses of the weights and logs of SAEs."""

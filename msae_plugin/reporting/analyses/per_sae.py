@@ -1,0 +1,204 @@
+"""What the weights and logs of every SAE on disk show, computed once for all sections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from sae_lens import SAE
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.comparison.statistics import Spread, spread
+from msae_plugin.evaluation.outcomes import Reporter
+from msae_plugin.reporting.analyses.decoder import DecoderDiversity, decoder_diversity
+from msae_plugin.reporting.analyses.features import (
+    CosineBin,
+    FiringDensity,
+    ScaleFiring,
+    coactivation_by_cosine,
+    firing_by_scale,
+    firing_density,
+)
+from msae_plugin.reporting.analyses.revival import (
+    Revival,
+    RevivalStatistics,
+    revival_statistics,
+    revivals,
+)
+from msae_plugin.reporting.trained import TrainedSAE
+
+
+@dataclass(frozen=True)
+class SAEAnalysis:
+    """One SAE.
+
+    Args:
+        sae: Which.
+        diversity: Of its decoder; None without weights.
+        density: How often its latents fired in training; None when not stored.
+        scales: Firing by nested prefix; empty without prefixes.
+        found_revivals: In order; empty without any.
+        revival: Totals; None for an SAE that was trained without revival.
+    """
+
+    sae: TrainedSAE
+    diversity: DecoderDiversity | None
+    density: FiringDensity | None
+    scales: Sequence[ScaleFiring]
+    found_revivals: Sequence[Revival]
+    revival: RevivalStatistics | None
+
+    @property
+    def revives(self) -> bool | None:
+        """Whether revival was on; None when not recorded."""
+        every = self.sae.training.get("revival_every")
+        if every is None:
+            return bool(self.found_revivals) or None
+        return bool(every)
+
+    @property
+    def auxk(self) -> bool | None:
+        """Whether AuxK was on; None when not recorded."""
+        coefficient = self.sae.training.get("aux_loss_coefficient")
+        return None if coefficient is None else bool(coefficient)
+
+    @property
+    def dead(self) -> float | None:
+        """Dead latents in the last row of the training log."""
+        value = self.sae.rows[-1].get("dead_latents") if self.sae.rows else None
+        return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class AnalysedGroup:
+    """SAEs of one method and target L0, by seed.
+
+    Args:
+        method: Label.
+        l0_target: None when not recorded.
+        saes: In the order of the data.
+    """
+
+    method: str
+    l0_target: float | None
+    saes: Sequence[SAEAnalysis]
+
+    @property
+    def label(self) -> str:
+        """The method and its target L0."""
+        return self.method if self.l0_target is None else f"{self.method}, L0 {self.l0_target:g}"
+
+    def spread(self, read: Callable[[SAEAnalysis], float | None]) -> Spread | None:
+        """Mean over seeds of something; None when no SAE has it."""
+        values = [value for sae in self.saes if (value := read(sae)) is not None]
+        return spread(values) if values else None
+
+    def values(self, read: Callable[[SAEAnalysis], float | None]) -> dict[int | None, float]:
+        """Something by seed, of the SAEs that have it."""
+        return {a.sae.seed: value for a in self.saes if (value := read(a)) is not None}
+
+
+def analyse(trained: Sequence[TrainedSAE], report: Reporter) -> list[SAEAnalysis]:
+    """Read the weights of every SAE and work out what they show.
+
+    Args:
+        trained: The SAEs on disk.
+        report: Shows progress.
+
+    Raises:
+        InputError: Weights or events cannot be read.
+    """
+    found: list[SAEAnalysis] = []
+    for done, sae in enumerate(trained):
+        report("analysing the SAEs on disk", done, len(trained))
+        found.append(_analyse(sae))
+    return found
+
+
+def _analyse(sae: TrainedSAE) -> SAEAnalysis:
+    decoder, frequencies = sae.decoder(), sae.frequencies()
+    try:
+        diversity = None if decoder is None else decoder_diversity(decoder)
+    except ValueError as error:
+        raise InputError(f"{str(sae.export)!r}: {error}: train it again") from error
+    try:
+        events = revivals(sae.events)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{str(sae.folder)!r}: an event of its revivals.jsonl lacks {error}: not written by "
+            "this package"
+        ) from error
+    fractions = cast("Sequence[float]", sae.training.get("prefix_fractions") or [])
+    revives = bool(events) or bool(sae.training.get("revival_every"))
+    return SAEAnalysis(
+        sae=sae,
+        diversity=diversity,
+        density=None if frequencies is None else firing_density(frequencies),
+        scales=firing_by_scale(frequencies, fractions)
+        if frequencies is not None and fractions
+        else (),
+        found_revivals=events,
+        revival=revival_statistics(events, sae.steps) if revives else None,
+    )
+
+
+def grouped(analyses: Sequence[SAEAnalysis]) -> list[AnalysedGroup]:
+    """By method and target L0, lowest L0 first."""
+    by_key: dict[tuple[str, float | None], list[SAEAnalysis]] = {}
+    for item in analyses:
+        by_key.setdefault((item.sae.method, item.sae.l0_target), []).append(item)
+    groups = [AnalysedGroup(method, l0, saes) for (method, l0), saes in by_key.items()]
+    return sorted(groups, key=lambda g: float("inf") if g.l0_target is None else g.l0_target)
+
+
+def twins(
+    groups: Sequence[AnalysedGroup], prefixes: Sequence[str], switch: str
+) -> list[tuple[AnalysedGroup, AnalysedGroup]]:
+    """Pairs of groups that differ in one mechanism alone: with it, without it.
+
+    Args:
+        groups: All.
+        prefixes: Fields of the training configuration that begin so belong to the mechanism.
+        switch: The field that is 0 when it is off.
+    """
+    keyed: dict[str, dict[bool, AnalysedGroup]] = {}
+    for group in groups:
+        settings = group.saes[0].sae.training
+        if switch not in settings:
+            continue
+        rest = {k: v for k, v in settings.items() if not k.startswith(tuple(prefixes))}
+        config = group.saes[0].sae.config
+        same = (group.l0_target, config.get("architecture"), config.get("d_sae"))
+        key = repr((same, sorted(rest.items())))
+        # The first of several twins, in the order of the data.
+        keyed.setdefault(key, {}).setdefault(bool(settings[switch]), group)
+    return [(pair[True], pair[False]) for pair in keyed.values() if len(pair) == 2]
+
+
+def coactivation(sae: TrainedSAE) -> tuple[int, list[CosineBin]] | None:
+    """Co-activation against decoder cosine on the activations that the run kept.
+
+    Args:
+        sae: One with weights.
+
+    Returns:
+        The number of activations and the bins; None when nothing was kept.
+
+    Raises:
+        InputError: The SAE cannot be loaded, or its activations do not fit it.
+    """
+    activations = sae.activations()
+    if activations is None or sae.export is None:
+        return None
+    try:
+        loaded: SAE[Any] = SAE.load_from_disk(sae.export, device="cpu")
+        with torch.no_grad():
+            latents = loaded.encode(activations)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{str(sae.export)!r} cannot be run on its activations: {first}"
+        ) from error
+    return activations.shape[0], coactivation_by_cosine(latents, loaded.W_dec)

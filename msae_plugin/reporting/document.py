@@ -1,0 +1,270 @@
+"""What a report says, free of how it looks: sections of text, tables, figures and contexts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from msae_plugin.comparison.statistics import Spread
+from msae_plugin.reporting.metrics import NOT_MEASURED, digits_for, number, signed
+
+PLUS_MINUS = " ± "
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Subheading:
+    """A heading inside a section."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of sentences."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names with values.
+
+    Args:
+        rows: In order.
+        folded: Heading under which they are closed at first, on the page; empty leaves them open.
+    """
+
+    rows: Sequence[tuple[str, str]]
+    folded: str = ""
+
+
+CellValue = str | float | int | Spread | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Args:
+        key: Name in the CSV.
+        heading: On the page.
+        detail: Unit or direction, in small type under the heading.
+        signed: Numbers carry their sign: differences.
+        digits: Decimal places; None chooses those that suit all values.
+        absent: Shown in place of None.
+    """
+
+    key: str
+    heading: str
+    detail: str = ""
+    signed: bool = False
+    digits: int | None = None
+    absent: str = NOT_MEASURED
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns. Values are unrounded; `shown` rounds them.
+
+    Args:
+        name: File name, and id on the page.
+        caption: One sentence.
+        columns: As many as each row has values. The first names the row.
+        rows: Text, numbers, means with spreads, or None for what was not measured.
+        folded: Closed at first, on the page.
+    """
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[CellValue]]
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        """Every row has a value per column."""
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.name}: {len(row)} values, not {len(self.columns)}")
+
+    def is_number(self, column: int) -> bool:
+        """Whether a column holds numbers."""
+        values = [row[column] for row in self.rows if row[column] is not None]
+        return bool(values) and not any(isinstance(value, str) for value in values)
+
+    def shown(self) -> list[list[str]]:
+        """All cells as text, the numbers of a column with the same decimal places."""
+        places = [self._digits(column) for column in range(len(self.columns))]
+        return [
+            [
+                column.absent if value is None else _shown(value, digits, column.signed)
+                for value, digits, column in zip(row, places, self.columns, strict=True)
+            ]
+            for row in self.rows
+        ]
+
+    def _digits(self, column: int) -> int:
+        given = self.columns[column].digits
+        if given is not None:
+            return given
+        values: list[float] = []
+        for row in self.rows:
+            value = row[column]
+            if isinstance(value, Spread):
+                values.append(value.mean)
+                values += [] if value.std is None else [value.std]
+            elif isinstance(value, (int, float)):
+                values.append(value)
+        return digits_for(values)
+
+
+def _shown(value: str | float | Spread, digits: int, with_sign: bool) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Spread):
+        mean = number(value.mean, digits)
+        return mean if value.std is None else f"{mean}{PLUS_MINUS}{number(value.std, digits)}"
+    return signed(value, digits) if with_sign else number(value, digits)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing.
+
+    Args:
+        name: File name, and id on the page.
+        caption: What is drawn, in which units, and what the marks mean.
+        alt: What a person who does not see it would be told.
+        png: The file.
+    """
+
+    name: str
+    caption: str
+    alt: str
+    png: bytes = field(repr=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the header."""
+        return int.from_bytes(self.png[16:20], "big"), int.from_bytes(self.png[20:24], "big")
+
+
+@dataclass(frozen=True)
+class Context:
+    """An activating token with the words around it."""
+
+    before: str
+    token: str
+    after: str
+    activation: float
+
+
+@dataclass(frozen=True)
+class LatentContexts:
+    """A latent and where it fires most.
+
+    Args:
+        heading: Which, how often and how strongly.
+        contexts: Strongest first.
+    """
+
+    heading: str
+    contexts: Sequence[Context]
+
+
+@dataclass(frozen=True)
+class Links:
+    """Files beside the page.
+
+    Args:
+        items: What each is, and where it lies relative to the page.
+    """
+
+    items: Sequence[tuple[str, str]]
+
+
+Block = Text | Subheading | Bullets | Facts | Table | Figure | LatentContexts | Links
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Args:
+        name: Id on the page.
+        title: Heading.
+        blocks: What it says.
+    """
+
+    name: str
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole report.
+
+    Args:
+        title: Of the page.
+        lead: One or two sentences under it.
+        sections: In order.
+        origin: What made it, for the foot of the page.
+        files_only: Tables that are written as files and too long for the page.
+    """
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+    origin: str
+    files_only: Sequence[Table] = ()
+
+    def __post_init__(self) -> None:
+        """Ids are unique, or links and labels would point at the wrong thing."""
+        names = [section.name for section in self.sections]
+        names += [block.name for block in self.blocks() if isinstance(block, (Table, Figure))]
+        names += [table.name for table in self.files_only]
+        repeated = {name for name in names if names.count(name) > 1}
+        if repeated:
+            raise ValueError(f"names used twice in the report: {sorted(repeated)}")
+
+    def blocks(self) -> Iterator[Block]:
+        """Every block, in order."""
+        for section in self.sections:
+            yield from section.blocks
+
+    def tables(self) -> list[Table]:
+        """Every table on the page, in order."""
+        return [block for block in self.blocks() if isinstance(block, Table)]
+
+    def figures(self) -> list[Figure]:
+        """Every figure, in order."""
+        return [block for block in self.blocks() if isinstance(block, Figure)]
+
+
+def columns(*headings: tuple[str, str] | tuple[str, str, str]) -> list[Column]:
+    """Columns from key, heading and detail.
+
+    A target L0 that is absent is none: some architectures and controls are not asked for one.
+    """
+    return [
+        Column(
+            heading[0],
+            heading[1],
+            heading[2] if len(heading) == 3 else "",
+            absent="none" if heading[0] == "l0_target" else NOT_MEASURED,
+        )
+        for heading in headings
+    ]
+
+
+def slug(text: str) -> str:
+    """Letters, digits and single hyphens: safe as a file name and as an id."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"

@@ -1,0 +1,1 @@
+"""SAEs on disk and on the Hub: finding, loading, describing, exporting them."""

@@ -1,0 +1,243 @@
+"""The export at the end of a run: written whole or not at all, and checked against the trained SAE.
+
+FOLDER/sae/        cfg.json, sae_weights.safetensors, sparsity.safetensors, runner_cfg.json
+FOLDER/jumprelu/   the same SAE as SAELens' own `jumprelu`, when the mathematics allows
+FOLDER/check_activations.safetensors  some of the activations of the check, for later checks
+FOLDER/export.json the numbers of the check; written last, so that its presence says "complete"
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE, TrainingSAE
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.evals import ExplainedVarianceCalculator
+from safetensors.torch import save_file
+
+from msae_plugin.architecture.export import save_jumprelu_twin, twin_obstacle
+from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import TEMPORARY_PREFIX, folder_written_atomically, write_json_atomic
+from msae_plugin.saes.agreement import (
+    Agreement,
+    compare,
+    export_order,
+    trained_latents,
+    trained_reconstruction,
+)
+from msae_plugin.saes.clean_config import clean_run_config
+from msae_plugin.saes.health import HealthFinding, assess
+
+SAE_FOLDER = "sae"
+TWIN_FOLDER = "jumprelu"
+REPORT_FILENAME = "export.json"
+ACTIVATIONS_FILENAME = "check_activations.safetensors"
+# Kept to compare a published copy with; 2 MB at d_in 2304. Never published: they show the text.
+KEPT_ACTIVATIONS = 256
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Numbers of the export check; also in FOLDER/export.json.
+
+    Args:
+        agreement: Exported SAE against the trained one.
+        twin_agreement: The jumprelu twin against the trained one; None without a twin.
+        twin_obstacle: Why there is no twin; None with one.
+        l0_target: The k that was trained for; None for architectures without one.
+        l0_exported: Active latents per token of the exported SAE on the same activations.
+        explained_variance: Of the exported SAE on the same activations, SAELens' definition.
+        n_tokens: Activations compared.
+        health: In which ways the SAE failed to learn; empty for a healthy one.
+    """
+
+    agreement: Agreement
+    twin_agreement: Agreement | None
+    twin_obstacle: str | None
+    l0_target: float | None
+    l0_exported: float
+    explained_variance: float
+    n_tokens: int
+    health: list[HealthFinding]
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether FOLDER/jumprelu was written."""
+        return self.twin_agreement is not None
+
+    @property
+    def warnings(self) -> list[str]:
+        """The findings as lines."""
+        return [finding.message for finding in self.health]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def export_sae(
+    sae: TrainingSAE[Any],
+    folder: Path,
+    activations: torch.Tensor,
+    sparsity: torch.Tensor | None,
+    runner_cfg: Mapping[str, Any],
+    training_log: Sequence[Mapping[str, Any]] = (),
+) -> ExportReport:
+    """Write the inference export (and the jumprelu twin) of a trained SAE and check both.
+
+    Args:
+        sae: A trained SAE with every scaling of the activations folded in. It is put in eval mode
+            for the check and returned to its mode.
+        folder: Gets `sae/`, `jumprelu/`, some of the activations, and `export.json`; made if
+            missing.
+        activations: (n, d_in) real activations as the exported SAE will see them.
+        sparsity: (d_sae,) log10 firing frequency in the training SAE's order of latents, or None.
+        runner_cfg: Configuration of the run; local paths and account names are removed.
+        training_log: Rows of metrics.jsonl, by which the SAE's health is judged.
+
+    Returns:
+        The report, which is also stored.
+
+    Raises:
+        InputError: `folder` has a complete export, or the activations do not fit.
+        RunFailure: The SAE was not trained, holds NaN, is silent, or the reloaded export disagrees.
+            Nothing is left in `folder` then.
+    """
+    if (folder / REPORT_FILENAME).exists():
+        raise InputError(f"{folder}: it holds an export already; choose another folder")
+    if activations.ndim != 2 or activations.shape[1] != sae.cfg.d_in or not len(activations):
+        raise InputError(
+            f"export check: activations of shape {tuple(activations.shape)} do not fit an SAE of "
+            f"d_in {sae.cfg.d_in}; give (n, {sae.cfg.d_in}) with n > 0"
+        )
+    _require_trained(sae)
+    was_training = sae.training
+    sae.eval()
+    try:
+        # Both folders get their names when the check is over; if it raises, neither does.
+        with ExitStack() as folders:
+            plain = folders.enter_context(folder_written_atomically(folder / SAE_FOLDER))
+            obstacle = _no_twin_because(sae)
+            twin = (
+                folders.enter_context(folder_written_atomically(folder / TWIN_FOLDER))
+                if obstacle is None
+                else None
+            )
+            _write(sae, plain, sparsity, runner_cfg)
+            if isinstance(sae, MultiScaleTrainingSAE) and twin is not None:
+                save_jumprelu_twin(sae, twin)
+            report = _check(sae, plain, twin, obstacle, activations, training_log)
+    finally:
+        sae.train(was_training)
+    _keep_activations(folder, activations)
+    write_json_atomic(folder / REPORT_FILENAME, report.to_dict())
+    return report
+
+
+def _keep_activations(folder: Path, activations: torch.Tensor) -> None:
+    # Evenly over the batch: neighbouring rows may be of one document.
+    step = max(1, len(activations) // KEPT_ACTIVATIONS)
+    kept = activations[::step][:KEPT_ACTIVATIONS].detach().float().cpu().contiguous()
+    temporary = folder / f"{TEMPORARY_PREFIX}{ACTIVATIONS_FILENAME}"
+    save_file({"activations": kept}, temporary)
+    temporary.replace(folder / ACTIVATIONS_FILENAME)
+
+
+def _require_trained(sae: TrainingSAE[Any]) -> None:
+    if sae.cfg.metadata.training_steps == 0:
+        raise RunFailure(
+            "export: the SAE has 0 training steps, so there is nothing to export; raise "
+            "training.tokens to at least one batch"
+        )
+    for name, tensor in sae.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise RunFailure(
+                f"export: {name} holds NaN or infinite values: training diverged; lower training.lr"
+            )
+
+
+def _no_twin_because(sae: TrainingSAE[Any]) -> str | None:
+    if isinstance(sae, MultiScaleTrainingSAE):
+        return twin_obstacle(sae.cfg)
+    return f"{sae.cfg.architecture()} is SAELens' own and loads everywhere already"
+
+
+def _write(
+    sae: TrainingSAE[Any],
+    folder: Path,
+    sparsity: torch.Tensor | None,
+    runner_cfg: Mapping[str, Any],
+) -> None:
+    sae.save_inference_model(folder)
+    if sparsity is not None:
+        order = export_order(sae)
+        if order is not None:
+            sparsity = sparsity[order.to(sparsity.device)]
+        save_file({"sparsity": sparsity.detach().cpu().contiguous()}, folder / SPARSITY_FILENAME)
+    text = json.dumps(clean_run_config(runner_cfg), indent=2, allow_nan=False)
+    (folder / RUNNER_CFG_FILENAME).write_text(text + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _check(
+    sae: TrainingSAE[Any],
+    plain: Path,
+    twin: Path | None,
+    obstacle: str | None,
+    activations: torch.Tensor,
+    training_log: Sequence[Mapping[str, Any]],
+) -> ExportReport:
+    """Reload what was written and compare it with the trained SAE on the activations."""
+    device = str(sae.device)
+    fed = activations.to(sae.device, sae.dtype)
+    latents = trained_latents(sae, fed)
+    reconstruction = trained_reconstruction(sae, latents)
+    exported = SAE.load_from_disk(plain, device=device)
+    agreement = compare(latents, reconstruction, exported, fed)
+    _refuse_disagreement("the export", agreement)
+    twin_agreement = None
+    if twin is not None:
+        loaded_twin = SAE.load_from_disk(twin, device=device)
+        twin_agreement = compare(latents, reconstruction, loaded_twin, fed)
+        _refuse_disagreement("the jumprelu twin", twin_agreement)
+    target: float | None = getattr(sae.cfg, "k", None)
+    l0 = agreement.exported_active / len(fed)
+    if l0 == 0:
+        raise RunFailure(
+            "export check: the exported SAE is silent (L0 is 0 on real activations); train longer "
+            "or check the threshold"
+        )
+    explained_variance = ExplainedVarianceCalculator()
+    explained_variance.add_batch(reconstruction, fed)
+    return ExportReport(
+        agreement=agreement,
+        twin_agreement=twin_agreement,
+        twin_obstacle=obstacle,
+        l0_target=None if target is None else float(target),
+        l0_exported=l0,
+        explained_variance=explained_variance.compute(),
+        n_tokens=len(fed),
+        health=assess(
+            training_log,
+            d_sae=sae.cfg.d_sae,
+            l0_target=target,
+            l0_exported=l0,
+            explained_variance=explained_variance.compute(),
+        ),
+    )
+
+
+def _refuse_disagreement(what: str, agreement: Agreement) -> None:
+    failure = agreement.failure()
+    if failure is not None:
+        raise RunFailure(
+            f"export check: {what} does not compute what was trained: {failure}; nothing was "
+            "written, the training checkpoint is kept"
+        )

@@ -1,0 +1,292 @@
+"""Where the SAE behind a reference is: a run, any SAELens folder, a repository, a release.
+
+    RUN  RUN/NAME  RUN/sae  RUN/jumprelu     what `msae train` writes
+    FOLDER                                   cfg.json and sae_weights.safetensors, or folders of it
+    user/repo:folder                         a Hugging Face repository in SAELens' layout
+    user/repo@revision[:folder]              the same at a branch, tag or commit, fetched whole
+    release:sae_id                           SAELens' registry of pretrained SAEs
+
+What exists on the disk is taken first, then a registered release, then a repository.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.loading.pretrained_saes_directory import (
+    get_pretrained_saes_directory,
+    get_repo_id_and_folder_name,
+)
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import TEMPORARY_PREFIX
+from msae_plugin.saes.describe import is_checkpoint
+from msae_plugin.saes.download import fetch
+from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
+from msae_plugin.saes.references import HubReference, is_reference, parse_reference
+from msae_plugin.saes.run_record import RUN_FILE, read_run_record
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+# Folder names that say nothing without the folder above.
+_GENERIC = re.compile(
+    r"(sae|final|checkpoint|export|inference|model|latest|[\d_.-]+)", re.IGNORECASE
+)
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """An SAE on this machine.
+
+    Args:
+        folder: Holds cfg.json and sae_weights.safetensors.
+    """
+
+    folder: Path
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """An SAE that SAELens fetches.
+
+    Args:
+        release: What SAELens calls the release; the repository where it is not registered.
+        sae_id: Its id in the release; the folder in the repository.
+        repository: Where the files are.
+        path: Folder (or, for some releases, file) in the repository.
+        registered: Whether SAELens' registry has it; its files may then have any layout.
+    """
+
+    release: str
+    sae_id: str
+    repository: str
+    path: str
+    registered: bool
+
+
+@dataclass(frozen=True)
+class LocatedSAE:
+    """One SAE behind a reference.
+
+    Args:
+        reference: What the user wrote.
+        name: A name made of its place, safe as a file name.
+        source: Where it is.
+    """
+
+    reference: str
+    name: str
+    source: FolderSource | HubSource
+
+
+def locate(reference: str) -> list[LocatedSAE]:
+    """Find the SAEs behind a reference; several for a run of several, or a folder of folders.
+
+    Raises:
+        InputError: There is none, or what is there cannot be evaluated.
+    """
+    path = Path(reference).expanduser()
+    if path.exists():
+        return [
+            LocatedSAE(reference, _folder_name(folder), FolderSource(folder))
+            for folder in _checkpoint_folders(path.resolve(), reference)
+        ]
+    left, colon, right = reference.partition(":")
+    releases = get_pretrained_saes_directory()
+    if colon and right and left in releases:
+        return [_registered(reference, left, right, list(releases[left].saes_map))]
+    if colon and right and _REPOSITORY.fullmatch(left):
+        folder = right.strip("/")
+        source = HubSource(left, folder, left, folder, registered=False)
+        return [LocatedSAE(reference, safe_name(f"{left.split('/')[1]}-{folder}"), source)]
+    if is_reference(reference) and parse_reference(reference).revision is not None:
+        return _of_revision(reference, parse_reference(reference))
+    raise InputError(_not_found(reference, path, list(releases)))
+
+
+def safe_name(text: str) -> str:
+    """The text with everything that does not belong into a file name replaced by dashes."""
+    return _UNSAFE.sub("-", text).strip("-.") or "sae"
+
+
+def unfinished_run(folder: Path) -> str | None:
+    """Why the run in a folder cannot be evaluated, and how to go on; None where it can."""
+    record = read_run_record(folder)
+    if record is None or record.get("status") == "complete":
+        return None
+    status = str(record.get("status"))
+    state = {
+        "running": "is still running, or was killed",
+        "interrupted": "was interrupted",
+        "failed": f"failed ({record.get('failure', 'no reason recorded')})",
+    }.get(status, f"has the status {status!r}")
+    return (
+        f"the run in {folder} is not finished: it {state}; continue it with "
+        f"`msae train --config ITS_RECIPE --output {folder} --resume auto`"
+    )
+
+
+def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
+    if path.is_file():
+        raise InputError(f"SAE {reference!r} is a file: give the folder it is in, {path.parent}")
+    if is_checkpoint(path):
+        _require_whole_export(path)
+        return [path]
+    if (path / RUN_FILE).is_file():
+        return _of_run(path)
+    if is_checkpoint(path / SAE_FOLDER):
+        _require_whole_export(path / SAE_FOLDER)
+        return [path / SAE_FOLDER]
+    _refuse_unfinished(path.parent)
+    half = [
+        (name, other)
+        for name, other in (
+            (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME),
+            (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME),
+        )
+        if (path / name).is_file()
+    ]
+    if half:
+        has, lacks = half[0]
+        raise InputError(f"SAE folder {path} has {has} but no {lacks}: copy the whole folder")
+    inside = [
+        found
+        for child in sorted(path.iterdir())
+        if child.is_dir() and not child.name.startswith(TEMPORARY_PREFIX)
+        for found in (child, child / SAE_FOLDER)
+        if is_checkpoint(found)
+    ]
+    if inside:
+        return inside
+    contents = sorted(child.name for child in path.iterdir())
+    what = f"it holds {_listed(contents)}" if contents else "it is empty"
+    raise InputError(
+        f"there is no SAE in {path}: {what}; give a run of msae train, or a folder with "
+        f"{SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
+    )
+
+
+def _of_run(path: Path) -> list[Path]:
+    problem = unfinished_run(path)
+    if problem is not None:
+        raise InputError(problem)
+    record = read_run_record(path)
+    if record is None:
+        raise InputError(f"{path / RUN_FILE} cannot be read: give the SAE's own folder, RUN/sae")
+    saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
+    folders = [path / str(sae["folder"]) / SAE_FOLDER for sae in saes.values()]
+    missing = [folder for folder in folders if not is_checkpoint(folder)]
+    if missing or not folders:
+        what = f"{missing[0]} is missing" if missing else f"{RUN_FILE} names no SAE"
+        raise InputError(
+            f"the run in {path} is not whole: {what}; copy it again, or train it again"
+        )
+    return folders
+
+
+def _require_whole_export(folder: Path) -> None:
+    """An export of ours counts once its check is written: a kill may come between the two."""
+    if folder.name not in (SAE_FOLDER, TWIN_FOLDER) or (folder.parent / REPORT_FILENAME).is_file():
+        return
+    for run in (folder.parent, folder.parent.parent):
+        _refuse_unfinished(run)
+
+
+def _refuse_unfinished(run: Path) -> None:
+    problem = unfinished_run(run)
+    if problem is not None:
+        raise InputError(problem)
+
+
+def _registered(reference: str, release: str, sae_id: str, known: list[str]) -> LocatedSAE:
+    if sae_id not in known:
+        near = get_close_matches(sae_id, known, n=3, cutoff=0.3) or known[:3]
+        raise InputError(
+            f"SAE {reference!r}: release {release!r} has no SAE {sae_id!r}; among its "
+            f"{len(known)} are {', '.join(near)}"
+        )
+    repository, path = get_repo_id_and_folder_name(release, sae_id)
+    source = HubSource(release, sae_id, repository, path, registered=True)
+    return LocatedSAE(reference, safe_name(f"{release}-{sae_id}"), source)
+
+
+def _of_revision(reference: str, found: HubReference) -> list[LocatedSAE]:
+    """SAELens asks for no revision: the files come first, and the SAE from them."""
+    root = fetch(reference)
+    above = [found.repo.split("/")[1], found.folder or "", found.revision or ""]
+    return [
+        LocatedSAE(
+            reference,
+            safe_name("-".join(part for part in (*above, *folder.relative_to(root).parts) if part)),
+            FolderSource(folder),
+        )
+        for folder in _checkpoint_folders(root, reference)
+    ]
+
+
+def _folder_name(folder: Path) -> str:
+    """RUN, RUN-NAME, RUN-jumprelu; of other folders their name, with the parent's if generic."""
+    place, twin = folder, ""
+    if folder.name in (SAE_FOLDER, TWIN_FOLDER) and (folder.parent / REPORT_FILENAME).is_file():
+        place = folder.parent
+        twin = f"-{TWIN_FOLDER}" if folder.name == TWIN_FOLDER else ""
+        in_a_run = not (place / RUN_FILE).is_file() and (place.parent / RUN_FILE).is_file()
+        name = f"{place.parent.name}-{place.name}" if in_a_run else place.name
+        return safe_name(name + twin)
+    if _GENERIC.fullmatch(place.name) and place.parent.name:
+        return safe_name(f"{place.parent.name}-{place.name}")
+    return safe_name(place.name)
+
+
+def _not_found(reference: str, path: Path, releases: list[str]) -> str:
+    left, colon, right = reference.partition(":")
+    if colon and "/" not in left and not left.startswith((".", "~")):
+        near = get_close_matches(left, releases, n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else "see https://decoderesearch.github.io/SAELens/latest/pretrained_saes/"
+        )
+        lack = "" if right else " (and no SAE id follows the colon)"
+        return f"SAE {reference!r}: SAELens knows no release {left!r}{lack}; {hint}"
+    if reference in releases:
+        ids = list(get_pretrained_saes_directory()[reference].saes_map)
+        return (
+            f"SAE {reference!r} is a release of {len(ids)} SAEs: add the id of one, for example "
+            f"{reference}:{ids[0]}"
+        )
+    existing = path.absolute()
+    missing = existing.name
+    while not existing.exists():
+        missing, existing = existing.name, existing.parent
+    names = (
+        sorted(child.name for child in existing.iterdir() if not child.name.startswith("."))
+        if existing.is_dir()
+        else []
+    )
+    near = get_close_matches(missing, names, n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {', '.join(str(existing / name) for name in near)}?"
+        if near
+        else f"{existing} holds {_listed(names)}"
+        if names
+        else f"{existing} is empty"
+    )
+    hub = (
+        f"; a repository on the hub is given as {reference}:FOLDER"
+        if _REPOSITORY.fullmatch(reference)
+        else ""
+    )
+    return f"SAE {reference!r} does not exist: {hint}{hub}"
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

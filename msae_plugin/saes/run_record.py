@@ -1,0 +1,109 @@
+"""`run.json`: what a run was, what it became, and with which software."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from msae_plugin.common.files import write_json_atomic
+
+RUN_FILE = "run.json"
+
+Status = Literal["running", "interrupted", "failed", "complete"]
+
+_PACKAGES = (
+    "msae-plugin",
+    "sae-lens",
+    "torch",
+    "transformer-lens",
+    "transformers",
+    "datasets",
+    "numpy",
+    "safetensors",
+)
+
+
+def software_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages a result depends on; None for one not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """What the run runs on."""
+    described: dict[str, Any] = {"device": device, "machine": platform.machine()}
+    if torch.device(device).type == "cuda":
+        described["name"] = torch.cuda.get_device_name(torch.device(device))
+    described["torch_threads"] = torch.get_num_threads()
+    return described
+
+
+def read_run_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a run folder, None when there is none or it cannot be read."""
+    try:
+        return cast("dict[str, Any]", json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+class RunRecord:
+    """Writes `run.json`, whole, at every change.
+
+    Args:
+        folder: The run's folder.
+        content: What is known from the start.
+        earlier_seconds: Wall time of the sessions before a resume.
+        writes: Whether this process is the one that writes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        content: dict[str, Any],
+        earlier_seconds: float = 0.0,
+        *,
+        writes: bool = True,
+    ) -> None:
+        self._writes = writes
+        self._path = folder / RUN_FILE
+        self.content = content
+        self._started = datetime.now(timezone.utc)
+        self._earlier_seconds = earlier_seconds
+
+    @property
+    def wall_seconds(self) -> float:
+        """Time spent so far in all sessions of the run, in seconds."""
+        now = datetime.now(timezone.utc)
+        return self._earlier_seconds + (now - self._started).total_seconds()
+
+    def write(self, status: Status, **updates: Any) -> None:
+        """Replace the file.
+
+        Args:
+            status: How the run stands.
+            updates: Keys to add or replace.
+        """
+        self.content.update(updates)
+        if not self._writes:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(
+            self._path,
+            {
+                "status": status,
+                "started": self._started.isoformat(timespec="seconds"),
+                "wall_seconds": round(self.wall_seconds, 3),
+                **self.content,
+            },
+        )

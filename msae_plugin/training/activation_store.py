@@ -1,0 +1,367 @@
+"""Activations that are made once and kept, for runs that repeat: what `msae cache` writes.
+
+DIR/cache.json    what it holds, written last: its presence says "complete"
+DIR/<hook>.bin    (rows, d_in) in the model's own precision, in the order in which a run reads them
+DIR/progress.json while the pass goes on: from where a killed one continues
+
+The rows are the mini-batches that `msae train` would have made, mixed and with special tokens left
+out, so a run from the cache trains on what the live run trains on, bit for bit.
+
+SAELens' CacheActivationsRunner is not underneath: it keeps one hook, loads the model by a name that
+a packaged or local one does not have, keeps float32 at best (Arrow has no bfloat16), begins again
+when killed, and its multi-SAE trainer reads no caches. Its activation store is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from typing_extensions import Self
+
+from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import json_safe, write_json_atomic
+from msae_plugin.models.loading import ModelShape
+from msae_plugin.training.activation_files import mapped, require_space
+from msae_plugin.training.data_parallel import own_batch_size
+from msae_plugin.training.inputs import ModelAndText
+from msae_plugin.training.plans import SAEPlan
+from msae_plugin.training.recipe import RunConfig
+
+MANIFEST, PROGRESS = "cache.json", "progress.json"
+FORMAT = 1
+ACTIVATION_SAMPLES = 4096
+"""Real activations kept per hook for the export check: a few megabytes."""
+
+
+def activations_key(config: RunConfig) -> dict[str, Any]:
+    """Everything that the activations depend on but the hooks, by its place in the recipe.
+
+    The text's size stands for its contents where it is a file or a folder.
+    """
+    data = config.data
+    source = Path(data.source)
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    key = {
+        "model.name": config.model.name,
+        "model.dtype": config.model.dtype,
+        "data.source": data.source,
+        "size of data.source": sum(path.stat().st_size for path in files if path.is_file()),
+        "data.split": data.split,
+        "data.text_column": data.text_column,
+        "data.heldout_documents": data.heldout_documents,
+        "data.context_size": data.context_size,
+        "data.prepend_bos": data.prepend_bos,
+        "data.exclude_special_tokens": data.exclude_special_tokens,
+    }
+    return cast("dict[str, Any]", json_safe(key))
+
+
+def rows_needed(config: RunConfig, plans: list[SAEPlan]) -> int:
+    """Rows per hook that a run reads: scaling, training, calibration, the export check."""
+    training = config.training
+    batches = config.total_steps * training.accumulation_steps + training.calibrate_batches
+    batches += norm_batches(config, plans)
+    batches += -(-ACTIVATION_SAMPLES // training.batch_size_tokens)
+    return batches * training.batch_size_tokens
+
+
+def norm_batches(config: RunConfig, plans: list[SAEPlan]) -> int:
+    """Mini-batches that are read before the first step, for the scaling of activations."""
+    wanted = any(plan.config.normalize_activations != "none" for plan in plans)
+    return config.training.norm_estimate_batches if wanted else 0
+
+
+@dataclass(frozen=True)
+class CachedActivations:
+    """A complete cache.
+
+    Attributes:
+        folder: Where it is.
+        manifest: Contents of cache.json.
+        tensors: (rows, d_in) by hook, mapped from the files.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def rows(self) -> int:
+        """Rows per hook."""
+        return int(self.manifest["rows"])
+
+    @property
+    def model_name(self) -> str:
+        """As it is recorded in SAEs' metadata."""
+        return str(self.manifest["model"]["name"])
+
+    @property
+    def model_class_name(self) -> str:
+        """SAELens' name of the model's loader."""
+        return str(self.manifest["model"]["loader"])
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the model ran in bfloat16."""
+        return bool(self.manifest["model"]["autocast"])
+
+
+@dataclass(frozen=True)
+class CachedInputs:
+    """A cache in the place of a model and a text."""
+
+    cache: CachedActivations
+
+    language_model: None = None
+
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the model that the cache was made with."""
+        model = self.cache.manifest["model"]
+        return ModelShape(int(model["d_model"]), int(model["n_layers"]), int(model["vocabulary"]))
+
+    def record(self) -> dict[str, Any]:
+        """`model` and `data` of a `run.json`."""
+        manifest = self.cache.manifest
+        model = {key: value for key, value in manifest["model"].items() if key != "vocabulary"}
+        return {"model": model, "data": manifest["data"]}
+
+    def heldout_texts(self) -> list[str]:
+        """A cache has none."""
+        return []
+
+
+def open_cache(folder: Path) -> CachedActivations:
+    """Map a cache into memory.
+
+    Args:
+        folder: What `msae cache` was given as --output.
+
+    Raises:
+        InputError: There is no complete cache, it is of another version, or a file is damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = "an unfinished cache" if (folder / PROGRESS).exists() else "no cache"
+        raise InputError(
+            f"{str(folder)!r} holds {what} of activations: run msae cache with this recipe and "
+            f"--output {folder}"
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"the cache {str(folder)!r} is of another version: make it again")
+    dtype, rows = getattr(torch, str(manifest["dtype"])), int(manifest["rows"])
+    tensors: dict[str, torch.Tensor] = {}
+    for hook, d_in in manifest["hooks"].items():
+        path = folder / f"{hook}.bin"
+        size = path.stat().st_size if path.is_file() else 0
+        if size != rows * d_in * dtype.itemsize:
+            raise InputError(f"the cache file {str(path)!r} is damaged: make the cache again")
+        tensors[hook] = mapped(path, rows, d_in, dtype, writable=False)
+    return CachedActivations(folder, manifest, tensors)
+
+
+def check_cache(cache: CachedActivations, config: RunConfig, plans: list[SAEPlan]) -> None:
+    """Refuse a cache that does not hold what the recipe describes.
+
+    Raises:
+        InputError: Naming the first key that differs and both values.
+    """
+    where = f"the cache {str(cache.folder)!r}"
+    differing_key(cache.manifest["key"], config, where)
+    if config.model.autocast not in ("auto", cache.autocast):
+        raise InputError(
+            f"{where} was made with model.autocast {cache.autocast} and the recipe has "
+            f"{config.model.autocast}: change the recipe, or make another cache"
+        )
+    for plan in plans:
+        if plan.hook not in cache.tensors:
+            raise InputError(
+                f"{where} has no hook {plan.hook!r}, only {', '.join(cache.tensors)}: change the "
+                "recipe, or make another cache"
+            )
+        plan.require_width(cache.tensors[plan.hook].shape[1])
+    needed = rows_needed(config, plans)
+    if needed > cache.rows:
+        raise InputError(
+            f"{where} holds {cache.rows} activations and the recipe needs {needed}: lower "
+            "training.tokens, or make a longer cache"
+        )
+
+
+def differing_key(key: Mapping[str, Any], config: RunConfig, where: str) -> None:
+    """Raise InputError when what activations depend on is not what the recipe says."""
+    now = activations_key(config)
+    for name in sorted(now.keys() | key.keys()):
+        if now.get(name) != key.get(name):
+            raise InputError(
+                f"{where} is of other activations: {name} was {key.get(name)!r} and the recipe has "
+                f"{now.get(name)!r}; change the recipe, or give another folder"
+            )
+
+
+class CachedBatches:
+    """The mini-batches of a cache in their order, or one rank's share of each.
+
+    Args:
+        cache: The cache.
+        hooks: Which hooks.
+        batch_size: Activations per mini-batch of all ranks.
+        device: Where the batches go.
+        ranks: The processes that share each mini-batch.
+    """
+
+    def __init__(
+        self,
+        cache: CachedActivations,
+        hooks: list[str],
+        batch_size: int,
+        device: str,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._cache = cache
+        self._hooks = list(dict.fromkeys(hooks))
+        self._batch_size = batch_size
+        self._own = own_batch_size(batch_size, ranks)
+        self._rank = ranks.rank
+        self._device = device
+        self.position = 0
+
+    def __iter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        """(batch_size / ranks, d_in) by hook; ends with the cache."""
+        start = self.position * self._batch_size
+        if start + self._batch_size > self._cache.rows:
+            raise StopIteration
+        self.position += 1
+        start += self._rank * self._own
+        return {
+            hook: self._cache.tensors[hook][start : start + self._own].to(self._device)
+            for hook in self._hooks
+        }
+
+
+class CacheWriter:
+    """Writes rows into the files of a cache, and goes on where a killed pass stopped.
+
+    Args:
+        folder: New, empty, or with an unfinished cache of the same activations.
+        config: The recipe.
+        rows: Rows per hook.
+        inputs: The model and the text.
+
+    Raises:
+        InputError: The folder holds something else.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, rows: int, inputs: ModelAndText) -> None:
+        self._folder = folder
+        self.rows, self.done, self.position = rows, 0, 0
+        record = inputs.record()
+        self._facts: dict[str, Any] = {
+            "format": FORMAT,
+            "key": activations_key(config),
+            "rows": rows,
+            "seed": config.training.seed,
+            "model": {**record["model"], "vocabulary": inputs.language_model.vocabulary},
+            "data": record["data"],
+        }
+        # Known with the first batch: their width, and the precision that the model gives.
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._continue(config.hooks)
+
+    def _continue(self, hooks: list[str]) -> None:
+        try:
+            text = (self._folder / PROGRESS).read_text(encoding="utf-8")
+        except OSError:
+            return
+        stored = json.loads(text)
+        facts = stored["facts"]
+        same = all(facts.get(key) == value for key, value in self._facts.items())
+        if not same or list(facts["hooks"]) != list(dict.fromkeys(hooks)):
+            raise InputError(
+                f"--output {str(self._folder)!r} holds an unfinished cache of other activations: "
+                "give another --output, or delete it"
+            )
+        self.done, self.position = int(stored["done"]), int(stored["position"])
+
+    def _open(self, batch: Mapping[str, torch.Tensor]) -> None:
+        dtype = next(iter(batch.values())).dtype
+        self._facts["dtype"] = str(dtype).removeprefix("torch.")
+        self._facts["hooks"] = {hook: rows.shape[1] for hook, rows in batch.items()}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        files = {hook: self._folder / f"{hook}.bin" for hook in batch}
+        missing = [rows.shape[1] for hook, rows in batch.items() if not files[hook].exists()]
+        require_space(self._folder, self.rows * sum(missing) * dtype.itemsize)
+        # Before the first file, so that a killed pass is known for one whenever it is killed.
+        self._write_progress(self.position)
+        for hook, rows in batch.items():
+            self._tensors[hook] = mapped(
+                files[hook], self.rows, rows.shape[1], dtype, writable=True
+            )
+
+    def append(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """Take as many rows of a batch as are missing."""
+        if not self._tensors:
+            self._open(batch)
+        count = min(self.rows - self.done, len(next(iter(batch.values()))))
+        for hook, tensor in self._tensors.items():
+            tensor[self.done : self.done + count] = batch[hook][:count].to("cpu")
+        self.done += count
+
+    def save_progress(self, position: int) -> None:
+        """Put everything so far onto the disk.
+
+        Args:
+            position: Documents read.
+        """
+        self._sync()
+        self._write_progress(position)
+
+    def _write_progress(self, position: int) -> None:
+        progress = {"facts": self._facts, "done": self.done, "position": position}
+        write_json_atomic(self._folder / PROGRESS, progress)
+
+    def finish(self, seconds: float) -> None:
+        """Declare the cache complete.
+
+        Args:
+            seconds: How long this session's pass took.
+        """
+        self._sync()
+        write_json_atomic(self._folder / MANIFEST, {**self._facts, "seconds": seconds})
+        (self._folder / PROGRESS).unlink(missing_ok=True)
+
+    def _sync(self) -> None:
+        for hook in self._tensors:
+            with (self._folder / f"{hook}.bin").open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def check_new_cache(folder: Path) -> None:
+    """Refuse a folder that holds anything but an unfinished cache.
+
+    Raises:
+        InputError: Saying what it holds.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {str(folder)!r} is a file: give a folder")
+    if (folder / MANIFEST).exists():
+        raise InputError(
+            f"--output {str(folder)!r} holds a complete cache: train from it with --set "
+            f"cached_activations={folder}, or give another --output"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PROGRESS).exists():
+        raise InputError(
+            f"--output {str(folder)!r} is not empty and holds no cache: give another --output"
+        )

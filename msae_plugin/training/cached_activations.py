@@ -1,0 +1,119 @@
+"""`msae cache`: the language model's pass over the text, once, onto the disk."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from msae_plugin.architecture.ranks import ALONE
+from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
+from msae_plugin.common.progress import ProgressDisplay, SilentProgress
+from msae_plugin.common.seeding import seed_everything
+from msae_plugin.data.text import TextData
+from msae_plugin.models.loading import LanguageModel, ModelShape
+from msae_plugin.training.activation_files import PLACEHOLDER, reading_runner
+from msae_plugin.training.activation_store import (
+    CachedActivations,
+    CacheWriter,
+    check_new_cache,
+    open_cache,
+    rows_needed,
+)
+from msae_plugin.training.data_parallel import load_position, save_positions
+from msae_plugin.training.inputs import ModelAndText, load_model_and_text
+from msae_plugin.training.plans import default_device
+from msae_plugin.training.recipe import RunConfig
+from msae_plugin.training.shared_pass import SharedPassRunner
+
+SECONDS_BETWEEN_SAVES = 30.0
+
+
+def make_cache(
+    config: RunConfig,
+    output: Path,
+    *,
+    language_model: LanguageModel | None = None,
+    text: TextData | None = None,
+    progress: ProgressDisplay | None = None,
+) -> CachedActivations:
+    """Run the text through the model and keep what a run of this recipe reads.
+
+    Args:
+        config: The recipe; its SAEs say only how many activations are needed.
+        output: A new or empty folder, or one with an unfinished cache, which is continued. The
+            mixing buffer of a pass that was killed is lost: the rows after it are mixed anew.
+        language_model: An already loaded model to use instead of `config.model.name`.
+        text: Already loaded text to use instead of `config.data.source`.
+        progress: Shows how far the pass is.
+
+    Raises:
+        InputError: The recipe or the folder cannot work, the text is too short, the disk too small.
+        InterruptedBySignalError: On SIGINT or SIGTERM, once everything so far is on the disk.
+    """
+    progress = progress or SilentProgress()
+    config = replace(config, cached_activations=None)
+    shape = None
+    if language_model is not None:
+        shape = ModelShape(
+            language_model.d_model, language_model.n_layers, language_model.vocabulary
+        )
+    plans = config.validate(shape)
+    rows = rows_needed(config, plans)
+    check_new_cache(output)
+    device = default_device(config.model.device)
+    seed_everything(config.training.seed)
+    inputs = load_model_and_text(
+        config, plans, device, progress, language_model=language_model, text=text
+    )
+    started = time.perf_counter()
+    with InterruptionGuard() as guard:
+        runner = reading_runner(
+            replace(config, sae=PLACEHOLDER, saes=None),
+            inputs.language_model,
+            inputs.text,
+            output,
+            device,
+            autocast=inputs.autocast,
+            guard=guard,
+            progress=progress,
+        )
+        _write(runner, config, output, rows, guard, progress, inputs, started)
+    return open_cache(output)
+
+
+def _write(
+    runner: SharedPassRunner,
+    config: RunConfig,
+    output: Path,
+    rows: int,
+    guard: InterruptionGuard,
+    progress: ProgressDisplay,
+    inputs: ModelAndText,
+    started: float,
+) -> None:
+    store = runner.activations_store
+    writer = CacheWriter(output, config, rows, inputs)
+    if writer.position:
+        with TemporaryDirectory() as folder:
+            save_positions([writer.position], Path(folder))
+            load_position(store, Path(folder), ALONE)
+    progress.start(rows, writer.done, list(config.hooks))
+    saved = time.perf_counter()
+    try:
+        while writer.done < rows:
+            guard.check()
+            (batch,) = runner.fresh_batches(1)
+            writer.append(batch)
+            progress.advance(writer.done)
+            if time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
+                writer.save_progress(store.n_dataset_processed)
+                saved = time.perf_counter()
+    except InterruptedBySignalError:
+        if writer.done:
+            writer.save_progress(store.n_dataset_processed)
+        raise
+    finally:
+        progress.stop()
+    writer.finish(time.perf_counter() - started)

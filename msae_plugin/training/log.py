@@ -1,0 +1,363 @@
+"""What a run writes down as it trains, with or without Weights & Biases.
+
+One line of JSON per SAE and logging window. SAELens logs explained variance per batch, which
+depends on the batch; here it is the streaming definition over the whole window.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.saes.sae import TrainStepOutput
+
+from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import json_safe, write_text_atomic
+from msae_plugin.saes.health import DENSE_RATE, SILENT_LOG10_RATE
+
+METRICS_FILE = "metrics.jsonl"
+REVIVALS_FILE = "revivals.jsonl"
+# Their mean cosine has a standard error below .01. All of 16,384 latents of a model of width 2304
+# would take as long as a training step: one of two matrices is read against its memory order.
+ALIGNED_LATENTS = 2048
+
+MetricValue = torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
+
+
+def scalar(value: MetricValue) -> float:
+    """One number from what SAELens allows as a metric: a number, a tensor or a callable giving one.
+
+    A tensor with several elements gives their mean.
+    """
+    if callable(value):
+        value = value()
+    if isinstance(value, torch.Tensor):
+        return float(value.detach().float().mean().item())
+    return float(value)
+
+
+class TrainingWindow:
+    """Statistics of one SAE over the training batches since the last log line.
+
+    All values are means over tokens of the window: `loss` and `losses/*` the training losses,
+    `l0` active latents per token, `explained_variance` SAELens' streaming R^2 of the
+    reconstruction. Sums stay on the device until `read`.
+    """
+
+    def __init__(self) -> None:
+        self._explained_variance = ExplainedVarianceCalculator()
+        self._sums: dict[str, torch.Tensor] = {}
+        self.tokens = 0
+        self.batches = 0
+
+    @torch.no_grad()
+    def add(self, output: TrainStepOutput, active: torch.Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            output: What the SAE's training step returned for the batch.
+            active: Number of active latents in the whole batch, a scalar tensor.
+        """
+        tokens = output.sae_in.shape[0]
+        self._explained_variance.add_batch(
+            output.sae_out.detach().reshape(tokens, -1), output.sae_in.reshape(tokens, -1)
+        )
+        self._add("l0", active)
+        self._add("loss", output.loss * tokens)
+        for name, value in output.losses.items():
+            self._add(f"losses/{name}", value * tokens)
+        self.tokens += tokens
+        self.batches += 1
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """The window's means; empty before the first batch.
+
+        Args:
+            ranks: The processes that share the batches, over all of whose tokens the means are.
+        """
+        if self.tokens == 0:
+            return {}
+        means = {
+            name: float(ranks.mean(total).item()) / self.tokens
+            for name, total in self._sums.items()
+        }
+        if ranks.count > 1:
+            _pool(self._explained_variance, ranks)
+        return {**means, "explained_variance": self._explained_variance.compute()}
+
+
+def _pool(calculator: ExplainedVarianceCalculator, ranks: Ranks) -> None:
+    """Let a calculator know the sums of all ranks; SAELens' has no method for it."""
+    assert calculator.sum_x is not None, "there was a batch"
+    squares = torch.tensor(
+        [calculator.sum_squared_norm, calculator.sum_squared_residual], dtype=torch.float64
+    )
+    calculator.sum_x = ranks.sum(calculator.sum_x)
+    calculator.sum_squared_norm, calculator.sum_squared_residual = ranks.sum(squares).tolist()
+    calculator.num_samples *= ranks.count
+
+
+@torch.no_grad()
+def latent_statistics(
+    firings: torch.Tensor, n_tokens: int, dead: torch.Tensor, sae: torch.nn.Module
+) -> dict[str, float]:
+    """How a window's L0 is spread over the latents, and how encoder and decoder agree.
+
+    Args:
+        firings: (d_sae,) how many tokens of the window each latent fired on.
+        n_tokens: Tokens of the window.
+        dead: (d_sae,) which latents count as dead.
+        sae: The SAE.
+
+    Returns:
+        `dead_share` of the latents; `dense_share` of the L0, on latents that fire on more than
+        `DENSE_RATE` of the tokens; quantiles of log10 firing rates, -10 for a latent that never
+        fired; and, for an SAE with W_enc and W_dec, `encoder_decoder_alignment`, the mean cosine
+        of a latent's encoder and decoder direction over those that are not dead, evenly sampled
+        where they are many.
+    """
+    rates = firings / max(n_tokens, 1)
+    dense = firings[rates > DENSE_RATE].sum() / firings.sum().clamp(min=1)
+    share = dead.float().mean()
+    quantiles = torch.quantile(rates.float(), rates.new_tensor([0.05, 0.5, 0.95]).float())
+    logs = torch.log10(quantiles).clamp(min=SILENT_LOG10_RATE)
+    # One transfer from the device.
+    values = torch.stack([share, dense, *logs]).tolist()
+    names = ("dead_share", "dense_share", *(f"log10_firing_rate_p{q}" for q in ("05", "50", "95")))
+    found = dict(zip(names, values, strict=True))
+    w_enc, w_dec = getattr(sae, "W_enc", None), getattr(sae, "W_dec", None)
+    if isinstance(w_enc, torch.Tensor) and isinstance(w_dec, torch.Tensor) and not dead.all():
+        live = (~dead).nonzero().squeeze(1)
+        live = live[:: -(-len(live) // ALIGNED_LATENTS)]
+        cosines = torch.cosine_similarity(w_enc[:, live], w_dec[live].T, dim=0)
+        found["encoder_decoder_alignment"] = float(cosines.mean())
+    return found
+
+
+class MetricSink(Protocol):
+    """Where the rows of one run go."""
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Take one row of one SAE."""
+        ...
+
+    def flush(self) -> None:
+        """Make everything written so far survive a kill."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended."""
+        ...
+
+
+class JsonLines:
+    """Appends JSON objects to a file, one per line.
+
+    Args:
+        path: The file; created with its first line.
+        step_key: Key of the step in each row, used to drop rows when a run is resumed.
+    """
+
+    def __init__(self, path: Path, step_key: str = "step") -> None:
+        self.path = path
+        self._step_key = step_key
+        self._handle: Any = None
+
+    def truncate_after(self, step: int) -> int:
+        """Drop rows of later steps, and a last line cut short by a kill.
+
+        Args:
+            step: The last step to keep.
+
+        Returns:
+            How many lines were dropped.
+        """
+        if not self.path.exists():
+            return 0
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if self._step_of(line) <= step]
+        if len(kept) < len(lines):
+            write_text_atomic(self.path, "".join(f"{line}\n" for line in kept))
+        return len(lines) - len(kept)
+
+    def _step_of(self, line: str) -> float:
+        try:
+            return float(json.loads(line)[self._step_key])
+        except (ValueError, KeyError, TypeError):
+            return math.inf
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row; it reaches the operating system before this returns."""
+        if self._handle is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self.path.open("a", encoding="utf-8")
+        self._handle.write(json.dumps(json_safe(dict(row))) + "\n")
+        self._handle.flush()
+
+    def flush(self) -> None:
+        """Force the rows onto the disk."""
+        if self._handle is not None:
+            os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        """Close the file; a later `append` opens it again."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file; none when there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class JsonLinesSink:
+    """`metrics.jsonl` in each SAE's folder.
+
+    Args:
+        folders: Folder of each SAE by name.
+        resume_step: Rows after this step are dropped first.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], resume_step: int = 0) -> None:
+        self._files = {name: JsonLines(path / METRICS_FILE) for name, path in folders.items()}
+        for file in self._files.values():
+            file.truncate_after(resume_step)
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Append the row."""
+        self._files[sae_name].append(row)
+
+    def flush(self) -> None:
+        """Force all files onto the disk."""
+        for file in self._files.values():
+            file.flush()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+
+
+class TensorBoardSink:
+    """Event files for TensorBoard, one run per SAE below `folder`.
+
+    Args:
+        folder: The log directory to give to `tensorboard --logdir`.
+        names: Names of the SAEs.
+        resume_step: Events after this step are hidden.
+    """
+
+    def __init__(self, folder: Path, names: list[str], resume_step: int = 0) -> None:
+        # TensorBoard is optional, and importing it takes seconds.
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = resume_step + 1 if resume_step else None
+        self._writers = {
+            name: SummaryWriter(log_dir=str(folder / name), purge_step=purge) for name in names
+        }
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Write every value of the row as a scalar."""
+        step = int(row["step"])
+        for key, value in row.items():
+            if key != "step":
+                self._writers[sae_name].add_scalar(key, value, global_step=step)
+
+    def flush(self) -> None:
+        """Flush the event files."""
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Close the event files."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+class WandbSink:
+    """Weights & Biases, one run for all SAEs; keys are `<sae>/<metric>` as in SAELens.
+
+    Args:
+        options: Arguments of `wandb.init`: project, entity, name, id, mode and so on.
+        config: The run's configuration.
+    """
+
+    def __init__(self, options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        # Only runs that ask for it pay for starting the client.
+        import wandb
+
+        self._wandb = wandb
+        arguments: dict[str, Any] = {"resume": "allow", **options, "config": dict(config)}
+        self._wandb.init(**arguments)
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Log the row at its step."""
+        self._wandb.log(
+            {f"{sae_name}/{key}": value for key, value in row.items() if key != "step"},
+            step=int(row["step"]),
+        )
+
+    def flush(self) -> None:
+        """The client sends by itself."""
+
+    def close(self) -> None:
+        """End the run."""
+        self._wandb.finish()
+
+
+def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
+    """Whether to write TensorBoard files.
+
+    Raises:
+        InputError: If they are asked for and TensorBoard is not installed.
+    """
+    installed = importlib.util.find_spec("tensorboard") is not None
+    if setting == "on" and not installed:
+        raise InputError(
+            "logging.tensorboard is 'on' but tensorboard is not installed: "
+            "pip install tensorboard, or set logging.tensorboard to auto"
+        )
+    return installed and setting != "off"
+
+
+class MetricsLog:
+    """All sinks of a run, and the clock.
+
+    Args:
+        sinks: Where rows go.
+    """
+
+    def __init__(self, sinks: list[MetricSink]) -> None:
+        self._sinks = sinks
+        self.started = time.perf_counter()
+
+    def write(self, sae_name: str, row: Mapping[str, float]) -> None:
+        """Give one row of one SAE to every sink."""
+        for sink in self._sinks:
+            sink.write(sae_name, row)
+
+    def flush(self) -> None:
+        """Make everything written so far survive a kill."""
+        for sink in self._sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()

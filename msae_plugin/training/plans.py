@@ -1,0 +1,331 @@
+"""From the `sae:` or `saes:` section of a recipe to SAELens training configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+
+from msae_plugin.architecture.config import InputNormalization
+from msae_plugin.architecture.presets import PRESETS
+from msae_plugin.architecture.presets import preset as build_preset
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.recipes import coerce, unknown_key_message
+from msae_plugin.common.seeding import RandomStream, derive_seed
+from msae_plugin.models.hook_names import parse_hook_name
+from msae_plugin.training.input_normalization import check_can_be_centred
+from msae_plugin.training.run_checks import check_gradient_rate
+from msae_plugin.training.schedules import GradientRateConfig
+
+DEFAULT_ARCHITECTURE = "multiscale"
+DEFAULT_PRESET = "default"
+
+# Keys of an SAE's section that are the trainer's, not the architecture's.
+_RATE_KEYS = ("lr", "lr_floor", "gradient_lr")
+_INPUT_NORMALIZATION = "input_normalization"
+_OWN_KEYS = {"architecture", "preset", _INPUT_NORMALIZATION, *_RATE_KEYS}
+# What the runner itself decides: a value in the recipe would be overwritten or would break loading.
+_DECIDED_ELSEWHERE = {
+    "device": "model.device decides it",
+    "metadata": "the run itself decides it",
+    # Everything between the model and the export works on (tokens, d_in).
+    "reshape_activations": "the heads of hook_z are always joined to n_heads * d_head; call "
+    "turn_on_forward_pass_hook_z_reshaping() on the loaded SAE where they are apart",
+}
+# Hooks whose activations have the width of the residual stream, by the end of their name.
+_RESIDUAL_WIDTH = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_mlp_out",
+    "hook_attn_out",
+)
+
+
+@dataclass(frozen=True)
+class SAEPlan:
+    """One SAE to train at one hook.
+
+    Attributes:
+        name: Its name in the run, `<name>_layer<L>` when there are several hooks.
+        base_name: Its name in the recipe.
+        hook: Where its activations come from.
+        config: SAELens' training configuration.
+        lr: Its own learning rate; None for the run's.
+        lr_floor: Its own floor of the rate; None for the run's.
+        gradient_lr: Its own gradient-driven rule; None for the run's.
+        centres_inputs: Whether the trainer centres and scales its activations.
+        alone: Whether it is the only SAE of the run, and so owns the run's folder.
+    """
+
+    name: str
+    base_name: str
+    hook: str
+    config: TrainingSAEConfig
+    lr: float | None
+    lr_floor: float | None
+    gradient_lr: GradientRateConfig | None
+    centres_inputs: bool
+    alone: bool
+
+    def folder(self, output: Path) -> Path:
+        """Where the SAE's results go in the run's folder."""
+        return output if self.alone else output / self.name
+
+    def require_width(self, width: int) -> None:
+        """Refuse activations that the SAE does not fit.
+
+        Args:
+            width: Of the activations at the SAE's hook.
+
+        Raises:
+            InputError: `d_in` is another.
+        """
+        if self.config.d_in != width:
+            raise InputError(
+                f"SAE {self.name!r} has d_in {self.config.d_in} but the activations at "
+                f"{self.hook!r} have width {width}: set its d_in to that"
+            )
+
+
+def plan_saes(
+    sections: Mapping[str, Mapping[str, Any]],
+    hooks: Sequence[str],
+    *,
+    d_model: int,
+    training_steps: int,
+    accumulation_steps: int = 1,
+) -> list[SAEPlan]:
+    """One plan per SAE and hook.
+
+    Args:
+        sections: The recipe's SAE sections by name.
+        hooks: The hooks.
+        d_model: Width of the model's residual stream.
+        training_steps: Length of the run, which presets fit their schedules to.
+        accumulation_steps: Mini-batches per step of the run, which some presets prescribe.
+
+    Raises:
+        InputError: For an unknown architecture, preset or field, or a value that cannot work.
+    """
+    names = _names_by_hook(hooks)
+    alone = len(sections) * len(hooks) == 1
+    plans: list[SAEPlan] = []
+    for base_name, section in sections.items():
+        where = "sae" if alone and base_name == "sae" else f"saes.{base_name}"
+        own = dict(section)
+        rates = _own_rates(own, where)
+        centres_inputs = _centres_inputs(own, where)
+        _check_accumulation(section, accumulation_steps, where)
+        for hook in hooks:
+            config = _configure(dict(own), where, hook, d_model, training_steps)
+            if centres_inputs:
+                check_can_be_centred(config, where)
+            plans.append(
+                SAEPlan(
+                    name=base_name + names[hook],
+                    base_name=base_name,
+                    hook=hook,
+                    config=config,
+                    lr=rates.lr,
+                    lr_floor=rates.lr_floor,
+                    gradient_lr=rates.gradient_lr,
+                    centres_inputs=centres_inputs,
+                    alone=alone,
+                )
+            )
+    by_name = {plan.name: plan for plan in plans}
+    if len(by_name) < len(plans):
+        raise InputError(
+            "two SAEs of the run get the same name "
+            f"({', '.join(sorted(plan.name for plan in plans))}): rename one in 'saes'"
+        )
+    return plans
+
+
+def _names_by_hook(hooks: Sequence[str]) -> dict[str, str]:
+    if len(hooks) == 1:
+        return {hooks[0]: ""}
+    layers = [parse_hook_name(hook).layer for hook in hooks]
+    if None in layers or len(set(layers)) < len(layers):
+        # Two hooks of one layer: only the whole name tells them apart.
+        return {hook: "_" + hook.replace(".", "_") for hook in hooks}
+    return {hook: f"_layer{layer}" for hook, layer in zip(hooks, layers, strict=True)}
+
+
+def _configure(
+    section: dict[str, Any], where: str, hook: str, d_model: int, training_steps: int
+) -> TrainingSAEConfig:
+    architecture = section.pop("architecture", DEFAULT_ARCHITECTURE)
+    config_class = _config_class(architecture, where)
+    preset = section.pop("preset", None)
+    if preset is not None and architecture != DEFAULT_ARCHITECTURE:
+        raise InputError(f"'{where}.preset' is for multiscale; {architecture!r} has no presets")
+    hints = get_type_hints(config_class)
+    known = {item.name for item in dataclasses.fields(config_class)} - set(_DECIDED_ELSEWHERE)
+    for key in section:
+        if key in _DECIDED_ELSEWHERE:
+            raise InputError(f"'{where}.{key}' is not set here: {_DECIDED_ELSEWHERE[key]}")
+        if key not in known:
+            raise InputError(unknown_key_message(key, known | _OWN_KEYS, where))
+    values = {key: coerce(value, hints[key], f"{where}.{key}") for key, value in section.items()}
+    if values.get("dtype") == "float16":
+        raise InputError(
+            f"'{where}.dtype' float16 cannot be trained: Adam's epsilon, 1e-8, is zero in it; use "
+            "float32 or bfloat16 (model.dtype may be float16)"
+        )
+    values["d_in"] = _d_in(values, where, hook, d_model)
+    if "d_sae" not in values:
+        raise InputError(f"'{where}.d_sae' is missing: give the number of latents")
+    _check_sizes(values, where, architecture)
+    try:
+        if architecture == DEFAULT_ARCHITECTURE:
+            return _from_preset(preset or DEFAULT_PRESET, values, where, training_steps)
+        return config_class(**values)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _OwnRates:
+    lr: float | None
+    lr_floor: float | None
+    gradient_lr: GradientRateConfig | None
+
+
+def _own_rates(section: dict[str, Any], where: str) -> _OwnRates:
+    """Take the SAE's own learning-rate settings out of its section; a preset's are the default."""
+    given = {key: section.pop(key) for key in _RATE_KEYS if key in section}
+    values = {**preset_training(section), **given}
+    lr = coerce(values.get("lr"), float | None, f"{where}.lr")
+    if lr is not None and not lr > 0:
+        raise InputError(f"'{where}.lr' must be a positive number, not {lr}")
+    lr_floor = coerce(values.get("lr_floor"), float | None, f"{where}.lr_floor")
+    if lr_floor is not None and lr_floor < 0:
+        raise InputError(f"'{where}.lr_floor' must be 0 or more, not {lr_floor}")
+    rule = coerce(values.get("gradient_lr"), GradientRateConfig | None, f"{where}.gradient_lr")
+    if rule is not None:
+        check_gradient_rate(rule, f"{where}.gradient_lr")
+    return _OwnRates(lr, lr_floor, rule)
+
+
+def _centres_inputs(section: dict[str, Any], where: str) -> bool:
+    """Take `input_normalization` out of the section of an architecture that lacks the field."""
+    if section.get("architecture", DEFAULT_ARCHITECTURE) == DEFAULT_ARCHITECTURE:
+        return False
+    value = section.pop(_INPUT_NORMALIZATION, "none")
+    return coerce(value, InputNormalization, f"{where}.{_INPUT_NORMALIZATION}") != "none"
+
+
+def preset_training(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the preset of an SAE's section asks of the trainer; empty for an unknown preset."""
+    if section.get("architecture", DEFAULT_ARCHITECTURE) != DEFAULT_ARCHITECTURE:
+        return {}
+    preset = PRESETS.get(section.get("preset", DEFAULT_PRESET))
+    return {} if preset is None else preset.training
+
+
+def _check_accumulation(section: Mapping[str, Any], steps: int, where: str) -> None:
+    # Mini-batches are shared by all SAEs, so this cannot be an SAE's own.
+    wanted = preset_training(section).get("accumulation_steps", steps)
+    if wanted != steps:
+        raise InputError(
+            f"'{where}.preset' {section.get('preset')!r} accumulates {wanted} mini-batches per "
+            f"step but the run {steps}: set training.accumulation_steps to {wanted}, or train it "
+            "in a run of its own"
+        )
+
+
+def _config_class(architecture: Any, where: str) -> type[TrainingSAEConfig]:
+    known = sorted(SAE_TRAINING_CLASS_REGISTRY)
+    if architecture not in known:
+        nearest = difflib.get_close_matches(str(architecture), known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
+        raise InputError(f"'{where}.architecture' {architecture!r} is unknown: {hint}")
+    return get_sae_training_class(architecture)[1]
+
+
+def _d_in(values: Mapping[str, Any], where: str, hook: str, d_model: int) -> int:
+    given = values.get("d_in")
+    residual = hook.endswith(_RESIDUAL_WIDTH)
+    if residual and given is not None and given != d_model:
+        raise InputError(
+            f"'{where}.d_in' is {given} but hook {hook!r} has width {d_model}: leave d_in out"
+        )
+    return d_model if given is None else int(given)
+
+
+def _check_sizes(values: Mapping[str, Any], where: str, architecture: str) -> None:
+    if values["d_sae"] < 1:
+        raise InputError(f"'{where}.d_sae' must be at least 1, not {values['d_sae']}")
+    k = values.get("k")
+    if k is None:
+        return
+    if not k > 0:
+        raise InputError(f"'{where}.k' must be positive, not {k}")
+    if k > values["d_sae"]:
+        raise InputError(
+            f"'{where}.k' is {k} but there are only {values['d_sae']} latents "
+            f"(architecture {architecture}): lower k or raise d_sae"
+        )
+
+
+def _from_preset(
+    preset: str, values: dict[str, Any], where: str, training_steps: int
+) -> TrainingSAEConfig:
+    required = {key: values.pop(key) for key in ("d_in", "d_sae", "k") if key in values}
+    if "k" not in required:
+        raise InputError(f"'{where}.k' is missing: give the mean number of active latents")
+    return build_preset(preset, **required, training_steps=training_steps, **values)
+
+
+def build_sae(plan: SAEPlan, seed: int, device: str) -> TrainingSAE[Any]:
+    """Initialise an SAE from a seed of its own: adding another SAE to a run does not change it.
+
+    Args:
+        plan: What to build.
+        seed: Seed of the run.
+        device: Where it will live.
+
+    Raises:
+        InputError: If the architecture refuses its configuration.
+    """
+    config = dataclasses.replace(plan.config, device=device)
+    sae_class = get_sae_training_class(config.architecture())[0]
+    stream = RandomStream(derive_seed(seed, "init", plan.base_name, plan.hook), device)
+    try:
+        with stream.active():
+            return sae_class(config)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"SAE {plan.name!r}: {error}") from error
+
+
+def default_device(setting: str) -> str:
+    """The device that `model.device` means.
+
+    Args:
+        setting: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        InputError: This machine has no such device.
+    """
+    if setting == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = setting.partition(":")
+    present = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(kind)
+    if present is not None and int(number or 0) >= present:
+        raise InputError(
+            f"'model.device' is {setting} but torch finds {present or 'no'} {kind} device"
+            f"{'s' if present > 1 else ''} here: use auto or cpu, or install torch for your GPU"
+        )
+    return setting

@@ -1,0 +1,268 @@
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.models.loading import (
+    LanguageModel,
+    ModelShape,
+    describe_model,
+    hook_widths,
+    load_language_model,
+)
+from msae_plugin.models.transformer_lens import UNNAMED_MODEL, transformer_lens_name
+
+# The tiny model of tests/conftest.py.
+TINY_LAYERS, TINY_D_MODEL, TINY_VOCABULARY = 3, 64, 512
+
+HOOK = "blocks.1.hook_resid_post"
+MODULE = "model.layers.1"
+
+
+def logits(language_model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return language_model.model(tokens)
+
+
+def activations(language_model: LanguageModel, tokens: torch.Tensor, hook: str) -> torch.Tensor:
+    with torch.no_grad():
+        return language_model.model.run_with_cache(tokens, names_filter=[hook])[1][hook]
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(3, TINY_VOCABULARY, (4, 50), generator=torch.Generator().manual_seed(1))
+
+
+def test_hooked_transformer_has_the_logits_of_the_hugging_face_model(
+    tiny_language_model: LanguageModel, tiny_model_dir: Path, tokens: torch.Tensor
+) -> None:
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tiny_model_dir)(tokens).logits
+    torch.testing.assert_close(logits(tiny_language_model, tokens), expected, atol=1e-4, rtol=0)
+    assert expected.std() > 0.5
+
+
+def test_both_loaders_give_the_same_activations_and_tokens(
+    tiny_language_model: LanguageModel,
+    tiny_model_dir: Path,
+    tokens: torch.Tensor,
+    tiny_texts: list[str],
+) -> None:
+    modules = load_language_model(str(tiny_model_dir), [MODULE])
+    assert modules.model_class_name == "AutoModelForCausalLM"
+    torch.testing.assert_close(
+        activations(modules, tokens, MODULE),
+        activations(tiny_language_model, tokens, HOOK),
+        atol=1e-4,
+        rtol=0,
+    )
+    as_the_store_asks = {"prepend_bos": False, "move_to_device": False, "truncate": False}
+    ids = modules.model.to_tokens(tiny_texts[0], **as_the_store_asks)
+    assert (
+        ids.tolist()
+        == tiny_language_model.model.to_tokens(tiny_texts[0], **as_the_store_asks).tolist()
+    )
+    assert modules.tokenizer.bos_token_id not in ids
+
+
+def test_facts_about_the_model(tiny_language_model: LanguageModel, tiny_model_dir: Path) -> None:
+    assert tiny_language_model.model_class_name == "HookedTransformer"
+    assert tiny_language_model.model_name == str(tiny_model_dir)
+    assert tiny_language_model.d_model == TINY_D_MODEL
+    assert tiny_language_model.n_layers == TINY_LAYERS
+    assert not tiny_language_model.model.training
+    assert describe_model(str(tiny_model_dir)) == ModelShape(
+        TINY_D_MODEL, TINY_LAYERS, TINY_VOCABULARY
+    )
+
+
+@pytest.mark.parametrize("hook", [HOOK, MODULE])
+def test_every_weight_has_the_requested_dtype(tiny_model_dir: Path, hook: str) -> None:
+    loaded = load_language_model(str(tiny_model_dir), [hook], dtype="bfloat16")
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+
+
+def test_hook_widths_differ_inside_the_layer(tiny_model_dir: Path) -> None:
+    hooks = [HOOK, "blocks.0.mlp.hook_post", "blocks.2.attn.hook_k"]
+    loaded = load_language_model(str(tiny_model_dir), hooks)
+    assert hook_widths(loaded, hooks) == {hooks[0]: 64, hooks[1]: 128, hooks[2]: 2 * 16}
+
+
+def test_a_name_in_the_path_does_not_choose_the_architecture(
+    tiny_model_dir: Path, tmp_path: Path, tokens: torch.Tensor, tiny_language_model: LanguageModel
+) -> None:
+    # TransformerLens takes the architecture from a name that contains `gemma` or `llama`.
+    folder = tmp_path / "gemma-2-llama-7b"
+    shutil.copytree(tiny_model_dir, folder)
+    loaded = load_language_model(str(folder), [HOOK])
+    torch.testing.assert_close(logits(loaded, tokens), logits(tiny_language_model, tokens))
+
+
+def test_a_snapshot_of_the_hub_cache_is_recorded_by_its_hub_name(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models--some-lab--tiny" / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_model_dir, folder)
+    assert load_language_model(str(folder), [HOOK]).model_name == "some-lab/tiny"
+
+
+def test_a_model_in_the_hub_cache_needs_no_network(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some-lab--tiny"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_model_dir, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    assert load_language_model("some-lab/tiny", [HOOK]).model_name == "some-lab/tiny"
+    # A download that was interrupted before the weights arrived.
+    (snapshot / "model.safetensors").unlink()
+    assert describe_model("some-lab/tiny").d_model == TINY_D_MODEL
+    with pytest.raises(InputError, match="offline mode is on"):
+        load_language_model("some-lab/tiny", [HOOK])
+
+
+def test_gemma_of_unknown_name_is_found_by_its_shape() -> None:
+    config = Gemma2Config(
+        hidden_size=2304,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        intermediate_size=9216,
+        vocab_size=256_000,
+        architectures=["Gemma2ForCausalLM"],
+    )
+    assert transformer_lens_name(config, None).startswith("google/gemma-2-2b")
+    assert transformer_lens_name(config, "google/gemma-2-2b-it") == "google/gemma-2-2b-it"
+    config.num_hidden_layers = 25
+    assert transformer_lens_name(config, None) == UNNAMED_MODEL
+
+
+def test_tiny_gemma_works_with_module_hooks_only(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = Gemma2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=64,
+        vocab_size=TINY_VOCABULARY,
+        sliding_window=16,
+        architectures=["Gemma2ForCausalLM"],
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    for file in tiny_model_dir.glob("tokenizer*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    loaded = load_language_model(str(tmp_path), [MODULE])
+    assert hook_widths(loaded, [MODULE]) == {MODULE: 32}
+    with pytest.raises(InputError, match=r"Gemma2ForCausalLM.*model\.layers"):
+        load_language_model(str(tmp_path), [HOOK])
+
+
+def test_relative_paths_are_recorded_in_full(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model_dir.parent)
+    assert load_language_model(tiny_model_dir.name, [MODULE]).model_name == str(tiny_model_dir)
+
+
+def test_wrong_conversion_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    # TransformerLens derives the head size from the width and ignores `head_dim`; a rotary scaling
+    # that it does not know is dropped without a word, which gives a different model.
+    folder = tmp_path / "scaled"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"other logits.*model\.layers"):
+        load_language_model(str(folder), [HOOK])
+    assert load_language_model(str(folder), [MODULE]).n_layers == TINY_LAYERS
+
+
+def test_unknown_architecture_suggests_module_hooks(tmp_path: Path) -> None:
+    folder = tmp_path / "unknown"
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)
+    config.architectures = ["SomethingElseForCausalLM"]
+    config.save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"SomethingElseForCausalLM.*model\.layers"):
+        load_language_model(str(folder), [HOOK])
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        (["blocks.3.hook_resid_post"], "layers are numbered 0 to 2"),
+        (["blocks.1.hook_resid_pots"], "did you mean blocks.1.hook_resid_post"),
+        (["model.layers.1.mpl"], "did you mean model.layers.1.mlp"),
+        ([HOOK, MODULE], "two styles"),
+        ([], "no hook"),
+    ],
+)
+def test_wrong_hooks_are_named(tiny_model_dir: Path, hooks: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_language_model(str(tiny_model_dir), hooks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float8"}, "float8"),
+        ({"device": "gpu"}, "'gpu' is not known"),
+        ({"model_class": "HookedMamba"}, "HookedMamba"),
+        ({"model_class": "AutoModelForCausalLM"}, "needs the model class HookedTransformer"),
+        ({"from_pretrained_kwargs": {"dtype": "bfloat16"}}, "model.dtype"),
+        ({"from_pretrained_kwargs": {"revision": "main"}}, "revision"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    tiny_model_dir: Path, arguments: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_language_model(str(tiny_model_dir), [HOOK], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("packaged:gpt5", "packaged:smollm2-135m"),
+        ("/no/such/folder", "does not exist"),
+        ("some-lab/some-model", "not in the local cache and offline mode is on"),
+        ("gpt2-small", "'[a-z/-]*gpt2' is not in the local cache"),
+        ("not a name!", "nor a valid hub name"),
+        ("gelu-2l", "only TransformerLens reads"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_quick_line(name: str, message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(InputError, match=message) as error:
+        load_language_model(name, [HOOK])
+    assert time.monotonic() - started < 5
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_folders_are_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        describe_model(str(folder))
+    (folder / "config.json").write_text("{broken")
+    with pytest.raises(InputError, match="cannot be used"):
+        describe_model(str(folder))
+    shutil.copyfile(tiny_model_dir / "config.json", folder / "config.json")
+    with pytest.raises(InputError, match="not all weights"):
+        load_language_model(str(folder), [HOOK])
+    weights = (tiny_model_dir / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match="tokenizer"):
+        load_language_model(str(folder), [HOOK])
+    for file in tiny_model_dir.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_language_model(str(folder), [HOOK])
