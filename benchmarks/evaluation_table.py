@@ -25,9 +25,8 @@ import torch
 
 from msae_plugin.comparison.controls import ResidualStreamSAE, with_permuted_decoder
 from msae_plugin.evaluation.evaluate import evaluate
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.recipe import EvalConfig
-from msae_plugin.saes.load import load_subjects
+from msae_plugin.saes.load import Subject, load_subjects
 
 ROWS = [
     "multiscale default",

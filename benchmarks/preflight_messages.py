@@ -31,9 +31,9 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from msae_plugin.evaluation import preflight as preflight_module
 from msae_plugin.evaluation import preflight_data
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight import preflight
 from msae_plugin.evaluation.recipe import EvalConfig
+from msae_plugin.saes.load import Subject
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the toy model of the tests
 from toy_instruct.tokeniser import word_tokeniser

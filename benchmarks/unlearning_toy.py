@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from msae_plugin.common.cache import tensors_sha256
-from msae_plugin.evaluation.outcomes import ModelContext, Subject, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
 from msae_plugin.models.loading import load_language_model
+from msae_plugin.saes.load import Subject
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the toy model of the tests
 from toy_instruct import (

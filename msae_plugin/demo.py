@@ -50,8 +50,7 @@ from msae_plugin.reporting.tables import (
     comparison_markdown,
     comparison_table,
 )
-from msae_plugin.saes.run_record import read_run_record
-from msae_plugin.training.log import METRICS_FILE
+from msae_plugin.saes.run_record import METRICS_FILE, read_run_record
 from msae_plugin.training.plans import default_device
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.run_folder import check_output

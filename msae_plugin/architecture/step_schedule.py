@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from msae_plugin.architecture.auxk import DeadLatents
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.selection import pair_budgets, running_rate
 
@@ -124,3 +125,37 @@ def room_for_pairs(cfg: MultiScaleTrainingSAEConfig, step: int, n_tokens: int) -
         k += (highest - k) * part / _PARTS_OF_THE_FALL
     at_least = Budgets.of(cfg.k_at(step), cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed
     return max(at_least, Budgets.of(k, cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step is given.
+
+    Attributes:
+        sae_in: (n_tokens, d_in) activations in the dtype of the SAE.
+        dead: The latents that AuxK trains; None when there are none.
+        l1_coefficient: Weight of the L1 penalty in this step.
+    """
+
+    sae_in: torch.Tensor
+    dead: DeadLatents | None
+    l1_coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """What a step gives.
+
+    Attributes:
+        terms: Loss terms by name, zero-dimensional.
+        loss: Their sum.
+        sae_out: (n_tokens, d_in) reconstruction.
+        feature_acts: (n_tokens, d_sae) latents.
+        hidden_pre: (n_tokens, d_sae) pre-activations.
+    """
+
+    terms: dict[str, torch.Tensor]
+    loss: torch.Tensor
+    sae_out: torch.Tensor
+    feature_acts: torch.Tensor
+    hidden_pre: torch.Tensor

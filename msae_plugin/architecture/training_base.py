@@ -40,7 +40,13 @@ from msae_plugin.architecture.selection import (
     above_threshold,
     batch_top_k,
 )
-from msae_plugin.architecture.step_schedule import Budgets, Number
+from msae_plugin.architecture.step_schedule import (
+    Budgets,
+    Number,
+    StepInputs,
+    StepResults,
+    StepSchedule,
+)
 from msae_plugin.architecture.threshold import calibrated_cut
 from msae_plugin.common.errors import RunFailure
 
@@ -390,6 +396,18 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             # A checkpoint older than this module was trained in units of the activations.
             state_dict |= {f"input_units.{k}": v for k, v in self.input_units.identity().items()}
         restore_exact(state_dict, exact_dtypes(self))
+
+    def take_step(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
+        """One training step on plain tensors, which can be recorded (`kernels/replay.py`).
+
+        Args:
+            given: The batch.
+            schedule: The numbers of the step.
+
+        Raises:
+            NotImplementedError: The subclass defines no step.
+        """
+        raise NotImplementedError
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

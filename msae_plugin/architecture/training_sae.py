@@ -21,10 +21,10 @@ from msae_plugin.architecture import losses
 from msae_plugin.architecture.auxk import DeadLatents, auxk_loss, static_auxk_loss
 from msae_plugin.architecture.kernels.compiling import COMPILES_RIGHT_FROM, compiled_from
 from msae_plugin.architecture.kernels.decoding import active_preactivations, scale_gradient
-from msae_plugin.architecture.kernels.replay import StepInputs, StepResults, replayed_step
+from msae_plugin.architecture.kernels.replay import replayed_step
 from msae_plugin.architecture.nested import Reconstructions, assign_rings, decode_nested
 from msae_plugin.architecture.selection import Selection, running_rate
-from msae_plugin.architecture.step_schedule import StepSchedule
+from msae_plugin.architecture.step_schedule import StepInputs, StepResults, StepSchedule
 from msae_plugin.architecture.training_base import MultiScaleTrainingBase
 
 
@@ -85,6 +85,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             metrics=self._metrics(step_input),
         )
 
+    @override
     def take_step(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
         """The equations of a step, with what follows them over time.
 

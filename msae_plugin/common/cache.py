@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import write_json_atomic
-from msae_plugin.models.packaged import default_cache_dir
+from msae_plugin.common.files import default_cache_dir, write_json_atomic
 
 MARKER = "complete.json"
 HASH_CHARACTERS = 24

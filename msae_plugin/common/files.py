@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,15 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+
+from platformdirs import user_cache_path
+
+_READ_BYTES = 1 << 20
+
+
+CACHE_VARIABLE = "MSAE_CACHE"
+"""Environment variable that names the cache folder, in place of the platform's own."""
+
 
 TEMPORARY_PREFIX = ".incomplete-"
 
@@ -117,3 +127,18 @@ def remove_leftovers(folder: Path) -> list[Path]:
         else:
             path.unlink(missing_ok=True)
     return leftovers
+
+
+def default_cache_dir() -> Path:
+    """The folder for converted models: MSAE_CACHE, or the platform's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen).expanduser() if chosen else user_cache_path("msae_plugin", appauthor=False)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -20,12 +20,13 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.sparsity_knobs import mean_l0, scale_thresholds
 from msae_plugin.saes.export import REPORT_FILENAME, export_sae
 from msae_plugin.saes.run_record import (
+    METRICS_FILE,
     RunRecord,
     describe_device,
+    read_rows,
     read_run_record,
     software_versions,
 )
-from msae_plugin.training.log import METRICS_FILE, read_rows
 
 # Changing these trains the same SAE.
 _NOT_OF_AN_SAE = (

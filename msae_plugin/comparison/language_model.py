@@ -33,7 +33,7 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import Measured
 from msae_plugin.data.text import TextData, load_text
 from msae_plugin.evaluation.evaluate import evaluate
-from msae_plugin.evaluation.outcomes import Reporter, Subject
+from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
 from msae_plugin.models.loading import (
     HOOKED_TRANSFORMER,
@@ -42,7 +42,7 @@ from msae_plugin.models.loading import (
     describe_model,
     load_language_model,
 )
-from msae_plugin.saes.load import load_subjects, transformer_lens_hook
+from msae_plugin.saes.load import Subject, load_subjects, transformer_lens_hook
 from msae_plugin.training.plans import default_device
 
 EVALUATION_FOLDER = "evaluation"

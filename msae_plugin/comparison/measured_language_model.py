@@ -21,8 +21,9 @@ from msae_plugin.data.windows import Window, iterate_windows
 from msae_plugin.evaluation.context_rendering import contexts_as_json
 from msae_plugin.evaluation.contexts import ContextCollector
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
-from msae_plugin.evaluation.outcomes import Reporter, Subject
+from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.loading import LanguageModel
+from msae_plugin.saes.load import Subject
 
 FOLDER = "heldout"
 CONTEXTS_FILE = "contexts.json"

@@ -26,7 +26,6 @@ from msae_plugin.evaluation.outcomes import (
     ModelContext,
     Outcome,
     Reporter,
-    Subject,
     no_report,
 )
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
@@ -35,7 +34,7 @@ from msae_plugin.evaluation.stored_outcomes import read_outcomes, write_outcomes
 from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
 from msae_plugin.models.loading import HOOKED_TRANSFORMER, LanguageModel, load_language_model
 from msae_plugin.models.packaged import PACKAGED_MODELS, PACKAGED_PREFIX, is_installed
-from msae_plugin.saes.load import subject_record
+from msae_plugin.saes.load import Subject, subject_record
 from msae_plugin.training.plans import default_device
 
 MODULES = {

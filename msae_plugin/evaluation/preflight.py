@@ -16,7 +16,6 @@ from msae_plugin.common.cache import default_cache
 from msae_plugin.common.errors import InputError, MissingInputError
 from msae_plugin.common.missing import Missing
 from msae_plugin.data.local_datasets import missing_for_probing
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight_checks import (
     as_missing,
     misfits,
@@ -36,6 +35,7 @@ from msae_plugin.evaluation.preflight_packages import missing_packages, saebench
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hub_access import hub_asked_once
 from msae_plugin.models.loading import describe_model
+from msae_plugin.saes.load import Subject
 
 ALL = "all"
 """In place of an evaluation's name: nothing can run without it."""

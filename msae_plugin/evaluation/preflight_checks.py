@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import default_cache_dir
 from msae_plugin.common.missing import Missing
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.models.hook_names import validate_hook
 from msae_plugin.models.hub_access import (
     explain_hub_error,
@@ -23,7 +23,6 @@ from msae_plugin.models.hub_access import (
 from msae_plugin.models.loading import ModelShape, describe_model
 from msae_plugin.models.packaged import (
     PACKAGED_PREFIX,
-    default_cache_dir,
     install_command,
     is_installed,
     packaged_model,
@@ -31,6 +30,7 @@ from msae_plugin.models.packaged import (
 )
 from msae_plugin.models.sources import hub_name_of, local_folder, read_config
 from msae_plugin.models.transformer_lens import require_supported, transformer_lens_name
+from msae_plugin.saes.load import Subject
 
 # Where the messages of this project turn from what is wrong to what to do.
 _ADVICE = re.compile(

@@ -16,6 +16,9 @@ from msae_plugin.reporting.evaluation_tables import columns_of
 from msae_plugin.saes.describe import mechanisms_on
 from msae_plugin.saes.health import recorded_messages
 
+FIGURES_FOLDER = "figures"
+
+
 # Published scores swing 15x inside one architecture: it is in the table, with its spread, and not
 # among the numbers that the Hub shows beside the model's name.
 NEVER_HEADLINED = ("unlearning",)

@@ -10,16 +10,11 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.hub.card import make_card
-from msae_plugin.hub.card_data import CardEntry, usable_summary
+from msae_plugin.hub.card_data import FIGURES_FOLDER, CardEntry, usable_summary
 from msae_plugin.hub.measured import measured_of, read_evaluation
-from msae_plugin.hub.remote import CARD_FILENAME, RepositoryState, read_card, read_entries
-from msae_plugin.hub.sae_folder import (
-    FIGURES_FOLDER,
-    SAEFolder,
-    build_folder,
-    content_size,
-    default_paths,
-)
+from msae_plugin.hub.remote import CARD_FILENAME, read_card, read_entries
+from msae_plugin.hub.sae_folder import SAEFolder, build_folder, content_size, default_paths
+from msae_plugin.saes.download import RepositoryState
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
 from msae_plugin.saes.local_sae import LocalSAE, find_saes
 from msae_plugin.saes.references import require_folder

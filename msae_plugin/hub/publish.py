@@ -20,10 +20,11 @@ from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.hub import remote
 from msae_plugin.hub.plan import PublishPlan, make_plan
 from msae_plugin.hub.release import dashboard_command, pretrained_saes_stanza
-from msae_plugin.hub.remote import Committed, RepositoryState
+from msae_plugin.hub.remote import Committed
 from msae_plugin.hub.sae_folder import private_content
 from msae_plugin.hub.verification import Verification, check_files, check_latents
 from msae_plugin.models.hub_errors import explained, hub_errors, require_token, status_of
+from msae_plugin.saes.download import RepositoryState, read_state
 from msae_plugin.saes.references import require_repo_name
 
 Confirm = Callable[[str], bool]
@@ -120,7 +121,7 @@ def publish(
         state = _state_if_reachable(repo, revision, notes)
     else:
         _require_valid_token(require_token())
-        state = remote.read_state(repo, revision)
+        state = read_state(repo, revision)
     _require_possible(state, private, tag)
     plan = make_plan(
         run, state, folder=folder, licence=licence, evaluation=evaluation, report=report
@@ -179,7 +180,7 @@ def _require_valid_token(token: str) -> None:
 
 def _state_if_reachable(repo: str, revision: str | None, notes: list[str]) -> RepositoryState:
     try:
-        state = remote.read_state(repo, revision)
+        state = read_state(repo, revision)
     except (InputError, RunFailure) as error:
         notes.append(f"rendered as for a new repository, because the Hub was not reached: {error}")
         return RepositoryState(repo, exists=False)
@@ -289,7 +290,7 @@ def _commit_that_landed(
             f"{reason}; whether a pull request was opened is to be seen on {page}/discussions"
         )
     try:
-        head = remote.read_state(repo, revision).head
+        head = read_state(repo, revision).head
     except (InputError, RunFailure):
         raise RunFailure(
             f"{reason}; whether anything was published is to be seen on {page}: the Hub cannot be "

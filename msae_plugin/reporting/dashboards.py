@@ -21,14 +21,14 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.data.text import load_text
 from msae_plugin.data.windows import iterate_windows
 from msae_plugin.evaluation.evaluate import model_for
-from msae_plugin.evaluation.outcomes import Reporter, Subject, no_report
+from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting import sae_dashboard
 from msae_plugin.reporting.sources import Sources
 from msae_plugin.reporting.trained import TrainedSAE
 from msae_plugin.reporting.variants import is_variant
 from msae_plugin.saes.export import TWIN_FOLDER
-from msae_plugin.saes.load import load_subjects
+from msae_plugin.saes.load import Subject, load_subjects
 
 DASHBOARDS_FOLDER = "dashboards"
 # What SAEDashboard 0.8 can take one latent out of.

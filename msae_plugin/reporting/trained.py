@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.sources import RunSource, Source, Sources, read_json, read_json_lines
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
-from msae_plugin.training.log import METRICS_FILE, REVIVALS_FILE
+from msae_plugin.saes.run_record import METRICS_FILE
+from msae_plugin.training.log import REVIVALS_FILE
 
 CONTEXTS_FILE = "contexts.json"
 

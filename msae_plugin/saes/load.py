@@ -6,18 +6,19 @@ loads by release; folding happens here, in float32, before anything is cast down
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
 
-from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.outcomes import Subject
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.registration import register
 from msae_plugin.saes.find import FolderSource, HubSource, LocatedSAE, locate
 from msae_plugin.saes.subject_loading import FOLDED_SCALINGS, BrokenSAEError, load_sae
@@ -240,3 +241,55 @@ def _with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
         taken.add(unique.casefold())
         named.append(replace(subject, name=unique))
     return named
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE under evaluation.
+
+    Args:
+        name: Unique in one evaluation, safe as a file name.
+        reference: What the user wrote.
+        sae: In float32 and eval mode, decoder norms folded in float32. Shared by all evaluations:
+            none changes it; SAEBench, which writes into an SAE and its config, gets a copy.
+        weights_sha256: Hash of the weights as they were loaded, before folding.
+        model_name: The language model in the checkpoint's metadata.
+        hook_name: Where the SAE reads, TransformerLens style.
+        folder: The checkpoint's folder, where it is local.
+    """
+
+    name: str
+    reference: str
+    sae: SAE[Any]
+    weights_sha256: str
+    model_name: str | None
+    hook_name: str
+    folder: Path | None = None
+
+    @property
+    def layer(self) -> int:
+        """The first number in the hook's name, which is how SAEBench finds the layer."""
+        found = re.search(r"\d+", self.hook_name)
+        if found is None:
+            raise RunFailure(f"SAE {self.name!r}: hook {self.hook_name!r} names no layer")
+        return int(found.group())
+
+    def for_saebench(self, dtype: torch.dtype, device: str) -> SAE[Any]:
+        """A copy that SAEBench may change: cast as it casts, its metadata complete.
+
+        Args:
+            dtype: SAEBench casts every SAE to the language model's.
+            device: A torch device.
+        """
+        sae = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
+        sae.cfg.dtype = str(dtype).removeprefix("torch.")
+        metadata = sae.cfg.metadata
+        metadata.model_name = self.model_name
+        metadata.hook_name = self.hook_name
+        metadata.hook_layer = self.layer
+        # SAELens stores what the model was loaded with; a dtype in it makes SAEBench's core fail
+        # ("multiple values for keyword argument 'dtype'"), and here the model is loaded already.
+        metadata.model_from_pretrained_kwargs = {}
+        if metadata.prepend_bos is None:
+            metadata.prepend_bos = True
+        return sae

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from safetensors import SafetensorError, safe_open
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import file_sha256
 from msae_plugin.saes.describe import is_checkpoint, read_checkpoint
 from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
-from msae_plugin.saes.run_record import RUN_FILE, read_run_record
-from msae_plugin.training.log import METRICS_FILE, read_rows
-
-_READ_BYTES = 1 << 20
+from msae_plugin.saes.run_record import METRICS_FILE, RUN_FILE, read_rows, read_run_record
 
 
 @dataclass(frozen=True)
@@ -156,15 +153,6 @@ def _require_finite(weights: Path) -> None:
                     )
     except (OSError, SafetensorError) as error:
         raise InputError(f"{str(weights)!r} cannot be read: {error}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

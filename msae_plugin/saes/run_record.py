@@ -13,6 +13,9 @@ import torch
 
 from msae_plugin.common.files import write_json_atomic
 
+METRICS_FILE = "metrics.jsonl"
+
+
 RUN_FILE = "run.json"
 
 Status = Literal["running", "interrupted", "failed", "complete"]
@@ -107,3 +110,10 @@ class RunRecord:
                 **self.content,
             },
         )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file; none when there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

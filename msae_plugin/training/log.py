@@ -23,8 +23,8 @@ from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, write_text_atomic
 from msae_plugin.saes.health import DENSE_RATE, SILENT_LOG10_RATE
+from msae_plugin.saes.run_record import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 REVIVALS_FILE = "revivals.jsonl"
 # Their mean cosine has a standard error below .01. All of 16,384 latents of a model of width 2304
 # would take as long as a training step: one of two matrices is read against its memory order.
@@ -217,13 +217,6 @@ class JsonLines:
         if self._handle is not None:
             self._handle.close()
             self._handle = None
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file; none when there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class JsonLinesSink:

@@ -27,8 +27,10 @@ from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel, ModelShape
 from msae_plugin.saes.export import REPORT_FILENAME, ExportReport, export_sae
 from msae_plugin.saes.run_record import (
+    METRICS_FILE,
     RunRecord,
     describe_device,
+    read_rows,
     read_run_record,
     software_versions,
 )
@@ -43,13 +45,11 @@ from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.data_parallel import own_batch_size
 from msae_plugin.training.inputs import ModelAndText, load_model_and_text
 from msae_plugin.training.log import (
-    METRICS_FILE,
     JsonLinesSink,
     MetricSink,
     MetricsLog,
     TensorBoardSink,
     WandbSink,
-    read_rows,
     tensorboard_wanted,
 )
 from msae_plugin.training.passes import TrainingPass, TrainingSetting

@@ -22,9 +22,8 @@ from msae_plugin.architecture import training_base
 from msae_plugin.architecture.auxk import DeadLatents, auxk_loss
 from msae_plugin.architecture.kernels import replay, static_selection
 from msae_plugin.architecture.kernels.cuda_graphs import RecordedSteps, StepFunction
-from msae_plugin.architecture.kernels.replay import StepInputs
 from msae_plugin.architecture.selection import batch_top_k
-from msae_plugin.architecture.step_schedule import Budgets, StepSchedule, room_for_pairs
+from msae_plugin.architecture.step_schedule import Budgets, StepInputs, StepSchedule, room_for_pairs
 from msae_plugin.common.errors import RunFailure
 
 D_IN, D_SAE, N_TOKENS = 12, 40, 32

@@ -22,8 +22,8 @@ from msae_plugin.comparison.training_schedule import Part
 from msae_plugin.data.text import load_text
 from msae_plugin.evaluation.evaluate import EvaluationResult
 from msae_plugin.evaluation.heldout import evaluate_heldout
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.models.loading import LanguageModel
+from msae_plugin.saes.load import Subject
 
 HOOK = "blocks.1.hook_resid_post"
 SAES = {

@@ -4,9 +4,9 @@ from typing import Any
 
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight import Finding, preflight
 from msae_plugin.evaluation.recipe import EvalConfig
+from msae_plugin.saes.load import Subject
 
 HOOK = "blocks.1.hook_resid_post"
 

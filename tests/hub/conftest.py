@@ -12,8 +12,8 @@ import pytest
 from hub_process import Worker
 from hub_server import HubServer
 
+from msae_plugin.common.files import file_sha256
 from msae_plugin.data.text import load_text
-from msae_plugin.saes.local_sae import file_sha256
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner
 

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import default_cache_dir
 from msae_plugin.data.text import load_text
 from msae_plugin.models import packaged
 from msae_plugin.models.loading import describe_model, load_language_model
-from msae_plugin.models.packaged import default_cache_dir, prepare_packaged_model
+from msae_plugin.models.packaged import prepare_packaged_model
 
 NAME = "packaged:smollm2-135m"
 CONTEXT = 128

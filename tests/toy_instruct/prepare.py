@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import folder_written_atomically, write_json_atomic
-from msae_plugin.models.packaged import default_cache_dir
+from msae_plugin.common.files import default_cache_dir, folder_written_atomically, write_json_atomic
 from toy_instruct.invented_facts import (
     FORGET_QUESTIONS,
     RETAIN_QUESTIONS,

@@ -9,6 +9,7 @@ import torch
 from sae_lens.saes.sae import TrainStepOutput
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.saes.run_record import read_rows
 from msae_plugin.training import log as metrics_log
 from msae_plugin.training.log import (
     JsonLines,
@@ -16,7 +17,6 @@ from msae_plugin.training.log import (
     TensorBoardSink,
     TrainingWindow,
     WandbSink,
-    read_rows,
     scalar,
     tensorboard_wanted,
 )

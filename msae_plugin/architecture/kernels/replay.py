@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,48 +11,17 @@ from typing_extensions import override
 
 from msae_plugin.architecture.auxk import DeadLatents
 from msae_plugin.architecture.kernels.cuda_graphs import StepOutputs
-from msae_plugin.architecture.step_schedule import StepSchedule, room_for_pairs
-
-if TYPE_CHECKING:  # it imports this module
-    from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What a step is given.
-
-    Attributes:
-        sae_in: (n_tokens, d_in) activations in the dtype of the SAE.
-        dead: The latents that AuxK trains; None when there are none.
-        l1_coefficient: Weight of the L1 penalty in this step.
-    """
-
-    sae_in: torch.Tensor
-    dead: DeadLatents | None
-    l1_coefficient: float = 0.0
-
-
-@dataclass(frozen=True)
-class StepResults:
-    """What a step gives.
-
-    Attributes:
-        terms: Loss terms by name, zero-dimensional.
-        loss: Their sum.
-        sae_out: (n_tokens, d_in) reconstruction.
-        feature_acts: (n_tokens, d_sae) latents.
-        hidden_pre: (n_tokens, d_sae) pre-activations.
-    """
-
-    terms: dict[str, torch.Tensor]
-    loss: torch.Tensor
-    sae_out: torch.Tensor
-    feature_acts: torch.Tensor
-    hidden_pre: torch.Tensor
+from msae_plugin.architecture.step_schedule import (
+    StepInputs,
+    StepResults,
+    StepSchedule,
+    room_for_pairs,
+)
+from msae_plugin.architecture.training_base import MultiScaleTrainingBase
 
 
 def replayed_step(
-    sae: MultiScaleTrainingSAE, given: StepInputs, schedule: StepSchedule
+    sae: MultiScaleTrainingBase, given: StepInputs, schedule: StepSchedule
 ) -> StepResults | None:
     """The step of an SAE, replayed from a recording (`kernels/cuda_graphs.py`).
 
@@ -117,7 +84,7 @@ def replayed_step(
 class _Step(nn.Module):
     """`take_step` as a forward pass, for `functional_call`."""
 
-    def __init__(self, sae: MultiScaleTrainingSAE) -> None:
+    def __init__(self, sae: MultiScaleTrainingBase) -> None:
         super().__init__()
         self.sae = sae
 
@@ -126,7 +93,7 @@ class _Step(nn.Module):
         return self.sae.take_step(given, schedule)
 
 
-def _can_be_recorded(sae: MultiScaleTrainingSAE, sae_in: torch.Tensor) -> bool:
+def _can_be_recorded(sae: MultiScaleTrainingBase, sae_in: torch.Tensor) -> bool:
     return (
         sae_in.device.type == "cuda"
         and sae.mechanisms.can_be_recorded
@@ -139,7 +106,7 @@ def _can_be_recorded(sae: MultiScaleTrainingSAE, sae_in: torch.Tensor) -> bool:
 
 
 def _signature(
-    sae: MultiScaleTrainingSAE,
+    sae: MultiScaleTrainingBase,
     inputs: Sequence[torch.Tensor],
     n_listed: int,
     l1_coefficient: float,

@@ -40,7 +40,6 @@ from msae_plugin.evaluation.outcomes import (
     ModelContext,
     Outcome,
     Reporter,
-    Subject,
     failure,
     require_real,
     result_file,
@@ -60,6 +59,7 @@ from msae_plugin.evaluation.saebench.patching import (
 )
 from msae_plugin.evaluation.saebench.sae_probes_model_side import tokenizer_sha256
 from msae_plugin.models.sources import resolve_model
+from msae_plugin.saes.load import Subject
 
 __all__ = ["RELIABILITY", "definition", "run_other"]
 

@@ -34,7 +34,6 @@ from msae_plugin.evaluation.outcomes import (
     ModelContext,
     Outcome,
     Reporter,
-    Subject,
     failure,
     require_real,
     result_file,
@@ -49,6 +48,7 @@ from msae_plugin.evaluation.saebench.sae_probes_model_side import (
     dataset_file,
     lay_out,
 )
+from msae_plugin.saes.load import Subject
 
 logger = logging.getLogger(__name__)
 

@@ -45,7 +45,6 @@ from msae_plugin.evaluation.outcomes import (
     ModelContext,
     Outcome,
     Reporter,
-    Subject,
     failure,
     require_real,
     result_file,
@@ -58,6 +57,7 @@ from msae_plugin.evaluation.saebench.probing_texts import (
     served,
     tokens_sha256,
 )
+from msae_plugin.saes.load import Subject
 
 logger = logging.getLogger(__name__)
 

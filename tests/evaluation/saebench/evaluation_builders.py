@@ -7,7 +7,7 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
 from msae_plugin import MultiScaleSAE, MultiScaleSAEConfig
 from msae_plugin.common.cache import tensors_sha256
-from msae_plugin.evaluation.outcomes import Subject
+from msae_plugin.saes.load import Subject
 
 HOOK = "blocks.1.hook_resid_post"
 D_IN = 64

@@ -10,8 +10,8 @@ from typing import Any
 from sae_bench.sae_bench_utils import activation_collection
 from sae_lens import SAE
 
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.saebench.patching import replaced
+from msae_plugin.saes.load import Subject
 
 AG_NEWS = "fancyzhx/ag_news"
 TOPICS = ("garden", "kitchen", "harbour", "library")

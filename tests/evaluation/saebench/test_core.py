@@ -16,11 +16,12 @@ from sae_lens.training.activations_store import ActivationsStore
 from tolerance import rounding_tolerance
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.outcomes import ModelContext, Subject, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.saebench.core.adapter import run_core
 from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide
 from msae_plugin.evaluation.saebench.core.text import core_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
+from msae_plugin.saes.load import Subject
 
 # Of metrics of size one, which average over tokens what is summed over the 512 tokens of the
 # vocabulary or over the model's width, which is less.

@@ -14,10 +14,10 @@ from msae_cli.app import app, joined_seeds
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.evaluation import evaluate as evaluate_module
 from msae_plugin.evaluation.evaluate import evaluate, model_for
-from msae_plugin.evaluation.outcomes import Subject
 from msae_plugin.evaluation.preflight import Finding
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.loading import LanguageModel
+from msae_plugin.saes.load import Subject
 
 
 def config(text_file: Path, tmp_path: Path, **changes: Any) -> EvalConfig:

@@ -27,10 +27,11 @@ from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 from sae_bench.sae_bench_utils import dataset_utils
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.outcomes import ModelContext, Outcome, Subject, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, Outcome, no_report
 from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench.passthrough import RELIABILITY, definition, run_other
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
+from msae_plugin.saes.load import Subject
 
 META = {"train_steps": 15, "train_batch_size": 32, "autocast": False}
 BIOS = "LabHC/bias_in_bios"

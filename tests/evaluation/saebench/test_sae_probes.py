@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 
 from msae_plugin.common.cache import tensors_sha256
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.outcomes import ModelContext, Subject, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.saebench import sae_probes_model_side
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sae_probes import (
@@ -44,6 +44,7 @@ from msae_plugin.evaluation.saebench.sae_probes_model_side import (
     tokenizer_sha256,
 )
 from msae_plugin.models.loading import load_language_model
+from msae_plugin.saes.load import Subject
 
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"
 SETTINGS: dict[str, Any] = {"dataset_names": [FLORIDA, BASEBALL], "ks": [1, 2]}

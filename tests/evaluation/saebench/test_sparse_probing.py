@@ -21,7 +21,7 @@ from msae_plugin.common.cache import tensors_sha256
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
 from msae_plugin.data.local_datasets import LocalCopies
-from msae_plugin.evaluation.outcomes import ModelContext, Subject, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sparse_probing import (
     DEFINITIONS,
@@ -30,6 +30,7 @@ from msae_plugin.evaluation.saebench.sparse_probing import (
     run_sparse_probing,
 )
 from msae_plugin.models.loading import load_language_model
+from msae_plugin.saes.load import Subject
 
 PACKAGED = "packaged:tiny-topics"
 

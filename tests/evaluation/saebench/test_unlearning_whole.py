@@ -19,7 +19,7 @@ from toy_instruct.prepare import TOY_HOOK, ToyInstruct, prepare_toy_instruct
 from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
 from msae_plugin.common.cache import tensors_sha256
-from msae_plugin.evaluation.outcomes import ModelContext, Outcome, Subject, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, Outcome, no_report
 from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
 from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
 from msae_plugin.evaluation.saebench.unlearning.model import (
@@ -28,6 +28,7 @@ from msae_plugin.evaluation.saebench.unlearning.model import (
     letter_tokens,
 )
 from msae_plugin.models.loading import LanguageModel, load_language_model
+from msae_plugin.saes.load import Subject
 
 SEED = 42
 GEMMA = "gemma-2-2b-it"

@@ -32,7 +32,6 @@ from msae_plugin.evaluation.outcomes import (
     ModelContext,
     Outcome,
     Reporter,
-    Subject,
     failure,
     require_real,
     result_file,
@@ -45,6 +44,7 @@ from msae_plugin.evaluation.saebench.core.reconstruction import (
 )
 from msae_plugin.evaluation.saebench.core.text import core_tokens, ignored_tokens
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
+from msae_plugin.saes.load import Subject
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from sae_lens.training.activations_store import ActivationsStore
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.text import load_text
 from msae_plugin.data.text_corpora import open_corpus
-from msae_plugin.evaluation.outcomes import ModelContext, Subject
+from msae_plugin.evaluation.outcomes import ModelContext
 from msae_plugin.evaluation.saebench.patching import quiet
 from msae_plugin.models.packaged import PACKAGED_PREFIX
+from msae_plugin.saes.load import Subject
 
 DEFAULT_HELDOUT_DOCUMENTS = 200
 

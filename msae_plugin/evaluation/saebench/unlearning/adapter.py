@@ -41,7 +41,6 @@ from msae_plugin.evaluation.outcomes import (
     ModelContext,
     Outcome,
     Reporter,
-    Subject,
     failure,
     no_report,
     require_real,
@@ -71,6 +70,7 @@ from msae_plugin.evaluation.saebench.unlearning.settings import (
     UnlearningSettings,
     read_settings,
 )
+from msae_plugin.saes.load import Subject
 
 __all__ = ["DEFINITIONS", "missing_for_unlearning", "run_unlearning"]
 
