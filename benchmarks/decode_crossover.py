@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from msae_plugin.architecture.latent_decoding import decode_latents
+from msae_plugin.architecture.inference_sae import decode_latents
 
 
 def milliseconds(

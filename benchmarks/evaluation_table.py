@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from msae_plugin.comparison.controls import ResidualStreamSAE, with_permuted_decoder
+from msae_plugin.comparison.methods import ResidualStreamSAE, with_permuted_decoder
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.saes.load import Subject, load_subjects

@@ -50,7 +50,7 @@ from sae_lens.synthetic import (
 from sae_lens.training.sae_trainer import SAETrainer
 
 from msae_plugin import MultiScaleTrainingSAE, preset
-from msae_plugin.comparison.recorded_samples import RecordedSamples
+from msae_plugin.comparison.ground_truth import RecordedSamples
 
 D_IN, D_SAE, N_FEATURES, BATCH = 192, 512, 2048, 512
 EVAL_BATCH = 4096

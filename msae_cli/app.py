@@ -216,8 +216,8 @@ def evaluate_command(
     for reference in references:
         check_reference(reference)
     # As in train: heavy imports.
-    from msae_plugin.common.counter import step_reporter
     from msae_plugin.common.errors import RunFailure
+    from msae_plugin.common.progress import step_reporter
     from msae_plugin.evaluation.evaluate import evaluate
     from msae_plugin.evaluation.recipe import EvalConfig
     from msae_plugin.reporting.evaluation_tables import summary_for_terminal

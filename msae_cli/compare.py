@@ -53,12 +53,12 @@ def compare(
     check_config(config)
     check_output(output)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.common.counter import step_reporter
     from msae_plugin.common.errors import RunFailure
     from msae_plugin.common.interruption import InterruptedBySignalError
+    from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.compare import compare as run_comparison
     from msae_plugin.comparison.recipe import CompareConfig
-    from msae_plugin.comparison.terminal import comparison_for_terminal
+    from msae_plugin.comparison.results import comparison_for_terminal
     from msae_plugin.comparison.training_schedule import Part
 
     share = None if part is None else Part.parse(part)
@@ -143,7 +143,7 @@ def _written_report(
     folders: list[Path], output: Path, dashboards: DashboardRequest | None = None
 ) -> ReportResult:
     # As in compare: heavy imports.
-    from msae_plugin.common.counter import step_reporter
+    from msae_plugin.common.progress import step_reporter
     from msae_plugin.reporting.report import report as write_report
 
     with step_reporter(errors) as progress:

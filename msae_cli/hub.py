@@ -73,7 +73,7 @@ def publish(
     check_folder(folder)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
     from msae_plugin.hub.publish import publish as publish_run
-    from msae_plugin.hub.publish_report import report_lines
+    from msae_plugin.hub.publish import report_lines
 
     result = publish_run(
         folder,

@@ -101,8 +101,8 @@ def sweep(
     check_output(output)
     parameters = dict(_parameter(text) for text in job or [])
     # As in cache: heavy imports.
-    from msae_plugin.common.counter import step_reporter
     from msae_plugin.common.interruption import InterruptedBySignalError
+    from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.recipe import CompareConfig
     from msae_plugin.comparison.sweep import sweep as run_sweep
 

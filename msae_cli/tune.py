@@ -67,9 +67,9 @@ def tune(
     check_output(output)
     tried = _rates(rates)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.common.counter import step_reporter
     from msae_plugin.common.files import write_json_atomic, write_text_atomic
     from msae_plugin.common.interruption import InterruptedBySignalError
+    from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.compare import compare
     from msae_plugin.comparison.learning_rates import (
         RATES_FILE,

@@ -1,4 +1,4 @@
-"""`msae demo`: a small run on a real language model, end to end, and what came out of it.
+"""`msae demo`: a small run on a real language model, end to end.
 
 Trains `multiscale` (preset `default`) and SAELens' own `batchtopk` at the same budget on the same
 activations, exports both, evaluates the exported SAEs on held-out text, and shows the strongest
@@ -8,6 +8,7 @@ nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Sequence
@@ -21,40 +22,103 @@ from rich.text import Text
 from sae_lens import SAE
 
 from msae_plugin.architecture.config import ARCHITECTURE
-from msae_plugin.common.counter import step_reporter, token_counter
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import write_json_atomic, write_text_atomic
-from msae_plugin.common.progress import ConsoleProgress
+from msae_plugin.common.progress import ConsoleProgress, step_reporter, token_counter
 from msae_plugin.data.text import load_text
 from msae_plugin.data.windows import iterate_windows
-from msae_plugin.demo_evaluation import (
-    HOW_TO_INSTALL,
-    PROBES,
-    evaluate_with_saebench,
-    saebench_installed,
-)
-from msae_plugin.evaluation.context_rendering import (
+from msae_plugin.evaluation.contexts import (
+    ContextCollector,
     ContextsForTerminal,
+    LatentProfile,
     contexts_as_json,
     contexts_as_markdown,
 )
-from msae_plugin.evaluation.contexts import ContextCollector, LatentProfile
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
+from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.forward_pass import faster_in_bfloat16
 from msae_plugin.models.loading import LanguageModel, load_language_model
-from msae_plugin.reporting.demo_output import demo_figure, figure_saes, require_matplotlib
-from msae_plugin.reporting.evaluation_tables import summary_for_terminal, summary_markdown
-from msae_plugin.reporting.tables import (
+from msae_plugin.reporting.demo_output import (
     ComparisonRow,
     comparison_json,
     comparison_markdown,
     comparison_table,
+    demo_figure,
+    figure_saes,
+    require_matplotlib,
 )
+from msae_plugin.reporting.evaluation_tables import summary_for_terminal, summary_markdown
 from msae_plugin.saes.run_record import METRICS_FILE, read_run_record
 from msae_plugin.training.plans import default_device
 from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.run_folder import check_output
-from msae_plugin.training.runner import MultiScaleRunner
+from msae_plugin.training.runner import MultiScaleRunner, check_output
+
+EVALUATION_FOLDER = "evaluation"
+# Small on purpose: both evaluations together take about two minutes on two cores.
+PROTOCOL: dict[str, Any] = {
+    "core": {
+        "batch_size_prompts": 8,
+        "n_eval_reconstruction_batches": 2,
+        "n_eval_sparsity_variance_batches": 10,
+        "exclude_special_tokens_from_reconstruction": True,
+        "compute_featurewise_density_statistics": True,
+        "compute_featurewise_weight_based_metrics": True,
+    },
+    "sparse_probing_sae_probes": {"ks": [1, 5]},
+}
+PROBES = ("125_world_country_Italy", "155_athlete_sport_basketball", "127_art_type_song")
+"""Of sae-probes' data sets three short ones: 27,000 tokens in all."""
+HOW_TO_INSTALL = 'pip install "msae-plugin[eval]"'
+
+
+def saebench_installed() -> bool:
+    """Whether the packages of the extra `eval` are there."""
+    return all(importlib.util.find_spec(name) for name in ("sae_bench", "sae_probes"))
+
+
+def evaluate_with_saebench(
+    folders: Sequence[Path],
+    output: Path,
+    language_model: LanguageModel,
+    *,
+    text: str,
+    heldout_documents: int,
+    context_size: int,
+    probes: Sequence[str],
+    report: Reporter,
+) -> dict[str, Any]:
+    """Run the demo's protocol on exported SAEs.
+
+    Args:
+        folders: The exports.
+        output: The demo's folder; results go into `evaluation/`.
+        language_model: The model that is loaded already, in float32.
+        text: Text whose held-out part core reads, as `data.source` in a recipe.
+        heldout_documents: How many documents the training held out.
+        context_size: Tokens per window.
+        probes: Data sets of sae-probes; none leaves it out.
+        report: Shows progress.
+
+    Returns:
+        The contents of `summary.json`.
+    """
+    # Imported here: SAEBench is an extra, and importing it takes seconds.
+    from msae_plugin.evaluation.evaluate import evaluate
+    from msae_plugin.evaluation.recipe import EvalConfig
+    from msae_plugin.saes.load import load_subjects
+
+    read = {"dataset": text, "heldout_documents": heldout_documents, "context_size": context_size}
+    evaluations: dict[str, Any] = {"core": {**PROTOCOL["core"], **read}}
+    if probes:
+        probing = PROTOCOL["sparse_probing_sae_probes"]
+        evaluations["sparse_probing_sae_probes"] = {**probing, "dataset_names": list(probes)}
+    config = EvalConfig.from_dict({"evaluations": evaluations})
+    subjects = load_subjects([str(folder) for folder in folders])
+    result = evaluate(
+        config, subjects, output / EVALUATION_FOLDER, language_model=language_model, report=report
+    )
+    return result.summary
+
 
 logger = logging.getLogger(__name__)
 

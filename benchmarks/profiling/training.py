@@ -10,8 +10,7 @@ from sae_lens.saes.sae import TrainStepInput
 
 from msae_plugin import MultiScaleTrainingSAE, preset
 from msae_plugin.architecture.auxk import DeadLatents, auxk_loss
-from msae_plugin.architecture.losses import reconstruction_losses
-from msae_plugin.architecture.nested import Reconstructions
+from msae_plugin.architecture.nested import Reconstructions, reconstruction_losses
 from msae_plugin.architecture.selection import Selection
 from profiling.machine import Peak, Timing, timed
 from profiling.parts import Part, print_parts

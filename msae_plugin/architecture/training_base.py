@@ -1,29 +1,37 @@
-"""What a training SAE is between steps: weights, thresholds, encoding, folding, saving.
+"""A training SAE between its steps: weights, thresholds, encoding, folding, saving.
 
 The step itself, with its losses, is in `training_sae.py`.
+
+Law: the export gives the latents and reconstructions of the trained SAE in evaluation mode, to
+float32 rounding, with latents in `export_order()` and a decoder of unit norm.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 from functools import partial
 from math import isfinite
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.sae import TrainingSAE
+from safetensors.torch import save_file
 from torch import nn
 from typing_extensions import override
 
+from msae_plugin.architecture.calibration import calibrated_cut
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
-from msae_plugin.architecture.export import exported_tensors
 from msae_plugin.architecture.float32_buffers import (
     KeepsFloat32,
     add_remainders,
     exact_dtypes,
     restore_exact,
 )
-from msae_plugin.architecture.initialisation import initialise_inverse_sqrt_d
 from msae_plugin.architecture.input_units import InputUnits
 from msae_plugin.architecture.kernels.static_selection import (
     needs_static_shapes,
@@ -47,8 +55,29 @@ from msae_plugin.architecture.step_schedule import (
     StepResults,
     StepSchedule,
 )
-from msae_plugin.architecture.threshold import calibrated_cut
-from msae_plugin.common.errors import RunFailure
+from msae_plugin.common.errors import InputError, RunFailure
+
+if TYPE_CHECKING:
+    from msae_plugin.architecture.config import MultiScaleSAEConfig
+
+
+@torch.no_grad()
+def initialise_inverse_sqrt_d(
+    W_enc: torch.Tensor, W_dec: torch.Tensor, decoder_init_norm: float | None
+) -> None:
+    """Normal decoder with standard deviation 1/sqrt(d_in), encoder its transpose, in place.
+
+    Args:
+        W_enc: (d_in, d_sae).
+        W_dec: (d_sae, d_in).
+        decoder_init_norm: Norm given to each row afterwards; None keeps norms near 1.
+    """
+    if W_dec.is_meta:
+        return  # a checkpoint's weights will be assigned
+    W_dec.normal_(std=1 / math.sqrt(W_dec.shape[1]))
+    if decoder_init_norm is not None:
+        W_dec.mul_(decoder_init_norm / W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8))
+    W_enc.copy_(W_dec.T)
 
 
 class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConfig]):
@@ -418,3 +447,109 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
 def _above_all(threshold: torch.Tensor, hidden_pre: torch.Tensor) -> torch.Tensor:
     """Scores that keep what exceeds its latent's threshold before anything else."""
     return torch.where(hidden_pre > threshold, torch.inf, hidden_pre)
+
+
+_EXACT_EXPORT_TENSORS = {
+    "threshold": torch.float32,
+    "normalisation.running_variance": torch.float32,
+}
+
+
+@torch.no_grad()
+def exported_tensors(sae: MultiScaleTrainingBase) -> dict[str, torch.Tensor]:
+    """State dict of the inference SAE.
+
+    Args:
+        sae: The trained SAE; it is not changed.
+
+    Returns:
+        `W_enc` (d_in, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_in) with unit rows, `b_dec`
+        (d_in,), `threshold` (d_sae,) float32, and the tensors of the normalisation when on.
+    """
+    folded = _folded_weights(sae)
+    normalisation = sae.mechanisms.normalisation
+    if normalisation is not None:
+        for name, tensor in normalisation.state_dict().items():
+            if name == "running_variance" or not sae.cfg.norm_folds_to_affine:
+                folded[f"normalisation.{name}"] = tensor.clone()
+    add_remainders(folded, _EXACT_EXPORT_TENSORS)
+    return folded
+
+
+def _folded_weights(sae: MultiScaleTrainingBase) -> dict[str, torch.Tensor]:
+    dtype = torch.promote_types(sae.dtype, torch.float32)
+    W_enc, b_enc = sae.W_enc.to(dtype), sae.b_enc.to(dtype)
+    W_dec, norm = sae.W_dec.to(dtype), sae.get_W_dec_norm().to(dtype)
+    threshold = sae.threshold().to(dtype).expand(sae.cfg.d_sae)
+    if not sae.cfg.rescale_acts_by_decoder_norm:
+        threshold = threshold * norm  # its pre-activations have not yet been multiplied by norms
+    W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm[:, None]
+    normalisation = sae.mechanisms.normalisation
+    if normalisation is not None and sae.cfg.norm_folds_to_affine:
+        gain, bias, constant = (part.to(W_enc) for part in normalisation.affine())
+        b_enc = (b_enc + bias @ W_enc) / constant
+        W_enc = gain[:, None] * W_enc / constant
+        threshold = threshold / constant
+    b_dec = sae.b_dec.detach()
+    if sae.input_units is not None:
+        unit, shift = sae.input_units.scale.to(dtype), sae.input_units.shift.to(dtype)
+        b_enc, threshold = b_enc * unit, threshold * unit
+        if not sae.cfg.apply_b_dec_to_input:
+            b_enc = b_enc - shift @ W_enc
+        b_dec = sae.decoder_bias().detach()
+    order = sae.export_order()
+    return {
+        "W_enc": W_enc[:, order].to(sae.dtype).contiguous(),
+        "b_enc": b_enc[order].to(sae.dtype).contiguous(),
+        "W_dec": W_dec[order].to(sae.dtype).contiguous(),
+        "b_dec": b_dec.clone(),
+        "threshold": threshold[order].to(torch.float32).contiguous(),
+    }
+
+
+def twin_obstacle(cfg: MultiScaleSAEConfig | MultiScaleTrainingSAEConfig) -> str | None:
+    """Why no JumpReLU twin of a configuration exists; None when it does.
+
+    Args:
+        cfg: Configuration of a training or an exported SAE.
+
+    Returns:
+        One line, or None.
+    """
+    if cfg.norm_scales:
+        return (
+            f"norm_scales={cfg.norm_scales} divides each token by its own norm, which JumpReLU "
+            "cannot express"
+        )
+    if cfg.skip_scale:
+        return f"skip_scale={cfg.skip_scale} adds the input in forward, which JumpReLU does not"
+    return None
+
+
+def save_jumprelu_twin(sae: MultiScaleTrainingBase, path: Path) -> None:
+    """Write a checkpoint that SAELens loads without this package, with equal latents.
+
+    Args:
+        sae: The trained SAE.
+        path: Folder for `cfg.json` and `sae_weights.safetensors`; made when missing.
+
+    Raises:
+        InputError: The configuration has no twin.
+    """
+    obstacle = twin_obstacle(sae.cfg)
+    if obstacle is not None:
+        raise InputError(f"no jumprelu twin: {obstacle}")
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(_folded_weights(sae), path / SAE_WEIGHTS_FILENAME)
+    exported: dict[str, Any] = sae.cfg.get_inference_sae_cfg_dict()
+    twin = JumpReLUSAEConfig(
+        d_in=sae.cfg.d_in,
+        d_sae=sae.cfg.d_sae,
+        dtype=sae.cfg.dtype,
+        device=sae.cfg.device,
+        apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
+        normalize_activations=sae.cfg.normalize_activations,
+        reshape_activations=sae.cfg.reshape_activations,
+    ).to_dict()
+    twin["metadata"] = exported["metadata"]
+    (path / SAE_CFG_FILENAME).write_text(json.dumps(twin), encoding="utf-8")

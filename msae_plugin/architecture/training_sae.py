@@ -17,7 +17,7 @@ import torch
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from msae_plugin.architecture import losses
+from msae_plugin.architecture import nested
 from msae_plugin.architecture.auxk import DeadLatents, auxk_loss, static_auxk_loss
 from msae_plugin.architecture.kernels.compiling import COMPILES_RIGHT_FROM, compiled_from
 from msae_plugin.architecture.kernels.decoding import active_preactivations, scale_gradient
@@ -110,8 +110,8 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         target = sae_in - self.cfg.skip_scale * x_c if self.cfg.skip_scale else sae_in
         weight = None
         if self.cfg.token_loss_weight != "none":
-            weight = losses.token_weight(x_c, self.ranks)
-        terms = losses.reconstruction_losses(
+            weight = nested.token_weight(x_c, self.ranks)
+        terms = nested.reconstruction_losses(
             self.cfg, reconstructions, target, weight, self._tier_scales()
         )
         residual = target - reconstructions.main
@@ -261,7 +261,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         sae_in = given.sae_in
         if given.l1_coefficient:
             norm = self.W_dec.norm(dim=-1).clamp(min=1e-8)
-            terms["l1_loss"] = given.l1_coefficient * losses.l1_loss(
+            terms["l1_loss"] = given.l1_coefficient * nested.l1_loss(
                 selection, coefficients, norm, self.mechanisms.l1_weights(), sae_in.shape[0]
             )
         self.mechanisms.observe_inputs(sae_in, schedule.input_variance_rate)

@@ -8,6 +8,7 @@ Every message is one line that says what is wrong, where, and what to do. The co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class InputError(ValueError):
@@ -35,3 +36,16 @@ class MissingInputError(InputError):
 
 class RunFailure(RuntimeError):
     """The input was fine, yet the run could not finish or its result is not valid."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something an evaluation needs and does not have.
+
+    Args:
+        what: What is missing, and which setting asks for it.
+        how: How to get it.
+    """
+
+    what: str
+    how: str

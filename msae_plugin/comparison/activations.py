@@ -1,4 +1,4 @@
-"""One pass of the language model, kept on the disk: what every SAE of a comparison is trained on.
+"""Batches of activations that can be had again by number, and one pass of a model kept on disk.
 
 OUTPUT/activations/activations.json  what it holds, written last: its presence says "complete"
 OUTPUT/activations/<hook>.bin        (rows, d_in) as they are in memory
@@ -6,6 +6,9 @@ OUTPUT/activations/<hook>.bin        (rows, d_in) as they are in memory
 The batches come from SAELens' own store, mixing buffer included, through the runner of `msae
 train`. The first rows are for training, in an order of each seed's own; further rows set the cuts
 and check the exports. A run that was killed makes the pass again.
+
+A batch is a function of hook, seed and number. So every SAE of a seed sees the same batches in the
+same order, whichever of them are trained together, and a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,16 +19,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
+from typing_extensions import Self
 
-from msae_plugin.common.cache import key_digest
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import (
     TEMPORARY_PREFIX,
     json_safe,
+    key_digest,
     remove_leftovers,
     write_json_atomic,
 )
@@ -33,19 +37,74 @@ from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import SilentProgress
 from msae_plugin.common.seeding import derive_seed, seed_everything
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.comparison.sources import SAMPLE_TOKENS
 from msae_plugin.data.text import TextData
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.loading import LanguageModel, hook_widths
-from msae_plugin.training.activation_files import (
-    PLACEHOLDER,
-    mapped,
-    reading_runner,
-    require_space,
-)
+from msae_plugin.training.activation_store import PLACEHOLDER, mapped, reading_runner, require_space
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
+from msae_plugin.training.passes import SharedPassRunner
 from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.shared_pass import SharedPassRunner
+
+SAMPLE_TOKENS = 4096
+"""Activations that the export check gets."""
+
+
+class ActivationSource(Protocol):
+    """Activations of one comparison."""
+
+    side_by_side: int | None
+    """SAEs to train at once: 1 where batches are read, several where each has to be made; None for
+    all of a seed."""
+
+    def d_in(self, hook: str) -> int:
+        """Width of the activations."""
+        ...
+
+    def batch(self, hook: str, seed: int, number: int) -> torch.Tensor:
+        """Training batch `number`, (batch_size, d_in)."""
+        ...
+
+    def fresh(self, hook: str, seed: int, count: int) -> list[torch.Tensor]:
+        """Further batches that no SAE is trained on, each (batch_size, d_in)."""
+        ...
+
+    def samples(self, hook: str, seed: int) -> torch.Tensor:
+        """(SAMPLE_TOKENS, d_in) further activations in float32."""
+        ...
+
+    def describe(self, metadata: SAEMetadata, hook: str) -> None:
+        """Write into an SAE's metadata where its activations are from."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """`model` and `data` of a `run.json`."""
+        ...
+
+
+class SeededBatches:
+    """One seed's batches of some hooks, as SAELens' trainers take them.
+
+    Args:
+        source: Where they are from.
+        hooks: Which hooks.
+        seed: Whose order.
+    """
+
+    def __init__(self, source: ActivationSource, hooks: list[str], seed: int) -> None:
+        self._source = source
+        self._hooks = list(dict.fromkeys(hooks))
+        self._seed = seed
+        self.position = 0
+
+    def __iter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        """The next mini-batch by hook; never ends."""
+        number, self.position = self.position, self.position + 1
+        return {hook: self._source.batch(hook, self._seed, number) for hook in self._hooks}
+
 
 FOLDER, MANIFEST = "activations", "activations.json"
 FORMAT = 1

@@ -20,20 +20,12 @@ from typing import Any
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import TEMPORARY_PREFIX, write_json_atomic
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.comparison import (
-    activations,
-    measured_ground_truth,
-    measured_language_model,
-    training_schedule,
-    tuning,
-)
-from msae_plugin.comparison import (
-    language_model as language_model_bench,
-)
+from msae_plugin.comparison import activations, ground_truth, training_schedule
 from msae_plugin.comparison.finished_saes import missing_entries
 from msae_plugin.comparison.ground_truth import GroundTruthBench
 from msae_plugin.comparison.group_training import Workplace
-from msae_plugin.comparison.language_model import LanguageModelBench
+from msae_plugin.comparison.language_model import EVALUATION_FOLDER, LanguageModelBench
+from msae_plugin.comparison.language_model import FOLDER as HELDOUT_FOLDER
 from msae_plugin.comparison.methods import SAES_FOLDER, Entry, expand, sae_folder
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import (
@@ -53,12 +45,12 @@ _OURS = frozenset(
         RECIPE_FILE,
         COMPARISON_FILE,
         SAES_FOLDER,
-        tuning.FOLDER,
+        training_schedule.FOLDER,
         activations.FOLDER,
         training_schedule.CHECKPOINTS,
-        measured_language_model.FOLDER,
-        measured_ground_truth.FOLDER,
-        language_model_bench.EVALUATION_FOLDER,
+        HELDOUT_FOLDER,
+        ground_truth.FOLDER,
+        EVALUATION_FOLDER,
         "report",
         "jobs",
     }

@@ -12,20 +12,19 @@ from typing import Any
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 
-from msae_plugin.architecture.capabilities import SupportsRevival
+from msae_plugin.architecture.calibration import SupportsRevival
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
+from msae_plugin.comparison.activations import ActivationSource, SeededBatches
 from msae_plugin.comparison.methods import Entry, entry_training, plan_entry, sae_folder
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.comparison.sources import ActivationSource, SeededBatches
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.saes.health import HealthWatch
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.log import REVIVALS_FILE, JsonLines, JsonLinesSink, MetricsLog
 from msae_plugin.training.plans import SAEPlan, build_sae
 from msae_plugin.training.settings import TrainingSection
-from msae_plugin.training.step_trainer import StepOptions
-from msae_plugin.training.trainer import LockstepTrainer
+from msae_plugin.training.trainer import LockstepTrainer, StepOptions
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,97 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import yaml
 from typing_extensions import Self
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import as_mapping, build
-from msae_plugin.comparison.compare_sections import (
-    HeldoutSection,
-    LadderSection,
-    SearchSection,
-    SyntheticSection,
-)
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hook_names import common_style, parse_hook_name
-from msae_plugin.training.run_checks import check_numbers
-from msae_plugin.training.settings import DataSection, LoggingSection, ModelSection, TrainingSection
+from msae_plugin.training.settings import (
+    DataSection,
+    LoggingSection,
+    ModelSection,
+    TrainingSection,
+    check_numbers,
+)
+
+
+@dataclass
+class SyntheticSection:
+    """Ground truth in place of a language model and text (`sae_lens.synthetic`).
+
+    Attributes:
+        model: Fields of SAELens' `SyntheticModelConfig`. Its `seed` is that of the ground truth.
+        new_model_per_seed: Each seed has a ground truth of its own (the model's seed plus the
+            seed); false keeps one, as SynthSAEBench does.
+        eval_samples: Samples that the exported SAEs are judged on.
+        eval_batch_size: Samples at a time.
+        autocast: Generate the samples in bfloat16.
+        saes_at_once: SAEs that are trained side by side on the same samples; null is all of a seed.
+        device: auto, cpu, cuda or mps; auto is cuda when there is one.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict[str, Any])
+    new_model_per_seed: bool = False
+    eval_samples: int = 50_000
+    eval_batch_size: int = 4096
+    autocast: bool = False
+    saes_at_once: int | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+@dataclass
+class SearchSection:
+    """How coefficients are tuned of architectures that are not told an L0.
+
+    Attributes:
+        tokens: Length of a trial; null is a quarter of training.tokens.
+        tolerance: Relative distance of L0 from its target at which the search ends.
+        max_trials: Short trials at most.
+        corrections: Whole runs at most that are thrown away because their L0 missed the target.
+    """
+
+    tokens: int | None = None
+    tolerance: float = 0.05
+    max_trials: int = 8
+    corrections: int = 2
+
+
+@dataclass
+class HeldoutSection:
+    """What every SAE of a language model is measured on.
+
+    Attributes:
+        tokens: Held-out tokens for explained variance, L0 and dead latents.
+        loss_tokens: How many of them the losses are measured on; they need whole passes.
+        contexts: Latents whose top activating contexts are stored, for the first seed of each
+            method at the first L0, less the ladder's variants that are compared with another;
+            0 for none.
+    """
+
+    tokens: int = 40_000
+    loss_tokens: int = 5_000
+    contexts: int = 8
+
+
+@dataclass
+class LadderSection:
+    """The source's runs and mechanisms as methods (see `comparison.ladder`).
+
+    Attributes:
+        groups: `cumulative` (baseline and runs 1 to 10), `alone` (each mechanism on BatchTopK),
+            `default` (the default preset with each of its mechanisms removed, or one more).
+        leave_out: Names of variants that are not trained.
+    """
+
+    groups: list[Literal["cumulative", "alone", "default"]] = field(
+        default_factory=lambda: ["cumulative", "alone", "default"]
+    )
+    leave_out: list[str] = field(default_factory=list[str])
+
 
 # An evaluation cuts names that are longer than its file names may be.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")

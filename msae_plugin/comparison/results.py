@@ -8,11 +8,136 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from msae_plugin.common.cache import versions
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
 from msae_plugin.common.errors import RunFailure
-from msae_plugin.comparison.measured_definitions import defined
+from msae_plugin.common.files import versions
 from msae_plugin.comparison.methods import Control
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
+from msae_plugin.comparison.statistics import spread
+from msae_plugin.evaluation.outcomes import MetricDefinition
+from msae_plugin.saes.health import recorded_messages
+
+_HELDOUT = "held-out text; BOS, EOS and PAD are left out"
+_LOSSES = "the first held-out tokens; predictions made at BOS, EOS and PAD are left out"
+_SAMPLES = "fresh samples of the ground truth"
+_TRAINING = "training tokens since the last log row"
+
+
+def _definition(
+    definition: str, unit: str, tokens: str, higher: bool | None, source: str = "msae"
+) -> MetricDefinition:
+    assert source in ("msae", "saebench")
+    return MetricDefinition(definition, unit, tokens, "msae", higher)
+
+
+HELDOUT: Mapping[str, MetricDefinition] = {
+    "heldout/explained_variance": _definition(
+        "1 - E|x - x_rec|^2 / (E|x|^2 - |E x|^2), over all tokens", "share", _HELDOUT, True
+    ),
+    "heldout/l0": _definition("active latents per token", "latents per token", _HELDOUT, None),
+    "heldout/loss_recovered": _definition(
+        "(CE_zero - CE_sae) / (CE_zero - CE_clean)", "share", _LOSSES, True
+    ),
+    "heldout/ce_clean": _definition("loss of the model itself", "nats per token", _LOSSES, None),
+    "heldout/ce_sae": _definition(
+        "loss with the reconstruction in place of the activations", "nats per token", _LOSSES, False
+    ),
+    "heldout/ce_zero": _definition(
+        "loss with zeros in place of them", "nats per token", _LOSSES, None
+    ),
+    "heldout/kl": _definition(
+        "KL of the model's next-token distribution from the one with the SAE",
+        "nats per token",
+        _LOSSES,
+        False,
+    ),
+    "heldout/dead_latents": _definition(
+        "latents that fire on none of the tokens", "latents", _HELDOUT, False
+    ),
+    "heldout/dead_share": _definition(
+        "the same as a share of the dictionary", "share", _HELDOUT, False
+    ),
+    "heldout/mean_max_decoder_cosine": _definition(
+        "mean over latents of the largest cosine to another decoder direction",
+        "cosine",
+        "none",
+        None,
+    ),
+}
+
+GROUND_TRUTH: Mapping[str, MetricDefinition] = {
+    "ground_truth/f1": _definition(
+        "mean over latents of the F1 of firing against the feature that its decoder direction is "
+        "closest to (SAELens' eval_sae_on_synthetic_data)",
+        "share",
+        _SAMPLES,
+        True,
+    ),
+    "ground_truth/precision": _definition("the same of the precision", "share", _SAMPLES, True),
+    "ground_truth/recall": _definition("the same of the recall", "share", _SAMPLES, True),
+    "ground_truth/mcc": _definition(
+        "mean |cosine| of decoder directions and features in the best one-to-one matching",
+        "cosine",
+        "none",
+        True,
+    ),
+    "ground_truth/uniqueness": _definition(
+        "different features that latents are closest to, per latent", "share", "none", True
+    ),
+    "ground_truth/explained_variance": _definition(
+        "1 - E|x - x_rec|^2 / (E|x|^2 - |E x|^2) of the forward pass, which holds a skip "
+        "connection where an SAE has one",
+        "share",
+        _SAMPLES,
+        True,
+    ),
+    "ground_truth/shrinkage": _definition("mean |x_rec| / |x|; 1 is none", "ratio", _SAMPLES, None),
+    "ground_truth/dead_latents": _definition(
+        "latents that fire on no sample", "latents", _SAMPLES, False
+    ),
+    "ground_truth/dead_share": _definition(
+        "the same as a share of the dictionary", "share", _SAMPLES, False
+    ),
+    "ground_truth/l0": _definition(
+        "active latents per sample", "latents per sample", _SAMPLES, None
+    ),
+    "ground_truth/true_l0": _definition(
+        "active features per sample", "features per sample", _SAMPLES, None
+    ),
+    "ground_truth/mean_max_decoder_cosine": HELDOUT["heldout/mean_max_decoder_cosine"],
+}
+
+TRAINING: Mapping[str, MetricDefinition] = {
+    "training/final_loss": _definition(
+        "mean training loss at the end; losses of different architectures are not comparable",
+        "squared activation",
+        _TRAINING,
+        None,
+    ),
+    "training/explained_variance": _definition(
+        "at the end of training, on training batches", "share", _TRAINING, True
+    ),
+    "training/dead_latents": _definition(
+        "latents that have not fired for training.dead_feature_window mini-batches",
+        "latents",
+        _TRAINING,
+        False,
+    ),
+    "training/step_ms": _definition(
+        "time of a step without making or reading its activations", "milliseconds", "none", False
+    ),
+}
+
+
+def defined(names: set[str]) -> dict[str, MetricDefinition]:
+    """Definitions of the metrics among `names` that are a comparison's own."""
+    everything = {**HELDOUT, **GROUND_TRUTH, **TRAINING}
+    return {name: everything[name] for name in everything if name in names}
+
 
 COMPARISON_FILE = "comparison.json"
 FORMAT = 1
@@ -160,3 +285,62 @@ def _protocol(config: CompareConfig) -> dict[str, Any]:
         facts["held-out tokens"] = config.heldout.tokens
         facts["held-out tokens for losses"] = config.heldout.loss_tokens
     return facts
+
+
+_COLUMNS = {
+    "language_model": (
+        ("L0", "heldout/l0", 1),
+        ("expl. var.", "heldout/explained_variance", 4),
+        ("loss rec.", "heldout/loss_recovered", 4),
+        ("dead", "heldout/dead_latents", 0),
+        ("cosine", "heldout/mean_max_decoder_cosine", 3),
+    ),
+    "ground_truth": (
+        ("L0", "ground_truth/l0", 1),
+        ("F1", "ground_truth/f1", 3),
+        ("MCC", "ground_truth/mcc", 3),
+        ("expl. var.", "ground_truth/explained_variance", 3),
+        ("dead", "ground_truth/dead_latents", 0),
+    ),
+}
+
+
+def comparison_for_terminal(contents: Mapping[str, Any]) -> RenderableType:
+    """A table of means and standard deviations over seeds, by method and L0.
+
+    Args:
+        contents: Of comparison.json.
+    """
+    columns = _COLUMNS[str(contents["kind"])]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for heading in ("target", "seeds", *(name for name, _, _ in columns), "ms/step"):
+        table.add_column(heading, overflow="fold", justify="right")
+    groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
+    for row in contents["rows"]:
+        groups.setdefault((row["method"], row["l0_target"]), []).append(row)
+    for (method, l0), rows in groups.items():
+        matched = all(row.get("l0_matched", True) for row in rows)
+        target = "-" if l0 is None else f"{l0:g}" + ("" if matched else " (missed)")
+        cells = [_cell(rows, metric, digits) for _, metric, digits in columns]
+        cells.append(_cell(rows, "training/step_ms", 1))
+        table.add_row(Text(method), target, str(len(rows)), *cells)
+    missing = [
+        Text(f"{item['status']}: {item['what']}: {item['reason']}")
+        for item in contents["not_measured"]
+    ]
+    health = [
+        Text(f"warning: {row['name']}: {message}")
+        for row in contents["rows"]
+        for message in recorded_messages(row.get("health"))
+    ]
+    return Group(table, *health, *missing)
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], metric: str, digits: int) -> str:
+    values = [row["metrics"][metric] for row in rows if metric in row["metrics"]]
+    if not values:
+        return "-"
+    found = spread(values)
+    deviation = "" if found.std is None else f" ± {found.std:.{digits}f}"
+    return f"{found.mean:.{digits}f}{deviation}"

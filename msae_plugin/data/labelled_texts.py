@@ -19,8 +19,7 @@ from typing import cast
 import pandas as pd
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.data.text import document_hash
-from msae_plugin.data.text_corpora import FileCorpus, open_corpus
+from msae_plugin.data.text import FileCorpus, document_hash, open_corpus
 from msae_plugin.data.text_files import read_column
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 

@@ -22,8 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_from_disk
 
-from msae_plugin.common.errors import InputError
-from msae_plugin.common.missing import Missing
+from msae_plugin.common.errors import InputError, Missing
 from msae_plugin.data.labelled_texts import (
     LABELLED_SOURCES,
     labelled_source,

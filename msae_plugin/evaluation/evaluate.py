@@ -8,19 +8,21 @@ outcomes are kept per evaluation and seed, under a key of everything they depend
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from msae_plugin.common.cache import (
+from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import (
     default_cache,
     files_sha256,
     key_digest,
     tensors_sha256,
     versions,
+    write_json_atomic,
 )
-from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.evaluation.outcomes import (
     MetricDefinition,
     ModelContext,
@@ -30,12 +32,70 @@ from msae_plugin.evaluation.outcomes import (
 )
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
 from msae_plugin.evaluation.recipe import EvalConfig
-from msae_plugin.evaluation.stored_outcomes import read_outcomes, write_outcomes
 from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
 from msae_plugin.models.loading import HOOKED_TRANSFORMER, LanguageModel, load_language_model
 from msae_plugin.models.packaged import PACKAGED_MODELS, PACKAGED_PREFIX, is_installed
 from msae_plugin.saes.load import Subject, subject_record
 from msae_plugin.training.plans import default_device
+
+FILE = "outcomes.json"
+
+
+def read_outcomes(folder: Path, keys: Mapping[str, str]) -> dict[str, Outcome]:
+    """What was measured before with the same key.
+
+    Only measured outcomes are taken up: what failed may work now.
+
+    Args:
+        folder: Folder of an evaluation and seed.
+        keys: By SAE, a digest of everything that its outcome depends on.
+
+    Raises:
+        InputError: The folder holds results of an SAE of this name under another key, which would
+            be overwritten.
+    """
+    found: dict[str, Outcome] = {}
+    for name, stored in _read(folder).items():
+        if name not in keys or stored["status"] != "measured":
+            continue
+        if stored["key"] != keys[name]:
+            raise InputError(
+                f"{folder} holds results of {name!r} from other weights, settings or versions: "
+                "give another --output"
+            )
+        file = folder / str(stored["file"])
+        if file.is_file():
+            found[name] = Outcome("measured", stored["metrics"], file, facts=stored["facts"])
+    return found
+
+
+def write_outcomes(folder: Path, keys: Mapping[str, str], outcomes: Mapping[str, Outcome]) -> None:
+    """Add outcomes to those that the folder holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = _read(folder)
+    for name, outcome in outcomes.items():
+        everything[name] = {
+            "key": keys[name],
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "file": None if outcome.file is None else outcome.file.name,
+            "metrics": dict(outcome.metrics),
+            "facts": dict(outcome.facts),
+        }
+    write_json_atomic(folder / FILE, everything)
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        return cast("dict[str, dict[str, Any]]", json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not JSON ({error}): delete it or give another --output"
+        ) from error
+
 
 MODULES = {
     "core": "core.adapter",
@@ -302,10 +362,9 @@ def _definitions(
     names = {name for by_seed in found.values() for o in by_seed.values() for name in o.metrics}
     # As in `_runner`.
     if evaluation not in MODULES:
-        others = importlib.import_module("msae_plugin.evaluation.saebench.others_definitions")
+        others = importlib.import_module("msae_plugin.evaluation.saebench.passthrough")
         return {name: others.definition(evaluation, name) for name in names}
-    module_name = "core.definitions" if evaluation == "core" else MODULES[evaluation]
-    module = importlib.import_module(f"msae_plugin.evaluation.saebench.{module_name}")
+    module = importlib.import_module(f"msae_plugin.evaluation.saebench.{MODULES[evaluation]}")
     return {name: module.DEFINITIONS[name] for name in names}
 
 

@@ -1,4 +1,4 @@
-"""What an SAE keeps of the language model, measured on text that it was not trained on.
+"""Held-out metrics: what an SAE keeps of the language model on text it was not trained on.
 
 Definitions (docs/method.md repeats them beside the tables):
 
@@ -29,14 +29,109 @@ from sae_lens.util import get_special_token_ids
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.windows import Window, batched_windows, iterate_windows, require_texts
-from msae_plugin.evaluation.decoder_overlap import mean_max_decoder_cosine
-from msae_plugin.evaluation.token_losses import predicting_positions, summed_losses
 from msae_plugin.models.forward_pass import (
     ModelWithTokenizer,
     Tail,
     activations_at,
     logits_and_activations,
 )
+
+# A block of log-probabilities holds at most this many float32 values: 64 MiB.
+BLOCK_ELEMENTS = 2**24
+
+
+def predicting_positions(kept: torch.Tensor) -> torch.Tensor:
+    """Flat indices of the kept positions that predict a next token.
+
+    Args:
+        kept: (batch, seq) bool.
+
+    Returns:
+        (n,) long indices into (batch * seq); the last position of a window predicts nothing.
+    """
+    predicting = kept.clone()
+    predicting[:, -1] = False
+    return predicting.flatten().nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def summed_losses(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    reference_logits: torch.Tensor | None = None,
+) -> tuple[float, float]:
+    """Sums over positions of the next-token cross-entropy and of KL(reference || logits), in nats.
+
+    Both are computed from float32 log-probabilities whatever the dtype of the logits (a softmax in
+    bfloat16 gives infinities in the KL), a block of positions at a time, and summed in float64.
+
+    Args:
+        logits: (batch, seq, vocabulary).
+        tokens: (batch, seq) long.
+        positions: (n,) flat positions from `predicting_positions`.
+        reference_logits: (batch, seq, vocabulary) of the unchanged model; None for no KL.
+
+    Returns:
+        (cross-entropy sum, KL sum); the KL sum is 0 without a reference.
+    """
+    vocabulary = logits.shape[-1]
+    flat = logits.reshape(-1, vocabulary)
+    reference = None if reference_logits is None else reference_logits.reshape(-1, vocabulary)
+    flat_tokens = tokens.flatten().to(logits.device)
+    cross_entropy = kl = 0.0
+    for block in positions.to(logits.device).split(max(1, BLOCK_ELEMENTS // vocabulary)):
+        log_probs = flat[block].float().log_softmax(-1)
+        targets = flat_tokens[block + 1]
+        cross_entropy -= log_probs.gather(1, targets[:, None]).double().sum().item()
+        if reference is not None:
+            reference_log_probs = reference[block].float().log_softmax(-1)
+            per_token = (reference_log_probs.exp() * (reference_log_probs - log_probs)).sum(-1)
+            kl += per_token.double().sum().item()
+    return cross_entropy, kl
+
+
+# 2^22 similarities of float32 are 16 MiB: a block never becomes the peak of an evaluation.
+OVERLAP_BLOCK_ELEMENTS = 2**22
+
+
+@torch.no_grad()
+def max_decoder_cosines(W_dec: torch.Tensor) -> torch.Tensor:
+    """For each latent the cosine to its nearest other latent's decoder direction.
+
+    Args:
+        W_dec: (d_sae, d_in), rows of any norm. A row of zeros has no direction: it is neither
+            counted nor anyone's neighbour.
+
+    Returns:
+        (number of non-zero rows,) float32 on W_dec's device; empty for fewer than two of them.
+    """
+    directions = W_dec.detach().float()
+    norms = directions.norm(dim=1)
+    directions = directions[norms > 0] / norms[norms > 0, None]
+    count = directions.shape[0]
+    if count < 2:
+        return directions.new_zeros(0)
+    rows = max(1, OVERLAP_BLOCK_ELEMENTS // count)
+    nearest: list[torch.Tensor] = []
+    for start in range(0, count, rows):
+        block = directions[start : start + rows]
+        cosines = block @ directions.T
+        own = torch.arange(block.shape[0], device=cosines.device)
+        cosines[own, start + own] = -torch.inf
+        nearest.append(cosines.amax(dim=1))
+    return torch.cat(nearest)
+
+
+def mean_max_decoder_cosine(W_dec: torch.Tensor) -> float:
+    """Mean over latents of the cosine to the nearest other decoder direction.
+
+    0 is an orthogonal decoder, 1 one whose latents come in pairs. With a single direction there
+    is no overlap: 0.
+    """
+    nearest = max_decoder_cosines(W_dec)
+    return nearest.double().mean().item() if nearest.numel() else 0.0
+
 
 # Latents are computed for as many tokens at a time as fit in 64 MiB of float32.
 LATENT_ELEMENTS = 2**24

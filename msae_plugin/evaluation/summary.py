@@ -11,8 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from msae_plugin.common.cache import versions
-from msae_plugin.common.files import write_json_atomic, write_text_atomic
+from msae_plugin.common.files import versions, write_json_atomic, write_text_atomic
 from msae_plugin.evaluation.outcomes import MetricDefinition, Outcome
 
 FORMAT = 1

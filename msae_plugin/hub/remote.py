@@ -19,7 +19,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.hub.card_data import FIGURES_FOLDER, CardEntry, usable_summary
-from msae_plugin.models.hub_errors import hub_errors
+from msae_plugin.models.hub_access import hub_errors
 from msae_plugin.saes.download import RepositoryState, read_state
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
 

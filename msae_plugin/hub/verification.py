@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import file_sha256
-from msae_plugin.hub.sae_folder import SAEFolder, content_sha256
-from msae_plugin.models.hub_errors import hub_errors
+from msae_plugin.hub.plan import SAEFolder, content_sha256
+from msae_plugin.models.hub_access import hub_errors
 from msae_plugin.saes.agreement import Agreement, compare
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, TWIN_FOLDER
-from msae_plugin.saes.local_sae import LocalSAE
+from msae_plugin.saes.find import LocalSAE
 
 _RANDOM_TOKENS = 256
 

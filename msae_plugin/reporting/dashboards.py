@@ -8,6 +8,7 @@ pages are made on request only.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,12 +24,22 @@ from msae_plugin.data.windows import iterate_windows
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model
-from msae_plugin.reporting import sae_dashboard
-from msae_plugin.reporting.sources import Sources
-from msae_plugin.reporting.trained import TrainedSAE
-from msae_plugin.reporting.variants import is_variant
+from msae_plugin.reporting.sources import Sources, TrainedSAE, is_variant
 from msae_plugin.saes.export import TWIN_FOLDER
 from msae_plugin.saes.load import Subject, load_subjects
+
+PACKAGE = "sae_dashboard"
+INSTALL = (
+    "pip install --no-deps sae-dashboard==0.8.0 decode-clt eindex-callum dataclasses-json "
+    "'marshmallow<4' typing-inspect mypy-extensions (it declares transformer-lens<3, and runs with "
+    "3.9)"
+)
+
+
+def is_installed() -> bool:
+    """Whether it can be imported here."""
+    return importlib.util.find_spec(PACKAGE) is not None
+
 
 DASHBOARDS_FOLDER = "dashboards"
 # What SAEDashboard 0.8 can take one latent out of.
@@ -58,8 +69,8 @@ def require_dashboard() -> None:
     Raises:
         InputError: It is not installed.
     """
-    if not sae_dashboard.is_installed():
-        raise InputError(f"--dashboards needs SAEDashboard: {sae_dashboard.INSTALL}")
+    if not is_installed():
+        raise InputError(f"--dashboards needs SAEDashboard: {INSTALL}")
 
 
 def write_dashboards(

@@ -1,10 +1,15 @@
-"""What a report says, free of how it looks: sections of text, tables, figures and contexts."""
+"""The contents of a report, free of how they look: sections, tables, figures, contexts.
+
+Methods of two comparisons may share their names and target L0s without having anything in common:
+sections on weights and logs are made place by place.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from msae_plugin.comparison.statistics import Spread
 from msae_plugin.reporting.metrics import NOT_MEASURED, digits_for, number, signed
@@ -268,3 +273,42 @@ def columns(*headings: tuple[str, str] | tuple[str, str, str]) -> list[Column]:
 def slug(text: str) -> str:
     """Letters, digits and single hyphens: safe as a file name and as an id."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where some SAEs of a report are from.
+
+    Args:
+        title: As headings name it; empty where a report has a single place.
+    """
+
+    title: str = ""
+
+    def named(self, name: str) -> str:
+        """A file name or id that no other place has."""
+        return f"{slug(self.title)}-{name}" if self.title else name
+
+    def titled(self, heading: str) -> str:
+        """A heading that says which place it is about."""
+        return f"{heading} ({self.title})" if self.title else heading
+
+
+def places(
+    items: Sequence[Item], place_of: Callable[[Item], str]
+) -> list[tuple[Place, list[Item]]]:
+    """Items by place, in the order of the data.
+
+    Args:
+        items: SAEs, or what is known of them.
+        place_of: Gives an item's place; empty for training runs.
+    """
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(place_of(item), []).append(item)
+    if len(found) < 2:
+        return [(Place(), members) for members in found.values()]
+    return [(Place(name or "training runs"), members) for name, members in found.items()]

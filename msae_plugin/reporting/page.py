@@ -1,4 +1,4 @@
-"""One self-contained HTML page: nothing is loaded, from nowhere.
+"""A report as one self-contained HTML page, as Markdown and as CSV.
 
 Figures are embedded; the style sheet and the few lines of script are in the file, and a content
 security policy forbids everything else. Without scripts it reads the same, unsorted.
@@ -7,15 +7,19 @@ security policy forbids everything else. Without scripts it reads the same, unso
 from __future__ import annotations
 
 import base64
+import csv
+import io
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import groupby
 from urllib.parse import quote
 
+from msae_plugin.comparison.statistics import Spread
 from msae_plugin.reporting.document import (
     Block,
     Bullets,
+    CellValue,
     Document,
     Facts,
     Figure,
@@ -26,7 +30,93 @@ from msae_plugin.reporting.document import (
     Table,
     Text,
 )
-from msae_plugin.reporting.page_tables import table_html
+
+_GOOD, _BAD = ("better",), ("worse",)
+WORDS_FROM = 24
+"""A text this long may wrap."""
+LONG_FROM = 80
+"""One this long gets a column of its own width."""
+SHORT_NAME = 26
+"""A row's name of at most so many letters stays on one line, but for a phone."""
+
+
+def table_html(table: Table) -> str:
+    """A table in a region that scrolls sideways, folded when the table says so."""
+    name = escape(table.name)
+    numbers = [table.is_number(column) for column in range(len(table.columns))]
+    head = "".join(
+        f'<th scope="col"{_classes("number") if is_number else ""}>'
+        f'<span class="label">{escape(column.heading)}</span>'
+        + (f"<small>{escape(column.detail)}</small>" if column.detail else "")
+        + "</th>"
+        for column, is_number in zip(table.columns, numbers, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            _cell(value, text, is_first=place == 0, is_number=numbers[place])
+            for place, (value, text) in enumerate(zip(row, shown, strict=True))
+        )
+        + "</tr>\n"
+        for row, shown in zip(table.rows, table.shown(), strict=True)
+    )
+    first, rest = _sentences(table.caption)
+    caption = f'<p class="caption" id="{name}-caption"><strong>{first}</strong>{rest}</p>\n'
+    region = (
+        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-caption">\n'
+        f'<table id="{name}" aria-labelledby="{name}-caption">\n'
+        f"<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
+    )
+    if not table.folded:
+        return f'<div class="table">\n{caption}{region}</div>\n'
+    rows = f"{len(table.rows)} row{'' if len(table.rows) == 1 else 's'}"
+    return (
+        f"<details>\n<summary>{first.rstrip('.')} ({rows})</summary>\n"
+        f'<div class="table">\n{caption}{region}</div>\n</details>\n'
+    )
+
+
+def _sentences(text: str) -> tuple[str, str]:
+    """The first sentence and the rest, escaped."""
+    first, stop, rest = text.partition(". ")
+    return (f"{escape(first)}.", f" {escape(rest)}") if stop else (escape(text), "")
+
+
+def _cell(value: CellValue, text: str, *, is_first: bool, is_number: bool) -> str:
+    classes = "number" if is_number else ""
+    if value is None:
+        classes = "none"
+    elif not is_number and text in _GOOD:
+        classes = "good"
+    elif not is_number and text in _BAD:
+        classes = "bad"
+    elif not is_number and len(text) >= WORDS_FROM:
+        classes = "words long" if len(text) >= LONG_FROM else "words"
+    sorted_by = _sorted_by(value)
+    data = "" if sorted_by is None else f' data-value="{escape(sorted_by)}"'
+    if is_first:
+        short = _classes("short") if len(text) <= SHORT_NAME else ""
+        return f'<th scope="row"{short}{data}>{_breakable(text)}</th>'
+    return f"<td{_classes(classes)}{data}>{escape(text)}</td>"
+
+
+def _breakable(text: str) -> str:
+    """Names may break where a reader would break them."""
+    return escape(text).replace("_", "_<wbr>").replace("/", "/<wbr>")
+
+
+def _sorted_by(value: CellValue) -> str | None:
+    """The value with all its digits; a mean sorts by itself."""
+    if value is None:
+        return None
+    if isinstance(value, Spread):
+        return repr(value.mean)
+    return value if isinstance(value, str) else repr(value)
+
+
+def _classes(names: str) -> str:
+    return f' class="{names}"' if names else ""
+
 
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -149,3 +239,105 @@ def _contexts(block: LatentContexts) -> str:
 
 def _words(text: str) -> str:
     return escape(text.replace("\r", "").replace("\n", "⏎").replace("\t", " "))
+
+
+def table_csv(table: Table) -> str:
+    """All values unrounded. A mean over seeds has its spread and count in columns of their own."""
+    spreads = {
+        place
+        for place in range(len(table.columns))
+        if any(isinstance(row[place], Spread) for row in table.rows)
+    }
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    header: list[str] = []
+    for place, column in enumerate(table.columns):
+        header.append(column.key)
+        if place in spreads:
+            header += [f"{column.key} std", f"{column.key} n"]
+    writer.writerow(header)
+    for row in table.rows:
+        cells: list[object] = []
+        for place, value in enumerate(row):
+            if isinstance(value, Spread):
+                cells += [value.mean, "" if value.std is None else value.std, value.n]
+            else:
+                cells.append("" if value is None else value)
+                cells += ["", ""] if place in spreads else []
+        writer.writerow(cells)
+    return stream.getvalue()
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is, also inside a table."""
+    flat = " ".join(text.split())
+    for character in "\\`*_[]<>|#":
+        flat = flat.replace(character, "\\" + character)
+    return flat
+
+
+def table_markdown(table: Table) -> str:
+    """A table with its caption."""
+    headings = [
+        f"{escaped(column.heading)} ({escaped(column.detail)})"
+        if column.detail
+        else escaped(column.heading)
+        for column in table.columns
+    ]
+    rules = ["---:" if table.is_number(i) else "---" for i in range(len(table.columns))]
+    lines = [
+        f"{escaped(table.caption)}",
+        "",
+        f"| {' | '.join(headings)} |",
+        f"|{'|'.join(rules)}|",
+        *(f"| {' | '.join(escaped(cell) for cell in row)} |" for row in table.shown()),
+    ]
+    return "\n".join(lines)
+
+
+def markdown(document: Document, figures_folder: str) -> str:
+    """The report in Markdown, figures linked.
+
+    Args:
+        document: The report.
+        figures_folder: Where the figures are, relative to the file.
+    """
+    parts = [f"# {escaped(document.title)}", escaped(document.lead)]
+    for section in document.sections:
+        parts.append(f"## {escaped(section.title)}")
+        parts += [_markdown_block(block, figures_folder) for block in section.blocks]
+    parts.append(escaped(document.origin))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_block(block: Block, figures_folder: str) -> str:
+    if isinstance(block, Text):
+        return escaped(block.text)
+    if isinstance(block, Subheading):
+        return f"### {escaped(block.text)}"
+    if isinstance(block, Bullets):
+        return "\n".join(f"- {escaped(item)}" for item in block.items)
+    if isinstance(block, Facts):
+        heading = f"**{escaped(block.folded)}**\n\n" if block.folded else ""
+        return heading + "\n".join(
+            f"- {escaped(name)}: {escaped(value)}" for name, value in block.rows
+        )
+    if isinstance(block, Links):
+        return "\n".join(f"- [{escaped(text)}]({quote(target)})" for text, target in block.items)
+    if isinstance(block, Table):
+        return table_markdown(block)
+    if isinstance(block, Figure):
+        image = f"![{escaped(block.alt)}]({figures_folder}/{block.name}.png)"
+        return f"{image}\n\n*{escaped(block.caption)}*"
+    return _markdown_contexts(block)
+
+
+def _markdown_contexts(block: LatentContexts) -> str:
+    lines = [f"**{escaped(block.heading)}**", ""]
+    for context in block.contexts:
+        token = escaped(context.token) or "␣"
+        lines.append(
+            f"- {context.activation:.3g}: …{escaped(context.before)} **{token}** "
+            f"{escaped(context.after)}…"
+        )
+    return "\n".join(lines)

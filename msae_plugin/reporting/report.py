@@ -18,20 +18,22 @@ from msae_plugin.reporting.dashboards import (
     require_dashboard,
     write_dashboards,
 )
-from msae_plugin.reporting.document import Document, Section
-from msae_plugin.reporting.figure_style import looks, pyplot
-from msae_plugin.reporting.page import page
-from msae_plugin.reporting.places import places
-from msae_plugin.reporting.report_tables import markdown, table_csv
+from msae_plugin.reporting.document import Document, Section, places
+from msae_plugin.reporting.figures import looks, pyplot
+from msae_plugin.reporting.page import markdown, page, table_csv
 from msae_plugin.reporting.results import benches as benches_of
 from msae_plugin.reporting.rows import Bench
-from msae_plugin.reporting.sections.closing_sections import definitions_section, missing_section
-from msae_plugin.reporting.sections.contexts_section import contexts_section, dashboards_section
-from msae_plugin.reporting.sections.difference_sections import differences_section
-from msae_plugin.reporting.sections.features import diversity_section
+from msae_plugin.reporting.sections.features import (
+    contexts_section,
+    dashboards_section,
+    diversity_section,
+)
 from msae_plugin.reporting.sections.ladder import ladder_section
 from msae_plugin.reporting.sections.results import (
     all_metrics_table,
+    definitions_section,
+    differences_section,
+    missing_section,
     protocol_section,
     results_section,
 )
@@ -42,9 +44,7 @@ from msae_plugin.reporting.sections.training import (
     missing_of_runs,
     runs_section,
 )
-from msae_plugin.reporting.sources import Sources, read_json, read_sources
-from msae_plugin.reporting.trained import trained_saes
-from msae_plugin.reporting.variants import is_variant
+from msae_plugin.reporting.sources import Sources, is_variant, read_json, read_sources, trained_saes
 
 PAGE_FILE, MARKDOWN_FILE, RECORD_FILE = "report.html", "report.md", "report.json"
 TABLES_FOLDER, FIGURES_FOLDER = "tables", "figures"

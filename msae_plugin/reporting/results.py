@@ -10,9 +10,15 @@ from typing import Any, cast
 from msae_plugin.reporting.document import slug
 from msae_plugin.reporting.metrics import Definition, read_definition
 from msae_plugin.reporting.rows import Bench, Missing, Row, row_from
-from msae_plugin.reporting.sources import RunSource, Source, Sources, flat_facts
-from msae_plugin.reporting.trained import TrainedSAE, run_l0_target
-from msae_plugin.reporting.variants import variant_of
+from msae_plugin.reporting.sources import (
+    RunSource,
+    Source,
+    Sources,
+    TrainedSAE,
+    flat_facts,
+    run_l0_target,
+    variant_of,
+)
 
 _TITLES = {"language_model": "Language model", "ground_truth": "Ground truth"}
 # What a comparison may say of itself beside rows and definitions.

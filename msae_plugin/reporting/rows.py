@@ -1,4 +1,4 @@
-"""Measurements in one shape, whatever made them: rows, groups over seeds, what is missing."""
+"""Measurements in one shape: rows, groups over seeds, differences, what is missing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,52 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.comparison.statistics import PairedDifference, Spread, spread
+from msae_plugin.comparison.statistics import (
+    NO_DIFFERENCE,
+    PairedDifference,
+    Spread,
+    paired_difference,
+    spread,
+)
 from msae_plugin.reporting.metrics import Definition, roles_of
-from msae_plugin.reporting.statistics import difference_of
+
+Wording = Literal["better", "worse", "higher", "lower", "no difference shown", "one pair"]
+
+
+Key = TypeVar("Key")
+
+
+def difference_of(
+    ours: Mapping[Key, float], theirs: Mapping[Key, float]
+) -> PairedDifference | None:
+    """Ours minus theirs, over the pairs that both have; None without one.
+
+    Args:
+        ours: Value by what makes a pair: the seed, or target L0 and seed.
+        theirs: The same of the other method.
+    """
+    found = [value - theirs[key] for key, value in ours.items() if key in theirs]
+    return paired_difference(found) if found else None
+
+
+def wording(difference: PairedDifference, higher_is_better: bool | None) -> Wording:
+    """The word for a difference.
+
+    Args:
+        difference: Ours minus theirs.
+        higher_is_better: As in the metric's definition; None where neither is.
+    """
+    if difference.low is None:
+        return "one pair"
+    if not difference.shown:
+        return NO_DIFFERENCE
+    if higher_is_better is None:
+        return "higher" if difference.mean > 0 else "lower"
+    return "better" if (difference.mean > 0) == higher_is_better else "worse"
+
 
 OTHER_L0_RATIO = 1.1
 """Measured L0s further apart than this are not called matched."""

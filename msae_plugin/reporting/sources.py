@@ -1,18 +1,28 @@
-"""Which folders a report is made of, and what their files say, unchanged."""
+"""The folders a report is made of, and the SAEs in them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
 from msae_plugin.common.errors import InputError
+from msae_plugin.comparison.ladder import Variant, ladder_variants
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
-from msae_plugin.saes.run_record import RUN_FILE
+from msae_plugin.saes.export import ACTIVATIONS_FILENAME, REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
+from msae_plugin.saes.run_record import METRICS_FILE, RUN_FILE
+from msae_plugin.training.log import REVIVALS_FILE
 
 COMPARISON_FILE = "comparison.json"
 COMPARISON_FORMAT = 1
@@ -222,3 +232,218 @@ def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[st
             yield name, ", ".join(str(item) for item in cast("list[object]", value))
         elif value is not None:
             yield name, str(value)
+
+
+CONTEXTS_FILE = "contexts.json"
+
+
+@dataclass(frozen=True)
+class TrainedSAE:
+    """One SAE's folder.
+
+    Args:
+        name: Unique in the report.
+        method: What it is an instance of.
+        l0_target: The L0 that was asked for; None when not recorded.
+        seed: Of the training; None when not recorded.
+        folder: Holds the logs.
+        export: Holds the weights; None when nothing was exported.
+        rows: `metrics.jsonl`.
+        events: `revivals.jsonl`.
+        config: `cfg.json` of the export; empty without one.
+        report: `export.json`; empty without one.
+        place: Which SAEs it is shown with: the comparison it is of, and the hook where that has
+            several; empty for those of training runs.
+        metrics: What a comparison measured of it, by `evaluation/metric`.
+    """
+
+    name: str
+    method: str
+    l0_target: float | None
+    seed: int | None
+    folder: Path
+    export: Path | None
+    rows: list[Mapping[str, Any]]
+    events: list[Mapping[str, Any]]
+    config: Mapping[str, Any]
+    report: Mapping[str, Any]
+    place: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The training configuration that SAELens' metadata keeps; empty when there is none."""
+        metadata = cast("Mapping[str, Any]", self.config.get("metadata") or {})
+        details = metadata.get("training_architecture_details")
+        return cast("Mapping[str, Any]", details or {})
+
+    @property
+    def steps(self) -> int:
+        """Training steps, from the log or the metadata; 0 when neither says."""
+        logged = [int(row["step"]) for row in self.rows if "step" in row]
+        metadata = cast("Mapping[str, Any]", self.config.get("metadata") or {})
+        return max(logged, default=int(metadata.get("training_steps") or 0))
+
+    def decoder(self) -> torch.Tensor | None:
+        """W_dec (d_sae, d_in); None without weights.
+
+        Raises:
+            InputError: The weights cannot be read.
+        """
+        if self.export is None:
+            return None
+        path = self.export / SAE_WEIGHTS_FILENAME
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                return tensors.get_tensor("W_dec").float()
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{str(path)!r} holds no decoder that can be read ({error}): export it again"
+            ) from error
+
+    def frequencies(self) -> torch.Tensor | None:
+        """(d_sae,) share of tokens on which latents fired in training; None when not stored."""
+        if self.export is None or not (self.export / SPARSITY_FILENAME).is_file():
+            return None
+        stored = _tensor(self.export / SPARSITY_FILENAME, "sparsity")
+        return 10 ** stored.double()
+
+    def activations(self) -> torch.Tensor | None:
+        """(n, d_in) activations kept from the export check; None when there are none."""
+        path = self.folder / ACTIVATIONS_FILENAME
+        return _tensor(path, "activations") if path.is_file() else None
+
+    def contexts(self) -> list[Mapping[str, Any]]:
+        """Latents in context that the run stored, as in demo.json; none when it did not."""
+        path = self.folder / CONTEXTS_FILE
+        if not path.is_file():
+            return []
+        latents = read_json(path).get("latents")
+        return cast("list[Mapping[str, Any]]", latents or [])
+
+    def weight_hashes(self) -> set[str]:
+        """sha256 of the exported weights and of their twin's."""
+        files = [self.export, self.folder / TWIN_FOLDER]
+        paths = [folder / SAE_WEIGHTS_FILENAME for folder in files if folder is not None]
+        return {_sha256(path) for path in paths if path.is_file()}
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    try:
+        return load_file(path)[name]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def trained_saes(sources: Sources) -> list[TrainedSAE]:
+    """Every SAE that the sources point at and whose folder is there, each once.
+
+    A comparison's row points at its folder relative to the comparison's.
+
+    Raises:
+        InputError: A file of one cannot be read.
+    """
+    found: dict[Path, TrainedSAE] = {}
+    for source in sources.comparisons:
+        rows = cast("list[Mapping[str, Any]]", source.content["rows"])
+        several_hooks = len({row.get("hook") for row in rows}) > 1
+        for row in rows:
+            folder = row_folder(source, row)
+            if folder is None or folder.resolve() in found:
+                continue
+            sae = _read(
+                str(row["name"]), str(row["method"]), row.get("l0_target"), row.get("seed"), folder
+            )
+            found[folder.resolve()] = replace(
+                sae,
+                place=f"{source.label}, {row['hook']}" if several_hooks else source.label,
+                metrics=_finite(cast("Mapping[str, Any]", row["metrics"])),
+            )
+    for run in sources.runs:
+        for name in cast("Mapping[str, Any]", run.content["saes"]):
+            folder = run_sae_folder(run, name)
+            if folder.is_dir() and folder.resolve() not in found:
+                unique = name if len(sources.runs) == 1 else f"{run.label}/{name}"
+                found[folder.resolve()] = _read(
+                    unique, name, run_l0_target(run, name), run.content.get("seed"), folder
+                )
+    return list(found.values())
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and isfinite(value)
+    }
+
+
+def row_folder(source: Source, row: Mapping[str, Any]) -> Path | None:
+    """Folder of a comparison's row; None when it names none or the folder is not there."""
+    named = row.get("folder")
+    if not named:
+        return None
+    folder = source.folder / str(named)
+    return folder if folder.is_dir() else None
+
+
+def run_sae_folder(run: RunSource, name: str) -> Path:
+    """Folder of an SAE of a run."""
+    return run.folder / str(run.content["saes"][name].get("folder", name))
+
+
+def run_l0_target(run: RunSource, name: str) -> float | None:
+    """The L0 that an SAE of a run was trained for; None for one without such a setting."""
+    export = cast("Mapping[str, Any]", run.content["saes"][name].get("export") or {})
+    if export.get("l0_target") is not None:
+        return float(export["l0_target"])
+    config = cast("Mapping[str, Any]", run.content.get("config") or {})
+    # A recipe of one SAE has it under `sae`, of several under `saes`.
+    saes = cast("Mapping[str, Any]", config.get("saes") or {})
+    settings = cast("Mapping[str, Any]", saes.get(name) or config.get("sae") or {})
+    return float(settings["k"]) if settings.get("k") is not None else None
+
+
+def _read(
+    name: str, method: str, l0_target: float | None, seed: int | None, folder: Path
+) -> TrainedSAE:
+    places = [folder / SAE_FOLDER, folder]
+    export = next((p for p in places if (p / SAE_WEIGHTS_FILENAME).is_file()), None)
+    config: Mapping[str, Any] = {}
+    if export is not None and (export / SAE_CFG_FILENAME).is_file():
+        config = read_json(export / SAE_CFG_FILENAME)
+    report = folder / REPORT_FILENAME
+    return TrainedSAE(
+        name=name,
+        method=method,
+        l0_target=l0_target,
+        seed=seed,
+        folder=folder,
+        export=export,
+        rows=read_json_lines(folder / METRICS_FILE),
+        events=read_json_lines(folder / REVIVALS_FILE),
+        config=config,
+        report=read_json(report) if report.is_file() else {},
+    )
+
+
+VARIANTS = {variant.name: variant for variant in ladder_variants()}
+_REFERENCES = {variant.name for variant in VARIANTS.values() if variant.against is None}
+
+
+def variant_of(method: str) -> Variant | None:
+    """The variant of a name; None for any other method."""
+    return VARIANTS.get(method)
+
+
+def is_variant(method: str) -> bool:
+    """Whether a method belongs to the ladder alone: its references stand among others too."""
+    return method in VARIANTS and method not in _REFERENCES

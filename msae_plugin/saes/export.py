@@ -21,7 +21,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.evals import ExplainedVarianceCalculator
 from safetensors.torch import save_file
 
-from msae_plugin.architecture.export import save_jumprelu_twin, twin_obstacle
+from msae_plugin.architecture.training_base import save_jumprelu_twin, twin_obstacle
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import TEMPORARY_PREFIX, folder_written_atomically, write_json_atomic

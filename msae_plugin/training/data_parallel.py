@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from typing_extensions import override
 
-from msae_plugin.architecture.capabilities import SupportsRanks
+from msae_plugin.architecture.calibration import SupportsRanks
 from msae_plugin.architecture.ranks import ALONE, ProcessRanks, Ranks
 from msae_plugin.architecture.selection import batch_top_k
 from msae_plugin.common.errors import InputError, RunFailure

@@ -7,31 +7,49 @@ Where the batches come from is its subclasses' own: the language model (`shared_
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from sae_lens import logger as sae_lens_logger
+from sae_lens.config import HfDataset, LoggingConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME
-from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
 from sae_lens.saes.sae import TrainingSAE
+from typing_extensions import override
 
-from msae_plugin.architecture.capabilities import SupportsRevival
+from msae_plugin import upstream
+from msae_plugin.architecture.calibration import SupportsRevival
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.common.errors import RunFailure
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import json_safe
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay
+from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.health import HealthWatch
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
-from msae_plugin.training.data_parallel import gathered
+from msae_plugin.training.data_parallel import (
+    gathered,
+    load_position,
+    own_batch_size,
+    own_share,
+    positions_of_all,
+    save_positions,
+)
 from msae_plugin.training.log import REVIVALS_FILE, JsonLines, MetricsLog
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.step_trainer import StepOptions
-from msae_plugin.training.trainer import LockstepTrainer
+from msae_plugin.training.trainer import LockstepTrainer, StepOptions
 
 
 @dataclass(frozen=True)
@@ -240,3 +258,149 @@ class TrainingPass:
             return {}
         own = {name: trainer.tokens_per_second for name, trainer in trainers.items()}
         return {**own, "overall": tokens / self._fit_seconds}
+
+
+class ModelNames(Protocol):
+    """How a model is named in the metadata of SAEs."""
+
+    @property
+    def model_name(self) -> str:
+        """The name that SAELens and SAEBench load it by."""
+        ...
+
+    @property
+    def model_class_name(self) -> str:
+        """SAELens' name of its loader."""
+        ...
+
+
+class _NotAboutUs(logging.Filter):
+    """Drops SAELens' remarks that a run with a given model or data set cannot be reproduced.
+
+    They are about its own configuration; `run.json` holds ours.
+    """
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(("override_dataset", "override_model"))
+
+
+@contextmanager
+def _without_upstream_remarks() -> Generator[None]:
+    remark_filter = _NotAboutUs()
+    sae_lens_logger.addFilter(remark_filter)
+    try:
+        with warnings.catch_warnings():
+            # Text is tokenised on the fly on purpose, and SAELens compares documents with tokens.
+            warnings.filterwarnings("ignore", message="Dataset is not tokenized")
+            warnings.filterwarnings("ignore", message="The training dataset contains fewer")
+            yield
+    finally:
+        sae_lens_logger.removeFilter(remark_filter)
+
+
+def shared_pass_config(
+    config: RunConfig,
+    plans: list[SAEPlan],
+    names: ModelNames,
+    device: str,
+    *,
+    autocast: bool,
+) -> MultiSAETrainingRunnerConfig:
+    """SAELens' configuration of the run that a recipe describes.
+
+    Args:
+        config: The recipe.
+        plans: Its SAEs.
+        names: The loaded model, or what is recorded of it, for the SAEs' metadata.
+        device: Device of SAEs and activations.
+        autocast: Whether the model runs in bfloat16.
+    """
+    training, data = config.training, config.data
+    return MultiSAETrainingRunnerConfig(
+        saes={plan.name: plan.config for plan in plans},
+        hook_names={plan.name: plan.hook for plan in plans},
+        model_name=names.model_name,
+        model_class_name=names.model_class_name,
+        # SAELens' own default centres the writing weights, which ours are not.
+        model_from_pretrained_kwargs={},
+        # Part of every exported cfg.json: a local corpus is named, its place is not told.
+        dataset_path=Path(data.source).name if Path(data.source).exists() else data.source,
+        streaming=data.streaming,
+        context_size=data.context_size,
+        prepend_bos=data.prepend_bos,
+        exclude_special_tokens=data.exclude_special_tokens,
+        n_batches_in_buffer=training.n_batches_in_buffer,
+        store_batch_size_prompts=training.store_batch_size_prompts,
+        activations_mixing_fraction=training.activations_mixing_fraction,
+        # Whole steps only: SAELens would run one more than its schedules count.
+        training_tokens=config.total_steps * config.tokens_per_step,
+        train_batch_size_tokens=training.batch_size_tokens,
+        device=device,
+        seed=training.seed,
+        dtype="float32",
+        autocast=training.autocast,
+        autocast_lm=autocast,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        lr=training.lr,
+        lr_end=training.lr_end,
+        lr_scheduler_name=training.lr_scheduler,
+        lr_warm_up_steps=training.lr_warm_up_steps,
+        lr_decay_steps=training.lr_decay_steps,
+        n_restart_cycles=training.n_restart_cycles,
+        dead_feature_window=training.dead_feature_window,
+        feature_sampling_window=training.feature_sampling_window,
+        n_batches_for_norm_estimate=training.norm_estimate_batches,
+        n_checkpoints=training.n_checkpoints,
+        # Our own store writes checkpoints and exports, and our own log metrics.
+        checkpoint_path=None,
+        output_path=None,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+
+
+class SharedPassRunner(TrainingPass, MultiSAETrainingRunner):
+    """SAELens' multi-SAE runner with our training: one pass of the language model for all SAEs.
+
+    Args:
+        cfg: SAELens' configuration, from `shared_pass_config`: of the whole run, whatever the
+            number of ranks.
+        setting: The run.
+        dataset: The training text.
+        language_model: The model.
+        saes: The initialised SAEs by name.
+    """
+
+    def __init__(
+        self,
+        cfg: MultiSAETrainingRunnerConfig,
+        setting: TrainingSetting,
+        *,
+        dataset: HfDataset,
+        language_model: LanguageModel,
+        saes: dict[str, TrainingSAE[Any]],
+    ) -> None:
+        own_batch = own_batch_size(cfg.train_batch_size_tokens, setting.ranks)
+        with _without_upstream_remarks():
+            try:
+                MultiSAETrainingRunner.__init__(
+                    self,
+                    replace(cfg, train_batch_size_tokens=own_batch),
+                    override_dataset=own_share(dataset, setting.ranks),
+                    override_model=language_model.model,
+                    override_saes=saes,
+                )
+            except StopIteration as error:
+                raise InputError("the data set has no documents left for training") from error
+        self.cfg = cfg
+        upstream.set_sae_metadata(self)
+        self.begin(setting, self.activations_store.get_multi_hook_data_loader())
+
+    @override
+    def go_to_place(self, folder: Path) -> None:
+        load_position(self.activations_store, folder, self.ranks)
+
+    @override
+    def place_writer(self) -> Callable[[Path], None]:
+        return partial(save_positions, positions_of_all(self.activations_store, self.ranks))

@@ -21,8 +21,8 @@ from msae_plugin.common.recipes import coerce, unknown_key_message
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.models.hook_names import parse_hook_name
 from msae_plugin.training.input_normalization import check_can_be_centred
-from msae_plugin.training.run_checks import check_gradient_rate
 from msae_plugin.training.schedules import GradientRateConfig
+from msae_plugin.training.settings import check_gradient_rate
 
 DEFAULT_ARCHITECTURE = "multiscale"
 DEFAULT_PRESET = "default"

@@ -19,8 +19,14 @@ from msae_plugin.common.recipes import as_mapping, build
 from msae_plugin.models.hook_names import common_style, parse_hook_name, validate_hook
 from msae_plugin.models.loading import ModelShape, describe_model
 from msae_plugin.training.plans import SAEPlan, plan_saes, preset_training
-from msae_plugin.training.run_checks import check_numbers, check_schedule
-from msae_plugin.training.settings import DataSection, LoggingSection, ModelSection, TrainingSection
+from msae_plugin.training.settings import (
+    DataSection,
+    LoggingSection,
+    ModelSection,
+    TrainingSection,
+    check_numbers,
+    check_schedule,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Names inside a run folder that an SAE's folder must not take.

@@ -1,4 +1,4 @@
-"""One training run, from a recipe to exported SAEs: what `msae train` and `msae demo` call.
+"""One training run, from a recipe to exported SAEs, and the rules of its folder.
 
 OUTPUT/run.json, checkpoints/, tensorboard/
 OUTPUT/ or, with several SAEs, OUTPUT/<name>/: sae/, jumprelu/, export.json, metrics.jsonl,
@@ -8,7 +8,7 @@ revivals.jsonl
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -19,7 +19,7 @@ from sae_lens.saes.sae import TrainingSAE
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import json_safe
+from msae_plugin.common.files import TEMPORARY_PREFIX, json_safe
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
@@ -28,6 +28,7 @@ from msae_plugin.models.loading import LanguageModel, ModelShape
 from msae_plugin.saes.export import REPORT_FILENAME, ExportReport, export_sae
 from msae_plugin.saes.run_record import (
     METRICS_FILE,
+    RUN_FILE,
     RunRecord,
     describe_device,
     read_rows,
@@ -40,7 +41,7 @@ from msae_plugin.training.activation_store import (
     check_cache,
     open_cache,
 )
-from msae_plugin.training.cached_pass import CachedPass
+from msae_plugin.training.cached_activations import CachedPass
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.data_parallel import own_batch_size
 from msae_plugin.training.inputs import ModelAndText, load_model_and_text
@@ -52,11 +53,82 @@ from msae_plugin.training.log import (
     WandbSink,
     tensorboard_wanted,
 )
-from msae_plugin.training.passes import TrainingPass, TrainingSetting
+from msae_plugin.training.passes import (
+    SharedPassRunner,
+    TrainingPass,
+    TrainingSetting,
+    shared_pass_config,
+)
 from msae_plugin.training.plans import build_sae, default_device
 from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.run_folder import check_output, check_same_run
-from msae_plugin.training.shared_pass import SharedPassRunner, shared_pass_config
+
+_MAY_CHANGE = (
+    "logging.",
+    "model.device",
+    "model.autocast",
+    "training.n_checkpoints",
+    "training.keep_checkpoints",
+    "training.calibrate_batches",
+    "training.store_batch_size_prompts",
+)
+
+
+def check_output(output: Path, resume: str | None) -> None:
+    """Refuse a folder whose contents a run would overwrite.
+
+    Args:
+        output: The run's folder.
+        resume: As given to the runner.
+
+    Raises:
+        InputError: If the folder is in use by something else, or holds a finished run.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {str(output)!r} is a file: give a folder")
+    contents = [] if not output.exists() else [path.name for path in output.iterdir()]
+    if not any(not name.startswith(TEMPORARY_PREFIX) for name in contents):
+        return
+    record = read_run_record(output)
+    if resume is None:
+        unfinished = record is not None and record.get("status") != "complete"
+        hint = "continue its run with --resume auto, or " if unfinished else ""
+        raise InputError(f"--output {str(output)!r} is not empty: {hint}choose another --output")
+    if record is None and RUN_FILE not in contents:
+        raise InputError(
+            f"--output {str(output)!r} holds files but no run of msae train: "
+            "choose another --output"
+        )
+    if record is not None and record.get("status") == "complete":
+        raise InputError(
+            f"the run in {str(output)!r} is complete: there is nothing to resume; choose another "
+            "--output to train again"
+        )
+
+
+def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse to continue a checkpoint with a recipe that would train something else.
+
+    Raises:
+        InputError: Naming the first field that differs and both values.
+    """
+    then = dict(_flatten(checkpoint.config))
+    now = dict(_flatten(config.to_dict()))
+    for key in sorted(then.keys() | now.keys()):
+        if key.startswith(_MAY_CHANGE) or then.get(key) == now.get(key):
+            continue
+        raise InputError(
+            f"cannot resume {str(checkpoint.path)!r} with another recipe: {key!r} was "
+            f"{then.get(key)!r} and is now {now.get(key)!r}; change it back or start a new run"
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from sae_lens import SAE
 from steps import activations, make, train
 
 from msae_plugin import InputError, MultiScaleTrainingSAE, preset, preset_names
-from msae_plugin.architecture.export import save_jumprelu_twin, twin_obstacle
+from msae_plugin.architecture.training_base import save_jumprelu_twin, twin_obstacle
 
 TWIN_CHECK = """
 import sys, torch

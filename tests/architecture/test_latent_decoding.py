@@ -12,7 +12,7 @@ from tolerance import rounding_tolerance
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msae_plugin import MultiScaleSAE, MultiScaleSAEConfig
-from msae_plugin.architecture.latent_decoding import MAX_DENSITY, decode_latents
+from msae_plugin.architecture.inference_sae import MAX_DENSITY, decode_latents
 
 D_IN, D_SAE, N_TOKENS = 24, 2048, 200
 

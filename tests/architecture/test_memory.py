@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from msae_plugin.architecture.mechanisms import orthogonality
-from msae_plugin.architecture.mechanisms.ortsae import nearest_in_chunks_penalty
+from msae_plugin.architecture.mechanisms.orthogonality import nearest_in_chunks_penalty
 
 D_IN, N_TOKENS = 32, 16
 

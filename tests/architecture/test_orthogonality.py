@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msae_plugin.architecture.mechanisms.coactivation import NeighbourCoactivation
 from msae_plugin.architecture.mechanisms.orthogonality import (
+    NeighbourCoactivation,
     chunk_penalty,
     coactivation_weights,
+    nearest_in_chunks_penalty,
     nearest_neighbours,
     pair_penalty,
     random_chunks,
 )
-from msae_plugin.architecture.mechanisms.ortsae import nearest_in_chunks_penalty
 
 CPU = torch.device("cpu")
 

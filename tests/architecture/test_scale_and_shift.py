@@ -16,9 +16,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from steps import activations, step_input
 
 from msae_plugin import MultiScaleTrainingSAE, preset
-from msae_plugin.architecture.export import save_jumprelu_twin
 from msae_plugin.architecture.input_units import InputUnits, estimate_units, geometric_median
 from msae_plugin.architecture.presets import preset_names
+from msae_plugin.architecture.training_base import save_jumprelu_twin
 
 D_IN, D_SAE, K, N_STEPS, N_TOKENS = 12, 48, 4, 30, 64
 PRESETS = ("default", "reconstruction")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from msae_plugin.comparison.coefficient_search import (
+from msae_plugin.comparison.finished_saes import (
     Trial,
     best_trial,
     corrected_coefficient,

@@ -18,10 +18,10 @@ from msae_plugin.common.interruption import InterruptedBySignalError
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.comparison import group_training
 from msae_plugin.comparison.compare import Comparison, compare
+from msae_plugin.comparison.ground_truth import SyntheticSource
 from msae_plugin.comparison.methods import expand, plan_entry
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.comparison.results import Measured, comparison_contents
-from msae_plugin.comparison.synthetic_source import SyntheticSource
 from msae_plugin.comparison.training_schedule import Part
 from msae_plugin.training.plans import build_sae
 from msae_plugin.training.trainer import LockstepTrainer

@@ -6,7 +6,7 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from msae_plugin.comparison.controls import ResidualStreamSAE, with_permuted_decoder
+from msae_plugin.comparison.methods import ResidualStreamSAE, with_permuted_decoder
 
 
 def test_the_residual_stream_is_itself_in_any_shape_and_dtype() -> None:

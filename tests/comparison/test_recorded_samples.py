@@ -8,7 +8,7 @@ from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, eval_sae_on_synthetic_data
 
-from msae_plugin.comparison.recorded_samples import RecordedSamples
+from msae_plugin.comparison.ground_truth import RecordedSamples
 
 
 @pytest.fixture(scope="module")

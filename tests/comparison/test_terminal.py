@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from msae_plugin.comparison.terminal import comparison_for_terminal
+from msae_plugin.comparison.results import comparison_for_terminal
 
 
 def shown(contents: dict[str, object]) -> str:

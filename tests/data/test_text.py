@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from sae_lens.training.activations_store import ActivationsStore
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.data import text_corpora, text_files
+from msae_plugin.data import text as text_corpora
+from msae_plugin.data import text_files
 from msae_plugin.data.text import ShuffleBuffer, TextData, choose_heldout, load_text, shuffled
 from msae_plugin.models.loading import LanguageModel
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import rounding_tolerance
 
-from msae_plugin.evaluation import decoder_overlap
-from msae_plugin.evaluation.decoder_overlap import mean_max_decoder_cosine
+from msae_plugin.evaluation import heldout
+from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
 
 
 def naive(W_dec: torch.Tensor) -> float:
@@ -24,7 +24,7 @@ def test_blocks_give_what_the_whole_matrix_gives(d_sae, d_in, block):
     generator = torch.Generator().manual_seed(d_sae * 100 + d_in)
     W_dec = torch.randn(d_sae, d_in, generator=generator) * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_overlap, "BLOCK_ELEMENTS", block)
+        patch.setattr(heldout, "OVERLAP_BLOCK_ELEMENTS", block)
         # Two norms and the product of the unit vectors; the mean adds numbers of at most one.
         atol = rounding_tolerance(3 * (d_in + 2) + d_sae, 1.0)
         assert mean_max_decoder_cosine(W_dec) == pytest.approx(naive(W_dec), abs=atol)
@@ -42,7 +42,7 @@ def test_rows_of_zeros_and_single_rows_are_no_neighbours():
 
 
 def test_no_block_holds_more_than_its_budget(monkeypatch):
-    monkeypatch.setattr(decoder_overlap, "BLOCK_ELEMENTS", 2**12)
+    monkeypatch.setattr(heldout, "OVERLAP_BLOCK_ELEMENTS", 2**12)
     sizes: list[int] = []
     original = torch.Tensor.__matmul__
 

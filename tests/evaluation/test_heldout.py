@@ -7,7 +7,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.windows import iterate_windows
-from msae_plugin.evaluation import heldout, token_losses
+from msae_plugin.evaluation import heldout
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_heldout, evaluate_many
 from msae_plugin.models.forward_pass import activations_at
 from msae_plugin.models.loading import load_language_model
@@ -113,7 +113,7 @@ def literal_losses(pair, hook, texts, sae, exclude_special):
 def test_losses_agree_with_a_literal_computation(
     model_and_hook, texts, exclude_special, monkeypatch
 ):
-    monkeypatch.setattr(token_losses, "BLOCK_ELEMENTS", 3 * 512)  # three positions to a block
+    monkeypatch.setattr(heldout, "BLOCK_ELEMENTS", 3 * 512)  # three positions to a block
     pair, hook = model_and_hook
     sae = random_sae()
     expected, count = literal_losses(pair, hook, texts, sae, exclude_special)

@@ -15,10 +15,10 @@ from toy_instruct.tokeniser import word_tokeniser
 
 from msae_plugin.common.errors import InputError, MissingInputError
 from msae_plugin.evaluation import preflight as preflight_module
-from msae_plugin.evaluation import preflight_checks, preflight_data, preflight_packages
+from msae_plugin.evaluation import preflight as preflight_packages
+from msae_plugin.evaluation import preflight_checks
 from msae_plugin.evaluation.preflight import Finding, preflight, refuse_missing
-from msae_plugin.evaluation.preflight_checks import as_missing
-from msae_plugin.evaluation.preflight_data import core_bytes
+from msae_plugin.evaluation.preflight_checks import as_missing, core_bytes
 from msae_plugin.evaluation.recipe import EvalConfig
 
 SMOLLM = "packaged:smollm2-135m"
@@ -277,7 +277,7 @@ def test_ravel(tiny_model_dir: Path, tmp_path: Path) -> None:
     copies = {"adamkarvonen/ravel_prompts": str(tmp_path)}
     (finding,) = find({"ravel": settings}, None, datasets=copies)
     assert finding.what == f"ravel_city_attribute_to_prompts.json in {tmp_path}"
-    for part in preflight_data.RAVEL_FILES:
+    for part in preflight_checks.RAVEL_FILES:
         (tmp_path / f"ravel_city_{part}.json").write_text("{}")
     assert find({"ravel": settings}, None, datasets=copies) == []
 
@@ -355,7 +355,7 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert core_bytes(settings, 128, 64, "bfloat16") == 4 * 32 * 2 * (10 * 128 + 2 * 64)
     free = core_bytes(settings, 64, 64, "float32")
     monkeypatch.setattr(
-        preflight_data.shutil, "disk_usage", lambda place: SimpleNamespace(free=free)
+        preflight_checks.shutil, "disk_usage", lambda place: SimpleNamespace(free=free)
     )
     cache = tmp_path / "not" / "there" / "yet"
     assert find({"core": settings}, None, cache=str(cache)) == []

@@ -16,8 +16,7 @@ from sae_bench.sae_bench_utils.activation_collection import (
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES
 from msae_plugin.evaluation.protocols import SCHEMAS, config_class
 from msae_plugin.evaluation.recipe import EvalConfig, shipped_configs
-from msae_plugin.evaluation.saebench.sae_probes import OFFLINE_SAE_PROBES_DATASETS
-from msae_plugin.evaluation.saebench.sae_probes_model_side import dataset_file
+from msae_plugin.evaluation.saebench.sae_probes import OFFLINE_SAE_PROBES_DATASETS, dataset_file
 
 FOLDER = Path(__file__).parents[2] / "eval_configs"
 NAMES = [

@@ -25,8 +25,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from safetensors.torch import load_file, save_file
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.hub.publish import publish
-from msae_plugin.hub.publish_report import report_lines
+from msae_plugin.hub.publish import publish, report_lines
 from msae_plugin.saes.download import download, fetch, local_folder
 from msae_plugin.saes.find import locate
 

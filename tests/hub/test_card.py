@@ -11,11 +11,9 @@ from huggingface_hub import ModelCard
 from sae_lens.loading import pretrained_saes_directory
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.hub.card import BEGIN, END, make_card
-from msae_plugin.hub.card_data import CardEntry
-from msae_plugin.hub.card_sections import labels
-from msae_plugin.hub.release import dashboard_command, pretrained_saes_stanza
-from msae_plugin.hub.sources import base_terms, hub_dataset, hub_model
+from msae_plugin.hub.card import BEGIN, END, labels, make_card
+from msae_plugin.hub.card_data import CardEntry, base_terms, hub_dataset, hub_model
+from msae_plugin.hub.publish import dashboard_command, pretrained_saes_stanza
 
 DETAILS = {
     "k": 32.0,

@@ -16,7 +16,7 @@ import torch
 from sae_lens import SAE
 from test_card import entry
 
-from msae_plugin.hub.release import dashboard_command, dashboard_hint
+from msae_plugin.hub.publish import dashboard_command, dashboard_hint
 
 INSTALLED = importlib.util.find_spec("sae_dashboard") is not None
 

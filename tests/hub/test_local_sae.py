@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import file_sha256
-from msae_plugin.hub.measured import measured_of, read_evaluation
-from msae_plugin.hub.sae_folder import build_folder, default_path, private_content
-from msae_plugin.saes.local_sae import find_saes
+from msae_plugin.hub.card_data import measured_of, read_evaluation
+from msae_plugin.hub.plan import build_folder, default_path, private_content
+from msae_plugin.saes.find import find_saes
 
 
 def export(folder: Path, **metadata) -> Path:

@@ -7,9 +7,9 @@ import torch
 from sae_lens import SAE
 
 from msae_plugin.common.errors import RunFailure
-from msae_plugin.hub.sae_folder import build_folder
+from msae_plugin.hub.plan import build_folder
 from msae_plugin.hub.verification import check_activations, check_latents
-from msae_plugin.saes.local_sae import find_saes
+from msae_plugin.saes.find import find_saes
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msae_plugin.evaluation.decoder_overlap import max_decoder_cosines, mean_max_decoder_cosine
+from msae_plugin.evaluation.heldout import max_decoder_cosines, mean_max_decoder_cosine
 from msae_plugin.reporting.analyses.decoder import decoder_diversity, effective_rank
 
 

@@ -6,8 +6,13 @@ from rich.console import Console
 from sae_lens import StandardSAE, StandardSAEConfig
 
 from msae_plugin.data.windows import iterate_windows
-from msae_plugin.evaluation.context_rendering import ContextsForTerminal, contexts_as_markdown
-from msae_plugin.evaluation.contexts import ContextCollector, LatentProfile, TokenContext
+from msae_plugin.evaluation.contexts import (
+    ContextCollector,
+    ContextsForTerminal,
+    LatentProfile,
+    TokenContext,
+    contexts_as_markdown,
+)
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
 
 CONTEXT = 16

@@ -27,8 +27,7 @@ from msae_plugin.reporting.document import (
     Table,
     Text,
 )
-from msae_plugin.reporting.page import asset, page
-from msae_plugin.reporting.report_tables import markdown
+from msae_plugin.reporting.page import asset, markdown, page
 
 VOID = {"meta", "link", "img", "wbr", "br"}
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x03\xc0\x00\x00\x02\x80"
@@ -239,7 +238,7 @@ def test_text_has_contrast_in_both_schemes(scheme):
 
 
 def test_colours_of_figures_stand_out_from_white():
-    from msae_plugin.reporting.figure_style import COLOURS, looks
+    from msae_plugin.reporting.figures import COLOURS, looks
 
     assert min(contrast(colour, "#ffffff") for colour in COLOURS) >= 3
     drawn = looks([str(i) for i in range(40)])

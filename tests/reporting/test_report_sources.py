@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.report import build, report
 from msae_plugin.reporting.results import benches
-from msae_plugin.reporting.sources import read_json_lines, read_sources
-from msae_plugin.reporting.trained import trained_saes
+from msae_plugin.reporting.sources import read_json_lines, read_sources, trained_saes
 
 
 def refused(folders, match):

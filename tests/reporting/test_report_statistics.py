@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from msae_plugin.reporting.metrics import digits_for, number, roles_of, signed
-from msae_plugin.reporting.statistics import difference_of, wording
+from msae_plugin.reporting.rows import difference_of, wording
 
 
 def test_only_shared_pairs_count():

@@ -11,17 +11,15 @@ from rich.console import Console
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.heldout import HeldoutMetrics
 from msae_plugin.reporting.demo_output import (
-    FigureSAE,
-    demo_figure,
-    require_matplotlib,
-    training_curve,
-)
-from msae_plugin.reporting.tables import (
     COLUMNS,
     ComparisonRow,
+    FigureSAE,
     comparison_json,
     comparison_markdown,
     comparison_table,
+    demo_figure,
+    require_matplotlib,
+    training_curve,
 )
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.saes.clean_config import clean_run_config, private_traces
-from msae_plugin.saes.references import (
+from msae_plugin.saes.download import (
     HubReference,
     is_reference,
     parse_reference,

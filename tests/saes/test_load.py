@@ -19,8 +19,7 @@ from tolerance import rounding_tolerance
 import msae_plugin
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.saes.export import export_sae
-from msae_plugin.saes.load import load_subjects, subject_record
-from msae_plugin.saes.subject_loading import BrokenSAEError
+from msae_plugin.saes.load import BrokenSAEError, load_subjects, subject_record
 
 D_IN, D_SAE = 6, 10
 HOOK = "blocks.2.hook_resid_post"
@@ -407,9 +406,7 @@ def test_releases(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, save: Save) 
         return SAE.load_from_disk(save())
 
     monkeypatch.setattr(SAE, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(
-        "msae_plugin.saes.subject_loading.require_repository", lambda name, kind: None
-    )
+    monkeypatch.setattr("msae_plugin.saes.load.require_repository", lambda name, kind: None)
     (subject,) = load_subjects([f"{release}:{sae_id}"])
     assert seen == [(release, sae_id, {"device": "cpu", "dtype": "float32"})]
     assert subject.name == f"{release}-{sae_id}"

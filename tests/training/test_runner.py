@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training import inputs
+from msae_plugin.training.passes import SharedPassRunner
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
-from msae_plugin.training.shared_pass import SharedPassRunner
 
 Train = Callable[..., RunResult]
 ReadRows = Callable[[Path], list[dict[str, Any]]]

@@ -13,10 +13,8 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.training.optimisers import build_optimiser
-from msae_plugin.training.schedules import GradientRateConfig
-from msae_plugin.training.step_trainer import StepOptions
-from msae_plugin.training.trainer import LockstepTrainer
+from msae_plugin.training.schedules import GradientRateConfig, build_optimiser
+from msae_plugin.training.trainer import LockstepTrainer, StepOptions
 
 D_IN, D_SAE, BATCH = 12, 24, 32
 HOOK = "h"

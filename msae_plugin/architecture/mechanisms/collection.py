@@ -15,18 +15,18 @@ from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.float32_buffers import KeepsFloat32
 from msae_plugin.architecture.kernels.cuda_graphs import RecordedSteps
 from msae_plugin.architecture.kernels.decoding import DecodeKernel, triton_runs_on
-from msae_plugin.architecture.mechanisms.coactivation import NeighbourCoactivation
 from msae_plugin.architecture.mechanisms.firing_floor import FiringFloor
 from msae_plugin.architecture.mechanisms.importance import FeatureImportance
 from msae_plugin.architecture.mechanisms.normalisation import MultiScaleNormalisation
 from msae_plugin.architecture.mechanisms.orthogonality import (
+    NeighbourCoactivation,
     chunk_penalty,
     coactivation_weights,
+    nearest_in_chunks_penalty,
     nearest_neighbours,
     pair_penalty,
     random_chunks,
 )
-from msae_plugin.architecture.mechanisms.ortsae import nearest_in_chunks_penalty
 from msae_plugin.architecture.mechanisms.revival import (
     RevivalRecord,
     new_directions,

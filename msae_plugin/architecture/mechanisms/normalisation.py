@@ -1,4 +1,4 @@
-"""[N] Multi-scale normalisation of the input.
+"""[N], [A] Multi-scale normalisation of the input, and attention over its scales.
 
     x_hat_s = gain_s (x_c - mu) / sqrt(s var + eps) + bias_s,   x_hat = sum_s pi_s x_hat_s
 
@@ -6,10 +6,14 @@ Per token this is one vector of n_scales weights times a matrix (n_scales, d_in)
 branches of compute. With an absolute eps, which is added before the scale multiplies the variance,
 the branches differ by the constants 1/sqrt(s): the module then folds into one affine map. With eps
 relative to the running mean variance they differ token by token.
+
+The source let tokens of a batch attend to each other, which mixes unrelated tokens. Here each token
+attends to the scale branches only, so that `encode` remains a function of one token.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Protocol
 
 import torch
@@ -17,8 +21,45 @@ from torch import nn
 from typing_extensions import override
 
 from msae_plugin.architecture.float32_buffers import KeepsFloat32
-from msae_plugin.architecture.mechanisms.attention import ScaleAttention
 from msae_plugin.architecture.ranks import ALONE, Ranks
+
+
+class ScaleAttention(nn.Module):
+    """Attention of one token over the scales: softmax(mixture + temperature * q(x) . key_s).
+
+    Args:
+        d_in: Width of the activations.
+        n_scales: Number of branches.
+        d_key: Width of queries and keys.
+        dtype: Data type of the parameters.
+        device: Device of the parameters.
+    """
+
+    def __init__(
+        self, d_in: int, n_scales: int, d_key: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.W_query = nn.Parameter(
+            torch.randn(d_in, d_key, dtype=dtype, device=device) / math.sqrt(d_in)
+        )
+        # Zero keys: attention starts as the plain mixture and learns to depart from it.
+        self.keys = nn.Parameter(torch.zeros(n_scales, d_key, dtype=dtype, device=device))
+        self.log_temperature = nn.Parameter(
+            torch.full((), -0.5 * math.log(d_key), dtype=dtype, device=device)
+        )
+
+    @override
+    def forward(self, unit: torch.Tensor) -> torch.Tensor:
+        """Logits of the scales.
+
+        Args:
+            unit: (..., d_in) tokens of unit variance.
+
+        Returns:
+            (..., n_scales) logits, to be added to those of the plain mixture.
+        """
+        return self.log_temperature.exp() * ((unit @ self.W_query) @ self.keys.T)
+
 
 # Keeps an all-zero first batch finite, and the gradient, which takes it to the power -3/2.
 _SMALLEST_VARIANCE = 1e-24

@@ -1,22 +1,39 @@
-"""[O] Orthogonality of decoder directions, over chunks or lists of pairs.
+"""[O] Orthogonality of decoder directions: chunks, nearest neighbours, OrtSAE's penalty.
 
     penalty = mean_i sum_j w_ij relu(cos(d_i, d_j))^2,   w_ij = min(1, relu(c_ij - tau))
 
 The gradient is written out by hand and gathered while the penalty is computed, chunk by chunk, so
 that nothing of size d_sae x d_sae is ever kept, and nothing at all for the backward pass but one
-(d_sae, d_in) gradient. OrtSAE's form, with the maximum over j in place of the weighted sum, is in
-`ortsae.py`.
+(d_sae, d_in) gradient. OrtSAE's form (arXiv 2509.22033) has the maximum over j
+in place of the weighted sum:
+
+    penalty = mean over chunks of mean_i max_j cos(d_i, d_j)^2
+
+With c_i the cosine to the nearest latent j(i), n the norms and s the share of a latent in the mean,
+the gradient with respect to row i is a weighted sum of few decoder rows:
+
+    a_i d_j(i) / (n_i n_j) + sum over i' with j(i') = i of a_i' d_i' / (n_i n_i') - b_i d_i / n_i^2
+    a_i = 2 s c_i,   b_i = a_i c_i + sum over these i' of a_i' c_i'
+
+Hence one `bag_sum` over three pairs per latent, made when the gradient is asked for. Written out
+over directions and norms it was twelve passes over the decoder and a fifth of a bf16 step on a GPU.
+
+The full matrix EMA(f_i f_j) takes 17 GB at 65k latents. Only pairs that overlap in direction can be
+penalised, so the moments are followed exactly for the nearest neighbours of each latent, in
+(d_sae, neighbour_count) numbers, and at a cost proportional to the active latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch.autograd.function import FunctionCtx
 
-from msae_plugin.architecture.mechanisms.ortsae import chunks_together
+from msae_plugin.architecture.float32_buffers import KeepsFloat32
+from msae_plugin.architecture.kernels.decoding import DecodeKernel, bag_sum
+from msae_plugin.architecture.ranks import ALONE, Ranks
 
 ChunkWeights = Callable[[torch.Tensor], torch.Tensor]
 # Numbers per temporary: 16 MiB of float32 for pairs and decoder rows, 64 MiB for rows of the Gram
@@ -203,3 +220,203 @@ def nearest_neighbours(
             cosines.append(top.values)
             indices.append(top.indices)
     return torch.cat(cosines), torch.cat(indices)
+
+
+def chunks_together(
+    chunks: Sequence[torch.Tensor], device: torch.device
+) -> list[list[torch.Tensor]]:
+    """Chunks that are handled together: of equal size, one at a time on a CPU.
+
+    A CPU keeps one chunk in its cache; a GPU would spend the time on starting kernels.
+
+    Args:
+        chunks: Index tensors, each (n_in_chunk,).
+        device: Where the decoder is.
+
+    Returns:
+        The chunks in groups, in their order.
+    """
+    groups: list[list[torch.Tensor]] = []
+    for chunk in chunks:
+        size = chunk.numel()
+        room = 1 if device.type == "cpu" else max(1, _BLOCK_SIZE // max(1, size * size))
+        if groups and groups[-1][0].numel() == size and len(groups[-1]) < room:
+            groups[-1].append(chunk)
+        else:
+            groups.append([chunk])
+    return groups
+
+
+class _NearestInChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: FunctionCtx,
+        W_dec: torch.Tensor,
+        cosine: torch.Tensor,
+        nearest: torch.Tensor,
+        share: torch.Tensor,
+        norms: torch.Tensor,
+        kernel: DecodeKernel,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(W_dec, cosine, nearest, share, norms)
+        ctx.kernel = kernel  # pyright: ignore[reportAttributeAccessIssue]
+        return (share * cosine.square()).sum().to(W_dec.dtype)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        W_dec, cosine, nearest, share, norms = ctx.saved_tensors
+        slope = 2 * grad_output.to(cosine.dtype) * share * cosine
+        along = slope * cosine
+        # Not `along.index_add(0, nearest, along)`: Inductor adds in place while it still reads.
+        along = along + torch.zeros_like(along).index_add(0, nearest, along)
+        across = slope / (norms * norms[nearest])
+        own = torch.arange(nearest.numel(), device=nearest.device)
+        gradient = bag_sum(
+            W_dec,
+            torch.cat([nearest, own, own]),
+            torch.cat([across, across, -along / norms.square()]),
+            torch.cat([own, nearest, own]),
+            own.numel(),
+            ctx.kernel,
+        )
+        return gradient.to(W_dec.dtype), None, None, None, None, None
+
+
+def nearest_in_chunks_penalty(
+    W_dec: torch.Tensor, chunks: Sequence[torch.Tensor], kernel: DecodeKernel = "auto"
+) -> torch.Tensor:
+    """OrtSAE's penalty.
+
+    Args:
+        W_dec: (d_sae, d_in) decoder.
+        chunks: A partition of the latents, each (n_in_chunk,). A chunk of one latent has no pair
+            and adds nothing.
+        kernel: As in `decoding.bag_sum`.
+
+    Returns:
+        Zero-dimensional, differentiable in W_dec. Zero rows have no direction: cosine 0.
+    """
+    with torch.no_grad(), torch.autocast(W_dec.device.type, enabled=False):
+        rows = W_dec if W_dec.dtype == torch.float64 else W_dec.float()
+        norms = rows.norm(dim=-1).clamp(min=1e-8)
+        cosine, share = torch.zeros_like(norms), torch.zeros_like(norms)
+        nearest = torch.arange(norms.numel(), device=norms.device)
+        for group in chunks_together(chunks, W_dec.device):
+            members = torch.stack(group)  # (n_together, n_in_chunk)
+            if members.shape[1] == 1:
+                continue
+            own_rows, own_norms = rows[members], norms[members]
+            cosines = own_rows @ own_rows.mT
+            cosines /= own_norms[..., None]
+            cosines /= own_norms[:, None]
+            cosines.diagonal(dim1=-2, dim2=-1).fill_(-2)
+            largest, at = cosines.max(dim=-1)
+            cosine[members] = largest
+            nearest[members] = members.gather(1, at)
+            # Not `share[members] = number`: that copies the number to the device at each step.
+            share.index_fill_(0, members.flatten(), 1 / (len(chunks) * members.shape[1]))
+    result = _NearestInChunks.apply(W_dec, cosine, nearest, share, norms, kernel)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+class NeighbourCoactivation(KeepsFloat32):
+    """Running second moments of neighbouring latents.
+
+    Args:
+        d_sae: Number of latents.
+        count: Neighbours per latent; capped at d_sae - 1.
+        device: Device of the buffers.
+    """
+
+    exact_tensor_names = ("neighbours", "pair_moment", "pair_weight", "second_moment", "mean")
+    neighbours: torch.Tensor
+    pair_moment: torch.Tensor
+    pair_weight: torch.Tensor
+    second_moment: torch.Tensor
+    mean: torch.Tensor
+
+    def __init__(self, d_sae: int, count: int, device: torch.device) -> None:
+        super().__init__()
+        count = min(count, d_sae - 1)
+        index = torch.arange(d_sae, device=device)[:, None] + torch.arange(
+            1, count + 1, device=device
+        )
+        self.register_buffer("neighbours", index % d_sae)
+        # pair_moment / pair_weight is the running mean of f_i f_j; the weight tells a pair that was
+        # just listed from one that was followed for long.
+        self.register_buffer(
+            "pair_moment", torch.zeros(d_sae, count, dtype=torch.float32, device=device)
+        )
+        self.register_buffer(
+            "pair_weight", torch.zeros(d_sae, count, dtype=torch.float32, device=device)
+        )
+        self.register_buffer(
+            "second_moment", torch.zeros(d_sae, dtype=torch.float32, device=device)
+        )
+        self.register_buffer("mean", torch.zeros(d_sae, dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def refresh(self, W_dec: torch.Tensor, rows_at_a_time: int) -> None:
+        """Search the neighbours anew; the moments of pairs that stay neighbours are kept."""
+        if self.neighbours.shape[1] == 0:
+            return
+        _, fresh = nearest_neighbours(W_dec, self.neighbours.shape[1], rows_at_a_time)
+        for start in range(0, fresh.shape[0], rows_at_a_time):
+            block = slice(start, start + rows_at_a_time)
+            same = fresh[block, :, None] == self.neighbours[block, None, :]
+            for moments in (self.pair_moment, self.pair_weight):
+                moments[block] = (same * moments[block, None, :]).sum(dim=-1)
+        self.neighbours = fresh
+
+    @torch.no_grad()
+    def update(
+        self,
+        feature_acts: torch.Tensor,
+        values: torch.Tensor,
+        tokens: torch.Tensor,
+        latents: torch.Tensor,
+        rate: float,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Fold one batch into the moments.
+
+        Args:
+            feature_acts: (n_tokens, d_sae) latents of the batch, dense.
+            values: (n_pairs,) the same latents where active.
+            tokens: (n_pairs,) their tokens.
+            latents: (n_pairs,) their indices.
+            rate: Weight of this batch.
+            ranks: The processes that share the batch.
+        """
+        n_tokens = feature_acts.shape[0]
+        values = values.float()
+        moment = torch.zeros_like(self.second_moment)
+        squares = ranks.mean(moment.index_add(0, latents, values.square()) / n_tokens)
+        self.second_moment.lerp_(squares, rate)
+        self.mean.lerp_(ranks.mean(moment.index_add(0, latents, values) / n_tokens), rate)
+        partner = feature_acts[tokens[:, None], self.neighbours[latents]].float()
+        products = torch.zeros_like(self.pair_moment)
+        products.index_add_(0, latents, values[:, None] * partner)
+        self.pair_moment.lerp_(ranks.mean(products / n_tokens), rate)
+        self.pair_weight.lerp_(torch.ones_like(self.pair_weight), rate)
+
+    def normalised(self, kind: Literal["coactivation", "correlation"]) -> torch.Tensor:
+        """Co-activation of each latent with its neighbours.
+
+        Args:
+            kind: The cosine of the latents over tokens, or their correlation, which is zero for
+                latents that fire independently.
+
+        Returns:
+            (d_sae, count) float32; zero where a latent has not fired.
+        """
+        moment = self.pair_moment / self.pair_weight.clamp(min=1e-8)
+        spread = self.second_moment
+        if kind == "correlation":
+            moment = moment - self.mean[:, None] * self.mean[self.neighbours]
+            spread = (self.second_moment - self.mean.square()).clamp(min=0)
+        scale = (spread[:, None] * spread[self.neighbours]).sqrt()
+        return torch.where(scale > 1e-12, moment / scale.clamp(min=1e-12), 0.0)

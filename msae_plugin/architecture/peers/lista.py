@@ -32,9 +32,8 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
-from msae_plugin.architecture.calibration import calibrate_batchtopk
+from msae_plugin.architecture.calibration import calibrate_batchtopk, calibrated_cut
 from msae_plugin.architecture.selection import running_rate
-from msae_plugin.architecture.threshold import calibrated_cut
 from msae_plugin.common.errors import InputError, RunFailure
 
 ARCHITECTURE = "lista_matryoshka_batchtopk"

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.preflight_packages import EXTRA
+from msae_plugin.evaluation.preflight import EXTRA
 from msae_plugin.registration import register
 
 _ALIASES = {"scr": "scr_and_tpp", "tpp": "scr_and_tpp"}

@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,20 +24,26 @@ import huggingface_hub
 import torch
 from sae_bench.evals.absorption import common as absorption_common
 from sae_bench.evals.absorption import main as absorption_main
+from sae_bench.evals.absorption.eval_output import AbsorptionMeanMetrics
 from sae_bench.evals.autointerp import main as autointerp_main
+from sae_bench.evals.autointerp.eval_output import AutoInterpMetrics
 from sae_bench.evals.meta_structure import main as meta_structure_main
+from sae_bench.evals.meta_structure.eval_output import MetaStructureMetrics
 from sae_bench.evals.ravel import instance as ravel_instance
 from sae_bench.evals.ravel import main as ravel_main
+from sae_bench.evals.ravel.eval_output import RAVELMetricResults
 from sae_bench.evals.scr_and_tpp import dataset_creation
 from sae_bench.evals.scr_and_tpp import main as scr_and_tpp_main
+from sae_bench.evals.scr_and_tpp.eval_output import ScrMetrics, TppMetrics
 from sae_bench.sae_bench_utils import dataset_utils
 from sae_bench.sae_bench_utils.activation_collection import LLM_NAME_TO_BATCH_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from msae_plugin.common.cache import is_complete, keyed_folder, mark_complete, versions
 from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import is_complete, keyed_folder, mark_complete, versions
 from msae_plugin.data.local_datasets import LocalCopies
 from msae_plugin.evaluation.outcomes import (
+    MetricDefinition,
     ModelContext,
     Outcome,
     Reporter,
@@ -44,24 +51,108 @@ from msae_plugin.evaluation.outcomes import (
     require_real,
     result_file,
 )
-from msae_plugin.evaluation.preflight_data import OPENAI_VARIABLE, RAVEL_DATASET
+from msae_plugin.evaluation.preflight_checks import OPENAI_VARIABLE, RAVEL_DATASET
 from msae_plugin.evaluation.protocols import SCHEMAS, config_class
-from msae_plugin.evaluation.saebench.others_definitions import (
-    NOT_OF_THE_SAE,
-    RELIABILITY,
-    definition,
-)
 from msae_plugin.evaluation.saebench.patching import (
     evaluation_environment,
     replaced,
     scratch_working_directory,
     seeded,
 )
-from msae_plugin.evaluation.saebench.sae_probes_model_side import tokenizer_sha256
+from msae_plugin.evaluation.saebench.sae_probes import tokenizer_sha256
 from msae_plugin.models.sources import resolve_model
 from msae_plugin.saes.load import Subject
 
-__all__ = ["RELIABILITY", "definition", "run_other"]
+METRICS: dict[str, type[Any]] = {
+    "absorption": AbsorptionMeanMetrics,
+    "scr": ScrMetrics,
+    "tpp": TppMetrics,
+    "ravel": RAVELMetricResults,
+    "autointerp": AutoInterpMetrics,
+    "meta_structure": MetaStructureMetrics,
+}
+"""SAEBench's class of results, by evaluation."""
+
+NOT_OF_THE_SAE = frozenset({"train_time_seconds"})
+"""Fields of SAEBench's results that measure the machine; they stay in its JSON."""
+
+_CHANIN = "Chanin, Are Sparse Autoencoder Benchmarks Reliable?, arXiv 2605.18229"
+
+RELIABILITY = {
+    "absorption": (
+        "absorption_fraction was redefined in SAEBench 0.6.0 and is not comparable with published "
+        f"numbers ({_CHANIN}); SAEBench advises against models below 1B parameters and SAEs below "
+        "16k latents, and an undertrained SAE scores low for want of features"
+    ),
+    "scr": f"discredited as a metric of SAEs ({_CHANIN})",
+    "tpp": f"discredited as a metric of SAEs ({_CHANIN})",
+    "ravel": (
+        "a mask is trained on the latents of each attribute, so the score is that of SAE and mask "
+        "together; Gemma-2 and GPT-NeoX models only"
+    ),
+    "autointerp": (
+        "depends on the judge, OpenAI's gpt-4o-mini, which changes without notice and does not "
+        "answer the same twice"
+    ),
+    "meta_structure": (
+        "how well a small SAE reconstructs the decoder; read as structure that directions share "
+        "(Bussmann et al., Matryoshka SAEs, ICML 2025, appendix D.1), and no measure of quality"
+    ),
+}
+"""What is known of each evaluation's reliability."""
+
+_TOKENS = {
+    "absorption": "single-token words of the vocabulary in SAEBench's spelling prompts",
+    "scr": "tokens of the probes' texts without BOS, EOS and PAD, averaged per text",
+    "tpp": "tokens of the probes' texts without BOS, EOS and PAD, averaged per text",
+    "ravel": "last token of the entity in RAVEL's prompts that the model answers correctly",
+    "autointerp": "windows of SAEBench's text corpus; BOS, EOS and PAD do not count as activations",
+    "meta_structure": "none: rows of the decoder",
+}
+# In the order of their patterns, the first that fits.
+_UNITS = (
+    (r".*num_split_features", "latents per letter"),
+    (r"(scr|tpp)_.*(diff_only|total_metric)", "difference of two accuracies"),
+    (r"scr_.*", "share of the probe's bias removed"),
+    (r"final_reconstruction_mse", "squared decoder units per entry"),
+    (r".*", "share"),
+)
+_BETTER = (
+    (r"mean_(absorption_fraction|full_absorption)_score", False),
+    (r"scr_metric_.*", True),
+    (r"tpp_.*_(total_metric|intended_diff_only)", True),
+    (r"tpp_.*_unintended_diff_only", False),
+    (r"(disentanglement|cause|isolation)_score", True),
+    (r"autointerp_score", True),
+    (r".*", None),
+)
+
+
+def definition(evaluation: str, metric: str) -> MetricDefinition:
+    """The definition of a metric, in SAEBench's own words, and what is known of it.
+
+    Args:
+        evaluation: Its name.
+        metric: A field of SAEBench's results.
+
+    Raises:
+        KeyError: SAEBench's results have no such field.
+    """
+    fields = {item.name: item for item in dataclasses.fields(METRICS[evaluation])}
+    # pydantic keeps title and description in what dataclasses call the default.
+    description: str = cast("Any", fields[metric].default).description
+    return MetricDefinition(
+        definition=f"{description.rstrip('.')}. Reliability: {RELIABILITY[evaluation]}",
+        unit=_first(_UNITS, metric),
+        tokens=_TOKENS[evaluation],
+        source="saebench",
+        higher_is_better=_first(_BETTER, metric),
+    )
+
+
+def _first(table: tuple[tuple[str, Any], ...], metric: str) -> Any:
+    return next(value for pattern, value in table if re.fullmatch(pattern, metric))
+
 
 logger = logging.getLogger(__name__)
 

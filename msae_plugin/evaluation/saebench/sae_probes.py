@@ -3,30 +3,47 @@
 `sae_bench.evals.sparse_probing_sae_probes.main.run_eval` runs unchanged, once per SAE, in an empty
 folder that holds the model's activations and its baselines already (`sae_probes_model_side`): it
 finds nothing to load a model for, and no result of another SAE.
+
+sae-probes computes both itself, for a model that it loads by name; it believes any activations file
+of the right length, and any result file. Here `ensure_dataset_activations` and `run_baseline_evals`
+run unchanged for one dataset at a time, with the loaded model, in a folder whose key covers
+everything that they depend on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from sae_bench.evals.sparse_probing_sae_probes import main as sae_probes_main
 from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 from sae_bench.evals.sparse_probing_sae_probes.eval_output import SaeProbesSaeMetrics
-from sae_probes import DATASETS
+from sae_probes import DATASETS, run_baseline_evals
+from sae_probes.constants import DATA_PATH
+from sae_probes.generate_model_activations import ensure_dataset_activations
 from sae_probes.run_baselines import METHODS
 from sae_probes.utils_data import get_dataset_sizes
 
-from msae_plugin.common.cache import files_sha256, key_digest
-from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.missing import Missing
+from msae_plugin.common.errors import InputError, Missing, RunFailure
+from msae_plugin.common.files import (
+    files_sha256,
+    is_complete,
+    key_digest,
+    keyed_folder,
+    mark_complete,
+    versions,
+)
 from msae_plugin.data.local_datasets import missing_disk
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
@@ -38,17 +55,233 @@ from msae_plugin.evaluation.outcomes import (
     require_real,
     result_file,
 )
-from msae_plugin.evaluation.saebench.checked_latents import CheckedLatents
 from msae_plugin.evaluation.saebench.patching import (
+    CheckedLatents,
     evaluation_environment,
     scratch_working_directory,
 )
-from msae_plugin.evaluation.saebench.sae_probes_model_side import (
-    SaeProbesModelSide,
-    dataset_file,
-    lay_out,
-)
 from msae_plugin.saes.load import Subject
+
+ACTIVATIONS = "sae_probes_activations"
+BASELINES = "sae_probes_baselines"
+# Raised when what is stored changes.
+FORMAT = 1
+
+# sae-probes' own values.
+MAX_TOKENS = 1024
+LARGEST_BATCH = 32
+# Attention scores of one layer may take this much, and TransformerLens holds about three such
+# tensors: sae-probes' 32 texts of 1024 tokens would be 1.2 GB each on SmolLM2's nine heads.
+SCORE_BYTES = {"cpu": 2**28}
+SCORE_BYTES_ELSEWHERE = 2**31
+
+# In a folder of our own no model's name is needed, and none can lead out of it.
+_MODEL = "model"
+
+
+def dataset_file(dataset: str) -> Path:
+    """The table of a dataset inside the sae-probes wheel."""
+    return DATA_PATH / "cleaned_data" / f"{dataset}.csv.zst"
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of how a tokenizer splits text, without the settings of its last call."""
+    if getattr(tokenizer, "is_fast", False):
+        state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}
+    else:
+        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    state["special"] = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def batch_size(longest: int, n_heads: int, device: str) -> int:
+    """How many texts fit into one pass: sae-probes' 32 unless their attention is too large.
+
+    Args:
+        longest: Tokens of the longest text.
+        n_heads: Attention heads of a layer.
+        device: A torch device.
+    """
+    allowed = SCORE_BYTES.get(device.split(":", maxsplit=1)[0], SCORE_BYTES_ELSEWHERE)
+    tokens = min(longest, MAX_TOKENS)
+    return max(1, min(LARGEST_BATCH, allowed // (4 * n_heads * tokens * tokens)))
+
+
+class SaeProbesModelSide:
+    """The model's side of sae-probes for one hook.
+
+    Args:
+        context: The model.
+        hook_name: Where the SAEs read.
+        seed: Of the split of every dataset and of the probes.
+        method: sae-probes' name of the probe on the model; None for no such probe.
+    """
+
+    def __init__(
+        self, context: ModelContext, hook_name: str, seed: int, method: str | None
+    ) -> None:
+        self.context = context
+        self.hook_name = hook_name
+        self.seed = seed
+        self.method = method
+        self._tokenizer = tokenizer_sha256(context.language_model.tokenizer)
+
+    def activations(self, dataset: str) -> Path:
+        """(texts, d_in) float32 in a file, computed if need be.
+
+        Raises:
+            RunFailure: An activation is NaN or infinite.
+        """
+        model = self.context.language_model.model
+        longest = _longest(dataset)
+        size = batch_size(longest, int(model.cfg.n_heads), self.context.device)
+        key: dict[str, Any] = {
+            **self._common(dataset),
+            "tokenizer": self._tokenizer,
+            "max_tokens": MAX_TOKENS,
+            "batch_size": size,
+            "versions": versions("torch", "transformer-lens", "transformers", "sae-probes"),
+        }
+        folder = keyed_folder(self.context.cache.absolute(), ACTIVATIONS, key)
+        file = folder / f"model_activations_{_MODEL}" / f"{dataset}_{self.hook_name}.pt"
+        if is_complete(folder):
+            return file
+        with _sides_restored(self.context.language_model.tokenizer):
+            ensure_dataset_activations(
+                model_name=_MODEL,
+                dataset_short_names=[dataset],
+                hook_names=[self.hook_name],
+                model_cache_path=folder,
+                device=self.context.device,
+                max_seq_len=MAX_TOKENS,
+                batch_size=size,
+                model=_LastTokens(model),  # pyright: ignore[reportArgumentType] - as the model
+            )
+        found: torch.Tensor = torch.load(file, weights_only=True)
+        # numpy, where the probes are trained, has no bfloat16. Widening changes no value.
+        found = found.float()
+        if not bool(torch.isfinite(found).all()):
+            raise RunFailure(f"activations at {self.hook_name} are NaN or infinite")
+        torch.save(found, file)
+        mark_complete(folder, key)
+        return file
+
+    def baseline(self, dataset: str) -> Path | None:
+        """sae-probes' JSON of the probe on the model's activations, computed if need be."""
+        if self.method is None:
+            return None
+        activations = self.activations(dataset)
+        key: dict[str, Any] = {
+            **self._common(dataset),
+            "activations": activations.parent.parent.name,
+            "seed": self.seed,
+            "method": self.method,
+            "versions": versions("sae-probes", "scikit-learn", "xgboost", "numpy"),
+        }
+        folder = keyed_folder(self.context.cache.absolute(), BASELINES, key)
+        if not is_complete(folder):
+            run_baseline_evals(
+                model_name=_MODEL,
+                hook_name=self.hook_name,
+                setting="normal",
+                method=self.method,  # pyright: ignore[reportArgumentType] - checked before
+                results_path=folder,
+                model_cache_path=activations.parent.parent,
+                datasets=[dataset],
+                device=self.context.device,
+                seed=self.seed,
+            )
+            mark_complete(folder, key)
+        name = f"{dataset}_{self.hook_name}_{self.method}.json"
+        return folder / f"baseline_results_{_MODEL}" / "normal_setting" / name
+
+    def _common(self, dataset: str) -> dict[str, Any]:
+        model = self.context.language_model.model
+        return {
+            "format": FORMAT,
+            "model": self.context.weights_sha256,
+            "model_config": str(sorted(model.cfg.to_dict().items(), key=str)),
+            "dtype": self.context.dtype,
+            "device": self.context.device.split(":")[0],
+            "hook": self.hook_name,
+            "dataset": dataset,
+            "table": files_sha256([dataset_file(dataset)]),
+        }
+
+
+def lay_out(
+    cache: Path, results: Path, model_name: str, files: Sequence[tuple[Path, Path | None]]
+) -> None:
+    """Put activations and baselines where sae-probes looks for those of `model_name`.
+
+    Args:
+        cache: sae-probes' `model_cache_path`.
+        results: sae-probes' `results_path`.
+        model_name: What sae-probes is told.
+        files: For each dataset the activations and the baseline.
+    """
+    for activations, baseline in files:
+        _link(activations, cache / f"model_activations_{model_name}" / activations.name)
+        if baseline is not None:
+            folder = results / f"baseline_results_{model_name}" / "normal_setting"
+            _link(baseline, folder / baseline.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Windows lets only some users make links.
+    with suppress(OSError):
+        target.symlink_to(source)
+        return
+    shutil.copyfile(source, target)
+
+
+def _longest(dataset: str) -> int:
+    """No text has more tokens than bytes, but for a token at each end."""
+    prompts = pd.read_csv(dataset_file(dataset), compression="zstd")["prompt"]
+    return max(len(str(prompt).encode()) for prompt in prompts) + 2
+
+
+@contextmanager
+def _sides_restored(tokenizer: Any) -> Generator[None, None, None]:
+    # sae-probes makes the tokenizer cut texts on the left, which would change what every later
+    # evaluation reads.
+    before = tokenizer.truncation_side, tokenizer.padding_side
+    try:
+        yield
+    finally:
+        tokenizer.truncation_side, tokenizer.padding_side = before
+
+
+class _LastTokens:
+    """The model as sae-probes uses it, without keeping what it does not want.
+
+    sae-probes takes one token's activations of every text, on a CPU as views: the whole batch
+    would stay in memory behind each, 9 GB for 4,000 texts of 1024 tokens and SmolLM2's width.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.tokenizer = model.tokenizer
+
+    def run_with_cache(
+        self, tokens: torch.Tensor, names_filter: Sequence[str], **options: Any
+    ) -> tuple[None, Mapping[str, _Copied]]:
+        """Activations by hook."""
+        cache = self._model.run_with_cache(tokens, names_filter=list(names_filter), **options)[1]
+        return None, {name: _Copied(cache[name]) for name in names_filter}
+
+
+class _Copied:
+    """A tensor whose parts do not keep the whole alive."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor[index].clone()
+
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from msae_plugin.reporting.analyses.revival import (
     revival_statistics,
     revivals,
 )
-from msae_plugin.reporting.trained import TrainedSAE
+from msae_plugin.reporting.sources import TrainedSAE
 
 
 @dataclass(frozen=True)

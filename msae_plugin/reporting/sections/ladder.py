@@ -7,8 +7,14 @@ from statistics import fmean
 
 from msae_plugin.comparison.ladder import BASELINE
 from msae_plugin.reporting.document import Block, CellValue, Section, Table, Text, columns
-from msae_plugin.reporting.figure_style import Look
-from msae_plugin.reporting.figures import Panel, axis_label, difference_plot, panels, seeds_shown
+from msae_plugin.reporting.figures import (
+    Look,
+    Panel,
+    axis_label,
+    difference_plot,
+    panels,
+    seeds_shown,
+)
 from msae_plugin.reporting.metrics import (
     BY_KEY,
     LADDER,
@@ -18,9 +24,8 @@ from msae_plugin.reporting.metrics import (
     sentence,
     signed,
 )
-from msae_plugin.reporting.rows import Bench, Difference, Group, differences, l0_note
-from msae_plugin.reporting.sections.difference_sections import by_chance, column_of
-from msae_plugin.reporting.statistics import wording
+from msae_plugin.reporting.rows import Bench, Difference, Group, differences, l0_note, wording
+from msae_plugin.reporting.sections.results import by_chance, column_of
 
 THE_SOURCE = (
     "The source is an experiment log of ten runs on Gemma-2-2B, each one mechanism more than the "

@@ -9,19 +9,16 @@ from msae_plugin.reporting.document import (
     Block,
     Bullets,
     CellValue,
+    Place,
     Section,
     Table,
     Text,
     columns,
     slug,
 )
-from msae_plugin.reporting.figure_style import Look
-from msae_plugin.reporting.figures import curves
-from msae_plugin.reporting.places import Place
+from msae_plugin.reporting.figures import Look, curves
 from msae_plugin.reporting.rows import Missing
-from msae_plugin.reporting.sources import RunSource, Sources
-from msae_plugin.reporting.trained import TrainedSAE, run_l0_target
-from msae_plugin.reporting.variants import is_variant
+from msae_plugin.reporting.sources import RunSource, Sources, TrainedSAE, is_variant, run_l0_target
 from msae_plugin.saes.health import recorded_messages
 
 MOST_CURVES_OF_L0 = 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from evaluation_builders import make_subject, random_multiscale, random_standard
 
-from msae_plugin.common.cache import tensors_sha256
+from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.load import Subject

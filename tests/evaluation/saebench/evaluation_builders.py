@@ -6,7 +6,7 @@ import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
 from msae_plugin import MultiScaleSAE, MultiScaleSAEConfig
-from msae_plugin.common.cache import tensors_sha256
+from msae_plugin.common.files import tensors_sha256
 from msae_plugin.saes.load import Subject
 
 HOOK = "blocks.1.hook_resid_post"

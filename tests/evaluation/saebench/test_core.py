@@ -18,8 +18,7 @@ from tolerance import rounding_tolerance
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.saebench.core.adapter import run_core
-from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide
-from msae_plugin.evaluation.saebench.core.text import core_tokens
+from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide, core_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import Subject
 

@@ -25,22 +25,20 @@ from sae_probes import (
 from sae_probes.utils_training import BestClassifierResults, Metrics
 from sklearn.linear_model import LogisticRegression
 
-from msae_plugin.common.cache import tensors_sha256
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
-from msae_plugin.evaluation.saebench import sae_probes_model_side
+from msae_plugin.evaluation.saebench import sae_probes
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sae_probes import (
     DEFINITIONS,
     OFFLINE_SAE_PROBES_DATASETS,
-    known_ks,
-    missing_for_sae_probes,
-    run_sae_probes,
-)
-from msae_plugin.evaluation.saebench.sae_probes_model_side import (
     SaeProbesModelSide,
     batch_size,
     dataset_file,
+    known_ks,
+    missing_for_sae_probes,
+    run_sae_probes,
     tokenizer_sha256,
 )
 from msae_plugin.models.loading import load_language_model
@@ -64,7 +62,7 @@ def short_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tables[name] = table
     sizes = {name: len(table) for name, table in tables.items()}
     monkeypatch.setattr(generate_model_activations, "DATA_PATH", data)
-    monkeypatch.setattr(sae_probes_model_side, "DATA_PATH", data)
+    monkeypatch.setattr(sae_probes, "DATA_PATH", data)
     monkeypatch.setattr(utils_data, "read_numbered_dataset_df", lambda name: tables[name])
     monkeypatch.setattr(generate_sae_activations, "DATASET_SIZES", sizes)
     monkeypatch.setattr(run_baselines, "DATASET_SIZES", sizes)
@@ -229,8 +227,8 @@ def test_the_models_side_is_computed_once_and_never_stale(
 ) -> None:
     passes: list[str] = []
     probes: list[str] = []
-    ensure = sae_probes_model_side.ensure_dataset_activations
-    baseline = sae_probes_model_side.run_baseline_evals
+    ensure = sae_probes.ensure_dataset_activations
+    baseline = sae_probes.run_baseline_evals
 
     def counted_ensure(**options: Any) -> None:
         passes.extend(options["dataset_short_names"])
@@ -240,8 +238,8 @@ def test_the_models_side_is_computed_once_and_never_stale(
         probes.extend(options["datasets"])
         baseline(**options)
 
-    monkeypatch.setattr(sae_probes_model_side, "ensure_dataset_activations", counted_ensure)
-    monkeypatch.setattr(sae_probes_model_side, "run_baseline_evals", counted_baseline)
+    monkeypatch.setattr(sae_probes, "ensure_dataset_activations", counted_ensure)
+    monkeypatch.setattr(sae_probes, "run_baseline_evals", counted_baseline)
 
     def work(given: ModelContext = context, seed: int = 7, **changes: Any) -> tuple[int, int]:
         passes.clear()

@@ -17,8 +17,8 @@ from sae_bench.evals.sparse_probing import probe_training
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
 
-from msae_plugin.common.cache import tensors_sha256
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import tensors_sha256
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
 from msae_plugin.data.local_datasets import LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, no_report

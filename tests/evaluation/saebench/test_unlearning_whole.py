@@ -18,7 +18,7 @@ from sae_lens import SAE
 from toy_instruct.prepare import TOY_HOOK, ToyInstruct, prepare_toy_instruct
 from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
-from msae_plugin.common.cache import tensors_sha256
+from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, Outcome, no_report
 from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
 from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning

@@ -1,4 +1,4 @@
-"""What the core evaluation needs of the language model alone: computed once, kept on disk.
+"""The language model's share of the core evaluation: tokens, losses and divergences, kept on disk.
 
 Per batch of tokens: the activations at the hook; for the batches of the reconstruction metrics also
 the residual stream before the last norm (from which the clean logits follow by the unembedding
@@ -8,18 +8,225 @@ model and of the one with zeros at the hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file, save_file
 
-from msae_plugin.common.cache import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.data.text import load_text, open_corpus
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
-from msae_plugin.evaluation.saebench.core.predictions import CleanPredictions, Predictions
-from msae_plugin.evaluation.saebench.core.text import tokens_sha256
+from msae_plugin.evaluation.saebench.patching import quiet
 from msae_plugin.models.forward_pass import TAIL_TOLERANCE, tail_start
+from msae_plugin.models.packaged import PACKAGED_PREFIX
+from msae_plugin.saes.load import Subject
+
+# Tokens whose logits are worked on at a time: rows stay in the processor's cache. 2048 tokens of a
+# 49k vocabulary: 1.9 s whole, 1.1 s in parts (one thread).
+PREDICTIONS_AT_A_TIME = 16
+# exp of it is still a normal float32. Above it the logarithm of a softmax and a log-softmax are the
+# same but for rounding; below, SAEBench's formula loses digits and ends in infinity and NaN.
+LOWEST_LOG_PROBABILITY = -87.0
+ALL_PROMPTS = slice(None)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a batch's logits say, per position.
+
+    Args:
+        ce: (batch, seq - 1) loss of predicting the next token, in the model's dtype as in
+            TransformerLens.
+        kl: (batch, seq) KL from the clean predictions, SAEBench's formula: logarithms of a softmax
+            in the model's dtype, infinite or NaN where that softmax is 0.
+        kl_float32: (batch, seq) the same from float32 log-probabilities.
+    """
+
+    ce: torch.Tensor
+    kl: torch.Tensor
+    kl_float32: torch.Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Predictions]) -> Predictions:
+        """The predictions of a batch from those of its parts, in their order."""
+        return cls(
+            torch.cat([part.ce for part in parts]),
+            torch.cat([part.kl for part in parts]),
+            torch.cat([part.kl_float32 for part in parts]),
+        )
+
+
+class CleanPredictions:
+    """The unchanged model's predictions on a batch, computed once for all SAEs.
+
+    Args:
+        model: The HookedTransformer.
+        logits: (batch, seq, vocabulary) of the unchanged model.
+        tokens: (batch, seq) long.
+    """
+
+    def __init__(self, model: Any, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        self._model = model
+        self._tokens = tokens
+        self._vocabulary = logits.shape[-1]
+        rows = logits.reshape(-1, self._vocabulary)
+        self._probabilities = torch.empty_like(rows)
+        self._exact = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        lowest = 0.0
+        for part in _parts(len(rows)):
+            self._probabilities[part] = rows[part].softmax(-1)
+            self._exact[part] = rows[part].float().log_softmax(-1)
+            lowest = min(lowest, float(self._exact[part].amin()))
+        # SAEBench's own log-probabilities where they are not the exact ones: the logarithms of a
+        # rounded softmax.
+        self._rounded: torch.Tensor | None = None
+        if rows.dtype != torch.float32 or lowest <= LOWEST_LOG_PROBABILITY:
+            self._rounded = self._probabilities.log()
+
+    def compare(self, logits: torch.Tensor, prompts: slice = ALL_PROMPTS) -> Predictions:
+        """Losses and divergences of other logits on the same batch.
+
+        Args:
+            logits: (prompts, seq, vocabulary).
+            prompts: Which prompts of the batch they are of.
+        """
+        tokens = self._tokens[prompts]
+        first = (prompts.start or 0) * tokens.shape[1]
+        rows = logits.reshape(-1, self._vocabulary)
+        kl = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
+        exact = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        following = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        targets = torch.cat([tokens[:, 1:], tokens[:, :1]], 1).reshape(-1, 1)
+        for part in _parts(len(rows)):
+            of_batch = slice(first + part.start, first + part.stop)
+            new = rows[part].float().log_softmax(-1)
+            following[part] = -new.gather(-1, targets[part])[:, 0]
+            same = self._rounded is None and float(new.amin()) > LOWEST_LOG_PROBABILITY
+            if not same:
+                kl[part] = self._rounded_kl(rows[part], of_batch)
+            clean, weights = self._exact[of_batch], self._probabilities[of_batch]
+            if rows.dtype != torch.float32:
+                weights = clean.exp()
+            exact[part] = torch.sub(clean, new, out=new).mul_(weights).sum(-1)
+            if same:
+                kl[part] = exact[part]
+        if rows.dtype == torch.float32:
+            # TransformerLens' own loss is the same log-softmax and gather.
+            ce = following.reshape(tokens.shape)[:, :-1]
+        else:
+            ce = self._model.loss_fn(logits, tokens, per_token=True)
+        return Predictions(ce, kl.reshape(tokens.shape), exact.reshape(tokens.shape))
+
+    def _rounded_kl(self, rows: torch.Tensor, of_batch: slice) -> torch.Tensor:
+        """(tokens,) by SAEBench's formula to the letter."""
+        probabilities = self._probabilities[of_batch]
+        clean = probabilities.log() if self._rounded is None else self._rounded[of_batch]
+        new = rows.softmax(-1).log_()
+        return torch.sub(clean, new, out=new).mul_(probabilities).sum(-1)
+
+
+def _parts(total: int) -> list[slice]:
+    starts = range(0, total, PREDICTIONS_AT_A_TIME)
+    return [slice(start, min(start + PREDICTIONS_AT_A_TIME, total)) for start in starts]
+
+
+DEFAULT_HELDOUT_DOCUMENTS = 200
+
+
+def is_local(dataset: str) -> bool:
+    """Whether a data set is read by us (packaged, a file, a folder) rather than from the hub."""
+    return dataset.startswith(PACKAGED_PREFIX) or Path(dataset).expanduser().exists()
+
+
+def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
+    """What SAELens' ActivationsStore is given: a hub name as it is, local text as a table.
+
+    Packaged text is what training never sees (`heldout_documents`, as in a recipe). A table is
+    shuffled by rows; a streamed hub data set, as in SAEBench, by shards only, so seeds of a
+    one-shard data set give the same tokens (`run_core` says so).
+
+    Raises:
+        InputError: The text cannot be had.
+    """
+    dataset = str(settings["dataset"])
+    if not is_local(dataset):
+        return dataset
+    default = DEFAULT_HELDOUT_DOCUMENTS if dataset.startswith(PACKAGED_PREFIX) else 0
+    heldout = int(settings.get("heldout_documents") or default)
+    if heldout:
+        documents = load_text(dataset, heldout_documents=heldout).heldout
+    else:
+        documents = list(open_corpus(dataset, "train", None).documents())
+    return Dataset.from_dict({"text": documents})
+
+
+def core_tokens(
+    context: ModelContext, settings: Mapping[str, Any], subject: Subject, seed: int, n_batches: int
+) -> torch.Tensor:
+    """The first batches of tokens that SAEBench would evaluate this SAE on.
+
+    Args:
+        context: The model.
+        settings: Settings of `core`.
+        subject: BOS and sequence settings come from its metadata, as in SAEBench.
+        seed: Seed of the shuffling; SAEBench's own is 42.
+        n_batches: How many.
+
+    Returns:
+        (n_batches, batch_size_prompts, context_size) long.
+
+    Raises:
+        InputError: The text is too short. SAEBench would begin it again and count tokens twice.
+    """
+    sae = subject.for_saebench(context.torch_dtype, "cpu")
+    # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        store = ActivationsStore.from_sae(
+            context.language_model.model,
+            sae,
+            context_size=int(settings["context_size"]),
+            dataset=core_dataset(settings),
+            dataset_trust_remote_code=True,
+        )
+        store.shuffle_input_dataset(seed=seed)
+        batches: list[torch.Tensor] = []
+        while len(batches) < n_batches:
+            try:
+                batch = store.get_batch_tokens(
+                    int(settings["batch_size_prompts"]), raise_at_epoch_end=True
+                )
+            except StopIteration:
+                raise InputError(
+                    f"core: {settings['dataset']} holds only {len(batches)} batches of "
+                    f"{settings['batch_size_prompts']} x {settings['context_size']} tokens and "
+                    f"{n_batches} are asked for: lower n_eval_reconstruction_batches and "
+                    "n_eval_sparsity_variance_batches, or raise heldout_documents"
+                ) from None
+            batches.append(batch.cpu())
+    return torch.stack(batches)
+
+
+def tokens_sha256(tokens: torch.Tensor) -> str:
+    """Hash of tokens: covers the text, its order, the tokenizer, the context and the seed."""
+    return hashlib.sha256(
+        str(tuple(tokens.shape)).encode() + tokens.contiguous().numpy().tobytes()
+    ).hexdigest()
+
+
+def ignored_tokens(tokenizer: Any) -> set[int]:
+    """PAD, EOS and BOS, which SAEBench leaves out of every mean."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return {int(token) for token in ids if token is not None}
+
 
 KIND = "core"
 # Raised when what is stored changes.

@@ -14,8 +14,7 @@ import torch
 from sae_lens import SAE
 
 from msae_plugin.evaluation.outcomes import Outcome, Reporter, failure
-from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide
-from msae_plugin.evaluation.saebench.core.predictions import Predictions
+from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide, Predictions
 
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
 

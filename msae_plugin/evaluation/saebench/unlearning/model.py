@@ -1,23 +1,38 @@
-"""Multiple-choice prompts for any instruct model, and the probabilities of its letters.
+"""The instruct model of the unlearning evaluation: prompts, known answers, SAEBench's code adapted.
 
 SAEBench writes its prompts for two Gemma models by name. Here the turns come from the tokenizer's
 chat template; the text of the question stays SAEBench's. For Gemma's template both are the same,
 token for token (tests/evaluation/saebench/test_unlearning_prompts.py).
+
+SAEBench asks every question in all 24 orders of its choices, with and without the question itself:
+by far most of the evaluation's work, and the same for every SAE. Its files are written by its own
+code into a keyed folder, and copied from there into the artifacts of each SAE.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
+from sae_bench.evals.unlearning.utils import feature_activation, metrics
+from sae_bench.sae_bench_utils import activation_collection
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers import PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.evaluation.outcomes import ModelContext, Reporter
+from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
+from msae_plugin.evaluation.saebench.unlearning.data import Corpus, Questions
 
 LETTERS = "ABCD"
 _PLACE = "THE-QUESTION-GOES-HERE"
@@ -235,3 +250,248 @@ class LetterAnswers:
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
         return tokens
+
+
+_KIND = "unlearning"
+_DATA = "data"
+_VERSIONS = ("sae-bench", "transformer-lens", "torch", "transformers", "tokenizers")
+# It orders the ids in SAEBench's train and test files, which nothing reads: not the run's seed.
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the model knows of one set of questions.
+
+    Args:
+        questions: The questions.
+        answerable: How many it answers right in all 24 orders.
+        folder: Folder with SAEBench's files on them.
+    """
+
+    questions: Questions
+    answerable: int
+    folder: Path
+
+    def copy_to(self, artifacts: Path) -> None:
+        """Put SAEBench's files where its code looks for them."""
+        shutil.copytree(self.folder / _DATA, artifacts / _DATA, dirs_exist_ok=True)
+
+
+def find_knowledge(
+    context: ModelContext,
+    model: HookedTransformer,
+    answers: LetterAnswers,
+    questions: Mapping[str, Questions],
+    batch_size: int,
+    report: Reporter,
+) -> dict[str, Knowledge]:
+    """Ask all questions, or read what was answered before. SAEBench must be adapted already.
+
+    Args:
+        context: The model and the root of the caches.
+        model: The same model.
+        answers: What answers in SAEBench's place.
+        questions: By SAEBench's name.
+        batch_size: Prompts at a time.
+        report: Shows progress.
+
+    Returns:
+        By name, in the order of `questions`.
+    """
+    found: dict[str, Knowledge] = {}
+    for name, asked in questions.items():
+        key = _key(context, asked, answers, batch_size)
+        folder = keyed_folder(context.cache, _KIND, key)
+        if not is_complete(folder):
+            answers.progress = partial(report, f"unlearning: asking {name} in all orders")
+            try:
+                with evaluation_environment(_SPLIT_SEED):
+                    _ask(model, folder, name, batch_size)
+            finally:
+                answers.progress = None
+            mark_complete(folder, key)
+        found[name] = Knowledge(asked, len(_answerable(folder, name)), folder)
+    return found
+
+
+def _key(
+    context: ModelContext, questions: Questions, answers: LetterAnswers, batch_size: int
+) -> dict[str, Any]:
+    prompts = [
+        metrics.convert_wmdp_data_to_prompt(
+            row["question"], row["choices"], prompt_format="GEMMA_INST_FORMAT"
+        )
+        for row in questions.rows
+    ]
+    return {
+        "weights": context.weights_sha256,
+        "dtype": context.dtype,
+        "device": torch.device(context.device).type,
+        "name": questions.name,
+        "questions": questions.sha256,
+        "tokens": answers.fingerprint(prompts),
+        "batch_size": batch_size,
+        "versions": versions(*_VERSIONS),
+    }
+
+
+def _ask(model: HookedTransformer, folder: Path, name: str, batch_size: int) -> None:
+    metrics.save_target_question_ids(model, batch_size, str(folder), name)
+    # Without any answerable question SAEBench's baseline stacks an empty list.
+    if len(_answerable(folder, name)):
+        metrics.get_baseline_metrics(
+            model, batch_size, str(folder), name, {"target_metric": "correct"}
+        )
+
+
+def _answerable(folder: Path, name: str) -> list[int]:
+    """Indices of the questions that are answered right in all orders."""
+    full_name = name if name == "wmdp-bio" else f"mmlu-{name.replace('_', '-')}"
+    file = folder / _DATA / "question_ids" / "all" / f"{full_name}_correct.csv"
+    return [int(line) for line in file.read_text().split()]
+
+
+NAME_WITH_A_FORMAT = "gemma-2-2b-it"
+"""A name for which `calculate_MCQ_metrics` takes `GEMMA_INST_FORMAT`; it refuses all others."""
+
+WindowsSeen = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes the windows of tokens on which features are counted: (windows, seq_len), twice."""
+
+Progress = Callable[[int, int], None]
+"""Takes how many interventions are done, and how many there are."""
+
+
+@contextmanager
+def adapted(
+    model: HookedTransformer,
+    chat: ChatFormat,
+    answers: LetterAnswers,
+    questions: Mapping[str, Questions],
+) -> Generator[None, None, None]:
+    """Let SAEBench ask this model these questions, for the time of the block."""
+
+    def load_dataset_with_retries(
+        dataset_path: str, dataset_name: str, split: str, retries: int = 5, delay: int = 20
+    ) -> list[dict[str, Any]]:
+        del dataset_path, split, retries, delay
+        return questions[dataset_name].rows
+
+    def load_dataset_from_name(dataset_name: str) -> list[dict[str, Any]]:
+        return questions[dataset_name].rows
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (metrics, "load_dataset_with_retries", load_dataset_with_retries),
+            (metrics, "load_dataset_from_name", load_dataset_from_name),
+            (metrics, "GEMMA_INST_FORMAT", chat.for_saebench),
+            (metrics, "get_output_probs_abcd", answers),
+            (model.cfg, "model_name", NAME_WITH_A_FORMAT),
+        ):
+            stack.enter_context(replaced(owner, name, value))
+        stack.enter_context(hooks_set_aside(model))
+        yield
+
+
+@contextmanager
+def corpora_and_sweep(
+    forget: Corpus,
+    retain: Corpus,
+    windows_seen: WindowsSeen,
+    progress: Progress,
+) -> Generator[None, None, None]:
+    """Let SAEBench count features on these texts and report the sweep, in the block."""
+    shuffled_tokens = feature_activation.get_shuffled_forget_retain_tokens
+
+    def get_forget_retain_data(
+        forget_corpora: str = "bio-forget-corpus",
+        retain_corpora: str = "wikitext",
+        min_len: int = 50,
+        max_len: int = 2000,
+        batch_size: int = 4,
+    ) -> tuple[list[str], list[str]]:
+        del forget_corpora, retain_corpora, max_len, batch_size
+        return _longer(forget, min_len), _longer(retain, min_len)
+
+    def get_shuffled_forget_retain_tokens(
+        *arguments: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = shuffled_tokens(*arguments, **options)
+        for corpus, windows in zip((forget, retain), tokens, strict=True):
+            if len(windows) == 0:
+                raise RunFailure(
+                    f"unlearning: {corpus.source} does not fill one window: lower "
+                    "unlearning.seq_len or give more text"
+                )
+        windows_seen(*tokens)
+        return tokens
+
+    def sweep(settings: Iterable[Any], *_arguments: Any, **_options: Any) -> Iterable[Any]:
+        listed = list(settings)
+        for index, setting in enumerate(listed):
+            progress(index, len(listed))
+            yield setting
+
+    def silent(items: Iterable[Any], *_arguments: Any, **_options: Any) -> Iterable[Any]:
+        return items
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (feature_activation, "get_forget_retain_data", get_forget_retain_data),
+            (
+                feature_activation,
+                "get_shuffled_forget_retain_tokens",
+                get_shuffled_forget_retain_tokens,
+            ),
+            (metrics, "tqdm", sweep),
+            (activation_collection, "tqdm", silent),
+        ):
+            stack.enter_context(replaced(owner, name, value))
+        yield
+
+
+def _longer(corpus: Corpus, min_len: int) -> list[str]:
+    documents = [text for text in corpus.documents if len(text) > min_len]
+    if not documents:
+        raise InputError(
+            f"unlearning: no document of {corpus.source} is longer than {min_len} characters, and "
+            "SAEBench reads only those"
+        )
+    return documents
+
+
+@contextmanager
+def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
+    """Run without the hooks that somebody has put on the model, and put them back.
+
+    SAEBench resets all hooks between its steps, and what it computes with them on would differ
+    from what it computes after. A hook that an SAE's failed evaluation leaves is removed.
+
+    Raises:
+        InputError: The model has permanent hooks, which change what no cache key covers.
+    """
+    points = list(model.hook_dict.values())
+    forward = [(point, handle) for point in points for handle in point.fwd_hooks]
+    backward = [(point, handle) for point in points for handle in point.bwd_hooks]
+    if any(handle.is_permanent for _, handle in forward + backward):
+        raise InputError(
+            "unlearning: the model has permanent hooks, with which it is another model: call "
+            "model.reset_hooks(including_permanent=True)"
+        )
+    contexts = {name: dict(point.ctx) for name, point in model.hook_dict.items()}
+    model.reset_hooks()
+    try:
+        yield
+    finally:
+        model.reset_hooks()
+        for point, handle in forward:
+            _put_back(point, handle, "fwd")
+        for point, handle in backward:
+            _put_back(point, handle, "bwd")
+        for name, context in contexts.items():
+            model.hook_dict[name].ctx.update(context)
+
+
+def _put_back(point: HookPoint, handle: LensHandle, direction: Literal["fwd", "bwd"]) -> None:
+    if handle.user_hook is not None:  # TransformerLens keeps it for every hook of `add_hook`
+        point.add_hook(handle.user_hook, dir=direction, level=handle.context_level)
