@@ -30,6 +30,8 @@ from typing import Any
 SECONDS_PER_COMMAND = 300
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
+    # In front of any installed version.
+    "PYTHONPATH": str(REPOSITORY),
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
@@ -199,6 +201,12 @@ class Workplace:
         return value
 
 
+def private_folders(folder: Path) -> dict[str, str]:
+    """Variables that keep caches of the libraries, and their settings, inside a folder."""
+    names = ("HF_HOME", "MSAE_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR")
+    return {name: str(folder / ".home" / name.lower()) for name in names}
+
+
 def _is_progress(line: str) -> bool:
     return not line.strip() or bool(re.search(r"\d ?%|\d+/\d+$|TIME|tokens per second", line))
 
@@ -241,14 +249,12 @@ def main() -> None:
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         # The hash seed is read when the interpreter starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
-    sys.path.insert(0, str(REPOSITORY))
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     output = given.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="goldens-") as temporary:
         folder = Path(temporary).resolve()
-        for name in ("HF_HOME", "MSAE_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
-            os.environ[name] = str(folder / ".home" / name.lower())
+        os.environ |= private_folders(folder)
         if not given.fresh:
             for name in SLOW_IMPORTS:
                 importlib.import_module(name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from freeze import ENVIRONMENT, REPOSITORY, Workplace
+from freeze import ENVIRONMENT, REPOSITORY, Workplace, private_folders
 
 TEXT = {".json", ".jsonl", ".yaml", ".csv", ".md", ".txt"}
 SMALL = {"d_sae": 24, "k": 4}
@@ -34,8 +34,10 @@ def recipes() -> dict[str, Any]:
     small = training_recipe(sae=SMALL)
     small["training"]["tokens"] = 10 * 128
     long = training_recipe(sae=SMALL)
-    # A hundred short steps, a checkpoint after each second one: one is there soon after the start.
-    long["training"] |= {"tokens": 100 * 128, "n_checkpoints": 50, "keep_checkpoints": 1}
+    # 200 short steps with a checkpoint after every fifth: Ctrl-C comes long before the last.
+    long["training"] |= {"tokens": 200 * 128, "n_checkpoints": 40, "keep_checkpoints": 1}
+    explicit = {**small, "sae": {**SMALL, **EXPLICIT}}
+    explicit["training"] = {**small["training"], "keep_checkpoints": 0}
     comparison = {
         **GROUND_TRUTH,
         "l0": [3],
@@ -44,7 +46,7 @@ def recipes() -> dict[str, Any]:
     comparison["training"] = {**comparison["training"], "tokens": 20 * 128}
     return {
         "finished.yaml": small,
-        "explicit.yaml": {**small, "sae": {**SMALL, **EXPLICIT}},
+        "explicit.yaml": explicit,
         "interrupted.yaml": long,
         "comparison.yaml": comparison,
         "evaluation.yaml": {**PROTOCOL, "evaluations": {"core": CORE}},
@@ -55,8 +57,8 @@ def make(work: Workplace) -> None:
     """Run the commands, each into a folder of its own."""
     checkpoints = work.folder / "interrupted" / "checkpoints"
 
-    def checkpoint_is_there() -> bool:
-        return any(checkpoints.glob("[0-9]*"))
+    def some_steps_are_done() -> bool:
+        return any(int(path.name) >= 20 * 128 for path in checkpoints.glob("[0-9]*"))
 
     def done(status: int, *words: str | Path, **options: Any) -> None:
         record = work.run(*words, **options)
@@ -66,7 +68,7 @@ def make(work: Workplace) -> None:
     for name in ("finished", "explicit"):
         done(0, "train", "-c", f"{name}.yaml", "-o", work.folder / name)
     interrupted = ("train", "-c", "interrupted.yaml", "-o", work.folder / "interrupted")
-    done(130, *interrupted, stop_when=checkpoint_is_there)
+    done(130, *interrupted, stop_when=some_steps_are_done)
     comparison = work.folder / "comparison"
     done(0, "compare", "-c", "comparison.yaml", "-o", comparison, "--no-page")
     run = work.folder / "finished"
@@ -77,11 +79,12 @@ def main() -> None:
     """Make the folders and leave them in OUTPUT, with no path of this machine in them."""
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
-    sys.path.insert(0, str(REPOSITORY))
     output = Path(sys.argv[1])
     with tempfile.TemporaryDirectory(prefix="goldens-") as temporary:
         folder = Path(temporary).resolve()
-        work = Workplace(folder, output, fresh=True)
+        work = Workplace(folder, output, fresh=False)
+        os.environ |= private_folders(folder)
+        # After the environment is set: it imports transformers.
         from inputs import write_inputs
 
         work.inputs.mkdir()
