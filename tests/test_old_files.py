@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from sae_lens import SAE, TrainingSAE
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import msae_plugin  # noqa: F401 - registers the architecture
