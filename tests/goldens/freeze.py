@@ -23,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,17 @@ class Workplace:
         return value
 
 
+@contextmanager
+def temporary_folder() -> Generator[Path, None, None]:
+    """A folder with no character in its name that Markdown or a URL would write differently."""
+    folder = Path(tempfile.gettempdir()).resolve() / f"goldens{os.urandom(4).hex()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
 def private_folders(folder: Path) -> dict[str, str]:
     """Variables that keep caches of the libraries, and their settings, inside a folder."""
     names = ("HF_HOME", "MSAE_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR")
@@ -208,6 +220,8 @@ def private_folders(folder: Path) -> dict[str, str]:
 
 
 def _is_progress(line: str) -> bool:
+    if line.startswith(("error:", "failed:", "missing:", "warning:")):
+        return False
     return not line.strip() or bool(re.search(r"\d ?%|\d+/\d+$|TIME|tokens per second", line))
 
 
@@ -252,8 +266,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     output = given.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="goldens-") as temporary:
-        folder = Path(temporary).resolve()
+    with temporary_folder() as folder:
         os.environ |= private_folders(folder)
         if not given.fresh:
             for name in SLOW_IMPORTS:

@@ -9,12 +9,11 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
-from freeze import ENVIRONMENT, REPOSITORY, Workplace, private_folders
+from freeze import ENVIRONMENT, REPOSITORY, Workplace, private_folders, temporary_folder
 
 TEXT = {".json", ".jsonl", ".yaml", ".csv", ".md", ".txt"}
 SMALL = {"d_sae": 24, "k": 4}
@@ -80,8 +79,7 @@ def main() -> None:
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
     output = Path(sys.argv[1])
-    with tempfile.TemporaryDirectory(prefix="goldens-") as temporary:
-        folder = Path(temporary).resolve()
+    with temporary_folder() as folder:
         work = Workplace(folder, output, fresh=False)
         os.environ |= private_folders(folder)
         # After the environment is set: it imports transformers.
