@@ -1,0 +1,135 @@
+"""What earlier versions left on the disk loads, resumes, is described, reported and published."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, TrainingSAE
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import msae_plugin  # noqa: F401 - registers the architecture
+from msae_cli import app as cli
+
+OLD = Path(__file__).parent / "fixtures" / "v0_1"
+CHECKPOINTS = {"finished": "1280", "interrupted": "2560"}
+# Fields of training configurations that later versions may drop.
+DROPPED = {"decode_kernel", "cuda_graphs", "b_dec_init", "topk_threshold_lr"}
+
+
+def msae(*words: str | Path) -> Any:
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.fixture
+def old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, tiny_texts: list[str]
+) -> Path:
+    """A copy of the folders, beside the model and the text that their recipes name."""
+    folder = tmp_path / "old"
+    shutil.copytree(OLD, folder)
+    (folder / "tiny-model").symlink_to(tiny_model_dir)
+    lines = [json.dumps({"text": text}) + "\n" for text in tiny_texts]
+    (folder / "notes.jsonl").write_text("".join(lines))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_fixtures_hold_the_fields_that_may_be_dropped() -> None:
+    for run, checkpoint in CHECKPOINTS.items():
+        config = json.loads((OLD / run / "checkpoints" / checkpoint / "sae/cfg.json").read_text())
+        assert config.keys() >= DROPPED
+    recipe = json.loads((OLD / "explicit/run.json").read_text())["config"]
+    assert recipe["sae"].keys() >= DROPPED
+
+
+@pytest.mark.parametrize("run", ["finished", "explicit"])
+def test_an_old_export_and_its_twin_give_the_same_latents(run: str) -> None:
+    sae, twin = (SAE.load_from_disk(OLD / run / name) for name in ("sae", "jumprelu"))
+    x = load_file(OLD / "finished/check_activations.safetensors")["activations"]
+    assert (sae.cfg.architecture(), twin.cfg.architecture()) == ("multiscale", "jumprelu")
+    latents = sae.encode(x)
+    assert 1 < float((latents > 0).sum(-1).float().mean()) < 24
+    torch.testing.assert_close(latents, twin.encode(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("run", "checkpoint"), CHECKPOINTS.items())
+def test_an_old_checkpoint_loads_as_a_training_sae(run: str, checkpoint: str) -> None:
+    folder = OLD / run / "checkpoints" / checkpoint / "sae"
+    sae = TrainingSAE.load_from_disk(folder)
+    assert sae.cfg.architecture() == "multiscale"
+    stored = load_file(folder / "sae_weights.safetensors")
+    torch.testing.assert_close(sae.W_dec.detach(), stored["W_dec"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("finished", "multiscale"),
+        ("finished/sae", "multiscale"),
+        ("finished/jumprelu", "jumprelu"),
+        ("finished/checkpoints/1280", "multiscale"),
+        ("explicit", "multiscale"),
+        ("interrupted/checkpoints/2560", "multiscale"),
+        ("comparison/saes/default_l0-3_seed0", "multiscale"),
+        ("comparison/saes/batchtopk_l0-3_seed1", "jumprelu"),
+    ],
+)
+def test_old_folders_are_described(folder: str, said: str) -> None:
+    result = msae("info", OLD / folder)
+    assert result.exit_code == 0, result.output
+    assert said in result.output
+
+
+def test_an_old_run_goes_on(old: Path) -> None:
+    command = ("train", "-c", "interrupted.yaml", "-o", "interrupted", "--resume", "auto")
+    result = msae(*command)
+    assert result.exit_code == 0, result.output
+    record = json.loads((old / "interrupted/run.json").read_text())
+    assert (record["status"], record["resumed_at_steps"]) == ("complete", [20])
+    rows = (old / "interrupted/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(5, 201, 5))
+    start = load_file(OLD / "interrupted/checkpoints/2560/sae/sae_weights.safetensors")["W_dec"]
+    end = SAE.load_from_disk(old / "interrupted/sae").W_dec
+    assert end.isfinite().all()
+    # 180 steps of at most about the learning rate, 1e-3, in each entry.
+    assert 1e-3 < float((end - start).abs().max()) < 1.0
+
+
+def test_an_old_comparison_is_taken_up(old: Path) -> None:
+    before = json.loads((old / "comparison/comparison.json").read_text())["rows"]
+    weights = "comparison/saes/default_l0-3_seed0/sae/sae_weights.safetensors"
+    kept = (old / weights).read_bytes()
+    result = msae("compare", "-c", "comparison.yaml", "-o", "comparison", "--no-page")
+    assert result.exit_code == 0, result.output
+    assert (old / weights).read_bytes() == kept
+    after = json.loads((old / "comparison/comparison.json").read_text())["rows"]
+    assert [row["name"] for row in after] == [row["name"] for row in before]
+    for mine, theirs in zip(after, before, strict=True):
+        assert mine["metrics"]["ground_truth/f1"] == theirs["metrics"]["ground_truth/f1"]
+
+
+def test_old_folders_are_reported_together(old: Path) -> None:
+    folders = ("finished", "explicit", "comparison", "evaluation")
+    result = msae("report", *folders, "-o", "report")
+    assert result.exit_code == 0, result.output
+    page = (old / "report/report.md").read_text()
+    rows = json.loads((old / "comparison/comparison.json").read_text())["rows"]
+    f1 = [row["metrics"]["ground_truth/f1"] for row in rows if row["method"] == "batchtopk"]
+    assert f"{sum(f1) / 2:.3f}" in page
+    summary = json.loads((old / "evaluation/summary.json").read_text())
+    (measured,) = summary["results"]
+    assert f"{measured['metrics']['l0']['mean']:.1f}" in page
+
+
+def test_an_old_run_is_published_with_its_evaluation(old: Path) -> None:
+    result = msae("publish", "finished", "--repo", "ada/old", "--evaluation", "evaluation",
+                  "--dry-run", "--output", "rendered")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (config,) = (old / "rendered").rglob("[0-9]*/cfg.json")
+    assert SAE.load_from_disk(config.parent).cfg.architecture() == "multiscale"
+    assert (config.parent / "summary.json").is_file()
