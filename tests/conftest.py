@@ -24,6 +24,7 @@ import importlib.util
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -71,6 +72,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for tests in files:
         generator.shuffle(tests)
     items[:] = [item for tests in files for item in tests]
+
+
+@pytest.fixture(autouse=True)
+def same_random_state() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
