@@ -38,6 +38,8 @@ collect_ignore_glob = [] if importlib.util.find_spec("sae_bench") else ["evaluat
 
 # A plugin may have imported torch before the variable was set.
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# A fork has none of its parent's threads: it would wait for them for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 TINY_LAYERS = 3
 TINY_D_MODEL = 64
