@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clock import without_clock
+
 SECONDS_PER_COMMAND = 300
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -55,12 +57,8 @@ SLOW_IMPORTS = (
     "msae_plugin",
 )
 
-# Keys of JSON files and columns of tables whose values are the clock's or the machine's.
-_CLOCK = re.compile(
-    r"second|elapsed|duration|started|finished|created|datetime|timestamp|memory|hostname|"
-    r"^versions?$|_version$|commit|^platform$|^python$|eval_id|^packages$"
-)
-_HEX = re.compile(r"\b[0-9a-f]{40,64}\b")
+# Hashes of files, of paths, of settings: a letter in it tells one from the digits of a number.
+_HEX = re.compile(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,64}\b")
 
 
 class Workplace:
@@ -148,7 +146,7 @@ class Workplace:
         text = re.sub(r"\b\d+(\.\d+)? ?(seconds|s|min|minutes|h)\b", "TIME", text)
         text = re.sub(r"\b\d+:\d\d(:\d\d)?\b", "TIME", text)
         text = re.sub(r"\b\d+\.\d+\.\d+\S*", "VERSION", text)
-        return text.replace("\u2588", "")
+        return _HEX.sub("HASH", text)
 
     def record(
         self, name: str, commands: list[dict[str, Any]], *folders: str, names_only: bool = False
@@ -161,7 +159,7 @@ class Workplace:
                 if path.is_file():
                     inside = self._name(path.relative_to(self.folder))
                     files[inside] = None if names_only else self._contents(path, name, inside)
-        contents = {"commands": commands, "files": files}
+        contents = without_clock({"commands": commands, "files": files})
         text = json.dumps(contents, indent=1, sort_keys=True, ensure_ascii=False)
         (self.output / f"{name}.json").write_text(text + "\n")
 
@@ -181,22 +179,19 @@ class Workplace:
         if path.suffix in (".yaml", ".yml", ".md", ".txt", ".csv", ".html", ".log"):
             # Figures inside the page are files beside it.
             text = re.sub(r"data:[a-z/+]+;base64,[A-Za-z0-9+/=]+", "FIGURE", path.read_text())
-            text = _HEX.sub("HASH", self.normal(text))
+            text = self.normal(text)
             if path.suffix == ".csv":
-                return {"table": _table(text)}
+                return {"table": list(csv.reader(text.splitlines()))}
             return {"text": text.splitlines()}
         return {"kind": path.suffix}
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {
-                self.normal(str(key)): "CLOCK" if _CLOCK.search(str(key)) else self._value(item)
-                for key, item in value.items()
-            }
+            return {self.normal(str(key)): self._value(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._value(item) for item in value]
         if isinstance(value, str):
-            return _HEX.sub("HASH", self.normal(value))
+            return self.normal(value)
         if isinstance(value, float) and not math.isfinite(value):
             return str(value)
         return value
@@ -223,14 +218,6 @@ def _is_progress(line: str) -> bool:
     if line.startswith(("error:", "failed:", "missing:", "warning:")):
         return False
     return not line.strip() or bool(re.search(r"\d ?%|\d+/\d+$|TIME|tokens per second", line))
-
-
-def _table(text: str) -> list[list[str]]:
-    header, *rows = list(csv.reader(text.splitlines()))
-    timed = {index for index, name in enumerate(header) if _CLOCK.search(name)}
-    return [header] + [
-        ["CLOCK" if index in timed else cell for index, cell in enumerate(row)] for row in rows
-    ]
 
 
 def _tensors(path: Path) -> dict[str, Any]:
