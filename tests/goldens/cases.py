@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clock import without_numbers
+from inputs import RARE_SETTINGS
 
 if TYPE_CHECKING:
     from freeze import Workplace
@@ -61,6 +62,15 @@ def beside(work: "Workplace", name: str) -> None:
 @case
 def mechanisms(work: "Workplace", name: str) -> None:
     work.record(name, [train(work, "mechanisms.yaml", "mechanisms")], "mechanisms")
+
+
+@case
+def rare_settings(work: "Workplace", name: str) -> None:
+    ran: list[dict[str, Any]] = []
+    for setting, keys in RARE_SETTINGS.items():
+        words = _changes([f"sae.{key}={json.dumps(value)}" for key, value in keys.items()])
+        ran.append(train(work, "train.yaml", f"rare/{setting}", *words))
+    work.record(name, ran, "rare")
 
 
 @case
@@ -294,7 +304,7 @@ def refusals(work: "Workplace", name: str) -> None:
         ("info", "nowhere"),
         ("info", "tiny-model"),
         ("info", run, "--set", "a=1"),
-        ("info", "-c", REPOSITORY_EXAMPLE),
+        ("info", "-c", work.repository / "examples" / "pythia-160m.yaml"),
         ("eval", "nowhere", "-c", "protocol.yaml", "-o", out),
         ("eval", "./nowhere", "-c", "protocol.yaml", "-o", out),
         ("eval", "full-folder", "-c", "protocol.yaml", "-o", out),
@@ -350,8 +360,6 @@ def refusals(work: "Workplace", name: str) -> None:
         refuse(*words)
     work.record(name, ran)
 
-
-REPOSITORY_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pythia-160m.yaml"
 
 TRAINING_REFUSALS = (
     "x", "=3", "sae.kk=3", "sae={", "training.tokens=3", "training.tokens=many", "training.lr=0",

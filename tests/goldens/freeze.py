@@ -1,6 +1,6 @@
 """Write down what the commands do: messages, files, tensors and numbers of tiny recipes.
 
-    python tests/goldens/freeze.py OUTPUT [--only NAME ...] [--fresh]
+    python tests/goldens/freeze.py OUTPUT [--of CHECKOUT] [--only NAME ...] [--fresh]
     python tests/goldens/compare.py OUTPUT OTHER_OUTPUT
 
 Only `python -m msae_plugin` is called, so that the program outlives any move of a module. The
@@ -33,8 +33,6 @@ from clock import without_clock
 SECONDS_PER_COMMAND = 300
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
-    # In front of any installed version.
-    "PYTHONPATH": str(REPOSITORY),
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
@@ -64,8 +62,11 @@ _HEX = re.compile(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,64}\b")
 class Workplace:
     """A temporary folder in which commands run, and what is recorded of them."""
 
-    def __init__(self, folder: Path, output: Path, fresh: bool) -> None:
+    def __init__(
+        self, folder: Path, output: Path, fresh: bool = False, repository: Path = REPOSITORY
+    ) -> None:
         self.folder, self.output, self.fresh = folder, output, fresh
+        self.repository = repository
         self.inputs = folder / "in"
 
     def run(
@@ -139,7 +140,8 @@ class Workplace:
 
     def normal(self, text: str) -> str:
         """The text without paths of this machine, times, dates and versions."""
-        for path, name in ((self.folder, "WORK"), (REPOSITORY, "REPOSITORY"), (Path.home(), "~")):
+        named = ((self.folder, "WORK"), (self.repository, "REPOSITORY"), (Path.home(), "~"))
+        for path, name in named:
             text = text.replace(str(path), name)
         text = re.sub(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?(\.\d+)?(Z|\+00:00)?)?", "DATE", text)
         text = re.sub(r"[\d,.]+(k|M)? tokens (per second|/s)", "N tokens per second", text)
@@ -197,6 +199,14 @@ class Workplace:
         return value
 
 
+def restart_in_environment(repository: Path) -> None:
+    """Start this program again where the environment is another: it is read at the start."""
+    # In front of any installed version.
+    wanted = {**ENVIRONMENT, "PYTHONPATH": str(repository)}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+
+
 @contextmanager
 def temporary_folder() -> Generator[Path, None, None]:
     """A folder with no character in its name that Markdown or a URL would write differently."""
@@ -244,13 +254,12 @@ def main() -> None:
     """Run every case and write its record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--of", type=Path, default=REPOSITORY, help="another checkout")
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--fresh", action="store_true")
     given = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        # The hash seed is read when the interpreter starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    repository = given.of.resolve()
+    restart_in_environment(repository)
     output = given.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     with temporary_folder() as folder:
@@ -265,7 +274,7 @@ def main() -> None:
         from cases import CASES
         from inputs import write_inputs
 
-        work = Workplace(folder, output, given.fresh)
+        work = Workplace(folder, output, given.fresh, repository)
         work.inputs.mkdir()
         write_inputs(work.inputs)
         for name, case in CASES.items():
