@@ -37,7 +37,7 @@ def recipes() -> dict[str, Any]:
     from inputs import CORE, GROUND_TRUTH, PROTOCOL, training_recipe
 
     small = training_recipe(sae=SMALL)
-    small["training"]["tokens"] = 10 * 128
+    small["training"]["tokens"] = 80 * 128
     long = training_recipe(sae=SMALL)
     # 200 short steps with a checkpoint after every fifth: Ctrl-C comes long before the last.
     long["training"] |= {"tokens": 200 * 128, "n_checkpoints": 40, "keep_checkpoints": 1}
