@@ -75,7 +75,7 @@ def latent_indices(text: str | None) -> tuple[int, ...]:
 
 
 def _nearby(path: Path) -> str:
-    """What there is in the nearest folder above that exists, or what was probably meant."""
+    """Contents of the nearest existing parent folder, or the closest name in it."""
     missing, above = path.absolute().name, path.absolute().parent
     while not above.is_dir():
         missing, above = above.name, above.parent

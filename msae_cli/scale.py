@@ -15,7 +15,7 @@ from msae_cli.terminal import errors, results, say
 
 
 class Executor(str, Enum):
-    """Where jobs run."""
+    """Kinds of workers."""
 
     local = "local"
     slurm = "slurm"

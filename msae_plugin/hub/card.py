@@ -44,14 +44,7 @@ _EVALUATION_NOTES = {
 
 
 def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: str) -> str:
-    """The generated part.
-
-    Args:
-        repo: `user/name`.
-        entries: All SAEs of the repository.
-        shown: The one that the snippets load.
-        licence: Identifier of the licence.
-    """
+    """The generated part."""
     named = labels([entry.folder for entry in entries])
     sections = (
         _what_it_is(entries),
@@ -401,13 +394,6 @@ def make_card(
     licence: str | None,
 ) -> str:
     """The README.md of a repository.
-
-    Args:
-        repo: `user/name`.
-        entries: All SAEs that will be in it.
-        shown: The one that the snippets load.
-        existing: Its README.md so far.
-        licence: Identifier of the licence; None keeps the existing one, or takes MIT.
 
     Raises:
         InputError: The licence is no identifier, or the existing card cannot be read.

@@ -29,14 +29,10 @@ from msae_plugin.saes.health import recorded_messages
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one SAE.
+    """Measurements of one SAE."""
 
-    Args:
-        summary: summary.json with this SAE's rows alone, without local paths.
-        files: SAEBench's own JSON by its path relative to the summary, to be published unmodified.
-    """
-
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # summary.json with this SAE's rows alone, without local paths
+    # SAEBench's own JSON by its path relative to the summary, to be published unmodified.
     files: dict[str, Path]
 
 
@@ -79,12 +75,6 @@ def measured_of(
     sae: LocalSAE, summary: Mapping[str, Any], folder: Path, reference: str
 ) -> Measured:
     """Take what an evaluation says about one SAE.
-
-    Args:
-        sae: The SAE to publish.
-        summary: From `read_evaluation`.
-        folder: Where the evaluation is.
-        reference: How the published SAE will be named, as in user/repo:folder.
 
     Raises:
         InputError: The evaluation measured other weights, or lacks a file that it lists.
@@ -176,13 +166,7 @@ _TERMS = {
 def sources_of(
     trained_as: str, details: Mapping[str, Any], evaluations: Sequence[str]
 ) -> list[str]:
-    """What to cite for one SAE.
-
-    Args:
-        trained_as: Architecture that it was trained as.
-        details: `training_architecture_details` of SAELens' metadata.
-        evaluations: Evaluations with a result.
-    """
+    """Citations for one SAE."""
     found = [_SAELENS]
     if trained_as in _ARCHITECTURES:
         found.append(_ARCHITECTURES[trained_as])
@@ -250,18 +234,11 @@ NEVER_HEADLINED = ("unlearning",)
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a card.
+    """One number of a card."""
 
-    Args:
-        metric: SAEBench's name, or ours.
-        mean: Over seeds.
-        std: Over seeds; None for one seed.
-        seeds: Which.
-    """
-
-    metric: str
+    metric: str  # SAEBench's name, or ours
     mean: float
-    std: float | None
+    std: float | None  # over seeds; None for one seed
     seeds: tuple[int, ...]
 
     def text(self) -> str:
@@ -272,25 +249,15 @@ class Score:
 
 @dataclass(frozen=True)
 class CardEntry:
-    """One SAE of a repository.
-
-    Args:
-        folder: Its folder.
-        config: cfg.json.
-        run: runner_cfg.json; empty without one.
-        export: The check made at export; empty without one.
-        summary: summary.json; None when it was not evaluated.
-        has_twin: Whether there is a `jumprelu` twin.
-        figures: Its figures, as paths in the repository.
-    """
+    """One SAE of a repository."""
 
     folder: str
     config: Mapping[str, Any]
-    run: Mapping[str, Any]
-    export: Mapping[str, Any]
-    summary: Mapping[str, Any] | None
-    has_twin: bool
-    figures: tuple[str, ...] = ()
+    run: Mapping[str, Any]  # runner_cfg.json; empty without one
+    export: Mapping[str, Any]  # the check made at export; empty without one
+    summary: Mapping[str, Any] | None  # summary.json; None when it was not evaluated
+    has_twin: bool  # whether there is a `jumprelu` twin
+    figures: tuple[str, ...] = ()  # its figures, as paths in the repository
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -42,19 +42,13 @@ _TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".csv")
 
 @dataclass(frozen=True)
 class SAEFolder:
-    """One SAE as it will stand in a repository.
+    """One SAE as it will stand in a repository."""
 
-    Args:
-        path: Folder in the repository.
-        sae: The SAE on disk.
-        files: Contents, or the file that holds them, by path relative to the folder.
-        measured: What was measured of it.
-    """
-
-    path: str
-    sae: LocalSAE
+    path: str  # folder in the repository
+    sae: LocalSAE  # the SAE on disk
+    # Contents, or the file that holds them, by path relative to the folder.
     files: dict[str, bytes | Path]
-    measured: Measured | None
+    measured: Measured | None  # what was measured of it
 
     def uploads(self) -> Iterator[tuple[str, bytes | Path]]:
         """Path in the repository and contents of every file."""
@@ -98,14 +92,7 @@ def default_paths(saes: list[LocalSAE]) -> list[str]:
 def build_folder(
     path: str, sae: LocalSAE, measured: Measured | None, pictures: Sequence[Path] = ()
 ) -> SAEFolder:
-    """Collect the files of one SAE.
-
-    Args:
-        path: Folder in the repository.
-        sae: The SAE on disk.
-        measured: What was measured of it.
-        pictures: Folders whose figures go with this SAE beside those of its own.
-    """
+    """Collect the files of one SAE."""
     files: dict[str, bytes | Path] = {SAE_CFG_FILENAME: _cleaned(sae.export / SAE_CFG_FILENAME)}
     files[SAE_WEIGHTS_FILENAME] = sae.export / SAE_WEIGHTS_FILENAME
     if (sae.export / SPARSITY_FILENAME).is_file():
@@ -153,7 +140,7 @@ def content_size(content: bytes | Path) -> int:
 
 
 def private_content(folder: SAEFolder) -> list[str]:
-    """What a folder would tell about the machine that made it, one line per file.
+    """Local paths that a folder would publish, one line per file.
 
     Files of other hosts are published unmodified, so nothing is removed here.
     """
@@ -169,25 +156,15 @@ def private_content(folder: SAEFolder) -> list[str]:
 
 @dataclass(frozen=True)
 class PublishPlan:
-    """One commit.
+    """One commit."""
 
-    Args:
-        state: The repository as it is.
-        folders: The SAEs to publish.
-        additions: Contents, or the file that holds them, by path.
-        deletions: Files of a replaced folder that the new one does not have.
-        entries: What the card says, of all SAEs.
-        new_entries: Of those to publish.
-        notes: What the user should know.
-    """
-
-    state: RepositoryState
-    folders: tuple[SAEFolder, ...]
-    additions: dict[str, bytes | Path]
-    deletions: tuple[str, ...]
-    entries: tuple[CardEntry, ...]
-    new_entries: tuple[CardEntry, ...]
-    notes: tuple[str, ...]
+    state: RepositoryState  # the repository as it is
+    folders: tuple[SAEFolder, ...]  # the SAEs to publish
+    additions: dict[str, bytes | Path]  # contents, or the file that holds them, by path
+    deletions: tuple[str, ...]  # files of a replaced folder that the new one does not have
+    entries: tuple[CardEntry, ...]  # what the card says, of all SAEs
+    new_entries: tuple[CardEntry, ...]  # of those to publish
+    notes: tuple[str, ...]  # what the user should know
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that is written."""
@@ -204,14 +181,6 @@ def make_plan(
     report: Path | None,
 ) -> PublishPlan:
     """Decide everything.
-
-    Args:
-        run: A run folder, the folder of one of its SAEs, or an export.
-        state: The repository as it is.
-        folder: Folder in the repository; None for the default.
-        licence: Identifier of the licence; None keeps the repository's.
-        evaluation: Output folder of `msae eval` on these SAEs.
-        report: Output folder of `msae report`, for its figures.
 
     Raises:
         InputError: Something must not be published, or a name is wrong.
@@ -275,7 +244,7 @@ def _paths(saes: list[LocalSAE], folder: str | None) -> list[str]:
 
 
 def _entry(folder: SAEFolder) -> CardEntry:
-    """What the card says of an SAE, from the very files that are uploaded."""
+    """Card entry of an SAE, from the very files that are uploaded."""
     config = folder.json_file("cfg.json")
     assert config is not None
     return CardEntry(

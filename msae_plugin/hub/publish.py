@@ -42,15 +42,7 @@ def plain_path(entry: CardEntry) -> str | None:
 
 
 def pretrained_saes_stanza(repo: str, entries: Sequence[CardEntry]) -> str:
-    """What to add to SAELens' `pretrained_saes.yaml`; the twin stands for what needs this package.
-
-    Args:
-        repo: `user/name`.
-        entries: SAEs of the release. Those that SAELens alone cannot load are left out.
-
-    Returns:
-        YAML, one release per language model; empty when nothing can be listed.
-    """
+    """Entry for SAELens' `pretrained_saes.yaml`: a twin stands for what needs this package."""
     releases: dict[str, dict[str, Any]] = {}
     for entry in entries:
         path = plain_path(entry)
@@ -78,16 +70,7 @@ def pretrained_saes_stanza(repo: str, entries: Sequence[CardEntry]) -> str:
 
 
 def dashboard_command(repo: str, entry: CardEntry) -> str | None:
-    """The SAEDashboard command that makes Neuronpedia's files for one SAE.
-
-    Args:
-        repo: `user/name`.
-        entry: The SAE.
-
-    Returns:
-        A line for a shell (arguments of sae-dashboard 0.8), None where SAELens alone cannot load
-        the SAE.
-    """
+    """The SAEDashboard command that makes Neuronpedia's files for one SAE."""
     path = plain_path(entry)
     if path is None:
         return None
@@ -110,7 +93,7 @@ def _dataset(entry: CardEntry) -> str | None:
 
 
 def dashboard_hint() -> str:
-    """What is needed to run the command."""
+    """Whether SAEDashboard is installed, and how to install it."""
     if dashboards.is_installed():
         return "SAEDashboard is installed here"
     return f"SAEDashboard is not installed here: {dashboards.INSTALL}"
@@ -122,39 +105,22 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What `publish` did, or would do.
-
-    Args:
-        repo: `user/name`.
-        folders: The SAEs' folders in it.
-        files: Every file that was (would be) written, with its size in bytes.
-        removed: Every file that was (would be) removed.
-        notes: What the user should know.
-        output: Where a dry run rendered the files; None for a real one.
-        commit: Hash of the commit; None for a dry run.
-        url: Page of the commit.
-        pull_request: Page of the pull request; None without one.
-        revision: Branch of the commit; None for main.
-        tag: The tag that it got.
-        verifications: What the check after the upload found.
-        stanza: Entry for SAELens' `pretrained_saes.yaml`; empty where SAELens cannot load any.
-        dashboard: SAEDashboard's command for each SAE that it can load.
-    """
+    """Outcome of `publish`, or of its dry run."""
 
     repo: str
-    folders: tuple[str, ...]
-    files: dict[str, int]
-    removed: tuple[str, ...]
-    notes: tuple[str, ...]
-    output: Path | None
-    commit: str | None
-    url: str | None
-    pull_request: str | None
-    revision: str | None
-    tag: str | None
-    verifications: tuple[Verification, ...]
-    stanza: str
-    dashboard: tuple[str, ...]
+    folders: tuple[str, ...]  # the SAEs' folders in it
+    files: dict[str, int]  # every file that was (would be) written, with its size in bytes
+    removed: tuple[str, ...]  # every file that was (would be) removed
+    notes: tuple[str, ...]  # what the user should know
+    output: Path | None  # where a dry run rendered the files; None for a real one
+    commit: str | None  # hash of the commit; None for a dry run
+    url: str | None  # page of the commit
+    pull_request: str | None  # page of the pull request; None without one
+    revision: str | None  # branch of the commit; None for main
+    tag: str | None  # the tag that it got
+    verifications: tuple[Verification, ...]  # what the check after the upload found
+    stanza: str  # entry for SAELens' `pretrained_saes.yaml`; empty where SAELens cannot load any
+    dashboard: tuple[str, ...]  # SAEDashboard's command for each SAE that it can load
 
 
 def publish(
@@ -439,11 +405,7 @@ def _result(
 
 
 def report_lines(result: PublishResult) -> list[str]:
-    """A publication, or a dry run, line by line.
-
-    Args:
-        result: From `publish`.
-    """
+    """A publication, or a dry run, line by line."""
     lines = [f"note: {note}" for note in result.notes]
     verb = "would upload" if result.commit is None else "uploaded"
     total = sum(result.files.values())

@@ -38,12 +38,7 @@ def read_card(state: RepositoryState) -> str | None:
 
 
 def read_entries(state: RepositoryState, leave_out: Iterable[str] = ()) -> list[CardEntry]:
-    """What the card says of the SAEs in a repository.
-
-    Args:
-        state: The repository.
-        leave_out: Folders that will be replaced.
-    """
+    """Card entries of the SAEs in a repository."""
     folders = [folder for folder in state.sae_folders() if folder not in set(leave_out)]
     if not folders:
         return []
@@ -97,17 +92,11 @@ def prepare(state: RepositoryState, private: bool, revision: str | None) -> Repo
 
 @dataclass(frozen=True)
 class Committed:
-    """A commit.
-
-    Args:
-        oid: Its hash.
-        url: Its page.
-        pull_request: Page of the pull request; None without one.
-    """
+    """A commit."""
 
     oid: str
     url: str
-    pull_request: str | None
+    pull_request: str | None  # page of the pull request; None without one
 
 
 def commit(
@@ -122,14 +111,6 @@ def commit(
     """Change the repository in one commit, or not at all.
 
     The commit names its parent: had somebody else committed meanwhile, the Hub refuses it.
-
-    Args:
-        state: The repository as it was read.
-        additions: Contents, or the file that holds them, by path.
-        deletions: Paths to remove.
-        message: Title of the commit.
-        revision: Branch; None for main.
-        pull_request: Whether to open a pull request in place of changing the branch.
     """
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(path, is_folder=False) for path in sorted(deletions)

@@ -25,21 +25,13 @@ MARKERS = ("o", "s", "^", "D")
 
 @dataclass(frozen=True)
 class FigureSAE:
-    """What the demo's figure shows of one SAE.
-
-    Args:
-        name: Label.
-        metrics: On held-out text, with firing frequencies.
-        tokens: Training tokens of each logged row.
-        explained_variance: Explained variance of the training batches of each logged row.
-        l0: Active latents per token in those batches; not the exported SAE's.
-    """
+    """One SAE of the demo's figure."""
 
     name: str
-    metrics: HeldoutMetrics
-    tokens: list[int]
-    explained_variance: list[float]
-    l0: list[float]
+    metrics: HeldoutMetrics  # on held-out text, with firing frequencies
+    tokens: list[int]  # training tokens of each logged row
+    explained_variance: list[float]  # explained variance of the training batches of each logged row
+    l0: list[float]  # active latents per token in those batches; not the exported SAE's
 
     @property
     def training_label(self) -> str:
@@ -92,11 +84,6 @@ def require_matplotlib() -> None:
 
 def demo_figure(saes: Sequence[FigureSAE], path: Path, title: str) -> None:
     """Training curves, held-out quality and firing frequencies of a few SAEs.
-
-    Args:
-        saes: At most four.
-        path: A PNG; written whole or not at all.
-        title: One line over the figure.
 
     Raises:
         InputError: matplotlib is not installed, or there are too many SAEs for the palette.
@@ -208,7 +195,7 @@ def _draw_firing(axis: Any, saes: Sequence[FigureSAE]) -> None:
 def figure_saes(
     metrics: Mapping[str, HeldoutMetrics], metrics_files: Mapping[str, Path]
 ) -> list[FigureSAE]:
-    """What `demo_figure` needs, from evaluations and training logs by SAE name."""
+    """Input of `demo_figure`, from evaluations and training logs by SAE name."""
     found: list[FigureSAE] = []
     for name, measured in metrics.items():
         found.append(FigureSAE(name, measured, *training_curve(metrics_files[name])))
@@ -220,17 +207,11 @@ NOT_DEFINED = "n/a"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the comparison.
+    """One column of the comparison."""
 
-    Args:
-        key: Name in the JSON.
-        title: Heading.
-        definition: What it is, in which unit, and which way is better.
-    """
-
-    key: str
+    key: str  # name in the JSON
     title: str
-    definition: str
+    definition: str  # what it is, in which unit, and which way is better
 
 
 COLUMNS = (
@@ -266,16 +247,11 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One SAE of the table.
+    """One SAE of the table."""
 
-    Args:
-        name: Its name in the run.
-        metrics: On held-out text.
-        tokens_per_second: Speed of its training steps; None if not measured in this session.
-    """
-
-    name: str
-    metrics: HeldoutMetrics
+    name: str  # its name in the run
+    metrics: HeldoutMetrics  # on held-out text
+    # Speed of its training steps; None if not measured in this session.
     tokens_per_second: float | None
 
     def to_dict(self) -> dict[str, Any]:

@@ -40,14 +40,10 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with values.
-
-    Args:
-        rows: In order.
-        folded: Heading under which they are closed at first, on the page; empty leaves them open.
-    """
+    """Names with values."""
 
     rows: Sequence[tuple[str, str]]
+    # Heading under which they are closed at first, on the page; empty leaves them open.
     folded: str = ""
 
 
@@ -56,42 +52,26 @@ CellValue = str | float | int | Spread | None
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """A column of a table."""
 
-    Args:
-        key: Name in the CSV.
-        heading: On the page.
-        detail: Unit or direction, in small type under the heading.
-        signed: Numbers carry their sign: differences.
-        digits: Decimal places; None chooses those that suit all values.
-        absent: Shown in place of None.
-    """
-
-    key: str
-    heading: str
-    detail: str = ""
-    signed: bool = False
-    digits: int | None = None
-    absent: str = NOT_MEASURED
+    key: str  # name in the CSV
+    heading: str  # on the page
+    detail: str = ""  # unit or direction, in small type under the heading
+    signed: bool = False  # numbers carry their sign: differences
+    digits: int | None = None  # decimal places; None chooses those that suit all values
+    absent: str = NOT_MEASURED  # shown in place of None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns. Values are unrounded; `shown` rounds them.
+    """Rows under columns. Values are unrounded; `shown` rounds them."""
 
-    Args:
-        name: File name, and id on the page.
-        caption: One sentence.
-        columns: As many as each row has values. The first names the row.
-        rows: Text, numbers, means with spreads, or None for what was not measured.
-        folded: Closed at first, on the page.
-    """
-
-    name: str
+    name: str  # file name, and id on the page
     caption: str
-    columns: Sequence[Column]
+    columns: Sequence[Column]  # as many as each row has values. The first names the row
+    # Text, numbers, means with spreads, or None for what was not measured.
     rows: Sequence[Sequence[CellValue]]
-    folded: bool = False
+    folded: bool = False  # closed at first, on the page
 
     def __post_init__(self) -> None:
         """Every row has a value per column."""
@@ -141,18 +121,11 @@ def _shown(value: str | float | Spread, digits: int, with_sign: bool) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing.
+    """A drawing."""
 
-    Args:
-        name: File name, and id on the page.
-        caption: What is drawn, in which units, and what the marks mean.
-        alt: What a person who does not see it would be told.
-        png: The file.
-    """
-
-    name: str
-    caption: str
-    alt: str
+    name: str  # file name, and id on the page
+    caption: str  # what is drawn, in which units, and what the marks mean
+    alt: str  # what a person who does not see it would be told
     png: bytes = field(repr=False)
 
     @property
@@ -173,26 +146,17 @@ class Context:
 
 @dataclass(frozen=True)
 class LatentContexts:
-    """A latent and where it fires most.
+    """A latent and where it fires most."""
 
-    Args:
-        heading: Which, how often and how strongly.
-        contexts: Strongest first.
-    """
-
-    heading: str
+    heading: str  # which, how often and how strongly
     contexts: Sequence[Context]
 
 
 @dataclass(frozen=True)
 class Links:
-    """Files beside the page.
+    """Files beside the page."""
 
-    Args:
-        items: What each is, and where it lies relative to the page.
-    """
-
-    items: Sequence[tuple[str, str]]
+    items: Sequence[tuple[str, str]]  # what each is, and where it lies relative to the page
 
 
 Block = Text | Subheading | Bullets | Facts | Table | Figure | LatentContexts | Links
@@ -200,36 +164,22 @@ Block = Text | Subheading | Bullets | Facts | Table | Figure | LatentContexts | 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report.
+    """A part of the report."""
 
-    Args:
-        name: Id on the page.
-        title: Heading.
-        blocks: What it says.
-    """
-
-    name: str
+    name: str  # id on the page
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Block]  # what it says
 
 
 @dataclass(frozen=True)
 class Document:
-    """A whole report.
+    """A whole report."""
 
-    Args:
-        title: Of the page.
-        lead: One or two sentences under it.
-        sections: In order.
-        origin: What made it, for the foot of the page.
-        files_only: Tables that are written as files and too long for the page.
-    """
-
-    title: str
-    lead: str
+    title: str  # of the page
+    lead: str  # one or two sentences under it
     sections: Sequence[Section]
-    origin: str
-    files_only: Sequence[Table] = ()
+    origin: str  # what made it, for the foot of the page
+    files_only: Sequence[Table] = ()  # tables that are written as files and too long for the page
 
     def __post_init__(self) -> None:
         """Ids are unique, or links and labels would point at the wrong thing."""
@@ -280,13 +230,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Place:
-    """Where some SAEs of a report are from.
+    """Origin of some SAEs of a report."""
 
-    Args:
-        title: As headings name it; empty where a report has a single place.
-    """
-
-    title: str = ""
+    title: str = ""  # as headings name it; empty where a report has a single place
 
     def named(self, name: str) -> str:
         """A file name or id that no other place has."""
@@ -300,12 +246,7 @@ class Place:
 def places(
     items: Sequence[Item], place_of: Callable[[Item], str]
 ) -> list[tuple[Place, list[Item]]]:
-    """Items by place, in the order of the data.
-
-    Args:
-        items: SAEs, or what is known of them.
-        place_of: Gives an item's place; empty for training runs.
-    """
+    """Items by place, in the order of the data."""
     found: dict[str, list[Item]] = {}
     for item in items:
         found.setdefault(place_of(item), []).append(item)

@@ -44,16 +44,10 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one method is drawn.
+    """How one method is drawn."""
 
-    Args:
-        colour: Of lines and marks.
-        marker: Shape of marks.
-        line: Dash pattern.
-    """
-
-    colour: str
-    marker: str
+    colour: str  # of lines and marks
+    marker: str  # shape of marks
     line: Any
 
 
@@ -87,12 +81,7 @@ def pyplot() -> Any:
 
 
 class Canvas:
-    """A figure being drawn.
-
-    Args:
-        figure: matplotlib's.
-        axes: Its axes, in rows.
-    """
+    """A figure being drawn."""
 
     def __init__(self, figure: Any, axes: Sequence[Any]) -> None:
         self.figure = figure
@@ -122,13 +111,7 @@ class Canvas:
 
 @contextmanager
 def drawing(height: float = 4.0, rows: int = 1, *, share_x: bool = False) -> Generator[Canvas]:
-    """A figure of one column; `png` holds it when the block ends.
-
-    Args:
-        height: In inches.
-        rows: Axes under one another.
-        share_x: Whether they share their horizontal axis.
-    """
+    """A figure of one column; `png` holds it when the block ends."""
     plt = pyplot()
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
@@ -155,7 +138,7 @@ def axis_label(heading: str, definition: Definition | None) -> str:
 
 
 def seeds_shown(bench: Bench) -> str:
-    """What the small marks of a figure are; empty when there are none."""
+    """A sentence on the small marks of a figure; empty when there are none."""
     if not any(len(group.rows) > 1 for group in bench.groups()):
         return ""
     return f" Small marks: single {bench.seeds_are}; large ones: their mean."
@@ -164,18 +147,7 @@ def seeds_shown(bench: Bench) -> str:
 def pareto(
     bench: Bench, role: str, metric: str, l0: str | None, looks: Mapping[str, Look]
 ) -> Figure | None:
-    """A metric against L0, a line per method, every seed shown.
-
-    Args:
-        bench: The measurements.
-        role: What the metric is.
-        metric: Its name.
-        l0: Metric that measures L0; None draws against the target.
-        looks: By method.
-
-    Returns:
-        The figure; None when no method was measured at two L0s: a single one makes no front.
-    """
+    """A metric against L0, a line per method, every seed shown."""
     points: dict[str, list[tuple[float, float, Group]]] = {}
     for group in bench.groups():
         if group.is_variant:
@@ -274,18 +246,7 @@ def difference_plot(
     looks: Mapping[str, Look],
     name: str | None = None,
 ) -> Figure | None:
-    """Differences to the reference with their intervals, one line each.
-
-    Args:
-        bench: The measurements.
-        found: Differences in one metric.
-        role: What the metric is.
-        looks: By method.
-        name: File name, made of bench and role when None.
-
-    Returns:
-        The figure; None when no difference has an interval.
-    """
+    """Differences to the reference with their intervals, one line each."""
     drawn = [item for item in found if item.found.low is not None]
     if not drawn:
         return None
@@ -335,20 +296,7 @@ def curves(
     bottom: float | None = None,
     top: float | None = None,
 ) -> Figure | None:
-    """Values of training logs against tokens; lines of one method look alike.
-
-    Args:
-        name: File name.
-        heading: Of the vertical axis.
-        caption: One sentence.
-        lines: Method, tokens and values, one per SAE.
-        looks: By method.
-        bottom: Lowest value shown.
-        top: Highest value shown.
-
-    Returns:
-        The figure; None without a line of two points.
-    """
+    """Values of training logs against tokens; lines of one method look alike."""
     lines = [line for line in lines if len(line[1]) > 1]
     if not lines:
         return None
@@ -381,16 +329,11 @@ def curves(
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric over categories.
+    """One metric over categories."""
 
-    Args:
-        heading: Over the panel, with unit and direction.
-        told: In the alternative text.
-        values: Per category one value per seed; an empty list where nothing was measured.
-    """
-
-    heading: str
-    told: str
+    heading: str  # over the panel, with unit and direction
+    told: str  # in the alternative text
+    # Per category one value per seed; an empty list where nothing was measured.
     values: Sequence[Sequence[float]]
 
 
@@ -403,19 +346,7 @@ def panels(
     *,
     connected: bool = True,
 ) -> Figure | None:
-    """Metrics over the same categories, one panel under another, every seed shown.
-
-    Args:
-        name: File name.
-        caption: One sentence.
-        categories: Along the horizontal axis.
-        shown: The panels; those without a value are left out.
-        x_label: Horizontal axis.
-        connected: Whether a line joins the means.
-
-    Returns:
-        The figure; None when nothing was measured.
-    """
+    """Metrics over the same categories, one panel under another, every seed shown."""
     shown = [panel for panel in shown if any(panel.values)]
     if not shown:
         return None
@@ -455,18 +386,7 @@ def bars(
     *,
     stacked: bool = False,
 ) -> Figure:
-    """Bars with hatching, for parts and counts.
-
-    Args:
-        name: File name.
-        caption: One sentence.
-        alt: Alternative text.
-        labels: Under the bars.
-        series: Heights by name.
-        x_label: Horizontal axis.
-        y_label: Vertical axis.
-        stacked: On top of one another in place of side by side.
-    """
+    """Bars with hatching, for parts and counts."""
     hatches = ("", "///", "...", "xx", "\\\\", "++", "oo")
     colours = ("#0072B2", "#E69F00", "#B3579A", "#999999", "#007A59", "#56B4E9", "#D55E00")
     with drawing(4.0) as canvas:
@@ -504,18 +424,7 @@ def steps(
     y_label: str,
     looks: Mapping[str, Look],
 ) -> Figure:
-    """Histograms as outlines, one per method.
-
-    Args:
-        name: File name.
-        caption: One sentence.
-        alt: Alternative text.
-        edges: Of the bins.
-        counts: Heights by label.
-        x_label: Horizontal axis.
-        y_label: Vertical axis.
-        looks: By label.
-    """
+    """Histograms as outlines, one per method."""
     with drawing(4.2) as canvas:
         entries: dict[str, Any] = {}
         for label, heights in counts.items():

@@ -117,10 +117,6 @@ def describe_folder(folder: Path) -> RenderableType:
 def describe_config(path: Path, overrides: Sequence[str] = ()) -> RenderableType:
     """Everything `msae info --config` says: the recipe is checked, nothing is loaded.
 
-    Args:
-        path: A recipe.
-        overrides: As `msae train --set`.
-
     Raises:
         InputError: The recipe cannot work.
     """

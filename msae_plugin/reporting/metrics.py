@@ -1,4 +1,4 @@
-"""Which metrics a report shows first, under which heading, and how numbers are written."""
+"""Headline metrics and their headings; how numbers are written."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Role:
-    """A quantity that different evaluations measure under different names.
-
-    Args:
-        key: Ours.
-        heading: In tables and on axes.
-        names: Metrics that fill it, the preferred first: `evaluation/metric`, or the metric alone
-            for any evaluation.
-    """
+    """A quantity that different evaluations measure under different names."""
 
     key: str
-    heading: str
+    heading: str  # in tables and on axes
+    # Metrics that fill it, the preferred first: `evaluation/metric`, or the metric alone
+    # for any evaluation.
     names: tuple[str, ...]
 
 
@@ -89,23 +84,14 @@ LADDER_PLOTS = 7
 
 @dataclass(frozen=True)
 class Definition:
-    """What a metric is. Missing parts are empty.
-
-    Args:
-        name: `evaluation/metric`.
-        definition: A formula or a sentence.
-        unit: Of the value.
-        tokens: What it covers.
-        source: Whose number it is.
-        higher_is_better: None where neither is, or nobody said.
-    """
+    """Definition of a metric; missing parts are empty."""
 
     name: str
-    definition: str
-    unit: str
-    tokens: str
-    source: str
-    higher_is_better: bool | None
+    definition: str  # A formula or a sentence
+    unit: str  # of the value
+    tokens: str  # what it covers
+    source: str  # whose number it is
+    higher_is_better: bool | None  # none where neither is, or nobody said
 
     @property
     def direction(self) -> str:
@@ -137,12 +123,7 @@ def read_definition(name: str, value: Any) -> Definition:
 
 
 def metric_of(role: Role, metrics: Iterable[str]) -> str | None:
-    """The metric that fills a role, None when there is none.
-
-    Args:
-        role: What is wanted.
-        metrics: What was measured, as `evaluation/metric` or plain.
-    """
+    """The metric that fills a role, None when there is none."""
     known = list(metrics)
     for name in role.names:
         for metric in known:
@@ -206,14 +187,3 @@ def percent(share: float) -> str:
 def sentence(text: str) -> str:
     """The same with a capital first letter."""
     return text[:1].upper() + text[1:]
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person reads them."""
-    if seconds is None:
-        return NOT_MEASURED
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"

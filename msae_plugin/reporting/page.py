@@ -296,12 +296,7 @@ def table_markdown(table: Table) -> str:
 
 
 def markdown(document: Document, figures_folder: str) -> str:
-    """The report in Markdown, figures linked.
-
-    Args:
-        document: The report.
-        figures_folder: Where the figures are, relative to the file.
-    """
+    """The report in Markdown, figures linked."""
     parts = [f"# {escaped(document.title)}", escaped(document.lead)]
     for section in document.sections:
         parts.append(f"## {escaped(section.title)}")

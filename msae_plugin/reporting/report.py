@@ -56,21 +56,13 @@ _OWN = {
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What a report left.
-
-    Args:
-        output: The folder.
-        page: The page, one self-contained file.
-        tables: CSV files.
-        figures: PNG files.
-        not_measured: How many entries the list of what was not measured has.
-    """
+    """Files of a report."""
 
     output: Path
-    page: Path
+    page: Path  # the page, one self-contained file
     tables: list[Path]
     figures: list[Path]
-    not_measured: int
+    not_measured: int  # how many entries the list of what was not measured has
 
 
 def report(
@@ -125,13 +117,7 @@ def build(
     progress: Reporter = no_report,
     dashboards: Sequence[tuple[str, str]] = (),
 ) -> tuple[Document, int]:
-    """The document of a report, and how many things were not measured.
-
-    Args:
-        sources: What was read.
-        progress: Shows what is being done.
-        dashboards: SAEs with a SAEDashboard page, and where it lies relative to the report's.
-    """
+    """The document of a report, and how many things were not measured."""
     trained = trained_saes(sources)
     measured = benches_of(sources, trained)
     analyses = analyse(trained, progress)

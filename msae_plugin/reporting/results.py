@@ -27,12 +27,7 @@ _NOT_PROTOCOL = {"per_seed", "weights_sha256"}
 
 
 def benches(sources: Sources, trained: Sequence[TrainedSAE]) -> list[Bench]:
-    """Everything that was measured, one bench per source.
-
-    Args:
-        sources: What was read.
-        trained: The SAEs on disk, to tell which of them an evaluation measured.
-    """
+    """Everything that was measured, one bench per source."""
     several = len(sources.comparisons) > 1
     found: list[Bench] = []
     for source in sources.comparisons:
@@ -96,7 +91,7 @@ def _of_comparison(source: Source, *, labelled: bool) -> list[Bench]:
 
 
 def _as_variant(row: Row) -> Row:
-    """What the ladder knows of a row that does not say so itself."""
+    """The row with the ladder's facts where it lacks them."""
     variant = variant_of(row.method)
     if variant is None or row.part is not None:
         return row

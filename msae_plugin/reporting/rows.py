@@ -27,23 +27,13 @@ Key = TypeVar("Key")
 def difference_of(
     ours: Mapping[Key, float], theirs: Mapping[Key, float]
 ) -> PairedDifference | None:
-    """Ours minus theirs, over the pairs that both have; None without one.
-
-    Args:
-        ours: Value by what makes a pair: the seed, or target L0 and seed.
-        theirs: The same of the other method.
-    """
+    """Ours minus theirs, over the pairs that both have; None without one."""
     found = [value - theirs[key] for key, value in ours.items() if key in theirs]
     return paired_difference(found) if found else None
 
 
 def wording(difference: PairedDifference, higher_is_better: bool | None) -> Wording:
-    """The word for a difference.
-
-    Args:
-        difference: Ours minus theirs.
-        higher_is_better: As in the metric's definition; None where neither is.
-    """
+    """The word for a difference."""
     if difference.low is None:
         return "one pair"
     if not difference.shown:
@@ -59,53 +49,31 @@ OTHER_L0_RATIO = 1.1
 
 @dataclass(frozen=True)
 class Row:
-    """One SAE (or one evaluation seed of one), measured.
-
-    Args:
-        name: Its own.
-        method: What it is an instance of; rows of a method differ in L0 and seed.
-        architecture: As SAELens calls it; empty when not recorded.
-        preset: Of `multiscale`, or None.
-        hook: Where it reads; None when not recorded.
-        l0_target: The L0 that was asked for; None without one.
-        seed: What pairs it with rows of other methods.
-        lr: Learning rate.
-        folder: Of the SAE, as recorded.
-        training_steps: None when not recorded.
-        training_tokens: Of the training itself.
-        search_tokens: Spent on finding the coefficient that gives the L0.
-        seconds: Of its training.
-        control: What it controls for, or None.
-        against: Method that it is to be compared with; None for the reference of all.
-        part: Of the source's ladder that it belongs to; None for other methods.
-        mechanism: What a variant of the ladder is.
-        claim: What it is for in the source.
-        l0_missed: The L0 that it ended at, where that is not its target.
-        metrics: Finite values by metric.
-        unmeasured: Metrics that are recorded without a finite value.
-    """
+    """One SAE (or one evaluation seed of one), measured."""
 
     name: str
-    method: str
-    architecture: str = ""
-    preset: str | None = None
-    hook: str | None = None
-    l0_target: float | None = None
-    seed: int | None = None
+    method: str  # what it is an instance of; rows of a method differ in L0 and seed
+    architecture: str = ""  # as SAELens calls it; empty when not recorded
+    preset: str | None = None  # of `multiscale`, or None
+    hook: str | None = None  # where it reads; None when not recorded
+    l0_target: float | None = None  # the L0 that was asked for; None without one
+    seed: int | None = None  # what pairs it with rows of other methods
     lr: float | None = None
-    folder: str | None = None
-    training_steps: int | None = None
-    training_tokens: int | None = None
-    search_tokens: int | None = None
-    seconds: float | None = None
-    control: str | None = None
+    folder: str | None = None  # of the SAE, as recorded
+    training_steps: int | None = None  # None when not recorded
+    training_tokens: int | None = None  # of the training itself
+    search_tokens: int | None = None  # spent on finding the coefficient that gives the L0
+    seconds: float | None = None  # of its training
+    control: str | None = None  # what it controls for, or None
+    # Method that it is to be compared with; None for the reference of all.
     against: str | None = None
-    part: str | None = None
-    mechanism: str | None = None
-    claim: str | None = None
-    l0_missed: float | None = None
+    part: str | None = None  # of the source's ladder that it belongs to; None for other methods
+    mechanism: str | None = None  # what a variant of the ladder is
+    claim: str | None = None  # what it is for in the source
+    l0_missed: float | None = None  # the L0 that it ended at, where that is not its target
+    # Finite values by metric.
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    unmeasured: Sequence[str] = ()
+    unmeasured: Sequence[str] = ()  # metrics that are recorded without a finite value
 
 
 def row_from(values: Mapping[str, Any]) -> Row:
@@ -149,18 +117,11 @@ def _number(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that was not measured.
+    """Something that was not measured."""
 
-    Args:
-        where: The comparison, evaluation or run.
-        what: SAEs or metrics.
-        status: failed, skipped, not measurable, not recorded, ...
-        reason: One line.
-    """
-
-    where: str
-    what: str
-    status: str
+    where: str  # the comparison, evaluation or run
+    what: str  # SAEs or metrics
+    status: str  # failed, skipped, not measurable, ...
     reason: str
 
 
@@ -170,16 +131,10 @@ def _spread(values: Sequence[float]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one method at one target L0: they differ in the seed.
-
-    Args:
-        method: Label.
-        l0_target: None without one.
-        rows: By seed.
-    """
+    """Rows of one method at one target L0: they differ in the seed."""
 
     method: str
-    l0_target: float | None
+    l0_target: float | None  # None without one
     rows: Sequence[Row]
 
     @property
@@ -212,28 +167,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Bench:
-    """SAEs measured on the same data in the same way.
-
-    Args:
-        name: Id.
-        title: Heading.
-        kind: `language_model` or `ground_truth`.
-        seeds_are: What the spread is over: `training seeds` or `evaluation seeds`.
-        rows: What was measured.
-        definitions: By metric.
-        facts: Protocol, versions.
-        missing: What was not measured.
-        reference: Method that the others are compared with, when the data names one.
-    """
+    """SAEs measured on the same data in the same way."""
 
     name: str
     title: str
-    kind: str
-    seeds_are: str
-    rows: Sequence[Row]
+    kind: str  # `language_model` or `ground_truth`
+    seeds_are: str  # what the spread is over: `training seeds` or `evaluation seeds`
+    rows: Sequence[Row]  # what was measured
     definitions: Mapping[str, Definition]
     facts: Sequence[tuple[str, str]]
-    missing: Sequence[Missing]
+    missing: Sequence[Missing]  # what was not measured
+    # Method that the others are compared with, when the data names one.
     reference: str | None = None
 
     def metrics(self) -> list[str]:
@@ -295,23 +239,14 @@ class Bench:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method against another in one metric.
-
-    Args:
-        ours: The method.
-        theirs: The other one.
-        l0_target: At which target L0; None for all of them together.
-        metric: Which.
-        found: Ours minus theirs.
-        l0_note: Set when the two were measured at different L0s.
-    """
+    """A method against another in one metric."""
 
     ours: str
-    theirs: str
-    l0_target: float | None
+    theirs: str  # the other one
+    l0_target: float | None  # at which target L0; None for all of them together
     metric: str
-    found: PairedDifference
-    l0_note: str
+    found: PairedDifference  # ours minus theirs
+    l0_note: str  # set when the two were measured at different L0s
 
 
 def difference(bench: Bench, ours: Group, theirs: Group, metric: str) -> Difference | None:
@@ -339,10 +274,6 @@ def differences(bench: Bench, metrics: Sequence[str]) -> list[Difference]:
     """Every method against the one that it is to be compared with.
 
     At each target L0, paired by seed; with several, over all of them too, paired by L0 and seed.
-
-    Args:
-        bench: The measurements.
-        metrics: Which.
     """
     reference = bench.reference_method()
     groups = bench.groups()

@@ -33,43 +33,27 @@ KINDS = ("language_model", "ground_truth")
 
 @dataclass(frozen=True)
 class Source:
-    """One known file of a folder.
+    """One known file of a folder."""
 
-    Args:
-        label: Name of the folder, unique in the report.
-        folder: Where it is.
-        content: What the file holds.
-    """
-
-    label: str
-    folder: Path
-    content: Mapping[str, Any]
+    label: str  # name of the folder, unique in the report
+    folder: Path  # where it is
+    content: Mapping[str, Any]  # what the file holds
 
 
 @dataclass(frozen=True)
 class RunSource(Source):
-    """A run folder.
+    """A run folder."""
 
-    Args:
-        demo: Content of `demo.json`; None without it.
-    """
-
-    demo: Mapping[str, Any] | None
+    demo: Mapping[str, Any] | None  # content of `demo.json`; None without it
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that a report reads, in the order in which it was named.
+    """Everything that a report reads, in the order in which it was named."""
 
-    Args:
-        comparisons: Folders with `comparison.json`.
-        evaluations: Folders with `summary.json`.
-        runs: Folders with `run.json`.
-    """
-
-    comparisons: tuple[Source, ...]
-    evaluations: tuple[Source, ...]
-    runs: tuple[RunSource, ...]
+    comparisons: tuple[Source, ...]  # folders with `comparison.json`
+    evaluations: tuple[Source, ...]  # folders with `summary.json`
+    runs: tuple[RunSource, ...]  # folders with `run.json`
 
     @property
     def all(self) -> tuple[Source, ...]:
@@ -79,10 +63,6 @@ class Sources:
 
 def read_sources(folders: Sequence[Path]) -> Sources:
     """Recognise and read the folders.
-
-    Args:
-        folders: Run, evaluation and comparison folders in any mixture; one may hold several of
-            the files. A folder named twice counts once.
 
     Raises:
         InputError: No folder, a folder without a known file, a broken file, or another format.
@@ -239,35 +219,22 @@ CONTEXTS_FILE = "contexts.json"
 
 @dataclass(frozen=True)
 class TrainedSAE:
-    """One SAE's folder.
+    """One SAE's folder."""
 
-    Args:
-        name: Unique in the report.
-        method: What it is an instance of.
-        l0_target: The L0 that was asked for; None when not recorded.
-        seed: Of the training; None when not recorded.
-        folder: Holds the logs.
-        export: Holds the weights; None when nothing was exported.
-        rows: `metrics.jsonl`.
-        events: `revivals.jsonl`.
-        config: `cfg.json` of the export; empty without one.
-        report: `export.json`; empty without one.
-        place: Which SAEs it is shown with: the comparison it is of, and the hook where that has
-            several; empty for those of training runs.
-        metrics: What a comparison measured of it, by `evaluation/metric`.
-    """
-
-    name: str
-    method: str
-    l0_target: float | None
-    seed: int | None
-    folder: Path
-    export: Path | None
+    name: str  # unique in the report
+    method: str  # what it is an instance of
+    l0_target: float | None  # the L0 that was asked for; None when not recorded
+    seed: int | None  # of the training; None when not recorded
+    folder: Path  # holds the logs
+    export: Path | None  # holds the weights; None when nothing was exported
     rows: list[Mapping[str, Any]]
     events: list[Mapping[str, Any]]
-    config: Mapping[str, Any]
-    report: Mapping[str, Any]
+    config: Mapping[str, Any]  # `cfg.json` of the export; empty without one
+    report: Mapping[str, Any]  # `export.json`; empty without one
+    # Which SAEs it is shown with: the comparison it is of, and the hook where that has
+    # several; empty for those of training runs.
     place: str = ""
+    # What a comparison measured of it, by `evaluation/metric`.
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property

@@ -1,4 +1,4 @@
-"""What the weights and logs of every SAE on disk show, computed once for all sections."""
+"""Analyses of the weights and logs of every SAE on disk, computed once for all sections."""
 
 from __future__ import annotations
 
@@ -32,23 +32,14 @@ from msae_plugin.reporting.sources import TrainedSAE
 
 @dataclass(frozen=True)
 class SAEAnalysis:
-    """One SAE.
-
-    Args:
-        sae: Which.
-        diversity: Of its decoder; None without weights.
-        density: How often its latents fired in training; None when not stored.
-        scales: Firing by nested prefix; empty without prefixes.
-        found_revivals: In order; empty without any.
-        revival: Totals; None for an SAE that was trained without revival.
-    """
+    """One SAE."""
 
     sae: TrainedSAE
-    diversity: DecoderDiversity | None
-    density: FiringDensity | None
-    scales: Sequence[ScaleFiring]
-    found_revivals: Sequence[Revival]
-    revival: RevivalStatistics | None
+    diversity: DecoderDiversity | None  # of its decoder; None without weights
+    density: FiringDensity | None  # how often its latents fired in training; None when not stored
+    scales: Sequence[ScaleFiring]  # firing by nested prefix; empty without prefixes
+    found_revivals: Sequence[Revival]  # in order; empty without any
+    revival: RevivalStatistics | None  # totals; None for an SAE that was trained without revival
 
     @property
     def revives(self) -> bool | None:
@@ -73,17 +64,11 @@ class SAEAnalysis:
 
 @dataclass(frozen=True)
 class AnalysedGroup:
-    """SAEs of one method and target L0, by seed.
-
-    Args:
-        method: Label.
-        l0_target: None when not recorded.
-        saes: In the order of the data.
-    """
+    """SAEs of one method and target L0, by seed."""
 
     method: str
-    l0_target: float | None
-    saes: Sequence[SAEAnalysis]
+    l0_target: float | None  # None when not recorded
+    saes: Sequence[SAEAnalysis]  # in the order of the data
 
     @property
     def label(self) -> str:
@@ -102,10 +87,6 @@ class AnalysedGroup:
 
 def analyse(trained: Sequence[TrainedSAE], report: Reporter) -> list[SAEAnalysis]:
     """Read the weights of every SAE and work out what they show.
-
-    Args:
-        trained: The SAEs on disk.
-        report: Shows progress.
 
     Raises:
         InputError: Weights or events cannot be read.
@@ -156,13 +137,7 @@ def grouped(analyses: Sequence[SAEAnalysis]) -> list[AnalysedGroup]:
 def twins(
     groups: Sequence[AnalysedGroup], prefixes: Sequence[str], switch: str
 ) -> list[tuple[AnalysedGroup, AnalysedGroup]]:
-    """Pairs of groups that differ in one mechanism alone: with it, without it.
-
-    Args:
-        groups: All.
-        prefixes: Fields of the training configuration that begin so belong to the mechanism.
-        switch: The field that is 0 when it is off.
-    """
+    """Pairs of groups that differ in one mechanism alone: with it, without it."""
     keyed: dict[str, dict[bool, AnalysedGroup]] = {}
     for group in groups:
         settings = group.saes[0].sae.training
@@ -179,12 +154,6 @@ def twins(
 
 def coactivation(sae: TrainedSAE) -> tuple[int, list[CosineBin]] | None:
     """Co-activation against decoder cosine on the activations that the run kept.
-
-    Args:
-        sae: One with weights.
-
-    Returns:
-        The number of activations and the bins; None when nothing was kept.
 
     Raises:
         InputError: The SAE cannot be loaded, or its activations do not fit it.

@@ -37,13 +37,7 @@ CLUSTER_BANDS = ((1, 1), (2, 5), (6, 20), (21, None))
 def diversity_section(
     place: Place, analyses: Sequence[SAEAnalysis], looks: Mapping[str, Look]
 ) -> Section | None:
-    """Decoder geometry and firing of every SAE on disk; None when there are none.
-
-    Args:
-        place: Where the SAEs are from.
-        analyses: Of the SAEs.
-        looks: By method.
-    """
+    """Decoder geometry and firing of every SAE on disk; None when there are none."""
     groups = [g for g in grouped(analyses) if any(a.diversity is not None for a in g.saes)]
     if not groups:
         return None
@@ -344,12 +338,7 @@ CONTEXT_LATENTS = 8
 def contexts_section(
     runs: Sequence[RunSource], by_place: Sequence[tuple[Place, Sequence[SAEAnalysis]]]
 ) -> Section | None:
-    """Latents with the text that activates them; None when no run stored any.
-
-    Args:
-        runs: Training runs, whose demo may have stored some.
-        by_place: The SAEs on disk; variants of the ladder are left out.
-    """
+    """Latents with the text that activates them; None when no run stored any."""
     blocks: list[Block] = []
     for run in runs:
         if run.demo is not None and run.demo.get("strongest_latents"):
@@ -373,11 +362,7 @@ def contexts_section(
 
 
 def dashboards_section(dashboards: Sequence[tuple[str, str]]) -> Section:
-    """Where the SAEDashboard pages are.
-
-    Args:
-        dashboards: SAEs, and where the page of each lies relative to the report's.
-    """
+    """Links to the SAEDashboard pages."""
     intro = Text(
         "Logits, density and activations of chosen latents, drawn by SAEDashboard; files beside "
         "this page."

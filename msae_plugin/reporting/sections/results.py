@@ -213,7 +213,7 @@ def protocol_section(benches: Sequence[Bench]) -> Section:
 
 
 def _facts(bench: Bench) -> list[Facts]:
-    """What a reader needs first, and everything else closed."""
+    """The most important facts, and the others folded."""
     first = [fact for fact in bench.facts if fact[0] in _FIRST or fact[0].startswith(_FIRST_PARTS)]
     rest = [fact for fact in bench.facts if fact not in first]
     found = [Facts(first)] if first else []
@@ -451,12 +451,7 @@ def _leaders(bench: Bench) -> Table | None:
 
 
 def missing_section(missing: Sequence[Missing], absent: Sequence[str]) -> Section:
-    """Failed, skipped, not measurable and not recorded, with reasons.
-
-    Args:
-        missing: What the data says was not measured.
-        absent: Whole parts of a report for which there is no data.
-    """
+    """Failed, skipped, not measurable and not recorded, with reasons."""
     blocks: list[Block] = []
     if missing:
         headings = (

@@ -29,17 +29,11 @@ _UNIQUENESS = "ground_truth/uniqueness"
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that revival may change.
+    """Something that revival may change."""
 
-    Args:
-        heading: With its unit.
-        higher_is_better: None where neither is.
-        read: Its value of an SAE; None when not recorded.
-    """
-
-    heading: str
-    higher_is_better: bool | None
-    read: Callable[[SAEAnalysis], float | None]
+    heading: str  # with its unit
+    higher_is_better: bool | None  # none where neither is
+    read: Callable[[SAEAnalysis], float | None]  # its value of an SAE; None when not recorded
 
     @property
     def arrow(self) -> str:
@@ -90,13 +84,7 @@ QUANTITIES = (
 def effect_blocks(
     place: Place, mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]
 ) -> list[Block]:
-    """A sentence per pair, the numbers, and a figure; nothing when nothing is recorded.
-
-    Args:
-        place: Where the SAEs are from.
-        mechanism: `revival` or `AuxK`.
-        pairs: With it and without it, alike in all else.
-    """
+    """A sentence per pair, the numbers, and a figure; nothing when nothing is recorded."""
     rows: list[list[CellValue]] = []
     told: list[str] = []
     for on, off in pairs:
@@ -182,12 +170,7 @@ REVIVAL_FIELDS, AUXK_FIELDS = ("revival_",), ("aux_loss_coefficient",)
 
 
 def revival_section(place: Place, analyses: Sequence[SAEAnalysis]) -> Section | None:
-    """Frequency, survival, distance and effect; None when no SAE was trained with revival.
-
-    Args:
-        place: Where the SAEs are from.
-        analyses: Of the SAEs.
-    """
+    """Frequency, survival, distance and effect; None when no SAE was trained with revival."""
     groups = grouped(analyses)
     revived = [group for group in groups if any(a.revival is not None for a in group.saes)]
     pairs = {

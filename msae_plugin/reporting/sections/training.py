@@ -91,12 +91,7 @@ def health_section(sources: Sources) -> Section | None:
 
 
 def missing_of_runs(runs: Sequence[RunSource], *, evaluated: bool) -> list[Missing]:
-    """What runs did not finish.
-
-    Args:
-        runs: All.
-        evaluated: Whether the report has evaluations or comparisons beside them.
-    """
+    """Unfinished and unmeasured parts of runs."""
     found: list[Missing] = []
     for run in runs:
         status = str(run.content.get("status") or "not recorded")
@@ -124,13 +119,7 @@ def missing_of_runs(runs: Sequence[RunSource], *, evaluated: bool) -> list[Missi
 def curves_section(
     place: Place, trained: Sequence[TrainedSAE], looks: Mapping[str, Look]
 ) -> Section | None:
-    """Explained variance and dead latents over training; None without logs.
-
-    Args:
-        place: Where the SAEs are from.
-        trained: The SAEs.
-        looks: By method.
-    """
+    """Explained variance and dead latents over training; None without logs."""
     logged = [sae for sae in trained if len(sae.rows) > 1]
     if not logged:
         return None
