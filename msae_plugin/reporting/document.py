@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from msae_plugin.comparison.statistics import Spread
-from msae_plugin.reporting.metrics import NOT_MEASURED, digits_for, number, signed
-
-PLUS_MINUS = " ± "
+from msae_plugin.common.table import Table
 
 
 @dataclass(frozen=True)
@@ -45,78 +42,6 @@ class Facts:
     rows: Sequence[tuple[str, str]]
     # Heading under which they are closed at first, on the page; empty leaves them open.
     folded: str = ""
-
-
-CellValue = str | float | int | Spread | None
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table."""
-
-    key: str  # name in the CSV
-    heading: str  # on the page
-    detail: str = ""  # unit or direction, in small type under the heading
-    signed: bool = False  # numbers carry their sign: differences
-    digits: int | None = None  # decimal places; None chooses those that suit all values
-    absent: str = NOT_MEASURED  # shown in place of None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under columns. Values are unrounded; `shown` rounds them."""
-
-    name: str  # file name, and id on the page
-    caption: str
-    columns: Sequence[Column]  # as many as each row has values. The first names the row
-    # Text, numbers, means with spreads, or None for what was not measured.
-    rows: Sequence[Sequence[CellValue]]
-    folded: bool = False  # closed at first, on the page
-
-    def __post_init__(self) -> None:
-        """Every row has a value per column."""
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise ValueError(f"table {self.name}: {len(row)} values, not {len(self.columns)}")
-
-    def is_number(self, column: int) -> bool:
-        """Whether a column holds numbers."""
-        values = [row[column] for row in self.rows if row[column] is not None]
-        return bool(values) and not any(isinstance(value, str) for value in values)
-
-    def shown(self) -> list[list[str]]:
-        """All cells as text, the numbers of a column with the same decimal places."""
-        places = [self._digits(column) for column in range(len(self.columns))]
-        return [
-            [
-                column.absent if value is None else _shown(value, digits, column.signed)
-                for value, digits, column in zip(row, places, self.columns, strict=True)
-            ]
-            for row in self.rows
-        ]
-
-    def _digits(self, column: int) -> int:
-        given = self.columns[column].digits
-        if given is not None:
-            return given
-        values: list[float] = []
-        for row in self.rows:
-            value = row[column]
-            if isinstance(value, Spread):
-                values.append(value.mean)
-                values += [] if value.std is None else [value.std]
-            elif isinstance(value, (int, float)):
-                values.append(value)
-        return digits_for(values)
-
-
-def _shown(value: str | float | Spread, digits: int, with_sign: bool) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Spread):
-        mean = number(value.mean, digits)
-        return mean if value.std is None else f"{mean}{PLUS_MINUS}{number(value.std, digits)}"
-    return signed(value, digits) if with_sign else number(value, digits)
 
 
 @dataclass(frozen=True)
@@ -202,22 +127,6 @@ class Document:
     def figures(self) -> list[Figure]:
         """Every figure, in order."""
         return [block for block in self.blocks() if isinstance(block, Figure)]
-
-
-def columns(*headings: tuple[str, str] | tuple[str, str, str]) -> list[Column]:
-    """Columns from key, heading and detail.
-
-    A target L0 that is absent is none: some architectures and controls are not asked for one.
-    """
-    return [
-        Column(
-            heading[0],
-            heading[1],
-            heading[2] if len(heading) == 3 else "",
-            absent="none" if heading[0] == "l0_target" else NOT_MEASURED,
-        )
-        for heading in headings
-    ]
 
 
 def slug(text: str) -> str:

@@ -11,8 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.table import digits_for, number
 from msae_plugin.reporting.document import Figure, slug
-from msae_plugin.reporting.metrics import BY_KEY, Definition, digits_for, number, sentence
+from msae_plugin.reporting.metrics import BY_KEY, Definition, sentence
 from msae_plugin.reporting.rows import Bench, Difference, Group
 
 # Okabe and Ito's palette without its yellow and sky blue, the rest darkened to at least 3 : 1
@@ -93,14 +94,16 @@ class Canvas:
         """The first or only axes."""
         return self.axes[0]
 
-    def legend_below(self, entries: Mapping[str, Any] | None = None) -> None:
+    def legend_below(
+        self, entries: Mapping[str, Any] | None = None, most_columns: int | None = None
+    ) -> None:
         """A legend under the axes, where it hides nothing."""
         if entries is None:
             handles, labels = self.axis.get_legend_handles_labels()
             entries = dict(zip(labels, handles, strict=True))
         if entries:
             longest = max(map(len, entries))
-            columns = 1 if longest > 40 else 2 if longest > 22 else 3
+            columns = most_columns or (1 if longest > 40 else 2 if longest > 22 else 3)
             self.figure.legend(
                 list(entries.values()),
                 list(entries),
@@ -110,14 +113,17 @@ class Canvas:
 
 
 @contextmanager
-def drawing(height: float = 4.0, rows: int = 1, *, share_x: bool = False) -> Generator[Canvas]:
-    """A figure of one column; `png` holds it when the block ends."""
+def drawing(
+    height: float = 4.0, rows: int = 1, columns: int = 1, *, width: float = WIDTH
+) -> Generator[Canvas]:
+    """A figure in inches whose rows share their x axis; `png` holds it when the block ends."""
     plt = pyplot()
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
-            rows, 1, figsize=(WIDTH, height), layout="constrained", sharex=share_x, squeeze=False
-        )
-        canvas = Canvas(figure, [row[0] for row in axes])
+            rows, columns, figsize=(width, height), layout="constrained", sharex=rows > 1,
+            squeeze=False,
+        )  # fmt: skip
+        canvas = Canvas(figure, list(axes.flat))
         try:
             yield canvas
             stream = io.BytesIO()
@@ -353,13 +359,13 @@ def panels(
     slanted = max(map(len, categories)) > 6
     height = (3.6 if len(shown) == 1 else 0.9 + 1.55 * len(shown)) + (1.0 if slanted else 0.0)
     told: list[str] = []
-    with drawing(height, len(shown), share_x=True) as canvas:
+    with drawing(height, len(shown)) as canvas:
         for axis, panel in zip(canvas.axes, shown, strict=True):
             means = [fmean(values) if values else nan for values in panel.values]
-            axis.plot(range(len(means)), means, "-o" if connected else "o", color="#0072B2")
+            axis.plot(range(len(means)), means, "-o" if connected else "o", color=COLOURS[0])
             for place, values in enumerate(panel.values):
                 if len(values) > 1:
-                    axis.plot([place] * len(values), values, "o", color="#0072B2", ms=3, alpha=0.5)
+                    axis.plot([place] * len(values), values, "o", color=COLOURS[0], ms=3, alpha=0.5)
             if len(shown) == 1:
                 axis.set_ylabel(panel.heading)
             else:
@@ -388,7 +394,6 @@ def bars(
 ) -> Figure:
     """Bars with hatching, for parts and counts."""
     hatches = ("", "///", "...", "xx", "\\\\", "++", "oo")
-    colours = ("#0072B2", "#E69F00", "#B3579A", "#999999", "#007A59", "#56B4E9", "#D55E00")
     with drawing(4.0) as canvas:
         width = 0.85 if stacked else 0.85 / max(1, len(series))
         base = [0.0] * len(labels)
@@ -397,7 +402,7 @@ def bars(
             canvas.axis.bar(
                 [i + shift for i in range(len(labels))], list(heights), width,
                 bottom=base if stacked else None, label=label,
-                color=colours[place % len(colours)], hatch=hatches[place % len(hatches)],
+                color=COLOURS[place % len(COLOURS)], hatch=hatches[place % len(hatches)],
                 edgecolor="white", linewidth=0.5,
             )  # fmt: skip
             if stacked:

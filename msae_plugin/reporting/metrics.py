@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
 class Role:
-    """A quantity that different evaluations measure under different names."""
+    """A headline metric, which different evaluations measure under different names."""
 
     key: str
-    heading: str  # in tables and on axes
-    # Metrics that fill it, the preferred first: `evaluation/metric`, or the metric alone
-    # for any evaluation.
+    heading: str  # in the tables of a report, and on axes
+    # Metrics that fill it, the preferred first: `evaluation/metric`, or the metric alone for any
+    # evaluation.
     names: tuple[str, ...]
+    short: str = ""  # heading in the narrow table of an evaluation
+    in_report: bool = True
 
 
 # core's own `explained_variance` is missing on purpose: SAEBench 0.6 computes something else under
 # that name (see its definition).
-ROLES = (
+EVERY_ROLE = (
     Role("l0", "L0", ("core/l0", "l0")),
     Role(
         "explained_variance",
         "explained variance",
         ("core/explained_variance_streaming", "explained_variance", "r2"),
+        "expl. var.",
     ),
-    Role("loss_recovered", "loss recovered", ("core/ce_loss_score", "loss_recovered")),
-    Role("kl", "KL", ("core/kl_div_with_sae_float32", "core/kl_div_with_sae", "kl")),
+    Role("loss_recovered", "loss recovered", ("core/ce_loss_score", "loss_recovered"), "loss rec."),
+    Role(
+        "kl",
+        "KL",
+        ("core/kl_div_with_sae_float32", "core/kl_div_with_sae", "kl"),
+        "KL (nats)",
+    ),
     Role("f1", "F1", ("f1", "f1_score")),
     Role("mcc", "MCC", ("mcc",)),
     Role("precision", "precision", ("precision",)),
@@ -48,17 +53,33 @@ ROLES = (
             "mean_max_decoder_cosine",
             "average_max_decoder_cosine_sim",
         ),
+        "dec. cos.",
     ),
-    Role("probing_1", "probing top-1", ("sparse_probing/sae_top_1_test_accuracy",)),
-    Role("probing_5", "probing top-5", ("sparse_probing/sae_top_5_test_accuracy",)),
+    Role("probing_1", "probing top-1", ("sparse_probing/sae_top_1_test_accuracy",), "top-1"),
+    Role("probing_2", "", ("sparse_probing/sae_top_2_test_accuracy",), "top-2", in_report=False),
+    Role("probing_5", "probing top-5", ("sparse_probing/sae_top_5_test_accuracy",), "top-5"),
+    Role("probing_all", "", ("sparse_probing/sae_test_accuracy",), "all latents", in_report=False),
+    Role("llm_1", "", ("sparse_probing/llm_top_1_test_accuracy",), "LLM top-1", in_report=False),
+    Role("llm", "", ("sparse_probing/llm_test_accuracy",), "LLM", in_report=False),
     Role(
         "sae_probes_1",
         "sae-probes top-1",
         ("sparse_probing_sae_probes/sae_top_1_test_accuracy",),
+        "top-1",
     ),
-    Role("unlearning", "unlearning", ("unlearning/unlearning_score",)),
+    *(
+        Role(f"sae_probes_{name}", "", (f"sparse_probing_sae_probes/{name}",), short, False)
+        for name, short in (
+            ("sae_top_5_test_accuracy", "top-5"),
+            ("sae_top_1_test_auc", "AUC top-1"),
+            ("sae_top_5_test_auc", "AUC top-5"),
+            ("llm_test_accuracy", "LLM"),
+        )
+    ),
+    Role("unlearning", "unlearning", ("unlearning/unlearning_score",), "score"),
     Role("final_loss", "final loss", ("training/final_loss",)),
 )
+ROLES = tuple(role for role in EVERY_ROLE if role.in_report)
 BY_KEY: Mapping[str, Role] = {role.key: role for role in ROLES}
 
 PARETO = (
@@ -144,39 +165,6 @@ def roles_of(keys: Iterable[str], metrics: Iterable[str]) -> dict[str, str]:
     known = list(metrics)
     found = {key: metric_of(BY_KEY[key], known) for key in keys}
     return {key: metric for key, metric in found.items() if metric is not None}
-
-
-def digits_for(values: Sequence[float]) -> int:
-    """Decimal places that suit a column of values; the same for all, so that they line up."""
-    finite = [abs(value) for value in values if math.isfinite(value)]
-    if not finite or all(value == round(value) for value in finite):
-        return 0
-    largest = max(finite)
-    for bound, digits in ((1000, 0), (100, 1), (10, 2), (1, 3), (0.1, 4)):
-        if largest >= bound:
-            return digits
-    return min(12, 2 - math.floor(math.log10(largest)))
-
-
-def number(value: float | None, digits: int) -> str:
-    """A number with so many decimal places; what was not measured is said so."""
-    if value is None or not math.isfinite(value):
-        return NOT_MEASURED
-    text = f"{abs(value):,.{digits}f}"
-    # No minus in front of nothing but zeros.
-    return f"−{text}" if value < 0 and any(c in "123456789" for c in text) else text
-
-
-def signed(value: float, digits: int) -> str:
-    """A number with its sign."""
-    text = number(value, digits)
-    return text if text.startswith("−") or value <= 0 else f"+{text}"
-
-
-def digits_for_difference(values: Sequence[float]) -> int:
-    """Decimal places that leave two or three significant digits of the largest."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    return 0 if largest >= 100 or largest == 0 else min(12, 2 - math.floor(math.log10(largest)))
 
 
 def percent(share: float) -> str:

@@ -20,7 +20,7 @@ from msae_plugin.reporting.dashboards import (
 )
 from msae_plugin.reporting.document import Document, Section, places
 from msae_plugin.reporting.figures import looks, pyplot
-from msae_plugin.reporting.page import markdown, page, table_csv
+from msae_plugin.reporting.page import markdown, page
 from msae_plugin.reporting.results import benches as benches_of
 from msae_plugin.reporting.rows import Bench
 from msae_plugin.reporting.sections.features import (
@@ -175,7 +175,7 @@ def _write(document: Document, folder: Path) -> None:
     tables.mkdir()
     figures.mkdir()
     for table in [*document.tables(), *document.files_only]:
-        (tables / f"{table.name}.csv").write_text(table_csv(table), encoding="utf-8")
+        (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
     for figure in document.figures():
         (figures / f"{figure.name}.png").write_bytes(figure.png)
     (folder / MARKDOWN_FILE).write_text(markdown(document, FIGURES_FOLDER), encoding="utf-8")

@@ -9,13 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.comparison.statistics import (
-    NO_DIFFERENCE,
-    PairedDifference,
-    Spread,
-    paired_difference,
-    spread,
-)
+from msae_plugin.common.table import Spread, spread
+from msae_plugin.comparison.statistics import NO_DIFFERENCE, PairedDifference, paired_difference
 from msae_plugin.reporting.metrics import Definition, roles_of
 
 Wording = Literal["better", "worse", "higher", "lower", "no difference shown", "one pair"]

@@ -12,10 +12,9 @@ from html.parser import HTMLParser
 import pytest
 from page_browser import chromium
 
-from msae_plugin.comparison.statistics import Spread
+from msae_plugin.common.table import Column, Spread, Table
 from msae_plugin.reporting.document import (
     Bullets,
-    Column,
     Context,
     Document,
     Facts,
@@ -24,7 +23,6 @@ from msae_plugin.reporting.document import (
     Links,
     Section,
     Subheading,
-    Table,
     Text,
 )
 from msae_plugin.reporting.page import asset, markdown, page

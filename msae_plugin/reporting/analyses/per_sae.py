@@ -10,7 +10,7 @@ import torch
 from sae_lens import SAE
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.comparison.statistics import Spread, spread
+from msae_plugin.common.table import Spread, spread
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.reporting.analyses.decoder import DecoderDiversity, decoder_diversity
 from msae_plugin.reporting.analyses.features import (

@@ -6,24 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from msae_plugin.common.table import CellValue, Column, Table, columns, number
 from msae_plugin.reporting.analyses.features import CosineBin
 from msae_plugin.reporting.analyses.per_sae import AnalysedGroup, SAEAnalysis, coactivation, grouped
 from msae_plugin.reporting.document import (
     Block,
-    CellValue,
-    Column,
     Context,
     LatentContexts,
     Links,
     Place,
     Section,
     Subheading,
-    Table,
     Text,
-    columns,
 )
 from msae_plugin.reporting.figures import Look, bars, steps
-from msae_plugin.reporting.metrics import number
 from msae_plugin.reporting.sources import RunSource, is_variant
 
 MOST_OUTLINES = 7

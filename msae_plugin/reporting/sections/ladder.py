@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
+from msae_plugin.common.table import (
+    CellValue,
+    Table,
+    columns,
+    digits_for_difference,
+    number,
+    signed,
+)
 from msae_plugin.comparison.ladder import BASELINE
-from msae_plugin.reporting.document import Block, CellValue, Section, Table, Text, columns
+from msae_plugin.reporting.document import Block, Section, Text
 from msae_plugin.reporting.figures import (
     Look,
     Panel,
@@ -15,15 +23,7 @@ from msae_plugin.reporting.figures import (
     panels,
     seeds_shown,
 )
-from msae_plugin.reporting.metrics import (
-    BY_KEY,
-    LADDER,
-    LADDER_PLOTS,
-    digits_for_difference,
-    number,
-    sentence,
-    signed,
-)
+from msae_plugin.reporting.metrics import BY_KEY, LADDER, LADDER_PLOTS, sentence
 from msae_plugin.reporting.rows import Bench, Difference, Group, differences, l0_note, wording
 from msae_plugin.reporting.sections.results import by_chance, column_of
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from msae_plugin.comparison.statistics import CONFIDENCE, PairedDifference, spread
-from msae_plugin.reporting.document import (
-    Block,
+from msae_plugin.common.table import (
     CellValue,
     Column,
-    Facts,
-    Section,
-    Subheading,
     Table,
-    Text,
     columns,
+    digits_for_difference,
+    signed,
+    spread,
 )
+from msae_plugin.comparison.statistics import CONFIDENCE, PairedDifference
+from msae_plugin.reporting.document import Block, Facts, Section, Subheading, Text
 from msae_plugin.reporting.figures import (
     Look,
     Panel,
@@ -26,14 +25,7 @@ from msae_plugin.reporting.figures import (
     pareto,
     seeds_shown,
 )
-from msae_plugin.reporting.metrics import (
-    BY_KEY,
-    PARETO,
-    ROLES,
-    Definition,
-    digits_for_difference,
-    signed,
-)
+from msae_plugin.reporting.metrics import BY_KEY, PARETO, ROLES, Definition
 from msae_plugin.reporting.rows import (
     Bench,
     Difference,

@@ -5,22 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from msae_plugin.comparison.statistics import Spread
+from msae_plugin.common.table import CellValue, Spread, Table, columns, digits_for, number
 from msae_plugin.reporting.analyses.per_sae import AnalysedGroup, SAEAnalysis, grouped, twins
 from msae_plugin.reporting.analyses.revival import FATES, Fate, timeline
-from msae_plugin.reporting.document import (
-    Block,
-    Bullets,
-    CellValue,
-    Place,
-    Section,
-    Table,
-    Text,
-    columns,
-    slug,
-)
+from msae_plugin.reporting.document import Block, Bullets, Place, Section, Text, slug
 from msae_plugin.reporting.figures import Panel, bars, panels
-from msae_plugin.reporting.metrics import digits_for, number, percent, sentence
+from msae_plugin.reporting.metrics import percent, sentence
 from msae_plugin.reporting.rows import difference_of
 from msae_plugin.reporting.sections.results import described_difference
 

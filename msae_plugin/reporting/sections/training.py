@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from msae_plugin.reporting.document import (
-    Block,
-    Bullets,
-    CellValue,
-    Place,
-    Section,
-    Table,
-    Text,
-    columns,
-    slug,
-)
+from msae_plugin.common.table import CellValue, Table, columns
+from msae_plugin.reporting.document import Block, Bullets, Place, Section, Text, slug
 from msae_plugin.reporting.figures import Look, curves
 from msae_plugin.reporting.rows import Missing
 from msae_plugin.reporting.sources import RunSource, Sources, TrainedSAE, is_variant, run_l0_target
