@@ -12,7 +12,6 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
@@ -98,7 +97,9 @@ def one_line(text: str) -> str:
     return escape_markdown(" ".join(text.split()))
 
 
-def markdown_rows(headings: Sequence[str], numbers: Sequence[bool], rows: Iterable[Any]) -> str:
+def markdown_rows(
+    headings: Sequence[str], numbers: Sequence[bool], rows: Iterable[Sequence[str]]
+) -> str:
     """A Markdown table of cells that are Markdown already; columns of numbers to the right."""
     lines = [headings, *rows]
     shown = [f"| {' | '.join(line)} |" for line in lines]

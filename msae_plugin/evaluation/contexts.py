@@ -299,10 +299,8 @@ def _markdown_line(context: TokenContext) -> str:
     space = token[: len(token) - len(token.lstrip())]
     core = escape_markdown(token.strip()) or "␣"
     trailing = token[len(token.rstrip()) :] if token.strip() else ""
-    return (
-        f"- {context.activation:.3g}: {escape_markdown(one_line(context.before)).lstrip()}{space}**{core}**"
-        f"{trailing}{escape_markdown(one_line(context.after))}"
-    )
+    before, after = (escape_markdown(one_line(part)) for part in (context.before, context.after))
+    return f"- {context.activation:.3g}: {before.lstrip()}{space}**{core}**{trailing}{after}"
 
 
 def contexts_as_markdown(profiles: Sequence[LatentProfile]) -> str:

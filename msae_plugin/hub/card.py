@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.table import markdown_rows
 from msae_plugin.hub.card_data import (
+    FACTS,
     CardEntry,
     base_terms,
     evaluated_on,
@@ -30,19 +31,6 @@ _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 _LETTER = re.compile(r"^\[\w\] ")
 
 _BETTER: Mapping[bool | None, str] = {True: "higher is better", False: "lower is better"}
-
-_EVALUATION_NOTES = {
-    "unlearning": "`unlearning_score` is how much accuracy on dangerous-knowledge questions "
-    "(WMDP-bio) an intervention on a few latents removes while accuracy elsewhere stays. It says "
-    "how separable that topic is at these latents. It does not say that the knowledge is gone from "
-    "the model, nor that a model with such an intervention is safe. Published scores on Gemma-2-2B "
-    "lie between 0.00 and 0.20 and vary 15-fold inside one architecture (SAEBench, arXiv "
-    "2503.09532): read it with its spread, and do not rank SAEs by it.",
-    "absorption": "`absorption_fraction` was redefined in SAEBench 0.6: it is not comparable with "
-    "numbers published before.",
-    "scr": "SCR is unreliable as a metric of SAE quality (arXiv 2605.18229).",
-    "tpp": "TPP is unreliable as a metric of SAE quality (arXiv 2605.18229).",
-}
 
 
 def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: str) -> str:
@@ -156,8 +144,8 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters.update(linked=_linked, mechanism=_mechanism)
-_TEMPLATES.globals.update(
+cast("dict[str, Any]", _TEMPLATES.filters).update(linked=_linked, mechanism=_mechanism)
+cast("dict[str, Any]", _TEMPLATES.globals).update(
     base_terms=base_terms, loading_snippet=loading_snippet, python=_python, table=_table
 )
 
@@ -188,7 +176,7 @@ def _protocols(entries: Sequence[CardEntry]) -> Iterator[tuple[str, list[CardEnt
     groups: dict[tuple[str, str], list[CardEntry]] = {}
     for entry in entries:
         for evaluation in dict.fromkeys(entry.evaluations()):
-            model = cast("Mapping[str, Any]", (entry.summary or {}).get("model") or {})
+            model = (entry.summary or {}).get("model") or {}
             protocol = json.dumps([entry.settings(evaluation), model], sort_keys=True, default=str)
             groups.setdefault((evaluation, protocol), []).append(entry)
     for (evaluation, _), members in sorted(groups.items(), key=lambda group: group[0]):
@@ -211,14 +199,14 @@ def _evaluation(evaluation: str, members: Sequence[CardEntry], named: Labels) ->
         "headings": ["SAE", *(f"`{name}`" for name in names), "seeds"],
         "rows": rows,
         "definitions": list(_definitions(evaluation, names, members[0])),
-        "remark": _EVALUATION_NOTES.get(evaluation, ""),
+        "remark": FACTS["notes"].get(evaluation, ""),
     }
 
 
 def _protocol(evaluation: str, member: CardEntry) -> list[str]:
     summary = member.summary or {}
-    model = cast("Mapping[str, Any]", summary.get("model") or {})
-    versions = cast("Mapping[str, Any]", summary.get("versions") or {})
+    model = summary.get("model") or {}
+    versions = summary.get("versions") or {}
     facts = [f"data: {evaluated_on(evaluation, member.settings(evaluation))}"]
     if model:
         facts.append(f"model: {model.get('name')} in {model.get('dtype')}")
@@ -326,7 +314,7 @@ def _update_front_matter(
     own = [item for entry in entries for item in entry.model_index(name)]
     others = [
         item
-        for item in cast("list[dict[str, Any]]", data.get("model-index") or [])
+        for item in (data.get("model-index") or [])
         if not str(item.get("name", "")).startswith(f"{name}/")
     ]
     if own or others:

@@ -18,7 +18,7 @@ from huggingface_hub import (
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
-from msae_plugin.hub.card_data import FIGURES_FOLDER, CardEntry, usable_summary
+from msae_plugin.hub.card_data import FIGURES_FOLDER, CardEntry, card_entry
 from msae_plugin.models.hub_access import hub_errors
 from msae_plugin.saes.download import RepositoryState, read_state
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
@@ -52,15 +52,9 @@ def _entry(state: RepositoryState, root: Path, folder: str) -> CardEntry:
         with hub_errors(f"reading {state.repo}:{folder}/{name}"):
             return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    return CardEntry(
-        folder=folder,
-        config=read(SAE_CFG_FILENAME),
-        run=read(RUNNER_CFG_FILENAME) or {},
-        export=read(REPORT_FILENAME) or {},
-        summary=usable_summary(read(SUMMARY_FILENAME)),
-        has_twin=f"{folder}/{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files,
-        figures=tuple(sorted(fnmatch.filter(state.files, f"{folder}/{FIGURES_FOLDER}/*.png"))),
-    )
+    has_twin = f"{folder}/{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files
+    figures = fnmatch.filter(state.files, f"{folder}/{FIGURES_FOLDER}/*.png")
+    return card_entry(folder, read, has_twin, figures)
 
 
 def _snapshot(state: RepositoryState, patterns: Sequence[str]) -> Path:

@@ -125,9 +125,9 @@ def _data_section(sae: TrainedSAE, sources: Sources) -> Mapping[str, Any] | None
     for source in sources.all:
         if not sae.folder.resolve().is_relative_to(source.folder.resolve()):
             continue
-        config = cast("Mapping[str, Any]", source.content.get("config") or {})
+        config = source.content.get("config") or {}
         if config.get("data"):
-            return cast("Mapping[str, Any]", config["data"])
+            return config["data"]
     return None
 
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from msae_plugin.common.table import Column, Table
-from msae_plugin.reporting.metrics import EVERY_ROLE
+from msae_plugin.reporting.measurements import EVERY_ROLE
 
 _MOST_COLUMNS = 6
 

@@ -13,8 +13,14 @@ from typing import Any
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.table import digits_for, number
 from msae_plugin.reporting.document import Figure, slug
-from msae_plugin.reporting.metrics import BY_KEY, Definition, sentence
-from msae_plugin.reporting.rows import Bench, Difference, Group
+from msae_plugin.reporting.measurements import (
+    BY_KEY,
+    Definition,
+    Difference,
+    Group,
+    Results,
+    sentence,
+)
 
 # Okabe and Ito's palette without its yellow and sky blue, the rest darkened to at least 3 : 1
 # against white. Markers and lines tell the same apart without colour.
@@ -44,7 +50,7 @@ _STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How one method is drawn."""
 
     colour: str  # of lines and marks
@@ -52,10 +58,10 @@ class Look:
     line: Any
 
 
-def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """A look per method; 6 colours, 9 markers and 5 lines repeat together after 90 methods."""
+def method_styles(methods: Sequence[str]) -> dict[str, Style]:
+    """A style per method; 6 colours, 9 markers and 5 lines repeat together after 90 methods."""
     return {
-        method: Look(
+        method: Style(
             COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], LINES[place % len(LINES)]
         )
         for place, method in enumerate(dict.fromkeys(methods))
@@ -143,19 +149,19 @@ def axis_label(heading: str, definition: Definition | None) -> str:
     return f"{heading}{share or unit} {definition.arrow}".rstrip()
 
 
-def seeds_shown(bench: Bench) -> str:
+def seeds_shown(results: Results) -> str:
     """A sentence on the small marks of a figure; empty when there are none."""
-    if not any(len(group.rows) > 1 for group in bench.groups()):
+    if not any(len(group.saes) > 1 for group in results.groups):
         return ""
-    return f" Small marks: single {bench.seeds_are}; large ones: their mean."
+    return f" Small marks: single {results.seeds_are}; large ones: their mean."
 
 
 def pareto(
-    bench: Bench, role: str, metric: str, l0: str | None, looks: Mapping[str, Look]
-) -> Figure | None:
+    results: Results, role: str, metric: str, l0: str | None, styles: Mapping[str, Style]
+) -> list[Figure]:
     """A metric against L0, a line per method, every seed shown."""
     points: dict[str, list[tuple[float, float, Group]]] = {}
-    for group in bench.groups():
+    for group in results.groups:
         if group.is_variant:
             continue  # fifty lines would hide the others; they are in the ladder
         x = group.l0_target if l0 is None else group.mean(l0)
@@ -163,26 +169,26 @@ def pareto(
         if x is not None and y is not None:
             points.setdefault(group.method, []).append((x, y, group))
     if all(len(line) < 2 for line in points.values()):
-        return None
+        return []
     heading = BY_KEY[role].heading
-    definition = bench.definitions.get(metric)
+    definition = results.definitions.get(metric)
     with drawing(4.6) as canvas:
         for method, line in points.items():
-            look = looks[method]
+            style = styles[method]
             line.sort(key=lambda point: point[0])
-            control = line[0][2].first.control is not None
+            control = line[0][2].fact("control") is not None
             canvas.axis.plot(
                 [x for x, _, _ in line], [y for _, y, _ in line],
-                linestyle=":" if control else look.line, color=look.colour, marker=look.marker,
-                markerfacecolor="white" if control else look.colour,
+                linestyle=":" if control else style.line, color=style.colour, marker=style.marker,
+                markerfacecolor="white" if control else style.colour,
                 label=f"{method} (control)" if control else method,
             )  # fmt: skip
-            for x, y, group in line:
-                for row in group.rows if len(group.rows) > 1 else []:
-                    at = x if l0 is None else row.metrics.get(l0, x)
+            for x, _, group in line:
+                xs = {} if l0 is None else group.values(l0)
+                for seed, value in group.values(metric).items() if len(group.saes) > 1 else ():
                     canvas.axis.plot(
-                        at, row.metrics.get(metric, y), look.marker,
-                        color=look.colour, markersize=3.2, alpha=0.55,
+                        xs.get(seed, x), value, style.marker,
+                        color=style.colour, markersize=3.2, alpha=0.55,
                     )  # fmt: skip
         hidden = _leave_out_far_controls(canvas.axis, points)
         canvas.axis.set_xlabel("target L0" if l0 is None else "L0 (active latents per token)")
@@ -194,20 +200,23 @@ def pareto(
         f"{method} " + ", ".join(f"{number(y, digits)} at L0 {number(x, 0)}" for x, y, _ in line)
         for method, line in points.items()
     ]
-    return Figure(
-        name=f"{bench.name}-pareto-{slug(role)}",
-        caption=f"{sentence(heading)} against L0. {_direction(definition)}{seeds_shown(bench)}"
-        + (f" Outside of the axes: {', '.join(hidden)}." if hidden else ""),
-        alt=f"Lines of {heading} against L0: {'; '.join(told)}.",
-        png=canvas.png,
-    )
+    return [
+        Figure(
+            name=f"{results.name}-pareto-{slug(role)}",
+            caption=f"{sentence(heading)} against L0. {_direction(definition)}"
+            + seeds_shown(results)
+            + (f" Outside of the axes: {', '.join(hidden)}." if hidden else ""),
+            alt=f"Lines of {heading} against L0: {'; '.join(told)}.",
+            png=canvas.png,
+        )
+    ]
 
 
 def _leave_out_far_controls(
     axis: Any, points: Mapping[str, Sequence[tuple[float, float, Group]]]
 ) -> list[str]:
     """Limits that fit what is compared; names and values of controls outside of them."""
-    ours = [(x, y) for line in points.values() for x, y, g in line if g.first.control is None]
+    ours = [(x, y) for line in points.values() for x, y, g in line if g.fact("control") is None]
     if len(ours) < 2:
         return []
     xs, ys = [x for x, _ in ours], [y for _, y in ours]
@@ -246,28 +255,28 @@ def _direction(definition: Definition | None) -> str:
 
 
 def difference_plot(
-    bench: Bench,
+    results: Results,
     found: Sequence[Difference],
     role: str,
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
     name: str | None = None,
-) -> Figure | None:
+) -> list[Figure]:
     """Differences to the reference with their intervals, one line each."""
     drawn = [item for item in found if item.found.low is not None]
     if not drawn:
-        return None
-    definition = bench.definitions.get(drawn[0].metric)
+        return []
+    definition = results.definitions.get(drawn[0].metric)
     heading = BY_KEY[role].heading
     others = list(dict.fromkeys(item.theirs for item in drawn))
     targets = {item.l0_target for item in drawn}
     labels: list[str] = []
     with drawing(1.5 + 0.30 * len(drawn)) as canvas:
         for place, item in enumerate(drawn):
-            look, low, high = looks[item.ours], item.found.low, item.found.high
-            canvas.axis.plot([low, high], [place, place], color=look.colour, lw=2.2)
+            style, low, high = styles[item.ours], item.found.low, item.found.high
+            canvas.axis.plot([low, high], [place, place], color=style.colour, lw=2.2)
             canvas.axis.plot(
-                item.found.mean, place, look.marker, color=look.colour,
-                markerfacecolor=look.colour if item.found.shown else "white",
+                item.found.mean, place, style.marker, color=style.colour,
+                markerfacecolor=style.colour if item.found.shown else "white",
             )  # fmt: skip
             where = "all L0" if item.l0_target is None else f"L0 {item.l0_target:g}"
             ours = item.ours if len(others) == 1 else f"{item.ours} − {item.theirs}"
@@ -282,14 +291,16 @@ def difference_plot(
     shown = sum(item.found.shown for item in drawn)
     compared = f" from {', '.join(others)}" if len(others) < 4 else ""
     where = "".join(f" at target L0 {l0:g}" for l0 in targets if l0 and len(targets) == 1)
-    return Figure(
-        name=name or f"{bench.name}-differences-{slug(role)}",
-        caption=f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. Filled "
-        "marks: the interval leaves out zero; hollow: no difference shown.",
-        alt=f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
-        "zero; the numbers are in the table of differences.",
-        png=canvas.png,
-    )
+    return [
+        Figure(
+            name=name or f"{results.name}-differences-{slug(role)}",
+            caption=f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. "
+            "Filled marks: the interval leaves out zero; hollow: no difference shown.",
+            alt=f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
+            "zero; the numbers are in the table of differences.",
+            png=canvas.png,
+        )
+    ]
 
 
 def curves(
@@ -297,24 +308,24 @@ def curves(
     heading: str,
     caption: str,
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
     *,
     bottom: float | None = None,
     top: float | None = None,
-) -> Figure | None:
+) -> list[Figure]:
     """Values of training logs against tokens; lines of one method look alike."""
     lines = [line for line in lines if len(line[1]) > 1]
     if not lines:
-        return None
+        return []
     longest = max(tokens[-1] for _, tokens, _ in lines) >= 2e6
     unit, scale = ("millions", 1e6) if longest else ("thousands", 1e3)
     with drawing(4.3) as canvas:
         labelled: dict[str, Any] = {}
         for method, tokens, values in lines:
-            look = looks[method]
+            style = styles[method]
             (drawn,) = canvas.axis.plot(
                 [count / scale for count in tokens], list(values),
-                color=look.colour, linestyle=look.line, lw=1.4,
+                color=style.colour, linestyle=style.line, lw=1.4,
             )  # fmt: skip
             labelled.setdefault(method, drawn)
         canvas.axis.set_xlabel(f"training tokens or samples ({unit})")
@@ -327,10 +338,10 @@ def curves(
         canvas.legend_below(labelled)
     digits = digits_for([values[-1] for _, _, values in lines])
     ends = "; ".join(f"{method} ends at {number(v[-1], digits)}" for method, _, v in lines)
-    return Figure(
+    return [Figure(
         name, f"{caption} One line per SAE.", f"Curves of {heading} over training: {ends}.",
         canvas.png,
-    )  # fmt: skip
+    )]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -351,11 +362,11 @@ def panels(
     x_label: str,
     *,
     connected: bool = True,
-) -> Figure | None:
+) -> list[Figure]:
     """Metrics over the same categories, one panel under another, every seed shown."""
     shown = [panel for panel in shown if any(panel.values)]
     if not shown:
-        return None
+        return []
     slanted = max(map(len, categories)) > 6
     height = (3.6 if len(shown) == 1 else 0.9 + 1.55 * len(shown)) + (1.0 if slanted else 0.0)
     told: list[str] = []
@@ -378,7 +389,7 @@ def panels(
         turned = {"rotation": 35, "ha": "right", "fontsize": 9} if slanted else {}
         canvas.axes[-1].set_xticks(range(len(categories)), list(categories), **turned)
         canvas.axes[-1].set_xlabel(x_label)
-    return Figure(name, caption, f"{'; '.join(told)}.", canvas.png)
+    return [Figure(name, caption, f"{'; '.join(told)}.", canvas.png)]
 
 
 def bars(
@@ -427,17 +438,17 @@ def steps(
     counts: Mapping[str, Sequence[float]],
     x_label: str,
     y_label: str,
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
 ) -> Figure:
     """Histograms as outlines, one per method."""
     with drawing(4.2) as canvas:
         entries: dict[str, Any] = {}
         for label, heights in counts.items():
-            look = looks[label]
+            style = styles[label]
             canvas.axis.stairs(
-                list(heights), list(edges), color=look.colour, ls=look.line, lw=1.8, label=label
+                list(heights), list(edges), color=style.colour, ls=style.line, lw=1.8, label=label
             )
-            (entries[label],) = canvas.axis.plot([], [], color=look.colour, ls=look.line, lw=1.8)
+            (entries[label],) = canvas.axis.plot([], [], color=style.colour, ls=style.line, lw=1.8)
         canvas.axis.set_xlabel(x_label)
         canvas.axis.set_ylabel(y_label)
         canvas.axis.set_ylim(bottom=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -93,7 +93,7 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_TEMPLATES.filters.update(
+cast("dict[str, Any]", _TEMPLATES.filters).update(
     base64=_base64, breakable=_breakable, cells=_cells, kind=_kind, md=one_line, quote=quote,
     sentences=_sentences, visible=visible,
 )  # fmt: skip

@@ -19,10 +19,10 @@ from msae_plugin.reporting.dashboards import (
     write_dashboards,
 )
 from msae_plugin.reporting.document import Document, Section, places
-from msae_plugin.reporting.figures import looks, pyplot
+from msae_plugin.reporting.figures import method_styles, pyplot
+from msae_plugin.reporting.measurements import Results
 from msae_plugin.reporting.page import markdown, page
-from msae_plugin.reporting.results import benches as benches_of
-from msae_plugin.reporting.rows import Bench
+from msae_plugin.reporting.results import results_of
 from msae_plugin.reporting.sections.features import (
     contexts_section,
     dashboards_section,
@@ -119,22 +119,22 @@ def build(
 ) -> tuple[Document, int]:
     """The document of a report, and how many things were not measured."""
     trained = trained_saes(sources)
-    measured = benches_of(sources, trained)
+    measured = results_of(sources, trained)
     analyses = analyse(trained, progress)
     progress("drawing")
-    methods = [group.method for bench in measured for group in bench.groups()]
+    methods = [group.method for results in measured for group in results.groups]
     methods += [sae.method for sae in trained]
-    # Those that share a figure with others come first: their looks differ most.
-    styles = looks(sorted(methods, key=is_variant))
+    # Those that share a figure with others come first: their styles differ most.
+    styles = method_styles(sorted(methods, key=is_variant))
     parts: list[Section | None] = [
         health_section(sources),
         protocol_section(measured) if measured else None,
     ]
-    for bench in measured:
-        if bench.rows:
-            parts.append(results_section(bench, styles))
-            parts.append(differences_section(bench, styles))
-            parts.append(ladder_section(bench, styles))
+    for results in measured:
+        if len(results.frame):
+            parts.append(results_section(results, styles))
+            parts.append(differences_section(results, styles))
+            parts.append(ladder_section(results, styles))
     by_place = places(analyses, lambda analysis: analysis.sae.place)
     optional: dict[str, list[Section | None]] = {
         "training runs": [runs_section(sources.runs)],
@@ -155,7 +155,7 @@ def build(
             absent.append(name)
     if dashboards:
         parts.append(dashboards_section(dashboards))
-    missing = [item for bench in measured for item in bench.missing]
+    missing = [item for results in measured for item in results.missing]
     missing += missing_of_runs(
         sources.runs, evaluated=bool(sources.comparisons or sources.evaluations)
     )
@@ -165,7 +165,7 @@ def build(
         lead=_lead(measured, analyses, sources),
         sections=[part for part in parts if part is not None],
         origin=f"Made by msae_plugin {_version()} from {_names(sources)}.",
-        files_only=[all_metrics_table(bench) for bench in measured if bench.rows],
+        files_only=[all_metrics_table(results) for results in measured if len(results.frame)],
     )
     return document, len(missing)
 
@@ -202,8 +202,8 @@ def _check_output(output: Path, sources: Sources) -> None:
         )
 
 
-def _title(sources: Sources, measured: Sequence[Bench]) -> str:
-    kinds = dict.fromkeys(bench.title for bench in measured)
+def _title(sources: Sources, measured: Sequence[Results]) -> str:
+    kinds = dict.fromkeys(results.title for results in measured)
     if kinds:
         return f"Sparse autoencoders compared: {', '.join(kinds)}"
     return f"Training runs: {', '.join(source.label for source in sources.all)}"
@@ -213,9 +213,9 @@ def _names(sources: Sources) -> str:
     return ", ".join(dict.fromkeys(source.label for source in sources.all))
 
 
-def _lead(measured: Sequence[Bench], analyses: Sequence[SAEAnalysis], sources: Sources) -> str:
-    rows = sum(len(bench.rows) for bench in measured)
-    methods = {row.method for bench in measured for row in bench.rows}
+def _lead(measured: Sequence[Results], analyses: Sequence[SAEAnalysis], sources: Sources) -> str:
+    rows = sum(len(results.saes) for results in measured)
+    methods = {name for results in measured for name in results.saes["method"]}
     parts: list[str] = []
     if rows:
         parts.append(f"{_counted(rows, 'measured row')} of {_counted(len(methods), 'method')}")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.comparison.ladder import Variant, ladder_variants
+from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
@@ -125,7 +125,7 @@ def read_comparison(path: Path) -> Mapping[str, Any]:
     if not isinstance(rows, list) or not isinstance(content.get("definitions"), dict):
         raise InputError(f"{str(path)!r}: needs a list 'rows' and an object 'definitions'")
     for place, row in enumerate(cast("list[object]", rows)):
-        entries = cast("Mapping[str, Any]", row) if isinstance(row, dict) else {}
+        entries = row if isinstance(row, dict) else {}
         for key in ("name", "method", "metrics"):
             if key not in entries:
                 raise InputError(f"{str(path)!r}: row {place} has no {key!r}")
@@ -171,7 +171,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} does not hold a JSON object")
-    return cast("Mapping[str, Any]", content)
+    return content
 
 
 def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
@@ -198,7 +198,7 @@ def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
             raise InputError(f"{str(path)!r}, line {number}, is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise InputError(f"{str(path)!r}, line {number}, is not a JSON object")
-        found.append(cast("Mapping[str, Any]", value))
+        found.append(value)
     return found
 
 
@@ -207,7 +207,7 @@ def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[st
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from flat_facts(cast("Mapping[str, Any]", value), f"{name}.")
+            yield from flat_facts(value, f"{name}.")
         elif isinstance(value, list):
             yield name, ", ".join(str(item) for item in cast("list[object]", value))
         elif value is not None:
@@ -240,15 +240,15 @@ class TrainedSAE:
     @property
     def training(self) -> Mapping[str, Any]:
         """The training configuration that SAELens' metadata keeps; empty when there is none."""
-        metadata = cast("Mapping[str, Any]", self.config.get("metadata") or {})
+        metadata = self.config.get("metadata") or {}
         details = metadata.get("training_architecture_details")
-        return cast("Mapping[str, Any]", details or {})
+        return details or {}
 
     @property
     def steps(self) -> int:
         """Training steps, from the log or the metadata; 0 when neither says."""
         logged = [int(row["step"]) for row in self.rows if "step" in row]
-        metadata = cast("Mapping[str, Any]", self.config.get("metadata") or {})
+        metadata = self.config.get("metadata") or {}
         return max(logged, default=int(metadata.get("training_steps") or 0))
 
     def decoder(self) -> torch.Tensor | None:
@@ -286,7 +286,7 @@ class TrainedSAE:
         if not path.is_file():
             return []
         latents = read_json(path).get("latents")
-        return cast("list[Mapping[str, Any]]", latents or [])
+        return latents or []
 
     def weight_hashes(self) -> set[str]:
         """sha256 of the exported weights and of their twin's."""
@@ -320,7 +320,7 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
     """
     found: dict[Path, TrainedSAE] = {}
     for source in sources.comparisons:
-        rows = cast("list[Mapping[str, Any]]", source.content["rows"])
+        rows = source.content["rows"]
         several_hooks = len({row.get("hook") for row in rows}) > 1
         for row in rows:
             folder = row_folder(source, row)
@@ -332,10 +332,10 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
             found[folder.resolve()] = replace(
                 sae,
                 place=f"{source.label}, {row['hook']}" if several_hooks else source.label,
-                metrics=_finite(cast("Mapping[str, Any]", row["metrics"])),
+                metrics=finite(row["metrics"]),
             )
     for run in sources.runs:
-        for name in cast("Mapping[str, Any]", run.content["saes"]):
+        for name in run.content["saes"]:
             folder = run_sae_folder(run, name)
             if folder.is_dir() and folder.resolve() not in found:
                 unique = name if len(sources.runs) == 1 else f"{run.label}/{name}"
@@ -345,7 +345,8 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
     return list(found.values())
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+def finite(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers among metrics."""
     return {
         name: float(value)
         for name, value in values.items()
@@ -369,13 +370,13 @@ def run_sae_folder(run: RunSource, name: str) -> Path:
 
 def run_l0_target(run: RunSource, name: str) -> float | None:
     """The L0 that an SAE of a run was trained for; None for one without such a setting."""
-    export = cast("Mapping[str, Any]", run.content["saes"][name].get("export") or {})
+    export = run.content["saes"][name].get("export") or {}
     if export.get("l0_target") is not None:
         return float(export["l0_target"])
-    config = cast("Mapping[str, Any]", run.content.get("config") or {})
+    config = run.content.get("config") or {}
     # A recipe of one SAE has it under `sae`, of several under `saes`.
-    saes = cast("Mapping[str, Any]", config.get("saes") or {})
-    settings = cast("Mapping[str, Any]", saes.get(name) or config.get("sae") or {})
+    saes = config.get("saes") or {}
+    settings = saes.get(name) or config.get("sae") or {}
     return float(settings["k"]) if settings.get("k") is not None else None
 
 
@@ -404,11 +405,6 @@ def _read(
 
 VARIANTS = {variant.name: variant for variant in ladder_variants()}
 _REFERENCES = {variant.name for variant in VARIANTS.values() if variant.against is None}
-
-
-def variant_of(method: str) -> Variant | None:
-    """The variant of a name; None for any other method."""
-    return VARIANTS.get(method)
 
 
 def is_variant(method: str) -> bool:

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from msae_plugin.common.table import digits_for, number, signed
-from msae_plugin.reporting.metrics import roles_of
-from msae_plugin.reporting.rows import difference_of, wording
+from msae_plugin.reporting.measurements import difference_of, roles_of, wording
 
 
 def test_only_shared_pairs_count():
