@@ -106,7 +106,12 @@ def meta_sae(config: TrainingSAEConfig) -> torch.nn.Module:
 
 
 def sae_cost(config: TrainingSAEConfig, batch_size_tokens: int) -> SAECost:
-    """Memory of one SAE in training."""
+    """Memory of one SAE in training.
+
+    Args:
+        config: Its configuration.
+        batch_size_tokens: Activations per mini-batch.
+    """
     sae = meta_sae(config)
     parameters = list(sae.parameters())
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)

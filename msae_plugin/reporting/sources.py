@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import file_sha256
 from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
@@ -292,7 +292,7 @@ class TrainedSAE:
         """sha256 of the exported weights and of their twin's."""
         files = [self.export, self.folder / TWIN_FOLDER]
         paths = [folder / SAE_WEIGHTS_FILENAME for folder in files if folder is not None]
-        return {_sha256(path) for path in paths if path.is_file()}
+        return {file_sha256(path) for path in paths if path.is_file()}
 
 
 def _tensor(path: Path, name: str) -> torch.Tensor:
@@ -300,14 +300,6 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
         return load_file(path)[name]
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def trained_saes(sources: Sources) -> list[TrainedSAE]:
