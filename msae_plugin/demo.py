@@ -45,9 +45,9 @@ from msae_plugin.reporting.demo_output import (
     comparison_table,
     demo_figure,
     figure_saes,
-    require_matplotlib,
 )
 from msae_plugin.reporting.evaluation_tables import summary_for_terminal, summary_markdown
+from msae_plugin.reporting.figures import pyplot
 from msae_plugin.saes.run_record import METRICS_FILE, read_run_record
 from msae_plugin.training.plans import default_device
 from msae_plugin.training.recipe import RunConfig
@@ -240,7 +240,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Console) -> DemoResu
         InputError: The settings or the folder cannot work, or matplotlib is missing.
         RunFailure: Training diverged, or an export disagrees with what was trained.
     """
-    require_matplotlib()
+    pyplot()  # refused before minutes of training, when matplotlib is missing
     # All that can be refused is refused before a model is loaded.
     record = read_run_record(output)
     settings.run_config().validate()

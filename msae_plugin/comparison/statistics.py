@@ -7,46 +7,19 @@ same activations in the same order, at the same sparsity.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scipy.special import stdtrit
 
+from msae_plugin.common.table import spread
+
 CONFIDENCE = 0.95
 NO_DIFFERENCE = "no difference shown"
 
 Pair = tuple[str, float, int]
 """Hook, target L0, seed."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A metric over seeds.
-
-    Args:
-        mean: Mean.
-        std: Sample standard deviation (n - 1); None for a single value, which has no spread.
-        n: Number of values.
-    """
-
-    mean: float
-    std: float | None
-    n: int
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Mean and sample standard deviation.
-
-    Raises:
-        ValueError: There is no value.
-    """
-    listed = list(values)
-    if not listed:
-        raise ValueError("a spread needs at least one value")
-    deviation = statistics.stdev(listed) if len(listed) > 1 else None
-    return Spread(statistics.fmean(listed), deviation, len(listed))
 
 
 @dataclass(frozen=True)
