@@ -40,9 +40,9 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.loading import LanguageModel, hook_widths
-from msae_plugin.training.activation_store import PLACEHOLDER, mapped, reading_runner, require_space
+from msae_plugin.training.activation_store import PLACEHOLDER, mapped, require_space
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
-from msae_plugin.training.passes import SharedPassRunner
+from msae_plugin.training.passes import SharedPassRunner, reading_runner
 from msae_plugin.training.recipe import RunConfig
 
 SAMPLE_TOKENS = 4096
@@ -277,7 +277,6 @@ def store_activations(
         run,
         language_model,
         text,
-        folder,
         device,
         autocast=autocast,
         guard=guard,

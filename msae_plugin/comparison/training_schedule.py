@@ -36,7 +36,7 @@ from msae_plugin.comparison.finished_saes import (
 )
 from msae_plugin.comparison.group_training import (
     Group,
-    TrainedGroup,
+    GroupSession,
     Workplace,
     train_group,
     trained_or_failed,
@@ -359,7 +359,7 @@ class _Schedule:
         self._done += len(group.entries)
         store.finish()
 
-    def _accepted(self, trained: TrainedGroup, cuts: Mapping[str, Cut]) -> bool:
+    def _accepted(self, trained: GroupSession, cuts: Mapping[str, Cut]) -> bool:
         (entry,) = trained.group.entries
         search = self._search(entry)
         return self._tuner.judge_whole_run(entry, search, cuts[entry.name].l0, trained.tokens)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,16 +28,10 @@ from typing_extensions import Self
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, write_json_atomic
-from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay
-from msae_plugin.data.text import TextData
-from msae_plugin.models.loading import LanguageModel, ModelShape
-from msae_plugin.training.checkpoints import CheckpointStore
+from msae_plugin.models.loading import ModelShape
 from msae_plugin.training.data_parallel import own_batch_size
 from msae_plugin.training.inputs import ModelAndText
-from msae_plugin.training.log import MetricsLog
-from msae_plugin.training.passes import SharedPassRunner, TrainingSetting, shared_pass_config
-from msae_plugin.training.plans import SAEPlan, build_sae
+from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
 
 # Free space that is left alone.
@@ -66,49 +60,6 @@ def require_space(folder: Path, needed: int) -> None:
             f"the activations need {needed / 2**30:.1f} GiB in {folder} and {free / 2**30:.1f} GiB "
             "are free: lower training.tokens, or give --output on a larger disk"
         )
-
-
-def reading_runner(
-    config: RunConfig,
-    language_model: LanguageModel,
-    text: TextData,
-    folder: Path,
-    device: str,
-    *,
-    autocast: bool,
-    guard: InterruptionGuard,
-    progress: ProgressDisplay,
-) -> SharedPassRunner:
-    """A runner of `msae train` that makes batches and trains nothing.
-
-    Args:
-        config: The recipe, whose SAE is `PLACEHOLDER`.
-        language_model: The model.
-        text: The text.
-        folder: Where the activations go; nothing is written there.
-        device: Where the activations are made.
-        autocast: Whether the model runs in bfloat16.
-        guard: Knows about signals.
-        progress: Of the run.
-    """
-    shape = ModelShape(language_model.d_model, language_model.n_layers, language_model.vocabulary)
-    plans = config.validate(shape)
-    return SharedPassRunner(
-        shared_pass_config(config, plans, language_model, device, autocast=autocast),
-        TrainingSetting(
-            config=config,
-            plans=plans,
-            folders={plan.name: folder for plan in plans},
-            # Nothing is trained: there will be no checkpoint.
-            store=CheckpointStore(folder / "checkpoints", 0, writes=False),
-            guard=guard,
-            metrics=MetricsLog([]),
-            progress=progress,
-        ),
-        dataset=text.train,
-        language_model=language_model,
-        saes={plan.name: build_sae(plan, 0, device) for plan in plans},
-    )
 
 
 MANIFEST, PROGRESS = "cache.json", "progress.json"
@@ -149,7 +100,7 @@ def rows_needed(config: RunConfig, plans: list[SAEPlan]) -> int:
     return batches * training.batch_size_tokens
 
 
-def norm_batches(config: RunConfig, plans: list[SAEPlan]) -> int:
+def norm_batches(config: RunConfig, plans: Sequence[SAEPlan]) -> int:
     """Mini-batches that are read before the first step, for the scaling of activations."""
     wanted = any(plan.config.normalize_activations != "none" for plan in plans)
     return config.training.norm_estimate_batches if wanted else 0

@@ -1,18 +1,12 @@
-"""`msae cache`, and training from what it wrote: no language model, no text."""
+"""`msae cache`: activations kept for runs that repeat."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from sae_lens.saes.sae import TrainingSAE
-from typing_extensions import override
-
-from msae_plugin import upstream
 from msae_plugin.architecture.ranks import ALONE
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
@@ -20,24 +14,15 @@ from msae_plugin.common.seeding import seed_everything
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel, ModelShape
 from msae_plugin.training.activation_store import (
-    PLACEHOLDER,
     CachedActivations,
-    CachedBatches,
     CacheWriter,
     check_new_cache,
-    norm_batches,
     open_cache,
-    reading_runner,
     rows_needed,
 )
 from msae_plugin.training.data_parallel import load_position, save_positions
 from msae_plugin.training.inputs import ModelAndText, load_model_and_text
-from msae_plugin.training.passes import (
-    SharedPassRunner,
-    TrainingPass,
-    TrainingSetting,
-    shared_pass_config,
-)
+from msae_plugin.training.passes import SharedPassRunner, reading_runner
 from msae_plugin.training.plans import default_device
 from msae_plugin.training.recipe import RunConfig
 
@@ -84,10 +69,9 @@ def make_cache(
     started = time.perf_counter()
     with InterruptionGuard() as guard:
         runner = reading_runner(
-            replace(config, sae=PLACEHOLDER, saes=None),
+            config,
             inputs.language_model,
             inputs.text,
-            output,
             device,
             autocast=inputs.autocast,
             guard=guard,
@@ -131,47 +115,3 @@ def _write(
     finally:
         progress.stop()
     writer.finish(time.perf_counter() - started)
-
-
-class CachedPass(TrainingPass):
-    """Trains all SAEs of a recipe on the rows of a cache.
-
-    Args:
-        cache: The cache, already checked against the recipe.
-        setting: The run.
-        saes: The initialised SAEs by name.
-        device: Device of SAEs and activations.
-    """
-
-    def __init__(
-        self,
-        cache: CachedActivations,
-        setting: TrainingSetting,
-        *,
-        saes: dict[str, TrainingSAE[Any]],
-        device: str,
-    ) -> None:
-        config, plans = setting.config, setting.plans
-        self.cfg = shared_pass_config(config, plans, cache, device, autocast=cache.autocast)
-        self.saes = {name: sae.to(device) for name, sae in saes.items()}
-        upstream.set_sae_metadata(self)
-        self._batches = CachedBatches(
-            cache,
-            [plan.hook for plan in plans],
-            config.training.batch_size_tokens,
-            device,
-            setting.ranks,
-        )
-        self._before_training = norm_batches(config, plans)
-        self.begin(setting, self._batches)
-
-    @override
-    def go_to_place(self, folder: Path) -> None:
-        # A checkpoint carries the scaling: the batches it was estimated on are not read again.
-        steps = self.trainer.n_training_steps * self.config.training.accumulation_steps
-        self._batches.position = self._before_training + steps
-
-    @override
-    def place_writer(self) -> Callable[[Path], None]:
-        # The step says it.
-        return lambda _: None
