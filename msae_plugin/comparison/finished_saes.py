@@ -18,7 +18,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import json_safe, key_digest
-from msae_plugin.comparison.group_training import GroupSession, Workplace
+from msae_plugin.comparison.group_training import ComparisonRun, GroupSession
 from msae_plugin.comparison.methods import SAES_FOLDER, Entry, mean_l0, sae_folder, scale_thresholds
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.saes.run_record import (
@@ -77,7 +77,7 @@ def best_trial(trials: Sequence[Trial], target: float) -> Trial:
 
 
 def next_coefficient(trials: Sequence[Trial], target: float, start: float) -> float:
-    """What to try next.
+    """The next coefficient to try.
 
     Args:
         trials: So far, in their order, all of one length.
@@ -161,11 +161,7 @@ def search_key(entry: Entry, config: CompareConfig) -> str:
 
 
 def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
-    """What `run.json` says of an SAE that is complete; None for one to train.
-
-    Args:
-        folder: The SAE's folder.
-        key: What it depends on.
+    """The `run.json` of an SAE that is complete; None for one to train.
 
     Raises:
         InputError: The folder holds an SAE of this name that was trained otherwise.
@@ -208,12 +204,12 @@ class Cut:
     calibration: Mapping[str, float] | None
 
 
-def set_cut(place: Workplace, trained: GroupSession, entry: Entry) -> Cut:
+def set_cut(run: ComparisonRun, trained: GroupSession, entry: Entry) -> Cut:
     """Set the cut of an SAE that has one to its target L0, and measure the L0."""
     sae = trained.saes[entry.name]
     sae.eval()
-    count = place.config.training.calibrate_batches
-    batches = trained.scaled(entry.name, place.source.fresh(entry.hook, entry.seed, count))
+    count = run.config.training.calibrate_batches
+    batches = trained.scaled(entry.name, run.source.fresh(entry.hook, entry.seed, count))
     if needs_calibration(sae):
         found = calibrate(sae, batches)
         return Cut(found["l0_after"], found)
@@ -224,7 +220,7 @@ def set_cut(place: Workplace, trained: GroupSession, entry: Entry) -> Cut:
 
 
 def finish(
-    place: Workplace,
+    run: ComparisonRun,
     trained: GroupSession,
     cuts: Mapping[str, Cut],
     keys: Mapping[str, str],
@@ -232,34 +228,27 @@ def finish(
 ) -> None:
     """Fold, export and record every SAE of a group.
 
-    Args:
-        place: The comparison.
-        trained: The group.
-        cuts: By name.
-        keys: By name.
-        search_tokens: Tokens of the search of its coefficient, by name.
-
     Raises:
         RunFailure: An export does not agree with what was trained, or is silent.
     """
     trained.trainer.fold_scaling()
     for entry in trained.group.entries:
         name = entry.name
-        _finish_one(place, trained, entry, cuts[name], keys[name], search_tokens.get(name, 0))
+        _finish_one(run, trained, entry, cuts[name], keys[name], search_tokens.get(name, 0))
 
 
 def _finish_one(
-    place: Workplace, trained: GroupSession, entry: Entry, cut: Cut, key: str, search_tokens: int
+    run: ComparisonRun, trained: GroupSession, entry: Entry, cut: Cut, key: str, search_tokens: int
 ) -> None:
-    config, training, plan = place.config, trained.settings.training, trained.plans[entry.name]
+    config, training, plan = run.config, trained.settings.training, trained.plans[entry.name]
     lr, seconds = training.lr if plan.lr is None else plan.lr, trained.seconds[entry.name]
-    place.source.describe(trained.saes[entry.name].cfg.metadata, entry.hook)
+    run.source.describe(trained.saes[entry.name].cfg.metadata, entry.hook)
     try:
         finished = trained.export(
             entry.name,
-            place.source.samples(entry.hook, entry.seed),
+            run.source.samples(entry.hook, entry.seed),
             # SAELens' names for what readers of a runner_cfg.json look for first.
-            {
+            lambda: {
                 "sae": plan.config.to_dict(),
                 "lr": lr,
                 "train_batch_size_tokens": training.batch_size_tokens,
@@ -272,12 +261,12 @@ def _finish_one(
     except RunFailure as failure:
         raise RunFailure(f"SAE {entry.name!r}: {failure}") from failure
     RunRecord(
-        place.folder(entry.name),
+        run.folder(entry.name),
         {
             "versions": software_versions(),
             "seed": entry.seed,
-            "device": describe_device(place.device),
-            **place.source.record(),
+            "device": describe_device(run.device),
+            **run.source.record(),
             "steps": trained.steps,
             "tokens": trained.tokens,
             "saes": {

@@ -26,8 +26,8 @@ from msae_plugin.training.session import SessionSettings, TrainingSession
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """What every training of a comparison needs.
+class ComparisonRun:
+    """A comparison under way: everything that its trainings share.
 
     Args:
         config: The recipe.
@@ -140,7 +140,7 @@ class GroupSession(TrainingSession):
 
 
 def train_group(
-    place: Workplace,
+    run: ComparisonRun,
     group: Group,
     *,
     keys: Mapping[str, str] | None = None,
@@ -151,7 +151,7 @@ def train_group(
     """Train to the end; scaling is not folded and no threshold is set yet.
 
     Args:
-        place: The comparison.
+        run: The comparison.
         group: Which SAEs.
         keys: By name, what an SAE depends on; kept in checkpoints. None keeps no logs: a trial of
             a search.
@@ -163,19 +163,19 @@ def train_group(
         InterruptedBySignalError: Between two steps, once a checkpoint is written.
         RunFailure: A loss is not finite.
     """
-    config, tokens = place.config, group.tokens
+    config, tokens = run.config, group.tokens
     training = entry_training(group.entries[0], config, tokens)
     plans = {
         entry.name: plan_entry(
             entry,
             config,
-            place.source.d_in(entry.hook),
+            run.source.d_in(entry.hook),
             coefficient=group.coefficients.get(entry.name),
             tokens=tokens,
         )
         for entry in group.entries
     }
-    folders = {} if keys is None else {name: place.folder(name) for name in plans}
+    folders = {} if keys is None else {name: run.folder(name) for name in plans}
     step = 0 if checkpoint is None else checkpoint.step
     metrics = MetricsLog([JsonLinesSink(folders, step)])
     session = GroupSession(
@@ -183,17 +183,17 @@ def train_group(
         SessionSettings(
             plans=list(plans.values()),
             training=training,
-            device=place.device,
+            device=run.device,
             seed=group.seed,
             log_every=config.log_every_steps,
-            guard=place.guard,
-            progress=_ReportedProgress(place.report, title),
+            guard=run.guard,
+            progress=_ReportedProgress(run.report, title),
             folders=folders,
             store=store,
             metrics=metrics,
         ),
-        {entry.name: _build(entry, plans[entry.name], place.device) for entry in group.entries},
-        SeededBatches(place.source, [entry.hook for entry in group.entries], group.seed),
+        {entry.name: _build(entry, plans[entry.name], run.device) for entry in group.entries},
+        SeededBatches(run.source, [entry.hook for entry in group.entries], group.seed),
         keys or {},
         {} if checkpoint is None else checkpoint.config.get("seconds", {}),
     )
@@ -216,25 +216,20 @@ def _build(entry: Entry, plan: SAEPlan, device: str) -> TrainingSAE[Any]:
 def halves(group: Group) -> list[Group]:
     """A group in two, to find the SAE that fails."""
     middle = len(group.entries) // 2
-    parts = (group.entries[:middle], group.entries[middle:])
-    return [replace(group, entries=part) for part in parts]
+    return [
+        replace(group, entries=half) for half in (group.entries[:middle], group.entries[middle:])
+    ]
 
 
 def trained_or_failed(
     train: Callable[[Group], None], group: Group, failed: Callable[[Entry, RunFailure], None]
 ) -> None:
-    """Train a group; where one of its SAEs fails, train the others without it.
-
-    Args:
-        train: Trains and exports a group, or raises RunFailure.
-        group: The SAEs.
-        failed: Told of each SAE that fails by itself.
-    """
+    """Train a group; where one of its SAEs fails, train the others without it."""
     try:
         train(group)
     except RunFailure as failure:
         if len(group.entries) == 1:
             failed(group.entries[0], failure)
             return
-        for part in halves(group):
-            trained_or_failed(train, part, failed)
+        for half in halves(group):
+            trained_or_failed(train, half, failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,16 +13,18 @@ from msae_plugin.common.interruption import InterruptedBySignalError, Interrupti
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
 from msae_plugin.data.text import TextData
-from msae_plugin.models.loading import LanguageModel, ModelShape
+from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.activation_store import (
+    FORMAT,
+    ActivationWriter,
     CachedActivations,
-    CacheWriter,
+    activations_key,
     check_new_cache,
     open_cache,
     rows_needed,
 )
 from msae_plugin.training.data_parallel import load_position, save_positions
-from msae_plugin.training.inputs import ModelAndText, load_model_and_text
+from msae_plugin.training.inputs import load_model_and_text
 from msae_plugin.training.passes import SharedPassRunner, reading_runner
 from msae_plugin.training.plans import default_device
 from msae_plugin.training.recipe import RunConfig
@@ -53,12 +56,7 @@ def make_cache(
     """
     progress = progress or SilentProgress()
     config = replace(config, cached_activations=None)
-    shape = None
-    if language_model is not None:
-        shape = ModelShape(
-            language_model.d_model, language_model.n_layers, language_model.vocabulary
-        )
-    plans = config.validate(shape)
+    plans = config.validate(None if language_model is None else language_model.shape)
     rows = rows_needed(config, plans)
     check_new_cache(output)
     device = default_device(config.model.device)
@@ -77,41 +75,52 @@ def make_cache(
             guard=guard,
             progress=progress,
         )
-        _write(runner, config, output, rows, guard, progress, inputs, started)
+        record = inputs.record()
+        facts = {
+            "format": FORMAT,
+            "key": activations_key(config),
+            "rows": rows,
+            "seed": config.training.seed,
+            "model": {**record["model"], "vocabulary": inputs.language_model.vocabulary},
+            "data": record["data"],
+        }
+        writer = ActivationWriter(output, facts, config.hooks)
+        store = runner.activations_store
+        if writer.position:
+            with TemporaryDirectory() as folder:
+                save_positions([writer.position], Path(folder))
+                load_position(store, Path(folder), ALONE)
+        progress.start(rows, writer.done, list(config.hooks))
+        try:
+            write_activations(runner, writer, guard, progress.advance)
+        except InterruptedBySignalError:
+            if writer.done:
+                writer.save_progress(store.n_dataset_processed)
+            raise
+        finally:
+            progress.stop()
+        writer.finish(time.perf_counter() - started)
     return open_cache(output)
 
 
-def _write(
+def write_activations(
     runner: SharedPassRunner,
-    config: RunConfig,
-    output: Path,
-    rows: int,
+    writer: ActivationWriter,
     guard: InterruptionGuard,
-    progress: ProgressDisplay,
-    inputs: ModelAndText,
-    started: float,
+    advance: Callable[[int], object],
 ) -> None:
-    store = runner.activations_store
-    writer = CacheWriter(output, config, rows, inputs)
-    if writer.position:
-        with TemporaryDirectory() as folder:
-            save_positions([writer.position], Path(folder))
-            load_position(store, Path(folder), ALONE)
-    progress.start(rows, writer.done, list(config.hooks))
+    """Make what is missing of a store.
+
+    Raises:
+        InputError: The text is too short, or the disk too small.
+        InterruptedBySignalError: Between two batches.
+    """
     saved = time.perf_counter()
-    try:
-        while writer.done < rows:
-            guard.check()
-            (batch,) = runner.fresh_batches(1)
-            writer.append(batch)
-            progress.advance(writer.done)
-            if time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
-                writer.save_progress(store.n_dataset_processed)
-                saved = time.perf_counter()
-    except InterruptedBySignalError:
-        if writer.done:
-            writer.save_progress(store.n_dataset_processed)
-        raise
-    finally:
-        progress.stop()
-    writer.finish(time.perf_counter() - started)
+    while writer.done < writer.rows:
+        guard.check()
+        (batch,) = runner.fresh_batches(1)
+        writer.append(batch)
+        advance(writer.done)
+        if time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
+            writer.save_progress(runner.activations_store.n_dataset_processed)
+            saved = time.perf_counter()

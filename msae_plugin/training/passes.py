@@ -1,4 +1,4 @@
-"""Where the batches of a training come from: one pass of the language model, or a cache."""
+"""Training sessions of `msae train`: on one pass of the language model, or on a cache."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sae_lens import logger as sae_lens_logger
-from sae_lens.config import HfDataset, LoggingConfig
+from sae_lens.config import HfDataset
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
@@ -25,7 +25,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.data.text import TextData
-from msae_plugin.models.loading import LanguageModel, ModelShape
+from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.activation_store import (
     PLACEHOLDER,
     CachedActivations,
@@ -42,21 +42,12 @@ from msae_plugin.training.data_parallel import (
 from msae_plugin.training.log import MetricsLog
 from msae_plugin.training.plans import SAEPlan, build_sae
 from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.session import SessionSettings, TrainingSession
-
-
-class ModelNames(Protocol):
-    """How a model is named in the metadata of SAEs."""
-
-    @property
-    def model_name(self) -> str:
-        """The name that SAELens and SAEBench load it by."""
-        ...
-
-    @property
-    def model_class_name(self) -> str:
-        """SAELens' name of its loader."""
-        ...
+from msae_plugin.training.session import (
+    SessionSettings,
+    TrainingSession,
+    shared_settings,
+    whole_steps,
+)
 
 
 class _NotAboutUs(logging.Filter):
@@ -87,26 +78,18 @@ def _without_upstream_remarks() -> Generator[None]:
 def shared_pass_config(
     config: RunConfig,
     plans: Sequence[SAEPlan],
-    names: ModelNames,
+    model: LanguageModel | CachedActivations,
     device: str,
     *,
     autocast: bool,
 ) -> MultiSAETrainingRunnerConfig:
-    """SAELens' configuration of the run that a recipe describes.
-
-    Args:
-        config: The recipe.
-        plans: Its SAEs.
-        names: The loaded model, or what is recorded of it, for the SAEs' metadata.
-        device: Device of SAEs and activations.
-        autocast: Whether the model runs in bfloat16.
-    """
+    """SAELens' configuration of the run that a recipe describes."""
     training, data = config.training, config.data
     return MultiSAETrainingRunnerConfig(
         saes={plan.name: plan.config for plan in plans},
         hook_names={plan.name: plan.hook for plan in plans},
-        model_name=names.model_name,
-        model_class_name=names.model_class_name,
+        model_name=model.model_name,
+        model_class_name=model.model_class_name,
         # SAELens' own default centres the writing weights, which ours are not.
         model_from_pretrained_kwargs={},
         # Part of every exported cfg.json: a local corpus is named, its place is not told.
@@ -118,30 +101,15 @@ def shared_pass_config(
         n_batches_in_buffer=training.n_batches_in_buffer,
         store_batch_size_prompts=training.store_batch_size_prompts,
         activations_mixing_fraction=training.activations_mixing_fraction,
-        # Whole steps only: SAELens would run one more than its schedules count.
-        training_tokens=config.total_steps * config.tokens_per_step,
+        training_tokens=whole_steps(training),
         train_batch_size_tokens=training.batch_size_tokens,
         device=device,
         seed=training.seed,
         dtype="float32",
-        autocast=training.autocast,
         autocast_lm=autocast,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        lr=training.lr,
-        lr_end=training.lr_end,
-        lr_scheduler_name=training.lr_scheduler,
-        lr_warm_up_steps=training.lr_warm_up_steps,
-        lr_decay_steps=training.lr_decay_steps,
-        n_restart_cycles=training.n_restart_cycles,
-        dead_feature_window=training.dead_feature_window,
-        feature_sampling_window=training.feature_sampling_window,
-        n_batches_for_norm_estimate=training.norm_estimate_batches,
-        n_checkpoints=training.n_checkpoints,
-        # Our own store writes checkpoints and exports, and our own log metrics.
-        checkpoint_path=None,
+        # Exports are ours as well.
         output_path=None,
-        logger=LoggingConfig(log_to_wandb=False),
+        **shared_settings(training),
     )
 
 
@@ -276,10 +244,9 @@ def reading_runner(
         guard: Knows about signals.
         progress: Of the run.
     """
-    shape = ModelShape(language_model.d_model, language_model.n_layers, language_model.vocabulary)
     # SAELens' runner wants an SAE.
     config = replace(config, sae=PLACEHOLDER, saes=None)
-    plans = config.validate(shape)
+    plans = config.validate(language_model.shape)
     return SharedPassRunner(
         config,
         SessionSettings(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -24,7 +25,7 @@ from msae_plugin.common.interruption import InterruptedBySignalError, Interrupti
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
 from msae_plugin.data.text import TextData
-from msae_plugin.models.loading import LanguageModel, ModelShape
+from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.export import ExportReport
 from msae_plugin.saes.run_record import (
     RUN_FILE,
@@ -68,10 +69,6 @@ _MAY_CHANGE = (
 
 def check_output(output: Path, resume: str | None) -> None:
     """Refuse a folder whose contents a run would overwrite.
-
-    Args:
-        output: The run's folder.
-        resume: As given to the runner.
 
     Raises:
         InputError: If the folder is in use by something else, or holds a finished run.
@@ -133,7 +130,7 @@ Inputs: TypeAlias = ModelAndText | CachedInputs
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves in memory.
+    """A finished run in memory.
 
     Attributes:
         saes: The trained SAEs by name: eval mode, activation scaling folded in.
@@ -203,9 +200,7 @@ class MultiScaleRunner:
             self._inputs = CachedInputs(open_cache(Path(config.cached_activations)))
             shape = self._inputs.shape
         elif language_model is not None:
-            shape = ModelShape(
-                language_model.d_model, language_model.n_layers, language_model.vocabulary
-            )
+            shape = language_model.shape
         self.plans = config.validate(shape)
         if self._inputs is not None:
             check_cache(self._inputs.cache, config, self.plans)
@@ -376,13 +371,7 @@ class MultiScaleRunner:
             found = finished[plan.name] = session.export(
                 plan.name,
                 samples[plan.hook],
-                {
-                    **session.cfg.to_dict(),
-                    # The run's rate is not that of an SAE with its own.
-                    "lr": session.trainer.step_trainers[plan.name].cfg.lr,
-                    "accumulation_steps": self.config.training.accumulation_steps,
-                    "recipe": self.config.to_dict(),
-                },
+                partial(self._runner_cfg, session, plan.name),
                 calibration=calibration,
                 l0=None if calibration is None else calibration["l0_after"],
             )
@@ -402,6 +391,15 @@ class MultiScaleRunner:
             exports={name: found.report for name, found in finished.items()},
             final_rows={name: dict(found.final) for name, found in finished.items()},
         )
+
+    def _runner_cfg(self, session: RecipeSession, name: str) -> dict[str, Any]:
+        return {
+            **session.cfg.to_dict(),
+            # The run's rate is not that of an SAE with its own.
+            "lr": session.trainer.step_trainers[name].cfg.lr,
+            "accumulation_steps": self.config.training.accumulation_steps,
+            "recipe": self.config.to_dict(),
+        }
 
     def _calibrate(self, session: RecipeSession) -> dict[str, dict[str, float]]:
         count = self.config.training.calibrate_batches

@@ -36,7 +36,7 @@ from msae_plugin.training.trainer import LockstepTrainer, StepOptions
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """What a session needs, wherever its batches come from.
+    """Everything about a session but its batches.
 
     Args:
         plans: The SAEs.
@@ -65,31 +65,30 @@ class SessionSettings:
     ranks: Ranks = ALONE
 
 
-def trainer_config(training: TrainingSection, device: str) -> SAETrainerConfig:
-    """SAELens' configuration of a training of whole steps; it would run one more otherwise."""
+# Fields that have the same name in a recipe and in both of SAELens' configurations.
+_SHARED_FIELDS = (
+    "n_checkpoints", "autocast", "lr", "lr_warm_up_steps", "lr_decay_steps", "n_restart_cycles",
+    "adam_beta1", "adam_beta2", "dead_feature_window", "feature_sampling_window",
+)  # fmt: skip
+
+
+def shared_settings(training: TrainingSection) -> dict[str, Any]:
+    """Arguments of SAELens' trainer and runner configurations that a recipe decides."""
+    return {
+        **{name: getattr(training, name) for name in _SHARED_FIELDS},
+        "lr_scheduler_name": training.lr_scheduler,
+        "lr_end": training.lr / 10 if training.lr_end is None else training.lr_end,
+        "n_batches_for_norm_estimate": training.norm_estimate_batches,
+        # Our own store writes checkpoints, and our own log metrics.
+        "checkpoint_path": None,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+
+
+def whole_steps(training: TrainingSection) -> int:
+    """Tokens of a training, in whole steps: SAELens would run one more than its schedules count."""
     per_step = training.batch_size_tokens * training.accumulation_steps
-    return SAETrainerConfig(
-        n_checkpoints=training.n_checkpoints,
-        # Our own store writes checkpoints.
-        checkpoint_path=None,
-        save_final_checkpoint=False,
-        total_training_samples=training.tokens // per_step * per_step,
-        device=device,
-        autocast=training.autocast,
-        lr=training.lr,
-        lr_end=training.lr / 10 if training.lr_end is None else training.lr_end,
-        lr_scheduler_name=training.lr_scheduler,
-        lr_warm_up_steps=training.lr_warm_up_steps,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        lr_decay_steps=training.lr_decay_steps,
-        n_restart_cycles=training.n_restart_cycles,
-        train_batch_size_samples=training.batch_size_tokens,
-        dead_feature_window=training.dead_feature_window,
-        feature_sampling_window=training.feature_sampling_window,
-        logger=LoggingConfig(log_to_wandb=False),
-        n_batches_for_norm_estimate=training.norm_estimate_batches,
-    )
+    return training.tokens // per_step * per_step
 
 
 def _step_options(training: TrainingSection) -> StepOptions:
@@ -137,7 +136,7 @@ class FinishedSAE:
 
 
 def sae_record(plan: SAEPlan, folder: str) -> dict[str, Any]:
-    """What `run.json` says of an SAE from the start."""
+    """An SAE's entry in `run.json` before it is trained."""
     return {"hook": plan.hook, "architecture": plan.config.architecture(), "folder": folder}
 
 
@@ -169,7 +168,13 @@ class TrainingSession:
         }
         options = _step_options(training)
         self.trainer = LockstepTrainer(
-            trainer_config(training, settings.device),
+            SAETrainerConfig(
+                **shared_settings(training),
+                save_final_checkpoint=False,
+                total_training_samples=whole_steps(training),
+                train_batch_size_samples=training.batch_size_tokens,
+                device=settings.device,
+            ),
             saes,
             {plan.name: plan.hook for plan in plans},
             batches,
@@ -199,7 +204,7 @@ class TrainingSession:
         return self.trainer.total_steps * self.trainer.tokens_per_step
 
     def described(self) -> dict[str, Any]:
-        """What a checkpoint says of the run that it belongs to."""
+        """The run that a checkpoint belongs to, for its manifest."""
         return {}
 
     def runner_config(self) -> dict[str, Any] | None:
@@ -213,7 +218,10 @@ class TrainingSession:
         """Put the batches where they stood when the checkpoint in this folder was written."""
 
     def position_writer(self) -> Callable[[Path], None]:
-        """What writes that position into a folder; called on every rank, its result on rank 0."""
+        """A function that writes that position into a folder.
+
+        This is called on every rank, the function on rank 0.
+        """
         return lambda _: None
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -339,7 +347,7 @@ class TrainingSession:
         self,
         name: str,
         activations: torch.Tensor,
-        runner_cfg: Mapping[str, Any],
+        runner_cfg: Callable[[], Mapping[str, Any]],
         *,
         calibration: Mapping[str, float] | None,
         l0: float | None,
@@ -349,7 +357,7 @@ class TrainingSession:
         Args:
             name: Which.
             activations: (n, d_in) real activations for the export check.
-            runner_cfg: Contents of runner_cfg.json.
+            runner_cfg: Gives the contents of runner_cfg.json, once the metadata is complete.
             calibration: What setting its threshold found.
             l0: Active latents per token at that threshold; None leaves SAELens' own figure, which
                 counts the training batches.
@@ -370,5 +378,5 @@ class TrainingSession:
         (folder / REPORT_FILENAME).unlink(missing_ok=True)
         self.settings.progress.message(f"exporting {name}")
         sparsity = self.trainer.step_trainers[name].log_feature_sparsity
-        report = export_sae(sae, folder, activations, sparsity, runner_cfg, log)
+        report = export_sae(sae, folder, activations, sparsity, runner_cfg(), log)
         return FinishedSAE(final, calibration, report)

@@ -126,6 +126,8 @@ def test_each_export_tells_its_own_recipe(train: Train, tmp_path: Path) -> None:
     assert {name: cfg["lr"] for name, cfg in told.items()} == {"msae": 1e-3, "btk": 5e-4}
     assert {cfg["train_batch_size_tokens"] for cfg in told.values()} == {128}
     assert {cfg["accumulation_steps"] for cfg in told.values()} == {2}
+    # Written once the SAE's own metadata are complete.
+    assert {told[name]["saes"][name]["metadata"]["training_steps"] for name in told} == {15}
 
 
 def test_calibration_can_be_left_out(train: Train, tmp_path: Path) -> None:
