@@ -58,12 +58,9 @@ class LearningRateRule:
         self.mean_gradient_norm: float | None = None
 
     def rate(self, scheduled: float, gradient_norm: float, step: int) -> float:
-        """The rate of this step; call once per step.
+        """The rate after so many steps, from the norm of all gradients before clipping.
 
-        Args:
-            scheduled: SAELens' scheduled rate.
-            gradient_norm: Norm of all gradients of the SAE before clipping.
-            step: Number of steps completed before this one.
+        Call it once per step.
         """
         rate = self._gradient_driven(scheduled, gradient_norm)
         return max(rate, self._lr_floor) if step >= self._warm_up_steps else rate
@@ -87,7 +84,7 @@ class LearningRateRule:
         return self.multiplier * scheduled
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {"multiplier": self.multiplier, "mean_gradient_norm": self.mean_gradient_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

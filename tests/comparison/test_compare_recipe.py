@@ -34,6 +34,7 @@ def plans(ground_truth_recipe: dict[str, Any]) -> Callable[..., dict[str, SAEPla
 
 def test_the_shipped_recipes_are_known() -> None:
     assert SHIPPED == [
+        "compare_between_presets",
         "compare_ground_truth",
         "compare_ladder_ground_truth",
         "compare_ladder_language_model",
@@ -70,7 +71,7 @@ def test_synthsaebench_is_the_published_one() -> None:
     assert model["hierarchy"]["total_root_nodes"] == 128
     assert training["tokens"] == 200_000_000
     assert (training["lr"], training["batch_size_tokens"]) == ("3e-4", 1024)
-    assert values["common"] == {"d_sae": 4096}
+    assert values["common"] == {"d_sae": 4096, "input_normalization": "first_batch"}
 
 
 def test_each_architecture_is_told_its_l0(plans: Callable[..., dict[str, SAEPlan]]) -> None:
