@@ -23,7 +23,7 @@ from msae_plugin.saes.health import HealthWatch
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.log import REVIVALS_FILE, JsonLines, JsonLinesSink, MetricsLog
 from msae_plugin.training.plans import SAEPlan, build_sae
-from msae_plugin.training.settings import TrainingSection
+from msae_plugin.training.settings import TrainingSettings
 from msae_plugin.training.trainer import LockstepTrainer, StepOptions
 
 
@@ -87,7 +87,7 @@ class TrainedGroup:
     group: Group
     plans: Mapping[str, SAEPlan]
     trainer: LockstepTrainer
-    training: TrainingSection
+    training: TrainingSettings
     seconds: Mapping[str, float]
 
     @property
@@ -200,12 +200,12 @@ def _build(entry: Entry, plan: SAEPlan, device: str) -> TrainingSAE[Any]:
     return sae
 
 
-def _total_tokens(training: TrainingSection) -> int:
+def _total_tokens(training: TrainingSettings) -> int:
     per_step = training.batch_size_tokens * training.accumulation_steps
     return training.tokens // per_step * per_step
 
 
-def _trainer_config(training: TrainingSection, device: str, total: int) -> SAETrainerConfig:
+def _trainer_config(training: TrainingSettings, device: str, total: int) -> SAETrainerConfig:
     return SAETrainerConfig(
         n_checkpoints=training.n_checkpoints,
         checkpoint_path=None,
@@ -229,7 +229,7 @@ def _trainer_config(training: TrainingSection, device: str, total: int) -> SAETr
     )
 
 
-def _options(training: TrainingSection) -> StepOptions:
+def _options(training: TrainingSettings) -> StepOptions:
     return StepOptions(
         accumulation_steps=training.accumulation_steps,
         weight_decay=training.weight_decay,
@@ -239,7 +239,7 @@ def _options(training: TrainingSection) -> StepOptions:
     )
 
 
-def _own_options(training: TrainingSection, plan: SAEPlan) -> StepOptions:
+def _own_options(training: TrainingSettings, plan: SAEPlan) -> StepOptions:
     options = _options(training)
     return replace(
         options,

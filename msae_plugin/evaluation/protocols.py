@@ -14,13 +14,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, cast, get_type_hints
 
 from pydantic import ValidationError
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.recipes import as_mapping, coerce, unknown_key_message
+from msae_plugin.common.recipes import as_mapping, coerce, did_you_mean, unknown_key_message
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES
 
 _EVERYWHERE = {
@@ -167,8 +166,7 @@ def check_settings(evaluation: str, settings: object) -> dict[str, Any]:
         InputError: The evaluation or a key is unknown, or a value cannot work.
     """
     if evaluation not in SCHEMAS:
-        near = get_close_matches(evaluation, SCHEMAS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SCHEMAS)}"
+        hint = did_you_mean(evaluation, SCHEMAS, "choose from ", shown=str)
         raise InputError(f"evaluation {evaluation!r} is not known: {hint}")
     schema = SCHEMAS[evaluation]
     where = f"evaluations.{evaluation}"
@@ -281,9 +279,7 @@ def _check_counts(schema: EvaluationSchema, settings: Mapping[str, Any], where: 
 def _check_names(names: Sequence[str], known: Sequence[str], where: str) -> None:
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, n=2, cutoff=0.5)
-            some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {some}"
+            hint = did_you_mean(name, known, "choose from ", shown=str, n=2, listed=8)
             raise InputError(f"{where}: {name!r} is not known: {hint}")
 
 
