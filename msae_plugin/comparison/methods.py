@@ -91,7 +91,8 @@ def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
         return Knob(direct, searched=False)
     for name in _SEARCHED:
         if name in fields:
-            start = float(section.get(name, fields[name].default))
+            given = section.get(name, fields[name].default)
+            start: float = coerce(given, float, f"{where}.{name}")
             if not start > 0:
                 raise InputError(
                     f"'{where}.{name}' is where the search for the L0 begins: it must be positive"
@@ -435,7 +436,8 @@ def plan_entry(
     for key, value in section.items():
         # A sparsity penalty that is still warming up at the end of a trial says little.
         if key.endswith("_warm_up_steps") and share < 1:
-            section[key] = round(int(value) * share)
+            whole: int = coerce(value, int, f"saes.{method.name}.{key}")
+            section[key] = round(whole * share)
     if coefficient is not None:
         section[method.knob.name] = coefficient
     steps = tokens // (training.batch_size_tokens * training.accumulation_steps)
