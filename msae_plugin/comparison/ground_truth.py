@@ -36,7 +36,7 @@ from msae_plugin.common.recipes import unknown_key_message
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.comparison.activations import SAMPLE_TOKENS
 from msae_plugin.comparison.methods import Entry, Expansion, sae_folder, with_permuted_decoder
-from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig, SyntheticSection
+from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig, SyntheticSettings
 from msae_plugin.comparison.results import Measured, store_metrics, stored_metrics
 from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
 from msae_plugin.evaluation.outcomes import Reporter, require_real
@@ -44,7 +44,7 @@ from msae_plugin.saes.export import SAE_FOLDER
 from msae_plugin.training.plans import default_device
 
 
-def model_config(section: SyntheticSection) -> SyntheticModelConfig:
+def model_config(section: SyntheticSettings) -> SyntheticModelConfig:
     """SAELens' configuration of the ground truth.
 
     Raises:
@@ -77,7 +77,7 @@ class SyntheticSource:
         InputError: The section cannot work.
     """
 
-    def __init__(self, section: SyntheticSection, batch_size: int) -> None:
+    def __init__(self, section: SyntheticSettings, batch_size: int) -> None:
         self.config = model_config(section)
         self.device = default_device(section.device)
         self.side_by_side = section.saes_at_once

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.recipes import as_mapping
 from msae_plugin.comparison.compare import Comparison
 from msae_plugin.comparison.methods import FROZEN
 from msae_plugin.comparison.recipe import CompareConfig
@@ -122,7 +121,7 @@ class TuningPlan:
 
 def tunable_methods(config: CompareConfig) -> list[str]:
     """Methods of a comparison that are trained; variants of a ladder are not among them."""
-    sections = {name: as_mapping(section, f"saes.{name}") for name, section in config.saes.items()}
+    sections = {name: dict(section) for name, section in config.saes.items()}
     return [name for name, section in sections.items() if section.get("control") in (None, FROZEN)]
 
 

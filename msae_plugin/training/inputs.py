@@ -16,7 +16,7 @@ from msae_plugin.models.forward_pass import faster_in_bfloat16
 from msae_plugin.models.loading import LanguageModel, hook_widths, load_language_model
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.settings import DataSection, ModelSection
+from msae_plugin.training.settings import DataSettings, ModelSettings
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ def load_model_and_text(
 
 
 def load_model(
-    model: ModelSection, hooks: Sequence[str], device: str, say: Callable[[str], object]
+    model: ModelSettings, hooks: Sequence[str], device: str, say: Callable[[str], object]
 ) -> LanguageModel:
     """Load the language model of a recipe."""
     say(f"loading {model.name}")
     return load_language_model(model.name, hooks, device=device, dtype=model.dtype, report=say)
 
 
-def load_data(data: DataSection, seed: int, say: Callable[[str], object]) -> TextData:
+def load_data(data: DataSettings, seed: int, say: Callable[[str], object]) -> TextData:
     """Load the text of a recipe; `training.seed` decides which documents are held out."""
     say(f"reading {data.source}")
     return load_text(

@@ -30,7 +30,7 @@ from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.data_parallel import gathered
 from msae_plugin.training.log import REVIVALS_FILE, JsonLines, MetricsLog
 from msae_plugin.training.plans import SAEPlan
-from msae_plugin.training.settings import TrainingSection
+from msae_plugin.training.settings import TrainingSettings
 from msae_plugin.training.trainer import LockstepTrainer, StepOptions
 
 
@@ -53,7 +53,7 @@ class SessionSettings:
     """
 
     plans: Sequence[SAEPlan]
-    training: TrainingSection
+    training: TrainingSettings
     device: str
     seed: int
     log_every: int
@@ -72,7 +72,7 @@ _SHARED_FIELDS = (
 )  # fmt: skip
 
 
-def shared_settings(training: TrainingSection) -> dict[str, Any]:
+def shared_settings(training: TrainingSettings) -> dict[str, Any]:
     """Arguments of SAELens' trainer and runner configurations that a recipe decides."""
     return {
         **{name: getattr(training, name) for name in _SHARED_FIELDS},
@@ -85,13 +85,13 @@ def shared_settings(training: TrainingSection) -> dict[str, Any]:
     }
 
 
-def whole_steps(training: TrainingSection) -> int:
+def whole_steps(training: TrainingSettings) -> int:
     """Tokens of a training, in whole steps: SAELens would run one more than its schedules count."""
     per_step = training.batch_size_tokens * training.accumulation_steps
     return training.tokens // per_step * per_step
 
 
-def _step_options(training: TrainingSection) -> StepOptions:
+def _step_options(training: TrainingSettings) -> StepOptions:
     return StepOptions(
         accumulation_steps=training.accumulation_steps,
         weight_decay=training.weight_decay,

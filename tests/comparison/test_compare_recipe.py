@@ -100,7 +100,7 @@ def test_schedules_are_those_of_the_run_in_small(ground_truth_recipe: dict[str, 
     recipe = copy.deepcopy(ground_truth_recipe)
     recipe["training"] |= {"lr_warm_up_steps": 8, "lr_decay_steps": 16}
     recipe["saes"] = {
-        "a": {"architecture": "standard", "l1_warm_up_steps": 12},
+        "a": {"architecture": "standard", "l1_warm_up_steps": "1.2e1"},
         "b": {"preset": "source-run-10", "zscore_z_lr": 0.02},
         "c": {"peer": "lista_matryoshka"},
     }
@@ -160,6 +160,10 @@ def test_several_hooks_are_told_apart(language_model_recipe: dict[str, Any]) -> 
         ({"saes": {"a": {"architecture": "topk", "k": 3}}}, "'l0' of the comparison sets it"),
         ({"saes": {"a": {"architecture": "topk", "kk": 3}}}, "unknown key 'kk'"),
         ({"saes": {"a": {"architecture": "topk", "d_sae": 2}}}, "only 2 latents"),
+        (
+            {"saes": {"a": {"architecture": "standard", "l1_coefficient": "much"}}},
+            "'saes.a.l1_coefficient' must be a number, not 'much'",
+        ),
         ({"saes": {"a": {"peer": "ortsea"}}}, "did you mean 'ortsae'"),
         ({"saes": {"a": {"peer": "c2r", "preset": "default"}}}, "decides the architecture"),
         ({"saes": {"a": {"control": "permuted"}}}, "permuted_decoder of"),
