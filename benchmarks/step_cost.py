@@ -3,7 +3,6 @@
     python benchmarks/step_cost.py                    # (576, 4608) and (2304, 16384), main methods
     python benchmarks/step_cost.py --shares           # each mechanism's share of the step
     python benchmarks/step_cost.py --sizes 2304x16384 --tokens 1024 --repeats 9
-    python benchmarks/step_cost.py --compile          # eager beside torch.compile
     python benchmarks/step_cost.py --device cuda --bf16 --repeats 30   # both decode kernels
 
 Every method trains on the same batches, the methods take turns within each repeat, and each ratio
@@ -61,7 +60,7 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 def training_saes(
-    d_in: int, d_sae: int, k: int, shares: bool, compile_step: bool, device: torch.device
+    d_in: int, d_sae: int, k: int, shares: bool, device: torch.device
 ) -> dict[str, TrainingSAE[Any]]:
     """The methods compared; k is at its final value, as for most of a run."""
     widths = preset("default", d_in=d_in, d_sae=d_sae, k=k, training_steps=1000).prefix_widths
@@ -94,13 +93,6 @@ def training_saes(
                 found[f"multiscale {name}, {kernel}"] = ours(name, decode_kernel=kernel)
     if shares:
         found |= {f"default {name}": ours("default", **change) for name, change in ADDED.items()}
-    if compile_step:
-        compiled = ours("default")
-        # As SAELens' runner does it with compile_sae=True.
-        compiled.training_forward_pass = torch.compile(compiled.training_forward_pass)
-        found["multiscale default, compiled"] = compiled
-        theirs = found["batchtopk, compiled"] = BatchTopKTrainingSAE(found["batchtopk"].cfg)
-        theirs.training_forward_pass = torch.compile(theirs.training_forward_pass)
     return found
 
 
@@ -239,7 +231,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shares", action="store_true", help="one mechanism removed or added")
-    parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
     parser.add_argument("--inference", action=argparse.BooleanOptionalAction, default=True)
@@ -252,7 +243,7 @@ def main() -> None:
     for size in args.sizes:
         d_in, d_sae = (int(part) for part in size.split("x"))
         batches = structured_batches(args.tokens, d_in, 4, device)
-        saes = training_saes(d_in, d_sae, args.k, args.shares, args.compile, device)
+        saes = training_saes(d_in, d_sae, args.k, args.shares, device)
         if args.only:
             saes = {name: sae for name, sae in saes.items() if name in {"batchtopk", *args.only}}
         steps = {name: trainer_of(sae, batches, args.bf16) for name, sae in saes.items()}

@@ -18,8 +18,7 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 from typing_extensions import override
 
 from msae_plugin.architecture import nested
-from msae_plugin.architecture.auxk import DeadLatents, auxk_loss, static_auxk_loss
-from msae_plugin.architecture.kernels.compiling import COMPILES_RIGHT_FROM, compiled_from
+from msae_plugin.architecture.auxk import DeadLatents, auxk_loss
 from msae_plugin.architecture.kernels.decoding import active_preactivations, scale_gradient
 from msae_plugin.architecture.kernels.replay import replayed_step
 from msae_plugin.architecture.nested import Reconstructions, assign_rings, decode_nested
@@ -46,7 +45,6 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
 
     @override
-    @compiled_from(COMPILES_RIGHT_FROM)
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One training step: selection, nested and multi-budget reconstruction, losses.
 
@@ -58,6 +56,12 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             is in units of the activations. `feature_acts` and `hidden_pre` carry no gradient of
             their own: the loss reaches the weights over the active latents only.
         """
+        return self._forward_pass(step_input)
+
+    # SAELens' runner compiles what calls it, with compile_sae=True: Inductor lets running means be
+    # overwritten, without a word (pytorch issue 183575).
+    @torch.compiler.disable
+    def _forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         shape = step_input.sae_in.shape
         step = step_input.n_training_steps
         activations = step_input.sae_in.to(self.dtype).reshape(-1, shape[-1])
@@ -115,9 +119,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
             self.cfg, reconstructions, target, weight, self._tier_scales()
         )
         residual = target - reconstructions.main
-        terms |= self._auxiliary_losses(
-            given, x_hat, token_scale, decoder_norm, hidden_pre, residual, weight
-        )
+        terms |= self._auxiliary_losses(given, x_hat, token_scale, decoder_norm, residual, weight)
         terms |= self._sparsity_and_orthogonality(given, schedule, selection, coefficients)
 
         self._update_statistics(selection, feature_acts, schedule)
@@ -202,9 +204,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         detached_norm = norm.detach() if norm is not None else None
         residual = sae_in - self.in_units(sae_out)
         given = StepInputs(sae_in, self._dead_latents(step_input.dead_neuron_mask))
-        return self._auxiliary_losses(
-            given, x_hat, token_scale, detached_norm, hidden_pre.detach(), residual, None
-        )
+        return self._auxiliary_losses(given, x_hat, token_scale, detached_norm, residual, None)
 
     def _tier_scales(self) -> list[float]:
         """Further sparsity budgets in the order in which they are reconstructed."""
@@ -214,7 +214,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         """Which latents AuxK trains; None when there are none, for which the host has to wait."""
         if mask is None or self.cfg.aux_loss_coefficient == 0:
             return None
-        return DeadLatents(mask) if torch.compiler.is_compiling() else DeadLatents.listed(mask)
+        return DeadLatents.listed(mask)
 
     def _auxiliary_losses(
         self,
@@ -222,7 +222,6 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         x_hat: torch.Tensor,
         token_scale: torch.Tensor | None,
         decoder_norm: torch.Tensor | None,
-        hidden_pre: torch.Tensor,
         residual: torch.Tensor,
         token_weight: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
@@ -232,22 +231,9 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         if given.dead is None:
             return {"auxiliary_reconstruction_loss": residual.new_zeros(())}
         weights = (self.W_enc, self.b_enc, self.W_dec)
-        if given.dead.latents is None:
-            loss = static_auxk_loss(
-                x_hat,
-                token_scale,
-                residual,
-                hidden_pre,
-                *weights,
-                given.dead.mask,
-                token_weight,
-                decoder_norm,
-                self._centre(given.sae_in),
-            )
-        else:
-            loss = auxk_loss(
-                x_hat, token_scale, residual, *weights, given.dead, token_weight, decoder_norm
-            )
+        loss = auxk_loss(
+            x_hat, token_scale, residual, *weights, given.dead, token_weight, decoder_norm
+        )
         return {"auxiliary_reconstruction_loss": coefficient * loss}
 
     def _sparsity_and_orthogonality(

@@ -142,7 +142,6 @@ class _ActivePreActivations(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             n_latents = W_enc.shape[1]
             grad_columns = bag_sum(x_hat, tokens, grad_values, latents, n_latents, ctx.kernel)
-            # Autograd would copy it into the layout of the parameter anyway; torch.cond insists.
             grad_W = grad_columns.T.to(W_enc.dtype).contiguous()
         sums = torch.zeros_like(b_enc, dtype=grad_values.dtype).index_add_(0, latents, grad_values)
         if ctx.needs_input_grad[2]:

@@ -99,7 +99,6 @@ def _can_be_recorded(sae: MultiScaleTrainingBase, sae_in: torch.Tensor) -> bool:
         and sae.mechanisms.can_be_recorded
         and torch.is_grad_enabled()
         and not sae_in.requires_grad
-        and not torch.compiler.is_compiling()
         # A function of the user's would be called while recording only.
         and not any(point.fwd_hooks or point.bwd_hooks for point in sae.hook_points())
     )

@@ -1,9 +1,9 @@
 """[S] BatchTopK with shapes that do not depend on the data.
 
-On a GPU a list whose length depends on the data makes the host wait for the device, and under
-`torch.compile` it breaks the graph. Here every list has a fixed length, that of its budget or, in a
-recorded step, of the largest budget that it is recorded for: where fewer pairs are positive or
-allowed, the rest of the list is padding of value zero, which no loss, gradient or statistic sees.
+On a GPU a list whose length depends on the data makes the host wait for the device. Here every list
+has a fixed length, that of its budget or, in a recorded step, of the largest budget that it is
+recorded for: where fewer pairs are positive or allowed, the rest of the list is padding of value
+zero, which no loss, gradient or statistic sees.
 On a CPU preselected candidates (`selection.batch_top_k`) are ten times as fast.
 """
 
@@ -16,8 +16,8 @@ from msae_plugin.architecture.step_schedule import Budgets
 
 
 def needs_static_shapes(tensor: torch.Tensor) -> bool:
-    """Whether to avoid data-dependent shapes: while compiling, and off the CPU."""
-    return torch.compiler.is_compiling() or tensor.device.type != "cpu"
+    """Whether to avoid data-dependent shapes: off the CPU."""
+    return tensor.device.type != "cpu"
 
 
 def static_batch_top_k(

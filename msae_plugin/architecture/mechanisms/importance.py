@@ -42,10 +42,7 @@ class FeatureImportance(KeepsFloat32):
             decoder_norm: (d_sae,) norm of the decoder row that f_i multiplies.
             rate: Weight of this batch.
         """
-        # Not in place: the factors of this step are still wanted in its backward pass, and there a
-        # compiled graph computes them anew from the buffer (measured: gradients 0.3 % off).
-        observed = mean_activation.float() * decoder_norm.float()
-        self.contribution = self.contribution.lerp(observed, rate)
+        self.contribution.lerp_(mean_activation.float() * decoder_norm.float(), rate)
 
     def factors(self, power: float) -> torch.Tensor:
         """(d_sae,) float32: relative contribution to the power, between 0.1 and 10."""

@@ -269,7 +269,6 @@ class _NearestInChunks(torch.autograd.Function):
         W_dec, cosine, nearest, share, norms = ctx.saved_tensors
         slope = 2 * grad_output.to(cosine.dtype) * share * cosine
         along = slope * cosine
-        # Not `along.index_add(0, nearest, along)`: Inductor adds in place while it still reads.
         along = along + torch.zeros_like(along).index_add(0, nearest, along)
         across = slope / (norms * norms[nearest])
         own = torch.arange(nearest.numel(), device=nearest.device)
