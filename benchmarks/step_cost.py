@@ -35,6 +35,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
 
 from msae_plugin import MultiScaleSAE, MultiScaleSAEConfig, MultiScaleTrainingSAE, preset
+from msae_plugin.architecture.kernels.decoding import DecodeKernel, MachineSettings
 
 ADDED: dict[str, dict[str, Any]] = {
     "without [S] prefixes": {"prefix_fractions": []},
@@ -65,14 +66,18 @@ def training_saes(
     """The methods compared; k is at its final value, as for most of a run."""
     widths = preset("default", d_in=d_in, d_sae=d_sae, k=k, training_steps=1000).prefix_widths
 
-    def ours(name: str, **overrides: Any) -> MultiScaleTrainingSAE:
+    def ours(
+        name: str, machine: MachineSettings | None = None, **overrides: Any
+    ) -> MultiScaleTrainingSAE:
         cfg = preset(
             name, d_in=d_in, d_sae=d_sae, k=k, training_steps=1000, k_anneal_steps=0,
             device=str(device),
         )  # fmt: skip
         for key, value in overrides.items():
             setattr(cfg, key, value)
-        return MultiScaleTrainingSAE(cfg)
+        sae = MultiScaleTrainingSAE(cfg)
+        sae.attach_machine(machine or MachineSettings())
+        return sae
 
     found: dict[str, TrainingSAE[Any]] = {
         "batchtopk": BatchTopKTrainingSAE(
@@ -88,9 +93,12 @@ def training_saes(
     }
     if device.type == "cuda":
         for name in ("reconstruction", "default"):
-            found[f"multiscale {name}, not recorded"] = ours(name, cuda_graphs=False)
-            for kernel in ("embedding_bag", "triton"):
-                found[f"multiscale {name}, {kernel}"] = ours(name, decode_kernel=kernel)
+            found[f"multiscale {name}, not recorded"] = ours(
+                name, MachineSettings(cuda_graphs=False)
+            )
+            kernels: tuple[DecodeKernel, ...] = ("embedding_bag", "triton")
+            for kernel in kernels:
+                found[f"multiscale {name}, {kernel}"] = ours(name, MachineSettings(kernel))
     if shares:
         found |= {f"default {name}": ours("default", **change) for name, change in ADDED.items()}
     return found
@@ -168,8 +176,9 @@ def report_memory(
     """Print what a step that is not recorded allocates at most beyond what lies there before it."""
     print("\n| | peak of a step beyond weights and moments, MiB |\n|---|---|")
     for name, step in steps.items():
-        if isinstance(saes[name], MultiScaleTrainingSAE):
-            saes[name].cfg.cuda_graphs = False
+        sae = saes[name]
+        if isinstance(sae, MultiScaleTrainingSAE):
+            sae.attach_machine(MachineSettings(cuda_graphs=False))
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step(1)

@@ -13,6 +13,7 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE
 
 from msae_plugin.architecture.calibration import SupportsRevival
+from msae_plugin.architecture.kernels.decoding import MachineSettings
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.comparison.activations import ActivationSource, SeededBatches
@@ -236,6 +237,7 @@ def _options(training: TrainingSection) -> StepOptions:
         clip_grad_norm=training.clip_grad_norm,
         lr_floor=training.lr_floor,
         gradient_lr=training.gradient_lr,
+        machine=MachineSettings(training.decode_kernel, training.cuda_graphs),
     )
 
 

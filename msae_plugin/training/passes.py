@@ -30,6 +30,7 @@ from typing_extensions import override
 
 from msae_plugin import upstream
 from msae_plugin.architecture.calibration import SupportsRevival
+from msae_plugin.architecture.kernels.decoding import MachineSettings
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import json_safe
@@ -118,6 +119,7 @@ class TrainingPass:
             clip_grad_norm=training.clip_grad_norm,
             lr_floor=training.lr_floor,
             gradient_lr=training.gradient_lr,
+            machine=MachineSettings(training.decode_kernel, training.cuda_graphs),
         )
         self.trainer = LockstepTrainer(
             self.cfg.to_sae_trainer_config(),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from msae_plugin.architecture.kernels.decoding import DecodeKernel
 from msae_plugin.common.errors import InputError
 from msae_plugin.training.schedules import GradientRateConfig
 
@@ -87,6 +88,8 @@ class TrainingSection:
         norm_estimate_batches: Mini-batches for an SAE's activation scaling, where it asks for one.
         n_checkpoints: Checkpoints spread over the run, beside the one at its end.
         keep_checkpoints: How many of the newest stay.
+        decode_kernel: What sums decoder rows on a CUDA device (see `MachineSettings`).
+        cuda_graphs: Record a step on a CUDA device and replay it (see `MachineSettings`).
         calibrate_batches: Fresh mini-batches on which the final cut of BatchTopK-like SAEs is set
             so that mean L0 is k; 0 leaves the cut as training left it.
     """
@@ -116,6 +119,8 @@ class TrainingSection:
     norm_estimate_batches: int = 50
     n_checkpoints: int = 0
     keep_checkpoints: int = 2
+    decode_kernel: DecodeKernel = "auto"
+    cuda_graphs: bool = True
     calibrate_batches: int = 32
 
 

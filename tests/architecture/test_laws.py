@@ -179,7 +179,7 @@ def test_a_guess_of_the_cut_never_changes_the_ranking(
         return sorted(zip(*(c.tolist() for c in columns), strict=True))
 
     assert pairs(short) == pairs(exact)
-    assert torch.equal(short.cut, exact.cut)
+    assert torch.equal(short.threshold, exact.threshold)
 
 
 @pytest.mark.parametrize("rescale", [True, False])

@@ -17,7 +17,7 @@ D_SAE, N_TOKENS = 40, 32
 
 def pairs(selection: Selection) -> dict[tuple[int, int], tuple[float, int]]:
     """Value and tier by token and latent, without padding."""
-    columns = (selection.tokens, selection.latents, selection.values, selection.tiers)
+    columns = (selection.tokens, selection.latents, selection.values, selection.levels)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return {(t, i): (value, tier) for t, i, value, tier in rows if value > 0}
 
@@ -33,8 +33,8 @@ def test_the_static_selection_is_the_other_one(scales: list[float], shift: float
     assert static.values.numel() == int(max([1.0, *scales]) * 5 * N_TOKENS)
     assert pairs(static) == pairs(other)
     assert int(static.active().sum()) == int(other.active().sum())
-    assert static.main_tier == other.main_tier
-    torch.testing.assert_close(static.cut, other.cut, atol=0, rtol=0)
+    assert static.main_level == other.main_level
+    torch.testing.assert_close(static.threshold, other.threshold, atol=0, rtol=0)
     torch.testing.assert_close(static.lowest_score, other.lowest_score, atol=0, rtol=0)
 
 
@@ -49,7 +49,7 @@ def test_the_static_selection_passes_over_nan() -> None:
         found, expected = (static_batch_top_k(pre, pre, budgets) for pre in (hidden_pre, without))
         assert pairs(found) == pairs(expected)
         assert torch.isfinite(found.values).all()
-        torch.testing.assert_close(found.cut, expected.cut, atol=0, rtol=0)
+        torch.testing.assert_close(found.threshold, expected.threshold, atol=0, rtol=0)
         torch.testing.assert_close(found.lowest_score, expected.lowest_score, atol=0, rtol=0)
 
 

@@ -154,8 +154,6 @@ MECHANISMS: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "lr_floor": 1e-4,
         "gradient_lr": {"enabled": True},
-        "decode_kernel": "embedding_bag",
-        "cuda_graphs": False,
     },
 }
 

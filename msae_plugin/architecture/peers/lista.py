@@ -32,7 +32,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
-from msae_plugin.architecture.calibration import calibrate_batchtopk, calibrated_cut
+from msae_plugin.architecture.calibration import calibrate_batchtopk, calibrated_threshold
 from msae_plugin.architecture.selection import running_rate
 from msae_plugin.common.errors import InputError, RunFailure
 
@@ -266,7 +266,7 @@ class ListaTrainingSAE(BatchTopKTrainingSAE):
         """
         kept = [batch.to(self.device) for batch in batches]
         W_enc, b_enc, _ = self._folded()
-        cut = calibrated_cut(
+        cut = calibrated_threshold(
             kept,
             lambda batch: self.process_sae_in(batch) @ W_enc + b_enc,
             lambda scores: scores,
