@@ -87,7 +87,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         k_initial_multiplier (float): Training starts at this multiple of k. 1 disables the
             schedule.
         k_anneal_steps (int): Steps over which the multiple falls linearly to 1. 0 disables.
-        topk_threshold_lr (float): Rate of the running estimate of the selection cut that the
+        topk_threshold_lr (float): Rate of the running estimate of the selection threshold that the
             exported SAE uses as its threshold.
         rescale_acts_by_decoder_norm (bool): Treat the decoder rows as if they had unit norm, as in
             SAELens' TopK.
@@ -121,10 +121,10 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
             and standard deviation before BatchTopK ranks them. 0: not at all. 1: fully.
         zscore_z (float): [Z] z, or its initial value when it corrects itself.
         zscore_z_lr (float): [Z] Rate at which z follows the target L0 = k. 0 keeps z fixed.
-        firing_floor (float): [Z] Firing rate below which a latent gets a lower cut of its own, as a
-            share of the mean rate k / d_sae. 0 disables: all latents share one cut.
-        firing_floor_rate (float): [Z] Step by which the cut of such a latent falls, and rises again
-            once it fires often enough, as a share of the common cut.
+        firing_floor (float): [Z] Firing rate below which a latent gets a lower threshold of its
+            own, as a share of the mean rate k / d_sae. 0 disables: all share one threshold.
+        firing_floor_rate (float): [Z] Step by which the threshold of such a latent falls, and rises
+            again once it fires often enough, as a share of the common threshold.
         orthogonality_coefficient (float): [O] Weight of the orthogonality penalty, in units of the
             running variance of the activations. 0 disables.
         orthogonality_pairs (Literal["chunks", "neighbours"]): [O] Pairs of latents that are

@@ -322,10 +322,10 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         coefficient, weights = self.cfg.aux_loss_coefficient, (self.W_enc, self.b_enc, self.W_dec)
         if coefficient == 0:
             return {}
-        loss = residual.new_zeros(())
-        if given.dead is not None:
-            loss = coefficient * auxk_loss(encoder_input, residual, *weights, given.dead, weight)
-        return {"auxiliary_reconstruction_loss": loss}
+        if given.dead is None:
+            return {"auxiliary_reconstruction_loss": residual.new_zeros(())}
+        loss = auxk_loss(encoder_input, residual, *weights, given.dead, weight)
+        return {"auxiliary_reconstruction_loss": coefficient * loss}
 
     @override
     def calculate_aux_loss(
