@@ -130,7 +130,10 @@ _NOT_OF_AN_SAE = (
 )  # fmt: skip
 # Raised when the same settings train another SAE.
 _FORMAT = 2
-_NOT_OF_TRAINING = ("n_checkpoints", "keep_checkpoints", "store_batch_size_prompts")
+_NOT_OF_TRAINING = (
+    "n_checkpoints", "keep_checkpoints", "store_batch_size_prompts",
+    "decode_kernel", "cuda_graphs",
+)  # fmt: skip
 
 
 def entry_key(entry: Entry, config: CompareConfig) -> str:

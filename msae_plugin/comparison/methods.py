@@ -31,7 +31,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from typing_extensions import override
 
-from msae_plugin.architecture.calibration import calibrated_cut
+from msae_plugin.architecture.calibration import calibrated_threshold
 from msae_plugin.architecture.peers.registry import peer_section
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import Count, coerce
@@ -158,7 +158,7 @@ def scale_thresholds(
     floor = 1e-3 * float(sae.threshold.median()) or 1e-6
     original = sae.threshold.data.clamp(min=floor)
     # Latent i is on where pre_i / threshold_i is above the factor: the factor is a cut of these.
-    factor = calibrated_cut(
+    factor = calibrated_threshold(
         batches,
         lambda batch: sae.encode_with_hidden_pre(batch)[1] / original,
         lambda ratios: ratios,

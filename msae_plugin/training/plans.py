@@ -43,6 +43,8 @@ _OWN_KEYS = {"architecture", "preset", _INPUT_NORMALIZATION, *_RATES}
 # What the runner itself decides: a value in the recipe would be overwritten or would break loading.
 _DECIDED_ELSEWHERE = {
     "device": "model.device decides it",
+    "decode_kernel": "training.decode_kernel decides it",
+    "cuda_graphs": "training.cuda_graphs decides it",
     "metadata": "the run itself decides it",
     # Everything between the model and the export works on (tokens, d_in).
     "reshape_activations": "the heads of hook_z are always joined to n_heads * d_head; call "

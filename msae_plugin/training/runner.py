@@ -56,6 +56,8 @@ from msae_plugin.training.plans import build_sae, default_device
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import FinishedSAE, SessionSettings, sae_record
 
+# How steps are computed; before they were training's they were the SAEs' settings.
+_OF_THE_MACHINE = (".decode_kernel", ".cuda_graphs")
 _MAY_CHANGE = (
     "logging.",
     "model.device",
@@ -104,7 +106,8 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     then = dict(_flatten(checkpoint.config))
     now = dict(_flatten(config.to_dict()))
     for key in sorted(then.keys() | now.keys()):
-        if key.startswith(_MAY_CHANGE) or then.get(key) == now.get(key):
+        may_change = key.startswith(_MAY_CHANGE) or key.endswith(_OF_THE_MACHINE)
+        if may_change or then.get(key) == now.get(key):
             continue
         raise InputError(
             f"cannot resume {str(checkpoint.path)!r} with another recipe: {key!r} was "

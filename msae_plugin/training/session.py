@@ -19,6 +19,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 
 from msae_plugin.architecture.calibration import SupportsRevival
+from msae_plugin.architecture.kernels.decoding import MachineSettings
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.files import json_safe
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
@@ -98,6 +99,7 @@ def _step_options(training: TrainingSettings) -> StepOptions:
         clip_grad_norm=training.clip_grad_norm,
         lr_floor=training.lr_floor,
         gradient_lr=training.gradient_lr,
+        machine=MachineSettings(training.decode_kernel, training.cuda_graphs),
     )
 
 

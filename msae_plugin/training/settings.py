@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
+from msae_plugin.architecture.kernels.decoding import DecodeKernel
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import (
     ON_OFF,
@@ -118,6 +119,10 @@ class TrainingSettings:
     """Checkpoints spread over the run, beside the one at its end."""
     keep_checkpoints: CountOrZero = 2
     """How many of the newest stay."""
+    decode_kernel: DecodeKernel = "auto"
+    """What sums decoder rows on a CUDA device (see `MachineSettings`)."""
+    cuda_graphs: Flag = True
+    """Record a step on a CUDA device and replay it (see `MachineSettings`)."""
     calibrate_batches: CountOrZero = 32
     """Fresh mini-batches on which the final threshold of BatchTopK-like SAEs is set so that mean L0
     is k; 0 leaves it as training left it."""

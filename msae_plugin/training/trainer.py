@@ -23,7 +23,9 @@ from typing_extensions import override
 
 from msae_plugin import upstream
 from msae_plugin.architecture.calibration import SupportsRevival
+from msae_plugin.architecture.kernels.decoding import MachineSettings
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.seeding import RandomStream, derive_seed
@@ -60,6 +62,7 @@ class StepOptions:
     lr_floor: float = 0.0
     gradient_lr: GradientRateConfig = field(default_factory=GradientRateConfig)
     centres_inputs: bool = False
+    machine: MachineSettings = field(default_factory=MachineSettings)
 
 
 class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
@@ -125,6 +128,8 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         )
         if isinstance(sae, SupportsRevival):
             sae.attach_optimizer(self.optimizer)
+        if isinstance(sae, MultiScaleTrainingSAE):
+            sae.attach_machine(options.machine)
         share_batches(sae, name, ranks)
         if options.centres_inputs:
             self.activation_scaler = CentringScaler()
