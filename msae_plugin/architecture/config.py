@@ -317,16 +317,10 @@ def mechanisms_off() -> dict[str, Any]:
 
 
 def require(condition: bool, field_name: str, value: object, demand: str) -> None:
-    """Raise unless the condition holds.
-
-    Args:
-        condition: What must be true of the field.
-        field_name: Name of the configuration field, named in the message.
-        value: What the field holds.
-        demand: What it must be instead, completing "<field> must ...".
+    """Raise unless a condition of a field holds; `demand` completes "<field> must ...".
 
     Raises:
-        InputError: The condition does not hold (a ValueError; exit status 2 on the command line).
+        InputError: It does not (a ValueError; exit status 2 on the command line).
     """
     if not condition:
         raise InputError(f"{field_name} must {demand}; got {value!r}")

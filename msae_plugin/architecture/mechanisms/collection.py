@@ -32,13 +32,7 @@ MECHANISMS: dict[str, type[Mechanism]] = {
 
 
 class Mechanisms(nn.Module):
-    """The mechanisms of one SAE; those that are off are None.
-
-    Args:
-        cfg: Configuration of the SAE.
-        dtype: Data type of learned parameters.
-        device: Device of parameters and buffers.
-    """
+    """The mechanisms of one SAE; those that are off are None."""
 
     revivals: RevivalRecord | None
     normalisation: MultiScaleNormalisation | None

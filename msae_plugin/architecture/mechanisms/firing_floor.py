@@ -30,12 +30,7 @@ _BELOW = 1 - 2**-10
 
 
 class FiringFloor(Mechanism):
-    """The allowance of each latent, in units of its pre-activation.
-
-    Args:
-        d_sae: Number of latents.
-        device: Device of the buffer.
-    """
+    """The allowance of each latent, in units of its pre-activation."""
 
     allowance: torch.Tensor
 

@@ -20,12 +20,7 @@ _MIN_FACTOR, _MAX_FACTOR = 0.1, 10.0
 
 
 class FeatureImportance(Mechanism):
-    """Running contribution of every latent.
-
-    Args:
-        d_sae: Number of latents.
-        device: Device of the buffer.
-    """
+    """Running contribution of every latent."""
 
     contribution: torch.Tensor
 

@@ -27,15 +27,7 @@ from msae_plugin.architecture.step_schedule import Number
 
 
 class ScaleAttention(nn.Module):
-    """Attention of one token over the scales: softmax(mixture + temperature * q(x) . key_s).
-
-    Args:
-        d_in: Width of the activations.
-        n_scales: Number of branches.
-        d_key: Width of queries and keys.
-        dtype: Data type of the parameters.
-        device: Device of the parameters.
-    """
+    """Attention of one token over the scales: softmax(mixture + temperature * q(x) . key_s)."""
 
     def __init__(
         self, d_in: int, n_scales: int, d_key: int, dtype: torch.dtype, device: torch.device
@@ -75,13 +67,7 @@ class NormalisationFields(Protocol):
 
 
 class MultiScaleNormalisation(Mechanism):
-    """The input normalisation and the factor per token that undoes it.
-
-    Args:
-        cfg: Configuration of the SAE.
-        dtype: Data type of the parameters.
-        device: Device of the parameters.
-    """
+    """The input normalisation and the factor per token that undoes it."""
 
     running_variance: torch.Tensor
 

@@ -286,13 +286,7 @@ def nearest_in_chunks_penalty(
 
 
 class NeighbourCoactivation(Mechanism):
-    """Running second moments of neighbouring latents.
-
-    Args:
-        d_sae: Number of latents.
-        count: Neighbours per latent; capped at d_sae - 1.
-        device: Device of the buffers.
-    """
+    """Running second moments of neighbouring latents; at most d_sae - 1 neighbours each."""
 
     neighbours: torch.Tensor
     pair_moment: torch.Tensor
@@ -392,11 +386,7 @@ class NeighbourCoactivation(Mechanism):
 
 
 class Orthogonality(Mechanism):
-    """The penalty of a step, in units of the running variance of the activations.
-
-    Args:
-        device: Device of the buffer.
-    """
+    """The penalty of a step, in units of the running variance of the activations."""
 
     input_variance: torch.Tensor
 

@@ -28,10 +28,6 @@ logger = logging.getLogger(__name__)
 class RevivalRecord(Mechanism):
     """Who is dead, who was revived when, and how the revived have done.
 
-    Args:
-        d_sae: Number of latents.
-        device: Device of the buffers.
-
     Attributes:
         events: Revivals and their outcomes that nobody has fetched yet, oldest first.
         optimizer: The host's, whose moments of revived latents are reset; None when not attached.

@@ -22,13 +22,7 @@ _N_PROBES = 8
 
 
 class CoactivationSketch(Mechanism):
-    """Streaming sketch of the second moments of the latents, in float32 whatever the autocast.
-
-    Args:
-        d_sae: Number of latents.
-        rank: Rank r of the approximation; capped at d_sae.
-        device: Device of the buffers.
-    """
+    """Streaming sketch of the second moments of the latents, in float32 whatever the autocast."""
 
     test_matrix: torch.Tensor
     sample: torch.Tensor

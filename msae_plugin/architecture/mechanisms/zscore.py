@@ -20,11 +20,6 @@ class PreActivationStatistics(Mechanism):
 
     Updated in training only; in evaluation they are constants, so that `encode` is a function of
     one token. The source updated them inside `encode` at evaluation time.
-
-    Args:
-        d_sae: Number of latents.
-        z: Initial z.
-        device: Device of the buffers.
     """
 
     mean: torch.Tensor
