@@ -58,13 +58,13 @@ def compare(
     from msae_plugin.comparison.compare import compare as run_comparison
     from msae_plugin.comparison.recipe import CompareConfig
     from msae_plugin.comparison.results import comparison_for_terminal
-    from msae_plugin.comparison.training_schedule import Part
+    from msae_plugin.comparison.training_schedule import Shard
 
-    share = None if part is None else Part.parse(part)
+    share = None if part is None else Shard.parse(part)
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
     with continued_later(), step_reporter(errors) as report:
         comparison = run_comparison(
-            recipe, output, report=report, part=share, skip_missing=skip_missing
+            recipe, output, report=report, shard=share, skip_missing=skip_missing
         )
     for name, reason in comparison.failures.items():
         say(f"{name}: {reason}")

@@ -105,18 +105,22 @@ def meta_sae(config: TrainingSAEConfig) -> torch.nn.Module:
         config.device = device
 
 
-def sae_cost(config: TrainingSAEConfig, batch_size_tokens: int) -> SAECost:
+def sae_cost(
+    config: TrainingSAEConfig, batch_size_tokens: int, *, cuda_graphs: bool = True
+) -> SAECost:
     """Memory of one SAE in training.
 
     Args:
         config: Its configuration.
         batch_size_tokens: Activations per mini-batch.
+        cuda_graphs: Whether steps may be recorded.
     """
     sae = meta_sae(config)
     parameters = list(sae.parameters())
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
     buffer_bytes = sum(b.numel() * b.element_size() for b in sae.buffers())
     width = str_to_dtype(config.dtype).itemsize
+    recorded = cuda_graphs and _is_recorded(config, sae)
     step_bytes = STEP_TENSORS * batch_size_tokens * config.d_sae * width
     return SAECost(
         parameters=sum(p.numel() for p in parameters),
@@ -124,7 +128,7 @@ def sae_cost(config: TrainingSAEConfig, batch_size_tokens: int) -> SAECost:
         optimizer_bytes=2 * parameter_bytes,
         gradient_bytes=parameter_bytes,
         step_bytes=step_bytes,
-        recorded_bytes=step_bytes + parameter_bytes if _is_recorded(config, sae) else 0,
+        recorded_bytes=step_bytes + parameter_bytes if recorded else 0,
     )
 
 
@@ -132,7 +136,7 @@ def _is_recorded(config: TrainingSAEConfig, sae: torch.nn.Module) -> bool:
     return (
         isinstance(sae, MultiScaleTrainingSAE)
         and config.device.startswith("cuda")
-        and sae.mechanisms.can_be_recorded
+        and sae.can_be_recorded
     )
 
 
@@ -152,7 +156,12 @@ def run_cost(config: RunConfig, plans: Sequence[SAEPlan], shape: ModelShape) -> 
     training, context = config.training, config.data.context_size
     llm_rows = training.store_batch_size_prompts * context
     tokens = config.total_steps * config.tokens_per_step
-    saes = {plan.name: sae_cost(plan.config, training.batch_size_tokens) for plan in plans}
+    saes = {
+        plan.name: sae_cost(
+            plan.config, training.batch_size_tokens, cuda_graphs=training.cuda_graphs
+        )
+        for plan in plans
+    }
     widths = {plan.hook: plan.config.d_in for plan in plans}
     kept = min(training.keep_checkpoints, training.n_checkpoints + 1)
     forward = llm_rows * (LAYER_TENSORS * shape.d_model + 2 * context * shape.d_model // HEAD_WIDTH)

@@ -178,7 +178,8 @@ def _describe_plan(plan: SAEPlan, cost: RunCost) -> RenderableType:
             ("one step", f"{human_bytes(item.step_bytes)} (estimate)"),
             (
                 "recorded step",
-                f"{human_bytes(item.recorded_bytes)} held (estimate); cuda_graphs: false holds none"
+                f"{human_bytes(item.recorded_bytes)} held (estimate); "
+                "training.cuda_graphs: false holds none"
                 if item.recorded_bytes
                 else None,
             ),
