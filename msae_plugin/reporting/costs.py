@@ -141,7 +141,7 @@ def _is_recorded(config: TrainingSAEConfig, sae: torch.nn.Module) -> bool:
 
 
 def buffer_bytes(rows: int, llm_batch_rows: int, d_ins: Sequence[int]) -> int:
-    """Peak of SAELens' mixing buffer: filled, and copied in a new order."""
+    """Peak of the mixing buffer: its rows, overfilled by one LLM batch, and a shuffled copy."""
     return 2 * FLOAT32_BYTES * (rows + llm_batch_rows) * sum(d_ins)
 
 
