@@ -7,12 +7,23 @@ Every message is one line that says what is wrong, where, and what to do. The co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """The user's input cannot work: a wrong field, file, shape or name."""
+    """The user's input cannot work: a wrong field, file, shape or name.
+
+    Args:
+        what: What is wrong, and where.
+        how: What to do about it, behind a colon in the message; None where `what` says all.
+    """
+
+    def __init__(self, what: str, how: str | None = None) -> None:
+        super().__init__(what if how is None else f"{what}: {how}")
+        self.what = what
+        self.how = how
 
 
 class MissingInputError(InputError):
@@ -34,18 +45,36 @@ class MissingInputError(InputError):
         super().__init__(f"not everything is there ({'; '.join(self.items)}); {advice}")
 
 
+def did_you_mean(
+    name: str, known: Iterable[str], otherwise: str, *, n: int = 1, cutoff: float = 0.6
+) -> str:
+    """Advice on an unknown name: one of the `n` nearest known names, or else `otherwise`."""
+    near = get_close_matches(name, list(known), n=n, cutoff=cutoff)
+    return f"did you mean {', '.join(near)}?" if near else otherwise
+
+
 class RunFailure(RuntimeError):
     """The input was fine, yet the run could not finish or its result is not valid."""
 
 
 @dataclass(frozen=True)
-class Missing:
+class Problem:
     """Something an evaluation needs and does not have.
 
     Args:
         what: What is missing, and which setting asks for it.
         how: How to get it.
+        evaluation: Which evaluation needs it; `all` where every one does.
     """
 
     what: str
     how: str
+    evaluation: str = "all"
+
+    @classmethod
+    def of(cls, error: InputError, otherwise: str) -> Problem:
+        """A refusal as a problem; `otherwise` is what to do where the refusal does not say."""
+        return cls(" ".join(error.what.split()), error.how or otherwise)
+
+    def __str__(self) -> str:
+        return f"{self.evaluation}: {self.what} - {self.how}"

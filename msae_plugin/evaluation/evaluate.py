@@ -23,8 +23,8 @@ from msae_plugin.common.files import (
     versions,
     write_json_atomic,
 )
+from msae_plugin.evaluation.metrics import MetricDefinition
 from msae_plugin.evaluation.outcomes import (
-    MetricDefinition,
     ModelContext,
     Outcome,
     Reporter,
@@ -42,13 +42,9 @@ FILE = "outcomes.json"
 
 
 def read_outcomes(folder: Path, keys: Mapping[str, str]) -> dict[str, Outcome]:
-    """What was measured before with the same key.
+    """Read the results measured before with the same key.
 
     Only measured outcomes are taken up: what failed may work now.
-
-    Args:
-        folder: Folder of an evaluation and seed.
-        keys: By SAE, a digest of everything that its outcome depends on.
 
     Raises:
         InputError: The folder holds results of an SAE of this name under another key, which would
@@ -120,13 +116,25 @@ class Evaluation(Protocol):
         output: Path,
         report: Reporter,
     ) -> dict[str, Outcome]:
-        """Run it."""
+        """Evaluate SAEs, each with its own result.
+
+        Args:
+            context: The model.
+            settings: Fields of SAEBench's config class and ours, as `check_settings` gives them.
+            subjects: The SAEs.
+            seed: Of the choice and order of texts, and of all that is trained.
+            output: Folder for SAEBench's JSON.
+            report: Shows progress.
+
+        Raises:
+            InputError: The text or the data cannot be had, or a setting cannot work.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation left.
+    """The result of an evaluation.
 
     Args:
         summary: The contents of `summary.json`.
@@ -257,12 +265,12 @@ def _missing(
     config: EvalConfig, subjects: Sequence[Subject], model: str, loaded: bool, skip: bool
 ) -> dict[str, str]:
     """Why evaluations cannot run, by evaluation."""
-    findings = preflight(config, subjects, model_name=None if loaded else model)
+    problems = preflight(config, subjects, model_name=None if loaded else model)
     if not skip:
-        refuse_missing(findings)
+        refuse_missing(problems)
     found: dict[str, list[str]] = {}
-    for finding in findings:
-        found.setdefault(finding.evaluation, []).append(f"{finding.what} - {finding.how}")
+    for problem in problems:
+        found.setdefault(problem.evaluation, []).append(f"{problem.what} - {problem.how}")
     # What every evaluation needs, such as the model, is under the name "all".
     common = found.pop("all", [])
     if common:

@@ -7,7 +7,6 @@ loads by release; folding happens here, in float32, before anything is cast down
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import re
@@ -33,17 +32,15 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import tensors_sha256
-from msae_plugin.models.hub_access import explain_hub_error, require_repository
+from msae_plugin.common.files import file_sha256, tensors_sha256
+from msae_plugin.models.hub_access import HubUnreachableError, hub_refusal, require_repository
 from msae_plugin.registration import register
 from msae_plugin.saes.describe import CheckpointInfo, read_checkpoint
 from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import FolderSource, HubSource, LocatedSAE, locate, unfinished_run
+from msae_plugin.saes.find import HubSource, LocatedSAE, locate, unfinished_run
 
 FOLDED_SCALINGS = ("expected_average_only_in", "covariance_whitening")
 """SAELens' scalings whose factors are in no file until training ends and folds them away."""
-
-_READ_BYTES = 1 << 20
 
 
 class BrokenSAEError(RunFailure):
@@ -65,13 +62,13 @@ def load_sae(found: LocatedSAE, device: str) -> tuple[SAE[Any], str]:
         InputError: It cannot be had or loaded, was not trained, or is a training checkpoint that
             computes something else than the SAE it would be exported as.
     """
-    if isinstance(found.source, FolderSource):
-        folder = found.source.folder
+    if isinstance(found.source, Path):
+        folder = found.source
         sae = _load_folder(found, folder, device)
-        return sae, _file_sha256(folder / SAE_WEIGHTS_FILENAME)
+        return sae, file_sha256(folder / SAE_WEIGHTS_FILENAME)
     sae = _load_from_hub(found, found.source, device)
     file = _cached(found.source.repository, f"{found.source.path}/{SAE_WEIGHTS_FILENAME}")
-    return sae, tensors_sha256(sae.state_dict()) if file is None else _file_sha256(file)
+    return sae, tensors_sha256(sae.state_dict()) if file is None else file_sha256(file)
 
 
 def _load_folder(found: LocatedSAE, folder: Path, device: str) -> SAE[Any]:
@@ -151,7 +148,7 @@ def _load_from_hub(found: LocatedSAE, source: HubSource, device: str) -> SAE[Any
         try:
             require_repository(source.repository, "model")
         except InputError as error:
-            raise InputError(f"{where}: {_for_sae(str(error))}") from error
+            raise _for_sae(error, where) from error
     if not source.registered:
         _require_inference_repository(source, where)
     with _hub_errors(source, where), _loading_errors(where, "its architecture"):
@@ -177,21 +174,21 @@ def _hub_errors(source: HubSource, where: str) -> Generator[None, None, None]:
         raise
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):  # no network, rather than no such file
-            explained = _for_sae(explain_hub_error(source.repository, "model", error))
-            raise InputError(f"{where}: {explained}") from error
+            raise _for_sae(hub_refusal(source.repository, "model", error), where) from error
         raise InputError(
             f"{where}: {source.repository} has no {source.path}/{SAE_CFG_FILENAME}: give the "
             f"folder of an SAE in it, see https://huggingface.co/{source.repository}/tree/main"
         ) from error
     # As in hub_access: the errors of a failed connection share no base class but Exception.
     except Exception as error:
-        explained = _for_sae(explain_hub_error(source.repository, "model", error))
-        raise InputError(f"{where}: {explained}") from error
+        raise _for_sae(hub_refusal(source.repository, "model", error), where) from error
 
 
-def _for_sae(explained: str) -> str:
-    """`hub_access` explains for language models, which packages may carry."""
-    return explained.replace("a local folder or a packaged: model", "a local copy of its folder")
+def _for_sae(refusal: InputError, where: str) -> InputError:
+    """`hub_access` advises on language models, which packages may carry."""
+    unreachable = isinstance(refusal, HubUnreachableError)
+    how = "give a local copy of its folder" if unreachable else refusal.how
+    return InputError(f"{where}: {refusal.what}", how)
 
 
 @contextmanager
@@ -222,14 +219,6 @@ def _cached(repository: str, file: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 logger = logging.getLogger(__name__)
@@ -277,7 +266,7 @@ def load_subjects(
         )
     register()  # SAELens must know `multiscale` before it reads a cfg.json
     located = [found for reference in references for found in locate(reference)]
-    seen: dict[FolderSource | HubSource, str] = {}
+    seen: dict[Path | HubSource, str] = {}
     for found in located:
         if found.source in seen:
             raise InputError(
@@ -307,7 +296,7 @@ def load_subjects(
 
 
 def subject_record(subject: Subject) -> dict[str, Any]:
-    """What `summary.json` says of an SAE."""
+    """The record of an SAE in `summary.json`."""
     config = subject.sae.cfg
     return {
         "reference": subject.reference,
@@ -380,7 +369,7 @@ def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | No
         weights_sha256=weights_sha256,
         model_name=model_name,
         hook_name=hook_name,
-        folder=found.source.folder if isinstance(found.source, FolderSource) else None,
+        folder=found.source if isinstance(found.source, Path) else None,
     )
 
 
@@ -484,12 +473,7 @@ class Subject:
         return int(found.group())
 
     def for_saebench(self, dtype: torch.dtype, device: str) -> SAE[Any]:
-        """A copy that SAEBench may change: cast as it casts, its metadata complete.
-
-        Args:
-            dtype: SAEBench casts every SAE to the language model's.
-            device: A torch device.
-        """
+        """A copy that SAEBench may change: cast as it casts, its metadata complete."""
         sae = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
         sae.cfg.dtype = str(dtype).removeprefix("torch.")
         metadata = sae.cfg.metadata

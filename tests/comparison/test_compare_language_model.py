@@ -21,7 +21,7 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.training_schedule import Part
 from msae_plugin.data.text import load_text
 from msae_plugin.evaluation.evaluate import EvaluationResult
-from msae_plugin.evaluation.heldout import evaluate_heldout
+from msae_plugin.evaluation.heldout import evaluate_many
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.load import Subject
 
@@ -80,15 +80,15 @@ def test_a_whole_comparison(
         seed=derive_seed(42, "text"),
     )
     folder = tmp_path / "saes" / "ours_l0-6_seed0"
-    alone = evaluate_heldout(
-        SAE.load_from_disk(folder / "sae"),
+    alone = evaluate_many(
+        {"sae": SAE.load_from_disk(folder / "sae")},
         tiny_language_model,
         HOOK,
         text.heldout,
         context_size=32,
         max_tokens=1024,
         max_loss_tokens=512,
-    ).to_dict()
+    )["sae"].to_dict()
     metrics = rows["ours_l0-6_seed0"]["metrics"]
     for key in ("explained_variance", "l0", "loss_recovered", "kl", "mean_max_decoder_cosine"):
         assert metrics[f"heldout/{key}"] == pytest.approx(alone[key], rel=1e-4), key

@@ -4,7 +4,8 @@ from typing import Any
 
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from msae_plugin.evaluation.preflight import Finding, preflight
+from msae_plugin.common.errors import Problem
+from msae_plugin.evaluation.preflight import preflight
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.saes.load import Subject
 
@@ -18,7 +19,7 @@ def subject(d_in: int = 64, hook: str = HOOK) -> Subject:
 
 def find(
     evaluations: Any, model_name: str | None, *, sae: Subject | None = None, **values: Any
-) -> list[Finding]:
+) -> list[Problem]:
     config = EvalConfig.from_dict({"evaluations": evaluations, **values})
     findings = preflight(config, [sae or subject()], model_name=model_name)
     for finding in findings:

@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,19 +38,24 @@ from sae_bench.sae_bench_utils.activation_collection import LLM_NAME_TO_BATCH_SI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.common.files import (
+    is_complete,
+    kept_folder,
+    keyed_folder,
+    mark_complete,
+)
 from msae_plugin.data.local_datasets import LocalCopies
+from msae_plugin.evaluation.metrics import MetricDefinition, described, reliability
 from msae_plugin.evaluation.outcomes import (
-    MetricDefinition,
     ModelContext,
     Outcome,
     Reporter,
-    failure,
     require_real,
     result_file,
 )
 from msae_plugin.evaluation.preflight_checks import OPENAI_VARIABLE, RAVEL_DATASET
 from msae_plugin.evaluation.protocols import SCHEMAS, config_class
+from msae_plugin.evaluation.saebench.each_sae import evaluate_each, keep_result
 from msae_plugin.evaluation.saebench.patching import (
     evaluation_environment,
     replaced,
@@ -76,56 +79,8 @@ METRICS: dict[str, type[Any]] = {
 NOT_OF_THE_SAE = frozenset({"train_time_seconds"})
 """Fields of SAEBench's results that measure the machine; they stay in its JSON."""
 
-_CHANIN = "Chanin, Are Sparse Autoencoder Benchmarks Reliable?, arXiv 2605.18229"
-
-RELIABILITY = {
-    "absorption": (
-        "absorption_fraction was redefined in SAEBench 0.6.0 and is not comparable with published "
-        f"numbers ({_CHANIN}); SAEBench advises against models below 1B parameters and SAEs below "
-        "16k latents, and an undertrained SAE scores low for want of features"
-    ),
-    "scr": f"discredited as a metric of SAEs ({_CHANIN})",
-    "tpp": f"discredited as a metric of SAEs ({_CHANIN})",
-    "ravel": (
-        "a mask is trained on the latents of each attribute, so the score is that of SAE and mask "
-        "together; Gemma-2 and GPT-NeoX models only"
-    ),
-    "autointerp": (
-        "depends on the judge, OpenAI's gpt-4o-mini, which changes without notice and does not "
-        "answer the same twice"
-    ),
-    "meta_structure": (
-        "how well a small SAE reconstructs the decoder; read as structure that directions share "
-        "(Bussmann et al., Matryoshka SAEs, ICML 2025, appendix D.1), and no measure of quality"
-    ),
-}
-"""What is known of each evaluation's reliability."""
-
-_TOKENS = {
-    "absorption": "single-token words of the vocabulary in SAEBench's spelling prompts",
-    "scr": "tokens of the probes' texts without BOS, EOS and PAD, averaged per text",
-    "tpp": "tokens of the probes' texts without BOS, EOS and PAD, averaged per text",
-    "ravel": "last token of the entity in RAVEL's prompts that the model answers correctly",
-    "autointerp": "windows of SAEBench's text corpus; BOS, EOS and PAD do not count as activations",
-    "meta_structure": "none: rows of the decoder",
-}
-# In the order of their patterns, the first that fits.
-_UNITS = (
-    (r".*num_split_features", "latents per letter"),
-    (r"(scr|tpp)_.*(diff_only|total_metric)", "difference of two accuracies"),
-    (r"scr_.*", "share of the probe's bias removed"),
-    (r"final_reconstruction_mse", "squared decoder units per entry"),
-    (r".*", "share"),
-)
-_BETTER = (
-    (r"mean_(absorption_fraction|full_absorption)_score", False),
-    (r"scr_metric_.*", True),
-    (r"tpp_.*_(total_metric|intended_diff_only)", True),
-    (r"tpp_.*_unintended_diff_only", False),
-    (r"(disentanglement|cause|isolation)_score", True),
-    (r"autointerp_score", True),
-    (r".*", None),
-)
+RELIABILITY = reliability()
+"""Reliability of each evaluation, as far as it is known."""
 
 
 def definition(evaluation: str, metric: str) -> MetricDefinition:
@@ -141,20 +96,8 @@ def definition(evaluation: str, metric: str) -> MetricDefinition:
     fields = {item.name: item for item in dataclasses.fields(METRICS[evaluation])}
     # pydantic keeps title and description in what dataclasses call the default.
     description: str = cast("Any", fields[metric].default).description
-    return MetricDefinition(
-        definition=f"{description.rstrip('.')}. Reliability: {RELIABILITY[evaluation]}",
-        unit=_first(_UNITS, metric),
-        tokens=_TOKENS[evaluation],
-        source="saebench",
-        higher_is_better=_first(_BETTER, metric),
-    )
+    return described(evaluation, metric, description)
 
-
-def _first(table: tuple[tuple[str, Any], ...], metric: str) -> Any:
-    return next(value for pattern, value in table if re.fullmatch(pattern, metric))
-
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 32
 """Where SAEBench knows no batch size for a model: its choice for the larger ones."""
@@ -182,15 +125,6 @@ def run_other(
 ) -> dict[str, Outcome]:
     """Run one of SAEBench's further evaluations.
 
-    Args:
-        kind: `absorption`, `scr`, `tpp`, `ravel`, `autointerp` or `meta_structure`.
-        context: The model.
-        settings: Fields of SAEBench's config class, and `datasets`: local copies by hub name.
-        subjects: The SAEs.
-        seed: SAEBench's `random_seed`, and of everything that it leaves unseeded.
-        output: Folder for SAEBench's JSON.
-        report: Shows progress.
-
     Returns:
         An outcome per SAE.
 
@@ -202,23 +136,22 @@ def run_other(
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     model = context.language_model.model
-    outcomes: dict[str, Outcome] = {}
-    for number, subject in enumerate(subjects):
-        report(f"{kind}: {subject.name}", number, len(subjects))
-        try:
-            outcomes[subject.name] = _evaluate(kind, context, settings, subject, seed, output)
-        # Whatever one SAE raises is its own outcome: the others go on.
-        except Exception as error:
-            logger.info("%s: %s failed", kind, subject.name, exc_info=True)
-            outcomes[subject.name] = failure(error)
-        finally:
-            # The model is shared. SAEBench may leave hooks behind, gradients (absorption takes
-            # some), and the model on the CPU (lower_vram_usage).
-            model.reset_hooks()
-            model.zero_grad(set_to_none=True)
-            if next(model.parameters()).device.type != torch.device(context.device).type:
-                model.to(context.device)
-    return outcomes
+
+    def restore() -> None:
+        # The model is shared. SAEBench may leave hooks behind, gradients (absorption takes some),
+        # and the model on the CPU (lower_vram_usage).
+        model.reset_hooks()
+        model.zero_grad(set_to_none=True)
+        if next(model.parameters()).device.type != torch.device(context.device).type:
+            model.to(context.device)
+
+    return evaluate_each(
+        kind,
+        subjects,
+        lambda subject: _evaluate(kind, context, settings, subject, seed, output),
+        report,
+        restore,
+    )
 
 
 def _evaluate(
@@ -306,11 +239,7 @@ class _LoadedModel:
         self._context = context
 
     def from_pretrained_no_processing(self, name: str, **_options: Any) -> Any:
-        """The model that is loaded already; its device and dtype are the config's.
-
-        Raises:
-            RunFailure: SAEBench asks for another.
-        """
+        """The model that is loaded already; its device and dtype are the config's."""
         if name != self._context.name:
             raise RunFailure(
                 f"SAEBench asks for the model {name!r}, loaded is {self._context.name!r}"
@@ -343,11 +272,7 @@ def _collect(kind: str, subject: Subject, written: Path, output: Path) -> Outcom
     if not metrics:
         raise RunFailure(f"{kind} of {subject.name}: SAEBench's result holds no number")
     require_real(metrics, f"{kind} of {subject.name}")
-    file = result_file(output, subject)
-    temporary = file.with_name(f".incomplete-{file.name}")
-    shutil.copyfile(written, temporary)
-    temporary.replace(file)
-    return Outcome("measured", metrics, file)
+    return Outcome("measured", metrics, keep_result(written, subject, output))
 
 
 def _openai_key() -> str:
@@ -364,18 +289,15 @@ def _absorption_probes(context: ModelContext, config: Any, subject: Subject, see
     the random numbers of the first SAE.
     """
     key: dict[str, Any] = {
-        "model": context.weights_sha256,
-        "dtype": context.dtype,
-        "device": context.device.split(":")[0],
+        **context.key("torch", "transformer-lens", "transformers", "sae-bench"),
         "tokenizer": tokenizer_sha256(context.language_model.tokenizer),
         "layer": subject.layer,
         "template": config.prompt_template,
         "position": config.prompt_token_pos,
         "seed": seed,
-        "versions": versions("torch", "transformer-lens", "transformers", "sae-bench"),
     }
-    folder = keyed_folder(context.cache.absolute(), "absorption_probes", key)
-    if not is_complete(folder):
+
+    def train(folder: Path) -> None:
         with seeded(seed):
             absorption_common.train_and_save_probes(
                 context.language_model.model,  # pyright: ignore[reportArgumentType]
@@ -385,8 +307,8 @@ def _absorption_probes(context: ModelContext, config: Any, subject: Subject, see
                 probes_dir=folder,
                 device=context.device,
             )
-        mark_complete(folder, key)
-    return folder
+
+    return kept_folder(context.cache.absolute(), "absorption_probes", key, train)
 
 
 @contextmanager
@@ -450,7 +372,7 @@ def _ravel_names(
 def _ravel_completions(
     context: ModelContext, config: Any, seed: int, artifacts: Path
 ) -> Generator[None, None, None]:
-    """What the model completes, hours of work on SAEBench's models: once for all SAEs.
+    """Let the model complete the prompts, hours of work on SAEBench's models, once for all SAEs.
 
     Not where SAEBench draws a part of the prompts: it then continues with other random numbers.
     """
@@ -458,10 +380,8 @@ def _ravel_completions(
         yield
         return
     key: dict[str, Any] = {
-        "model": context.weights_sha256,
+        **context.key("torch", "transformers", "sae-bench"),
         "name": context.name,
-        "dtype": context.dtype,
-        "device": context.device.split(":")[0],
         "seed": seed,
         "config": {
             name: getattr(config, name)
@@ -472,7 +392,6 @@ def _ravel_completions(
                 "llm_batch_size",
             )
         },
-        "versions": versions("torch", "transformers", "sae-bench"),
     }
     folder = keyed_folder(context.cache.absolute(), "ravel", key)
     if is_complete(folder):

@@ -28,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
+from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench import sae_probes
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sae_probes import (
@@ -363,25 +364,19 @@ def test_an_sae_at_another_hook_reads_that_hook(
     ("changes", "message"),
     [
         ({"dataset_names": ["117_us_state"]}, "did you mean 117_us_state_FL"),
-        ({"dataset_names": [FLORIDA, FLORIDA]}, "name each dataset once"),
-        ({"ks": [3]}, r"ks is \[3\].* 1, 2, 5, 10, 20, 50, 100 only"),
-        ({"setting": "scarcity"}, "collects 'normal' only"),
-        ({"binarize": True}, "finds none"),
-        ({"reg_type": "l3"}, "use l1 or l2"),
-        ({"baseline_method": "svm"}, "use one of logreg"),
-        ({"model_cache_path": "x"}, "activations go to cache:"),
-        ({"results_path": "x"}, "is not taken"),
+        ({"dataset_names": [FLORIDA, FLORIDA]}, "twice: give it once"),
+        ({"ks": [3]}, "no field for 3: choose from 1, 2, 5, 10, 20, 50, 100"),
+        ({"setting": "scarcity"}, "must be normal, not 'scarcity'"),
+        ({"binarize": True}, "does not find sae-probes' results of binarised latents"),
+        ({"reg_type": "l3"}, "must be l1 or l2"),
+        ({"baseline_method": "svm"}, "must be logreg or"),
+        ({"model_cache_path": "x"}, "caches are in cache"),
+        ({"results_path": "x"}, "is not to be set"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(
-    context: ModelContext,
-    subjects: list[Subject],
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
-) -> None:
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        run_sae_probes(context, {**ONE, **changes}, subjects, 7, tmp_path, no_report)
+        check_settings("sparse_probing_sae_probes", {**ONE, **changes})
 
 
 def test_attention_of_a_batch_is_bounded() -> None:

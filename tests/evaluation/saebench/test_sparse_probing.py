@@ -22,6 +22,7 @@ from msae_plugin.common.files import tensors_sha256
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
 from msae_plugin.data.local_datasets import LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
+from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sparse_probing import (
     DEFINITIONS,
@@ -470,22 +471,17 @@ def test_our_own_labelled_sets_have_names_of_their_own(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k_values": [1, 3]}, r"k_values is \[1, 3\].* 1, 2, 5, 10, 20, 50, 100 only"),
-        ({"k_values": []}, "k_values"),
-        ({"dataset_names": [AG_NEWS, AG_NEWS]}, "name each dataset once"),
-        ({"llm_dtype": "bfloat16"}, r"set model\.dtype"),
+        ({"k_values": [1, 3]}, "no field for 3: choose from 1, 2, 5, 10, 20, 50, 100"),
+        ({"k_values": []}, "k_values is empty"),
+        ({"dataset_names": [AG_NEWS, AG_NEWS]}, "twice: give it once"),
+        ({"llm_dtype": "bfloat16"}, r"the model's dtype is model\.dtype"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
-    context: ModelContext,
-    subjects: list[Subject],
-    small: dict[str, Any],
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
+    small: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        run_sparse_probing(context, {**small, **changes}, subjects, 5, tmp_path, no_report)
+        check_settings("sparse_probing", {**small, **changes})
 
 
 def test_the_default_batch_size_is_saebenchs_for_the_model(

@@ -25,7 +25,7 @@ def has_heads(hook_name: str) -> bool:
 
 
 def sae_input(activations: torch.Tensor, hook_name: str, head: int | None) -> torch.Tensor:
-    """What an SAE reads of a hook's activations, (batch, seq, d_in), as in SAEBench."""
+    """The SAE's input from a hook's activations, (batch, seq, d_in), as in SAEBench."""
     if head is not None:
         return activations[:, :, head]
     return activations.flatten(-2, -1) if has_heads(hook_name) else activations
@@ -71,14 +71,7 @@ def measure_reconstruction(
     exclude_special_tokens: bool,
     report: Reporter,
 ) -> tuple[dict[str, list[dict[str, torch.Tensor]]], dict[str, Outcome]]:
-    """What `get_recons_loss` returns, for every batch and SAE.
-
-    Args:
-        side: The model's side, prepared.
-        saes: SAEs by name, as SAEBench casts them.
-        ignored: Special tokens.
-        exclude_special_tokens: Leave the model's own activations at special tokens.
-        report: Shows progress.
+    """The results of `get_recons_loss` for every batch and SAE.
 
     Returns:
         By SAE a dictionary per batch, of (prompts, context) or (prompts, context - 1) tensors: the
