@@ -26,7 +26,7 @@ import torch
 from msae_plugin.comparison.methods import ResidualStreamSAE, with_permuted_decoder
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.recipe import EvalConfig
-from msae_plugin.saes.load import Subject, load_subjects
+from msae_plugin.saes.load import EvaluatedSAE, load_subjects
 
 ROWS = [
     "multiscale default",
@@ -53,9 +53,9 @@ COLUMNS = [
 ]
 
 
-def trained(folder: Path) -> list[tuple[str, Subject]]:
+def trained(folder: Path) -> list[tuple[str, EvaluatedSAE]]:
     """The trained SAEs of k = 48, with their row."""
-    found: list[tuple[str, Subject]] = []
+    found: list[tuple[str, EvaluatedSAE]] = []
     for path in sorted(folder.iterdir()):
         match = re.fullmatch(r"(.+)_k48_lr[\d.e-]+_seed(\d+)", path.name)
         if match and match.group(1) in ROWS:
@@ -65,9 +65,9 @@ def trained(folder: Path) -> list[tuple[str, Subject]]:
     return found
 
 
-def controls(subjects: list[tuple[str, Subject]]) -> list[tuple[str, Subject]]:
+def controls(subjects: list[tuple[str, EvaluatedSAE]]) -> list[tuple[str, EvaluatedSAE]]:
     """The residual stream, and batchtopk with permuted decoders."""
-    found: list[tuple[str, Subject]] = []
+    found: list[tuple[str, EvaluatedSAE]] = []
     for row, subject in subjects:
         if row == "batchtopk":
             seed = len(found)

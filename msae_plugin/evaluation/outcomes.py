@@ -13,7 +13,7 @@ import torch
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import versions
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 Status = Literal["measured", "failed", "skipped", "not_measurable"]
 
@@ -66,7 +66,7 @@ class ModelContext:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScoreResult:
     """The result of one evaluation of one SAE with one seed.
 
     Args:
@@ -114,12 +114,12 @@ def require_real(metrics: Mapping[str, float], where: str) -> None:
             )
 
 
-def failure(error: Exception) -> Outcome:
+def failure(error: Exception) -> ScoreResult:
     """The outcome of an SAE whose evaluation raised."""
     text = " ".join(str(error).split())
-    return Outcome("failed", reason=text if text else type(error).__name__)
+    return ScoreResult("failed", reason=text if text else type(error).__name__)
 
 
-def result_file(output: Path, subject: Subject) -> Path:
-    """Where SAEBench's JSON of a subject goes, under the name that SAEBench gives it."""
-    return output / f"{subject.name}_{SAEBENCH_ID}_eval_results.json"
+def result_file(output: Path, evaluated: EvaluatedSAE) -> Path:
+    """Where SAEBench's JSON of an SAE goes, under the name that SAEBench gives it."""
+    return output / f"{evaluated.name}_{SAEBENCH_ID}_eval_results.json"

@@ -34,7 +34,7 @@ from msae_plugin.evaluation.preflight_checks import (
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hub_access import hub_asked_once
 from msae_plugin.models.loading import describe_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 EXTRA = 'pip install "msae-plugin[eval]"'
 
@@ -125,34 +125,34 @@ def refuse_missing(problems: Sequence[Problem]) -> None:
 
 
 def preflight(
-    config: EvalConfig, subjects: Sequence[Subject], *, model_name: str | None
+    config: EvalConfig, saes: Sequence[EvaluatedSAE], *, model_name: str | None
 ) -> list[Problem]:
     """List what is missing.
 
     Args:
         config: What is to be evaluated.
-        subjects: The SAEs.
+        saes: The SAEs.
         model_name: The language model; None where it is loaded already.
 
     Returns:
         Problems, those of all evaluations first; none where everything is there.
     """
     with hub_asked_once():
-        return _problems(config, subjects, model_name)
+        return _problems(config, saes, model_name)
 
 
 def _problems(
-    config: EvalConfig, subjects: Sequence[Subject], model_name: str | None
+    config: EvalConfig, saes: Sequence[EvaluatedSAE], model_name: str | None
 ) -> list[Problem]:
     found = missing_packages(None) + missing_device(config.model.device)
     d_model: int | None = None
     if model_name is not None:
         lacking = missing_model(model_name)
         if not lacking:
-            lacking = misfits(model_name, subjects)
+            lacking = misfits(model_name, saes)
             d_model = describe_model(model_name).d_model
         found += lacking
-    check = _Checks(config, subjects, model_name, d_model)
+    check = _Checks(config, saes, model_name, d_model)
     for evaluation, settings in config.evaluations.items():
         found += [
             # Some of the messages begin with the evaluation's name themselves.
@@ -167,7 +167,7 @@ class _Checks:
     """The checks of each evaluation."""
 
     config: EvalConfig
-    subjects: Sequence[Subject]
+    saes: Sequence[EvaluatedSAE]
     model_name: str | None
     d_model: int | None
 
@@ -193,7 +193,7 @@ class _Checks:
     @property
     def _widths(self) -> list[int]:
         """Width of the activations at each hook."""
-        return list({s.hook_name: s.sae.cfg.d_in for s in self.subjects}.values())
+        return list({s.hook_name: s.sae.cfg.d_in for s in self.saes}.values())
 
     def _core(self, settings: Mapping[str, Any]) -> list[Problem]:
         found = missing_for_core(settings)

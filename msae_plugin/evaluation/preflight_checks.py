@@ -47,7 +47,7 @@ from msae_plugin.models.packaged import (
 )
 from msae_plugin.models.sources import hub_name_of, local_folder, read_config
 from msae_plugin.models.transformer_lens import require_supported, transformer_lens_name
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -94,16 +94,16 @@ def missing_model(name: str) -> list[Problem]:
     return []
 
 
-def misfits(name: str, subjects: Sequence[Subject]) -> list[Problem]:
+def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
     """SAEs that cannot be of this model: a layer too many, another width."""
     shape = describe_model(name)
     found: list[Problem] = []
-    for subject in subjects:
-        problem = _misfit(subject, shape)
+    for evaluated in saes:
+        problem = _misfit(evaluated, shape)
         if problem is not None:
             found.append(
                 Problem(
-                    f"SAE {subject.name!r} does not fit model {name}: {problem}",
+                    f"SAE {evaluated.name!r} does not fit model {name}: {problem}",
                     "leave it out, or give the model that it was trained on (--model)",
                 )
             )
@@ -157,13 +157,13 @@ def _require_access(hub_name: str) -> None:
         raise hub_refusal(hub_name, "model", error) from error
 
 
-def _misfit(subject: Subject, shape: ModelShape) -> str | None:
+def _misfit(evaluated: EvaluatedSAE, shape: ModelShape) -> str | None:
     try:
-        validate_hook(subject.hook_name, shape.n_layers)
+        validate_hook(evaluated.hook_name, shape.n_layers)
     except InputError as error:
         return str(error)
-    d_in = subject.sae.cfg.d_in
-    if "hook_resid" in subject.hook_name and d_in != shape.d_model:
+    d_in = evaluated.sae.cfg.d_in
+    if "hook_resid" in evaluated.hook_name and d_in != shape.d_model:
         return f"it has d_in {d_in}, the residual stream is {shape.d_model} wide"
     return None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from msae_plugin.common.files import versions, write_json_atomic, write_text_atomic
 from msae_plugin.evaluation.metrics import MetricDefinition
-from msae_plugin.evaluation.outcomes import Outcome
+from msae_plugin.evaluation.outcomes import ScoreResult
 
 FORMAT = 1
 JSON_FILE, CSV_FILE = "summary.json", "summary.csv"
@@ -26,7 +26,7 @@ RECORDED_VERSIONS = (
     "transformers", "datasets",
 )  # fmt: skip
 
-BySeed = Mapping[int, Outcome]
+BySeed = Mapping[int, ScoreResult]
 
 
 def result_entry(sae: str, evaluation: str, outcomes: BySeed, output: Path) -> dict[str, Any]:

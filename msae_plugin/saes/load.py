@@ -240,12 +240,12 @@ def load_subjects(
     hook: str | None = None,
     model_name: str | None = None,
     on_broken: Callable[[str, str], None] | None = None,
-) -> list[Subject]:
+) -> list[EvaluatedSAE]:
     """Load the SAEs behind references.
 
     Args:
         references: Runs, folders, `user/repo:folder` or `release:sae_id`; see
-            `subject_references`. What is on the disk needs no network.
+            `msae_plugin.saes.find`. What is on the disk needs no network.
         device: A torch device.
         hook: Where the SAEs read, in place of what their metadata say.
         model_name: The language model of SAEs whose metadata name none.
@@ -253,7 +253,7 @@ def load_subjects(
             the others are loaded all the same.
 
     Returns:
-        One subject per SAE, in the order of the references.
+        The SAEs, in the order of the references.
 
     Raises:
         InputError: A reference leads to no SAE, to one that is not finished, or to one that
@@ -273,17 +273,17 @@ def load_subjects(
                 f"{found.reference!r} and {seen[found.source]!r} are the same SAE: give it once"
             )
         seen[found.source] = found.reference
-    subjects: list[Subject] = []
+    saes: list[EvaluatedSAE] = []
     broken: list[tuple[str, str]] = []
     for found in located:
         try:
-            subjects.append(_load(found, device, hook, model_name))
+            saes.append(_load(found, device, hook, model_name))
         except BrokenSAEError as error:
             if on_broken is None:
                 raise
             broken.append((found.name, str(error)))
-    subjects = _with_unique_names(subjects)
-    taken = {subject.name for subject in subjects}
+    saes = _with_unique_names(saes)
+    taken = {evaluated.name for evaluated in saes}
     for name, reason in broken:
         unique, copy = name, 1
         while unique in taken:
@@ -292,18 +292,18 @@ def load_subjects(
         taken.add(unique)
         if on_broken is not None:
             on_broken(unique, reason)
-    return subjects
+    return saes
 
 
-def subject_record(subject: Subject) -> dict[str, Any]:
+def sae_record(evaluated: EvaluatedSAE) -> dict[str, Any]:
     """The record of an SAE in `summary.json`."""
-    config = subject.sae.cfg
+    config = evaluated.sae.cfg
     return {
-        "reference": subject.reference,
-        "weights_sha256": subject.weights_sha256,
+        "reference": evaluated.reference,
+        "weights_sha256": evaluated.weights_sha256,
         "architecture": config.architecture(),
-        "hook_name": subject.hook_name,
-        "model_name": subject.model_name,
+        "hook_name": evaluated.hook_name,
+        "model_name": evaluated.model_name,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
     }
@@ -348,7 +348,7 @@ def fold_decoder_norms(sae: SAE[Any], name: str) -> None:
         ) from error
 
 
-def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | None) -> Subject:
+def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | None) -> EvaluatedSAE:
     sae, weights_sha256 = load_sae(found, device)
     hook_name = _hook_of(sae, found.reference, hook)
     model_name = sae.cfg.metadata.model_name or model_name
@@ -362,7 +362,7 @@ def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | No
     fold_decoder_norms(sae, found.reference)
     _require_finite(sae, found.reference, "becomes NaN when its decoder norms are folded")
     sae.eval()
-    return Subject(
+    return EvaluatedSAE(
         name=found.name,
         reference=found.reference,
         sae=sae,
@@ -421,28 +421,28 @@ def _require_finite(sae: SAE[Any], reference: str, problem: str) -> None:
             raise BrokenSAEError(f"SAE {reference!r}: {name} {problem}")
 
 
-def _with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
+def _with_unique_names(saes: Sequence[EvaluatedSAE]) -> list[EvaluatedSAE]:
     """Names that collide get the start of their weights' hash: it depends on no order."""
-    short = [subject.name[:_NAME_CHARACTERS] for subject in subjects]
+    short = [evaluated.name[:_NAME_CHARACTERS] for evaluated in saes]
     # Without case: two names that differ in it alone are one file on some systems.
     count = Counter(name.casefold() for name in short)
-    named: list[Subject] = []
+    named: list[EvaluatedSAE] = []
     taken: set[str] = set()
-    for subject, name in zip(subjects, short, strict=True):
+    for evaluated, name in zip(saes, short, strict=True):
         unique = name
-        if count[name.casefold()] > 1 or name != subject.name:
-            unique = f"{name}-{subject.weights_sha256[:_HASH_CHARACTERS]}"
+        if count[name.casefold()] > 1 or name != evaluated.name:
+            unique = f"{name}-{evaluated.weights_sha256[:_HASH_CHARACTERS]}"
         base, copy = unique, 1
         while unique.casefold() in taken:  # the same weights in two places
             copy += 1
             unique = f"{base}-{copy}"
         taken.add(unique.casefold())
-        named.append(replace(subject, name=unique))
+        named.append(replace(evaluated, name=unique))
     return named
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedSAE:
     """An SAE under evaluation.
 
     Args:

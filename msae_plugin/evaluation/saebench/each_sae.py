@@ -17,54 +17,54 @@ from sae_lens import SAE
 from msae_plugin.common.files import file_written_atomically
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
-    Outcome,
     Reporter,
+    ScoreResult,
     failure,
     result_file,
 )
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate_each(
     evaluation: str,
-    subjects: Sequence[Subject],
-    evaluate: Callable[[Subject], Outcome],
+    saes: Sequence[EvaluatedSAE],
+    evaluate: Callable[[EvaluatedSAE], ScoreResult],
     report: Reporter,
     finally_: Callable[[], None] = lambda: None,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs one by one: whatever one raises is its own result, and the others go on.
 
     Args:
         evaluation: For the progress display and the log.
-        subjects: The SAEs.
+        saes: The SAEs.
         evaluate: Evaluates one.
         report: Shows progress.
         finally_: Called after each SAE: puts right what SAEBench leaves behind in the model.
     """
-    found: dict[str, Outcome] = {}
-    for number, subject in enumerate(subjects):
-        report(f"{evaluation}: {subject.name}", number, len(subjects))
+    found: dict[str, ScoreResult] = {}
+    for number, evaluated in enumerate(saes):
+        report(f"{evaluation}: {evaluated.name}", number, len(saes))
         try:
-            found[subject.name] = evaluate(subject)
+            found[evaluated.name] = evaluate(evaluated)
         except Exception as error:
-            logger.info("%s: %s failed", evaluation, subject.name, exc_info=True)
-            found[subject.name] = failure(error)
+            logger.info("%s: %s failed", evaluation, evaluated.name, exc_info=True)
+            found[evaluated.name] = failure(error)
         finally:
             finally_()
     return found
 
 
 def write_result(
-    kind: type[Any], config: Any, subject: Subject, sae: SAE[Any], output: Path, **parts: Any
+    kind: type[Any], config: Any, evaluated: EvaluatedSAE, sae: SAE[Any], output: Path, **parts: Any
 ) -> Path:
     """Write SAEBench's JSON of one SAE, whole or not at all.
 
     Args:
         kind: SAEBench's class of the whole file.
         config: The settings.
-        subject: The SAE.
+        evaluated: The SAE.
         sae: The copy of it that was evaluated.
         output: The folder.
         parts: The fields of `kind` that are the evaluation's own.
@@ -75,20 +75,20 @@ def write_result(
         datetime_epoch_millis=int(time.time() * 1000),
         sae_bench_commit_hash=get_sae_bench_version(),
         sae_lens_id=SAEBENCH_ID,
-        sae_lens_release_id=subject.name,
+        sae_lens_release_id=evaluated.name,
         sae_lens_version=get_sae_lens_version(),
         sae_cfg_dict=sae.cfg.to_dict(),
         **parts,
     )
-    file = result_file(output, subject)
+    file = result_file(output, evaluated)
     with file_written_atomically(file) as temporary:
         result.to_json_file(str(temporary), indent=2)
     return file
 
 
-def keep_result(written: Path, subject: Subject, output: Path) -> Path:
+def keep_result(written: Path, evaluated: EvaluatedSAE, output: Path) -> Path:
     """Copy the JSON that SAEBench itself wrote, whole or not at all."""
-    file = result_file(output, subject)
+    file = result_file(output, evaluated)
     with file_written_atomically(file) as temporary:
         shutil.copyfile(written, temporary)
     return file

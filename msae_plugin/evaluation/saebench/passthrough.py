@@ -48,8 +48,8 @@ from msae_plugin.data.local_datasets import LocalCopies
 from msae_plugin.evaluation.metrics import MetricDefinition, described, reliability
 from msae_plugin.evaluation.outcomes import (
     ModelContext,
-    Outcome,
     Reporter,
+    ScoreResult,
     require_real,
     result_file,
 )
@@ -64,7 +64,7 @@ from msae_plugin.evaluation.saebench.patching import (
 )
 from msae_plugin.evaluation.saebench.sae_probes import tokenizer_sha256
 from msae_plugin.models.sources import resolve_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 METRICS: dict[str, type[Any]] = {
     "absorption": AbsorptionMeanMetrics,
@@ -118,11 +118,11 @@ def run_other(
     kind: str,
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Run one of SAEBench's further evaluations.
 
     Returns:
@@ -147,8 +147,8 @@ def run_other(
 
     return evaluate_each(
         kind,
-        subjects,
-        lambda subject: _evaluate(kind, context, settings, subject, seed, output),
+        saes,
+        lambda evaluated: _evaluate(kind, context, settings, evaluated, seed, output),
         report,
         restore,
     )
@@ -158,20 +158,20 @@ def _evaluate(
     kind: str,
     context: ModelContext,
     settings: Mapping[str, Any],
-    subject: Subject,
+    evaluated: EvaluatedSAE,
     seed: int,
     output: Path,
-) -> Outcome:
+) -> ScoreResult:
     config = _config(kind, context, settings, seed)
-    sae = subject.for_saebench(context.torch_dtype, context.device)
+    sae = evaluated.for_saebench(context.torch_dtype, context.device)
     with (
         evaluation_environment(seed),
         scratch_working_directory() as scratch,
-        _adapted(kind, context, settings, config, subject, seed, scratch),
+        _adapted(kind, context, settings, config, evaluated, seed, scratch),
     ):
         arguments: dict[str, Any] = {
             "config": config,
-            "selected_saes": [(subject.name, sae)],
+            "selected_saes": [(evaluated.name, sae)],
             "device": context.device,
             "output_path": str(scratch / "results"),
             "force_rerun": True,
@@ -185,10 +185,10 @@ def _evaluate(
         (scratch / "results").mkdir()
         _MAIN[kind].run_eval(**arguments)
         folder = scratch / "results" / (kind if kind in ("scr", "tpp") else "")
-        written = result_file(folder, subject)
+        written = result_file(folder, evaluated)
         if not written.is_file():
             return _nothing_written(kind, config)
-        return _collect(kind, subject, written, output)
+        return _collect(kind, evaluated, written, output)
 
 
 def _config(kind: str, context: ModelContext, settings: Mapping[str, Any], seed: int) -> Any:
@@ -211,7 +211,7 @@ def _adapted(
     context: ModelContext,
     settings: Mapping[str, Any],
     config: Any,
-    subject: Subject,
+    evaluated: EvaluatedSAE,
     seed: int,
     scratch: Path,
 ) -> Generator[None, None, None]:
@@ -225,7 +225,7 @@ def _adapted(
         if kind in ("scr", "tpp"):
             stack.enter_context(replaced(dataset_creation, "load_dataset", copies.load_dataset))
         if kind == "absorption":
-            probes = _absorption_probes(context, config, subject, seed)
+            probes = _absorption_probes(context, config, evaluated, seed)
             stack.enter_context(_absorption_paths(probes, scratch))
         if kind == "ravel":
             stack.enter_context(_ravel_names(context, settings, config, seed, scratch))
@@ -247,9 +247,9 @@ class _LoadedModel:
         return self._context.language_model.model
 
 
-def _nothing_written(kind: str, config: Any) -> Outcome:
+def _nothing_written(kind: str, config: Any) -> ScoreResult:
     if kind == "absorption":
-        return Outcome(
+        return ScoreResult(
             "not_measurable",
             reason=f"fewer than {config.min_feats_for_eval} first letters can be read off the "
             f"model's activations with an F1 above {config.min_GT_probe_f1}: it cannot spell "
@@ -258,7 +258,7 @@ def _nothing_written(kind: str, config: Any) -> Outcome:
     raise RunFailure(f"{kind}: SAEBench wrote no result and raised nothing")
 
 
-def _collect(kind: str, subject: Subject, written: Path, output: Path) -> Outcome:
+def _collect(kind: str, evaluated: EvaluatedSAE, written: Path, output: Path) -> ScoreResult:
     categories: Mapping[str, Mapping[str, Any]] = json.loads(written.read_text(encoding="utf-8"))[
         "eval_result_metrics"
     ]
@@ -270,9 +270,9 @@ def _collect(kind: str, subject: Subject, written: Path, output: Path) -> Outcom
         if value is not None and name not in NOT_OF_THE_SAE
     }
     if not metrics:
-        raise RunFailure(f"{kind} of {subject.name}: SAEBench's result holds no number")
-    require_real(metrics, f"{kind} of {subject.name}")
-    return Outcome("measured", metrics, keep_result(written, subject, output))
+        raise RunFailure(f"{kind} of {evaluated.name}: SAEBench's result holds no number")
+    require_real(metrics, f"{kind} of {evaluated.name}")
+    return ScoreResult("measured", metrics, keep_result(written, evaluated, output))
 
 
 def _openai_key() -> str:
@@ -282,7 +282,9 @@ def _openai_key() -> str:
     return key
 
 
-def _absorption_probes(context: ModelContext, config: Any, subject: Subject, seed: int) -> Path:
+def _absorption_probes(
+    context: ModelContext, config: Any, evaluated: EvaluatedSAE, seed: int
+) -> Path:
     """Probes for first letters, which depend on the model alone: trained once, before any SAE.
 
     SAEBench keeps them inside its own package, under the name of the model, and trains them with
@@ -291,7 +293,7 @@ def _absorption_probes(context: ModelContext, config: Any, subject: Subject, see
     key: dict[str, Any] = {
         **context.key("torch", "transformer-lens", "transformers", "sae-bench"),
         "tokenizer": tokenizer_sha256(context.language_model.tokenizer),
-        "layer": subject.layer,
+        "layer": evaluated.layer,
         "template": config.prompt_template,
         "position": config.prompt_token_pos,
         "seed": seed,
@@ -301,7 +303,7 @@ def _absorption_probes(context: ModelContext, config: Any, subject: Subject, see
         with seeded(seed):
             absorption_common.train_and_save_probes(
                 context.language_model.model,  # pyright: ignore[reportArgumentType]
-                layers=[subject.layer],
+                layers=[evaluated.layer],
                 base_template=config.prompt_template,
                 pos_idx=config.prompt_token_pos,
                 probes_dir=folder,

@@ -42,8 +42,8 @@ from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
     ModelContext,
-    Outcome,
     Reporter,
+    ScoreResult,
     require_real,
     result_file,
 )
@@ -58,7 +58,7 @@ from msae_plugin.evaluation.saebench.patching import (
     evaluation_environment,
     scratch_working_directory,
 )
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 ACTIVATIONS = "sae_probes_activations"
 BASELINES = "sae_probes_baselines"
@@ -297,17 +297,17 @@ MEASURES = ("accuracy", "auc", "f1")
 def run_sae_probes(
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs with SAEBench's sparse_probing_sae_probes.
 
     Args:
         context: The model. Whatever its dtype, probes see float32: numpy has no bfloat16.
         settings: Fields of SAEBench's SparseProbingSaeProbesEvalConfig.
-        subjects: The SAEs.
+        saes: The SAEs.
         seed: Of the split of every dataset and of the probes.
         output: Folder for SAEBench's JSON.
         report: Shows progress.
@@ -323,12 +323,14 @@ def run_sae_probes(
     output.mkdir(parents=True, exist_ok=True)
     with evaluation_environment(seed):
         files: dict[str, list[tuple[Path, Path | None]] | Exception] = {}
-        for hook in dict.fromkeys(subject.hook_name for subject in subjects):
+        for hook in dict.fromkeys(evaluated.hook_name for evaluated in saes):
             files[hook] = _model_side(context, config, hook, report)
         return evaluate_each(
             "sae-probes",
-            subjects,
-            lambda subject: _evaluate(context, config, subject, files[subject.hook_name], output),
+            saes,
+            lambda evaluated: _evaluate(
+                context, config, evaluated, files[evaluated.hook_name], output
+            ),
             report,
         )
 
@@ -393,35 +395,35 @@ def _model_side(
 def _evaluate(
     context: ModelContext,
     config: SparseProbingSaeProbesEvalConfig,
-    subject: Subject,
+    evaluated: EvaluatedSAE,
     files: list[tuple[Path, Path | None]] | Exception,
     output: Path,
-) -> Outcome:
+) -> ScoreResult:
     if isinstance(files, Exception):
         raise files
-    sae = subject.for_saebench(torch.float32, context.device)
+    sae = evaluated.for_saebench(torch.float32, context.device)
     if sae.cfg.metadata.model_name is None:
         sae.cfg.metadata.model_name = context.name
-    latents = CheckedLatents(sae, subject.name)
+    latents = CheckedLatents(sae, evaluated.name)
     with scratch_working_directory() as folder:
         cache = folder / str(config.model_cache_path)
         lay_out(cache, folder / config.results_path, config.model_name, files)
         result = sae_probes_main.run_eval(
-            config, [(subject.name, sae)], context.device, "results", force_rerun=True
-        )[f"{subject.name}_{SAEBENCH_ID}"]
+            config, [(evaluated.name, sae)], context.device, "results", force_rerun=True
+        )[f"{evaluated.name}_{SAEBENCH_ID}"]
         latents.require_active()
-        metrics = _metrics(result, config, subject)
-        file = keep_result(result_file(folder / "results", subject), subject, output)
+        metrics = _metrics(result, config, evaluated)
+        file = keep_result(result_file(folder / "results", evaluated), evaluated, output)
     tables = {name: files_sha256([dataset_file(name)]) for name in config.dataset_names}
     # The seed splits each table anew.
     text = key_digest({"tables": tables, "seed": config.random_seed})
-    return Outcome("measured", metrics, file, facts={"text": text})
+    return ScoreResult("measured", metrics, file, facts={"text": text})
 
 
 def _metrics(
-    result: Mapping[str, Any], config: SparseProbingSaeProbesEvalConfig, subject: Subject
+    result: Mapping[str, Any], config: SparseProbingSaeProbesEvalConfig, evaluated: EvaluatedSAE
 ) -> dict[str, float]:
-    where = f"sae-probes of {subject.name}"
+    where = f"sae-probes of {evaluated.name}"
     details = len(result["eval_result_details"])
     if details != len(config.dataset_names):
         raise RunFailure(

@@ -48,8 +48,8 @@ from msae_plugin.data.local_datasets import SAEBENCH_PROBING_SETS, LocalCopies
 from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     ModelContext,
-    Outcome,
     Reporter,
+    ScoreResult,
     require_real,
 )
 from msae_plugin.evaluation.saebench.each_sae import evaluate_each, reported_counts, write_result
@@ -59,7 +59,7 @@ from msae_plugin.evaluation.saebench.patching import (
     replaced,
 )
 from msae_plugin.models.packaged import PACKAGED_PREFIX
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,11 @@ _FILES = "_activations.pt"
 def run_sparse_probing(
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs with SAEBench's sparse probing.
 
     Returns:
@@ -206,15 +206,15 @@ def run_sparse_probing(
     """
     config = _config(context, settings, seed)
     copies: Mapping[str, str | Path] = settings.get("datasets") or {}
-    hooks = {subject.hook_name: subject.layer for subject in subjects}
+    hooks = {evaluated.hook_name: evaluated.layer for evaluated in saes}
     with evaluation_environment(seed):
         side = _ModelSide(context, config, hooks, copies)
         side.prepare(report)
         output.mkdir(parents=True, exist_ok=True)
         return evaluate_each(
             "sparse probing",
-            subjects,
-            lambda subject: _evaluate(side, subject, output),
+            saes,
+            lambda evaluated: _evaluate(side, evaluated, output),
             report,
             side.model_back,
         )
@@ -360,14 +360,14 @@ class _StandIn:
         raise _ModelSideDone
 
 
-def _evaluate(side: _ModelSide, subject: Subject, output: Path) -> Outcome:
+def _evaluate(side: _ModelSide, evaluated: EvaluatedSAE, output: Path) -> ScoreResult:
     context, config = side.context, side.config
-    folders = {name: side.folder(name, subject.hook_name) for name in config.dataset_names}
-    sae = subject.for_saebench(context.torch_dtype, context.device)
+    folders = {name: side.folder(name, evaluated.hook_name) for name in config.dataset_names}
+    sae = evaluated.for_saebench(context.torch_dtype, context.device)
     if sae.cfg.metadata.model_name is None:
         sae.cfg.metadata.model_name = context.name
-    general_utils.load_and_format_sae(subject.name, sae, context.device)
-    latents = CheckedLatents(sae, subject.name)
+    general_utils.load_and_format_sae(evaluated.name, sae, context.device)
+    latents = CheckedLatents(sae, evaluated.name)
     results: dict[str, dict[str, float]] = {}
     per_class: dict[str, Any] = {}
     for name, folder in folders.items():
@@ -391,11 +391,11 @@ def _evaluate(side: _ModelSide, subject: Subject, output: Path) -> Outcome:
         # SAEBench's marker -1: it did not train this probe.
         del metrics[NOT_TRAINED]
         facts[NOT_TRAINED] = "not measured: lower_vram_usage leaves the probe on all latents out"
-    require_real(metrics, f"sparse probing of {subject.name}")
+    require_real(metrics, f"sparse probing of {evaluated.name}")
     file = write_result(
         SparseProbingEvalOutput,
         config,
-        subject,
+        evaluated,
         sae,
         output,
         eval_result_metrics=SparseProbingMetricCategories(
@@ -413,7 +413,7 @@ def _evaluate(side: _ModelSide, subject: Subject, output: Path) -> Outcome:
         eval_result_unstructured=per_class,
     )
     gc.collect()
-    return Outcome("measured", metrics, file, facts=facts)
+    return ScoreResult("measured", metrics, file, facts=facts)
 
 
 DEFINITIONS = definitions("sparse_probing", known_k())

@@ -31,7 +31,7 @@ from msae_plugin.evaluation.saebench.sparse_probing import (
     run_sparse_probing,
 )
 from msae_plugin.models.loading import load_language_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 PACKAGED = "packaged:tiny-topics"
 
@@ -87,7 +87,7 @@ def untrained_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def direct(
     context: ModelContext,
-    subject: Subject,
+    subject: EvaluatedSAE,
     settings: dict[str, Any],
     dataset: str,
     artifacts: Path,
@@ -134,7 +134,7 @@ def details_of(file: Path) -> dict[str, dict[str, float]]:
 
 
 def test_the_numbers_are_saebenchs_own(
-    context: ModelContext, subjects: list[Subject], settings: dict[str, Any], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     outcomes = run_sparse_probing(context, settings, subjects, 5, tmp_path / "out", no_report)
     # SAEBench's own first run, which trains the probes on the model: its latents' probes begin with
@@ -169,7 +169,7 @@ def test_the_numbers_are_saebenchs_own(
 
 def test_the_file_has_saebenchs_fields(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,
@@ -190,12 +190,12 @@ def test_the_file_has_saebenchs_fields(
 
 def test_neither_order_nor_company_changes_a_result(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     packaged: str,
     tmp_path: Path,
 ) -> None:
-    def run(chosen: list[Subject], names: list[str], place: str) -> dict[str, Any]:
+    def run(chosen: list[EvaluatedSAE], names: list[str], place: str) -> dict[str, Any]:
         fresh = dataclasses.replace(context, cache=tmp_path / place)
         given = {**small, "dataset_names": names}
         outcomes = run_sparse_probing(fresh, given, chosen, 5, tmp_path / place, no_report)
@@ -215,7 +215,7 @@ def test_neither_order_nor_company_changes_a_result(
 
 def test_the_models_side_is_computed_once_and_never_stale(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     tiny_model_dir: Path,
@@ -257,7 +257,7 @@ def test_the_models_side_is_computed_once_and_never_stale(
 
 def test_what_a_killed_run_leaves_is_not_trusted(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -281,7 +281,7 @@ def test_what_a_killed_run_leaves_is_not_trusted(
 
 
 def test_one_failing_sae_stops_no_other(
-    context: ModelContext, subjects: list[Subject], small: dict[str, Any], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], small: dict[str, Any], tmp_path: Path
 ) -> None:
     def raises(self: Any, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("no\nlatents today")
@@ -321,7 +321,7 @@ def test_one_failing_sae_stops_no_other(
 
 
 def test_nothing_stays_patched_and_the_callers_sae_is_as_it_was(
-    context: ModelContext, subjects: list[Subject], small: dict[str, Any], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], small: dict[str, Any], tmp_path: Path
 ) -> None:
     def state() -> tuple[Any, ...]:
         return (
@@ -371,7 +371,7 @@ def test_saes_at_several_hooks_each_get_their_own_activations(
 
 def test_a_hook_that_does_not_exist_fails_its_saes_only(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,
@@ -387,7 +387,7 @@ def test_a_hook_that_does_not_exist_fails_its_saes_only(
 
 def test_lower_vram_usage_leaves_out_what_it_does_not_train(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,
@@ -406,7 +406,7 @@ def test_lower_vram_usage_leaves_out_what_it_does_not_train(
 
 
 def test_texts_without_a_token_fail_with_their_class(
-    context: ModelContext, subjects: list[Subject], small: dict[str, Any], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], small: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = Path(small["datasets"][AG_NEWS])
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
@@ -422,7 +422,7 @@ def test_texts_without_a_token_fail_with_their_class(
 
 def test_pad_and_eos_may_be_the_same_token(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,
@@ -447,7 +447,7 @@ def test_pad_and_eos_may_be_the_same_token(
 
 def test_our_own_labelled_sets_have_names_of_their_own(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     packaged: str,
     tmp_path: Path,
@@ -486,7 +486,7 @@ def test_settings_that_cannot_work_are_refused(
 
 def test_the_default_batch_size_is_saebenchs_for_the_model(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,

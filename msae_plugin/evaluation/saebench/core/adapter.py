@@ -31,8 +31,8 @@ from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
     ModelContext,
-    Outcome,
     Reporter,
+    ScoreResult,
     require_real,
     result_file,
 )
@@ -48,7 +48,7 @@ from msae_plugin.evaluation.saebench.core.reconstruction import (
 )
 from msae_plugin.evaluation.saebench.each_sae import evaluate_each
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 OWN_SETTINGS = ("heldout_documents",)
 # Without these two SAEBench 0.6 cannot write its results: fields that they fill are required ("7
@@ -70,11 +70,11 @@ COMPUTED = {
 def run_core(
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs with SAEBench's core evaluation.
 
     Returns:
@@ -90,19 +90,19 @@ def run_core(
     given |= {**COMPUTED, **FEATUREWISE, "model_name": context.name, "llm_dtype": context.dtype}
     config = CoreEvalConfig(**given)
     filled = {**vars(config), **settings}
-    outcomes: dict[str, Outcome] = {}
-    for group in _groups(subjects):
+    outcomes: dict[str, ScoreResult] = {}
+    for group in _groups(saes):
         outcomes |= _run_group(context, config, filled, group, seed, output, report)
     return outcomes
 
 
-def _groups(subjects: Sequence[Subject]) -> list[list[Subject]]:
+def _groups(saes: Sequence[EvaluatedSAE]) -> list[list[EvaluatedSAE]]:
     """SAEs that share hook and token settings, hence the model's side."""
-    groups: dict[tuple[Any, ...], list[Subject]] = {}
-    for subject in subjects:
-        metadata = subject.sae.cfg.metadata
-        key = (subject.hook_name, metadata.prepend_bos, str(metadata.seqpos_slice))
-        groups.setdefault(key, []).append(subject)
+    groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
+    for evaluated in saes:
+        metadata = evaluated.sae.cfg.metadata
+        key = (evaluated.hook_name, metadata.prepend_bos, str(metadata.seqpos_slice))
+        groups.setdefault(key, []).append(evaluated)
     return list(groups.values())
 
 
@@ -110,31 +110,29 @@ def _run_group(
     context: ModelContext,
     config: CoreEvalConfig,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     n_batches = config.n_eval_reconstruction_batches + config.n_eval_sparsity_variance_batches
     report("core: reading text")
-    tokens = core_tokens(context, settings, subjects[0], seed, n_batches)
-    side = CoreModelSide(
-        context, subjects[0].hook_name, tokens, config.n_eval_reconstruction_batches
-    )
+    tokens = core_tokens(context, settings, saes[0], seed, n_batches)
+    side = CoreModelSide(context, saes[0].hook_name, tokens, config.n_eval_reconstruction_batches)
     ignored = ignored_tokens(context.language_model.tokenizer)
     with evaluation_environment(seed):
         side.prepare(report)
-        saes = {
-            subject.name: subject.for_saebench(context.torch_dtype, context.device)
-            for subject in subjects
+        copies = {
+            evaluated.name: evaluated.for_saebench(context.torch_dtype, context.device)
+            for evaluated in saes
         }
         # SAEBench switches hook_z's reshaping off around the whole evaluation.
-        for sae in saes.values():
+        for sae in copies.values():
             if sae.hook_z_reshaping_mode:
                 sae.turn_off_forward_pass_hook_z_reshaping()
         reconstruction, outcomes = measure_reconstruction(
             side,
-            saes,
+            copies,
             ignored,
             exclude_special_tokens=config.exclude_special_tokens_from_reconstruction,
             report=report,
@@ -142,10 +140,10 @@ def _run_group(
         output.mkdir(parents=True, exist_ok=True)
         return outcomes | evaluate_each(
             "core: sparsity and variance",
-            [subject for subject in subjects if subject.name not in outcomes],
-            lambda subject: _evaluate(
-                config, side, subject, saes[subject.name], ignored,
-                reconstruction[subject.name], output,
+            [evaluated for evaluated in saes if evaluated.name not in outcomes],
+            lambda evaluated: _evaluate(
+                config, side, evaluated, copies[evaluated.name], ignored,
+                reconstruction[evaluated.name], output,
             ),
             report,
         )  # fmt: skip
@@ -154,13 +152,13 @@ def _run_group(
 def _evaluate(
     config: CoreEvalConfig,
     side: CoreModelSide,
-    subject: Subject,
+    evaluated: EvaluatedSAE,
     sae: SAE[Any],
     ignored: set[int],
     reconstruction: list[dict[str, torch.Tensor]],
     output: Path,
-) -> Outcome:
-    general_utils.load_and_format_sae(subject.name, sae, side.context.device)
+) -> ScoreResult:
+    general_utils.load_and_format_sae(evaluated.name, sae, side.context.device)
     served = _Served(side)
     observed = _Observed(sae, served, ignored)
     with replaced(core_main, "get_recons_loss", _serve(reconstruction)):
@@ -176,15 +174,15 @@ def _evaluate(
     flat |= observed.metrics() | _float32_divergences(reconstruction, side, ignored)
     if flat["l0"] == 0:
         raise RunFailure(
-            f"core of {subject.name}: no latent is active on any token (L0 is 0): is it trained, "
+            f"core of {evaluated.name}: no latent is active on any token (L0 is 0): is it trained, "
             "and is the hook the one it was trained on?"
         )
-    require_real(flat, f"core of {subject.name}")
-    file = result_file(output, subject)
+    require_real(flat, f"core of {evaluated.name}")
+    file = result_file(output, evaluated)
     result: dict[str, Any] = {
         "metrics": metrics,
         "eval_cfg": config,
-        "sae_set": subject.name,
+        "sae_set": evaluated.name,
         "sae_id": SAEBENCH_ID,
         "feature_metrics": features,
     }
@@ -197,7 +195,7 @@ def _evaluate(
             str(temporary),
             sae,
         )
-    return Outcome("measured", flat, file, facts={"text": str(side.key["tokens"])})
+    return ScoreResult("measured", flat, file, facts={"text": str(side.key["tokens"])})
 
 
 def _serve(results: Sequence[Mapping[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:

@@ -27,7 +27,7 @@ from msae_plugin.evaluation.outcomes import ModelContext, Reporter
 from msae_plugin.evaluation.saebench.patching import quiet
 from msae_plugin.models.forward_pass import TAIL_TOLERANCE, tail_start
 from msae_plugin.models.packaged import PACKAGED_PREFIX
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 # Tokens whose logits are worked on at a time: rows stay in the processor's cache. 2048 tokens of a
 # 49k vocabulary: 1.9 s whole, 1.1 s in parts (one thread).
@@ -169,7 +169,11 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
 
 
 def core_tokens(
-    context: ModelContext, settings: Mapping[str, Any], subject: Subject, seed: int, n_batches: int
+    context: ModelContext,
+    settings: Mapping[str, Any],
+    evaluated: EvaluatedSAE,
+    seed: int,
+    n_batches: int,
 ) -> torch.Tensor:
     """The first batches of tokens that SAEBench would evaluate this SAE on.
 
@@ -179,7 +183,7 @@ def core_tokens(
     Raises:
         InputError: The text is too short. SAEBench would begin it again and count tokens twice.
     """
-    sae = subject.for_saebench(context.torch_dtype, "cpu")
+    sae = evaluated.for_saebench(context.torch_dtype, "cpu")
     # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from msae_plugin.evaluation.outcomes import Outcome, Reporter, failure
+from msae_plugin.evaluation.outcomes import Reporter, ScoreResult, failure
 from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide, Predictions
 
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
@@ -70,7 +70,7 @@ def measure_reconstruction(
     *,
     exclude_special_tokens: bool,
     report: Reporter,
-) -> tuple[dict[str, list[dict[str, torch.Tensor]]], dict[str, Outcome]]:
+) -> tuple[dict[str, list[dict[str, torch.Tensor]]], dict[str, ScoreResult]]:
     """The results of `get_recons_loss` for every batch and SAE.
 
     Returns:
@@ -78,7 +78,7 @@ def measure_reconstruction(
         names of SAEBench, and `kl_..._float32`; and the SAEs that failed.
     """
     found: dict[str, list[dict[str, torch.Tensor]]] = {name: [] for name in saes}
-    failed: dict[str, Outcome] = {}
+    failed: dict[str, ScoreResult] = {}
     for index in range(side.n_reconstruction):
         clean, ce_clean, zeros = side.clean(index)
         activations = side.activations(index)

@@ -37,8 +37,8 @@ from msae_plugin.common.errors import InputError, Problem, RunFailure
 from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     ModelContext,
-    Outcome,
     Reporter,
+    ScoreResult,
     no_report,
     require_real,
 )
@@ -66,7 +66,7 @@ from msae_plugin.evaluation.saebench.unlearning.model import (
     find_knowledge,
     letter_tokens,
 )
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 RETAINED = 0.99
 """The accuracy on the questions to retain below which SAEBench ignores an intervention."""
@@ -147,11 +147,11 @@ FORGET_CORPUS_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
 def run_unlearning(
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter = no_report,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs with SAEBench's unlearning evaluation.
 
     Returns:
@@ -175,11 +175,11 @@ def run_unlearning(
         )
     reason = _nothing_to_measure(knowledge)
     if reason is not None:
-        return {subject.name: Outcome("not_measurable", reason=reason) for subject in subjects}
+        return {evaluated.name: ScoreResult("not_measurable", reason=reason) for evaluated in saes}
     evaluation = _Evaluation(context, given.config, model, chat, answers, knowledge, forget, retain)
     output.mkdir(parents=True, exist_ok=True)
     return evaluate_each(
-        "unlearning", subjects, lambda subject: evaluation.run(subject, output, report), report
+        "unlearning", saes, lambda evaluated: evaluation.run(evaluated, output, report), report
     )
 
 
@@ -308,13 +308,13 @@ class _Evaluation:
         known = [name for name, found in self.knowledge.items() if found.answerable]
         return replace(self.config, dataset_names=known)
 
-    def run(self, subject: Subject, output: Path, report: Reporter) -> Outcome:
+    def run(self, evaluated: EvaluatedSAE, output: Path, report: Reporter) -> ScoreResult:
         """Evaluate one SAE."""
-        _require_hook(subject, self.model)
-        _require_double_decode(subject)
+        _require_hook(evaluated, self.model)
+        _require_double_decode(evaluated)
         config = self.config
-        sae = subject.for_saebench(self.context.torch_dtype, self.context.device)
-        general_utils.load_and_format_sae(subject.name, sae, self.context.device)
+        sae = evaluated.for_saebench(self.context.torch_dtype, self.context.device)
+        general_utils.load_and_format_sae(evaluated.name, sae, self.context.device)
         windows = _WindowsHash()
         questions = {name: found.questions for name, found in self.knowledge.items()}
         with (
@@ -324,7 +324,7 @@ class _Evaluation:
                 self.forget,
                 self.retain,
                 windows,
-                lambda done, total: report(f"unlearning: {subject.name}", done, total),
+                lambda done, total: report(f"unlearning: {evaluated.name}", done, total),
             ),
             evaluation_environment(config.random_seed),
         ):
@@ -332,15 +332,15 @@ class _Evaluation:
             for found in self.knowledge.values():
                 found.copy_to(artifacts)
             run_eval_single_sae(
-                self.model, sae, self.asked, folder, subject.name, force_rerun=False
+                self.model, sae, self.asked, folder, evaluated.name, force_rerun=False
             )
-            sweep = read_sweep(artifacts, subject.name, self.asked)
+            sweep = read_sweep(artifacts, evaluated.name, self.asked)
         metrics = {**sweep.metrics(), **self._answerable()}
-        require_real(metrics, f"unlearning of {subject.name}")
+        require_real(metrics, f"unlearning of {evaluated.name}")
         file = write_result(
             UnlearningEvalOutput,
             config,
-            subject,
+            evaluated,
             sae,
             output,
             eval_result_metrics=UnlearningMetricCategories(
@@ -349,7 +349,7 @@ class _Evaluation:
             eval_result_details=[],
             eval_result_unstructured=self._what_was_used(sweep),
         )
-        return Outcome("measured", metrics, file, facts={"text": windows.sha256})
+        return ScoreResult("measured", metrics, file, facts={"text": windows.sha256})
 
     def _answerable(self) -> dict[str, float]:
         retained = [f.answerable for n, f in self.knowledge.items() if n not in OUTSIDE_SCORE]
@@ -402,14 +402,14 @@ class _WindowsHash:
         self.sha256 = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _require_hook(subject: Subject, model: HookedTransformer) -> None:
-    if subject.hook_name not in model.hook_dict:
-        raise RunFailure(f"the model has no hook {subject.hook_name!r}, where this SAE reads")
+def _require_hook(evaluated: EvaluatedSAE, model: HookedTransformer) -> None:
+    if evaluated.hook_name not in model.hook_dict:
+        raise RunFailure(f"the model has no hook {evaluated.hook_name!r}, where this SAE reads")
 
 
-def _require_double_decode(subject: Subject) -> None:
+def _require_double_decode(evaluated: EvaluatedSAE) -> None:
     """SAELens keeps these statistics of a token from `encode` to the first `decode` alone."""
-    normalisation = subject.sae.cfg.normalize_activations
+    normalisation = evaluated.sae.cfg.normalize_activations
     if normalisation in ("layer_norm", "constant_norm_rescale"):
         raise RunFailure(
             f"SAEBench decodes twice per encode, which SAELens' normalize_activations="
