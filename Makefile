@@ -42,11 +42,9 @@ bench: env
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/decode_crossover.py
 	$(BIN)/python benchmarks/profile_parts.py
-	$(BIN)/python benchmarks/ground_truth.py tune --output runs/ground_truth
-	$(BIN)/python benchmarks/ground_truth.py report --output runs/ground_truth
-	$(BIN)/python benchmarks/language_model.py tune --output runs/language_model
-	$(BIN)/python benchmarks/language_model.py report --output runs/language_model
-	$(BIN)/python benchmarks/language_model.py curve --output runs/language_model
+	$(BIN)/msae compare --config examples/compare_ground_truth.yaml --output runs/compare_ground_truth
+	$(BIN)/msae compare --config examples/compare_smollm2.yaml --output runs/compare_smollm2
+	$(BIN)/msae compare --config examples/compare_between_presets.yaml --output runs/between_presets
 
 clean:
 	rm -rf $(VENV) runs

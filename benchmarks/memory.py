@@ -20,13 +20,18 @@ import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 
 from msae_plugin import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.config import mechanisms_off
+from msae_plugin.architecture.mechanisms.base import Latents, Step
 from msae_plugin.architecture.mechanisms.collection import Mechanisms
 from msae_plugin.architecture.mechanisms.orthogonality import nearest_neighbours, pair_penalty
+from msae_plugin.architecture.ranks import ALONE
+from msae_plugin.architecture.step_schedule import StepSchedule
 
 VARIANTS = {
     "neighbours, co-activation": {
@@ -73,12 +78,19 @@ def one_step(variant: str, d_sae: int, d_in: int, n_tokens: int, k: int, search_
     W_dec.grad = torch.zeros_like(W_dec)  # any training step has it
     before = peak_mebibytes()
     mechanisms = Mechanisms(cfg, torch.float32, torch.device("cpu"))
+    sae = SimpleNamespace(
+        cfg=cfg, W_dec=W_dec, firing_rate=fired, ranks=ALONE, decode_kernel=lambda: "embedding_bag"
+    )
     # Not step 0, at which neighbours are searched for the whole dictionary.
-    mechanisms.observe_latents(W_dec, feature_acts, tokens, latents, fired, 1, k)
+    step = Step(cast(Any, sae), sae_in, StepSchedule.at(cfg, 1, n_tokens), list(mechanisms))
+    acts = Latents(feature_acts, tokens, latents, fired, torch.ones(()))
+    with torch.no_grad():
+        for mechanism in mechanisms:
+            mechanism.on_latents(acts, step)
     searched = ""
     if mechanisms.neighbours is None:
-        mechanisms.observe_inputs(sae_in, 1.0)
-        penalty = mechanisms.orthogonality(W_dec, 1)
+        assert mechanisms.orthogonality is not None
+        penalty = mechanisms.orthogonality.loss(step)["orthogonality_loss"]
     else:
         n_rows = min(search_rows or d_sae, d_sae)
         start = time.perf_counter()
@@ -89,7 +101,6 @@ def one_step(variant: str, d_sae: int, d_in: int, n_tokens: int, k: int, search_
         first = torch.arange(d_sae).repeat_interleave(cfg.neighbour_count)
         second = mechanisms.neighbours.neighbours.flatten()
         penalty = pair_penalty(W_dec, first, second, torch.ones(first.numel()))
-    assert penalty is not None
     penalty.backward()
     print(f"{peak_mebibytes() - before:.0f}{searched}")
 

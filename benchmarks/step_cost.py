@@ -3,7 +3,6 @@
     python benchmarks/step_cost.py                    # (576, 4608) and (2304, 16384), main methods
     python benchmarks/step_cost.py --shares           # each mechanism's share of the step
     python benchmarks/step_cost.py --sizes 2304x16384 --tokens 1024 --repeats 9
-    python benchmarks/step_cost.py --compile          # eager beside torch.compile
     python benchmarks/step_cost.py --device cuda --bf16 --repeats 30   # both decode kernels
 
 Every method trains on the same batches, the methods take turns within each repeat, and each ratio
@@ -36,6 +35,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput
 
 from msae_plugin import MultiScaleSAE, MultiScaleSAEConfig, MultiScaleTrainingSAE, preset
+from msae_plugin.architecture.kernels.decoding import DecodeKernel, MachineSettings
 
 ADDED: dict[str, dict[str, Any]] = {
     "without [S] prefixes": {"prefix_fractions": []},
@@ -61,19 +61,23 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 def training_saes(
-    d_in: int, d_sae: int, k: int, shares: bool, compile_step: bool, device: torch.device
+    d_in: int, d_sae: int, k: int, shares: bool, device: torch.device
 ) -> dict[str, TrainingSAE[Any]]:
     """The methods compared; k is at its final value, as for most of a run."""
     widths = preset("default", d_in=d_in, d_sae=d_sae, k=k, training_steps=1000).prefix_widths
 
-    def ours(name: str, **overrides: Any) -> MultiScaleTrainingSAE:
+    def ours(
+        name: str, machine: MachineSettings | None = None, **overrides: Any
+    ) -> MultiScaleTrainingSAE:
         cfg = preset(
             name, d_in=d_in, d_sae=d_sae, k=k, training_steps=1000, k_anneal_steps=0,
             device=str(device),
         )  # fmt: skip
         for key, value in overrides.items():
             setattr(cfg, key, value)
-        return MultiScaleTrainingSAE(cfg)
+        sae = MultiScaleTrainingSAE(cfg)
+        sae.attach_machine(machine or MachineSettings())
+        return sae
 
     found: dict[str, TrainingSAE[Any]] = {
         "batchtopk": BatchTopKTrainingSAE(
@@ -89,18 +93,14 @@ def training_saes(
     }
     if device.type == "cuda":
         for name in ("reconstruction", "default"):
-            found[f"multiscale {name}, not recorded"] = ours(name, cuda_graphs=False)
-            for kernel in ("embedding_bag", "triton"):
-                found[f"multiscale {name}, {kernel}"] = ours(name, decode_kernel=kernel)
+            found[f"multiscale {name}, not recorded"] = ours(
+                name, MachineSettings(cuda_graphs=False)
+            )
+            kernels: tuple[DecodeKernel, ...] = ("embedding_bag", "triton")
+            for kernel in kernels:
+                found[f"multiscale {name}, {kernel}"] = ours(name, MachineSettings(kernel))
     if shares:
         found |= {f"default {name}": ours("default", **change) for name, change in ADDED.items()}
-    if compile_step:
-        compiled = ours("default")
-        # As SAELens' runner does it with compile_sae=True.
-        compiled.training_forward_pass = torch.compile(compiled.training_forward_pass)
-        found["multiscale default, compiled"] = compiled
-        theirs = found["batchtopk, compiled"] = BatchTopKTrainingSAE(found["batchtopk"].cfg)
-        theirs.training_forward_pass = torch.compile(theirs.training_forward_pass)
     return found
 
 
@@ -176,8 +176,9 @@ def report_memory(
     """Print what a step that is not recorded allocates at most beyond what lies there before it."""
     print("\n| | peak of a step beyond weights and moments, MiB |\n|---|---|")
     for name, step in steps.items():
-        if isinstance(saes[name], MultiScaleTrainingSAE):
-            saes[name].cfg.cuda_graphs = False
+        sae = saes[name]
+        if isinstance(sae, MultiScaleTrainingSAE):
+            sae.attach_machine(MachineSettings(cuda_graphs=False))
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step(1)
@@ -239,7 +240,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shares", action="store_true", help="one mechanism removed or added")
-    parser.add_argument("--compile", action="store_true", help="torch.compile beside eager")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of float32")
     parser.add_argument("--inference", action=argparse.BooleanOptionalAction, default=True)
@@ -252,7 +252,7 @@ def main() -> None:
     for size in args.sizes:
         d_in, d_sae = (int(part) for part in size.split("x"))
         batches = structured_batches(args.tokens, d_in, 4, device)
-        saes = training_saes(d_in, d_sae, args.k, args.shares, args.compile, device)
+        saes = training_saes(d_in, d_sae, args.k, args.shares, device)
         if args.only:
             saes = {name: sae for name, sae in saes.items() if name in {"batchtopk", *args.only}}
         steps = {name: trainer_of(sae, batches, args.bf16) for name, sae in saes.items()}

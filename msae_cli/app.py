@@ -20,6 +20,9 @@ from typing_extensions import override
 
 from msae_cli.arguments import (
     ArgumentMistake,
+    OutputOption,
+    SetOption,
+    SkipMissingOption,
     check_config,
     check_folder,
     check_output,
@@ -28,7 +31,7 @@ from msae_cli.arguments import (
 from msae_cli.compare import compare, report
 from msae_cli.hub import download, publish
 from msae_cli.scale import cache, sweep
-from msae_cli.terminal import errors, other_rank, results, say
+from msae_cli.terminal import continued_later, errors, other_rank, results, say
 from msae_cli.train import train
 from msae_cli.tune import tune
 
@@ -39,6 +42,12 @@ EXIT_INTERRUPTED = 130
 
 class _ReportingGroup(TyperGroup):
     """Turns exceptions of any command into one line and an exit status."""
+
+    @override
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # `--debug` is accepted anywhere on the line, as users write it.
+        words = joined_seeds([word for word in args if word != "--debug"])
+        return super().parse_args(ctx, ["--debug", *words] if "--debug" in args else words)
 
     @override
     def invoke(self, ctx: Any) -> Any:
@@ -153,10 +162,7 @@ def info(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="A recipe: what would its run cost?")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set sae.k=32."),
-    ] = None,
+    set_: SetOption = None,
 ) -> None:
     """Say what a checkpoint is, or what a run will cost in memory and tokens."""
     if (folder is None) == (config is None):
@@ -193,7 +199,7 @@ def evaluate_command(
         Path,
         typer.Option("--config", "-c", help="Protocol: a YAML file, or the name of a shipped one."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
+    output: OutputOption,
     seeds: Annotated[
         str | None, typer.Option(help="Seeds in place of the protocol's: --seeds 0,1,2.")
     ] = None,
@@ -205,10 +211,7 @@ def evaluate_command(
         str | None, typer.Option(help="Language model in place of the checkpoint's.")
     ] = None,
     hook: Annotated[str | None, typer.Option(help="Hook in place of the checkpoint's.")] = None,
-    skip_missing: Annotated[
-        bool,
-        typer.Option("--skip-missing", help="Leave out what lacks data, keys or packages."),
-    ] = False,
+    skip_missing: SkipMissingOption = False,
 ) -> None:
     """Evaluate SAEs with SAEBench: core, sparse probing, sae-probes, unlearning and others."""
     check_config(config)
@@ -293,7 +296,6 @@ def demo(
     """Train multiscale beside batchtopk on a packaged language model and show what came out."""
     check_output(output)
     # As in train: heavy imports.
-    from msae_plugin.common.interruption import InterruptedBySignalError
     from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
 
     given: dict[str, Any] = {
@@ -309,11 +311,8 @@ def demo(
         "saebench": saebench,
     }
     settings = DemoSettings(**{key: value for key, value in given.items() if value is not None})
-    try:
+    with continued_later():
         result = run_demo(settings, output, errors)
-    except InterruptedBySignalError as interruption:
-        say(f"{interruption}; the same command continues from here")
-        raise typer.Exit(interruption.exit_status) from interruption
     results.print(demo_for_terminal(result))
 
 
@@ -322,7 +321,7 @@ for command in (cache, compare, tune, sweep, report, publish, download):
 
 
 def joined_seeds(words: list[str]) -> list[str]:
-    """`--seeds 0 1 2` as `--seeds 0,1,2`: an option of one value, wherever SAEs are named."""
+    """`--seeds 0 1 2` as `--seeds 0,1,2`: click has no options of any number of values."""
     joined: list[str] = []
     for word in words:
         if joined[-2:-1] == ["--seeds"] and word.isdecimal():
@@ -334,12 +333,6 @@ def joined_seeds(words: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of the `msae` command."""
-    global _debug  # noqa: PLW0603 - see above
-    # `--debug` is accepted anywhere on the line, as users write it.
-    if "--debug" in sys.argv[1:]:
-        _debug = True
-        sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--debug")]
-    sys.argv = joined_seeds(sys.argv)
     app(prog_name="msae")
 
 

@@ -1,12 +1,31 @@
-"""Mistakes in arguments that are seen without importing `msae_plugin`.
+"""Options that several commands share, and checks that do not import `msae_plugin`.
 
-What these checks let through is checked again, in full, by the command itself.
+What the checks let through is checked again, in full, by the command itself.
 """
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeOption = Annotated[
+    Path, typer.Option("--config", "-c", help="Recipe, a YAML file; see examples/.")
+]
+ComparisonOption = Annotated[
+    Path, typer.Option("--config", "-c", help="Recipe; see examples/compare_*.yaml.")
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set training.lr=1e-3."),
+]
+QuickOption = Annotated[bool, typer.Option("--quick", help="The recipe's own short variant.")]
+SkipMissingOption = Annotated[
+    bool, typer.Option("--skip-missing", help="Leave out what lacks data, keys or packages.")
+]
 
 
 class ArgumentMistake(ValueError):
@@ -75,7 +94,7 @@ def latent_indices(text: str | None) -> tuple[int, ...]:
 
 
 def _nearby(path: Path) -> str:
-    """What there is in the nearest folder above that exists, or what was probably meant."""
+    """Contents of the nearest existing parent folder, or the closest name in it."""
     missing, above = path.absolute().name, path.absolute().parent
     while not above.is_dir():
         missing, above = above.name, above.parent

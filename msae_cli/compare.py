@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from msae_cli.arguments import check_config, check_output, latent_indices
-from msae_cli.terminal import errors, results, say
+from msae_cli.arguments import (
+    ComparisonOption,
+    OutputOption,
+    QuickOption,
+    SetOption,
+    SkipMissingOption,
+    check_config,
+    check_output,
+    latent_indices,
+)
+from msae_cli.terminal import continued_later, errors, results, say, show
 
 if TYPE_CHECKING:
     from msae_plugin.reporting.dashboards import DashboardRequest
@@ -21,15 +29,10 @@ _FILE_WIDTH = 160
 
 
 def compare(
-    config: Annotated[
-        Path, typer.Option("--config", "-c", help="Recipe; see examples/compare_*.yaml.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe."),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short variant.")] = False,
+    config: ComparisonOption,
+    output: OutputOption,
+    set_: SetOption = None,
+    quick: QuickOption = False,
     part: Annotated[
         str | None,
         typer.Option(
@@ -38,10 +41,7 @@ def compare(
             "without it at the end.",
         ),
     ] = None,
-    skip_missing: Annotated[
-        bool,
-        typer.Option("--skip-missing", help="Leave out what lacks data, keys or packages."),
-    ] = False,
+    skip_missing: SkipMissingOption = False,
     page: Annotated[
         bool, typer.Option("--page/--no-page", help="Make OUTPUT/report at the end.")
     ] = True,
@@ -54,23 +54,18 @@ def compare(
     check_output(output)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
     from msae_plugin.common.errors import RunFailure
-    from msae_plugin.common.interruption import InterruptedBySignalError
     from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.compare import compare as run_comparison
     from msae_plugin.comparison.recipe import CompareConfig
     from msae_plugin.comparison.results import comparison_for_terminal
-    from msae_plugin.comparison.training_schedule import Part
+    from msae_plugin.comparison.training_schedule import Shard
 
-    share = None if part is None else Part.parse(part)
+    share = None if part is None else Shard.parse(part)
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
-    try:
-        with step_reporter(errors) as report:
-            comparison = run_comparison(
-                recipe, output, report=report, part=share, skip_missing=skip_missing
-            )
-    except InterruptedBySignalError as interruption:
-        say(f"{interruption}; the same command continues from here")
-        raise typer.Exit(interruption.exit_status) from interruption
+    with continued_later(), step_reporter(errors) as report:
+        comparison = run_comparison(
+            recipe, output, report=report, shard=share, skip_missing=skip_missing
+        )
     for name, reason in comparison.failures.items():
         say(f"{name}: {reason}")
     if comparison.contents is None:
@@ -82,7 +77,7 @@ def compare(
     # A file has no width that a table would have to fit.
     place = results if results.is_terminal else Console(width=_FILE_WIDTH, highlight=False)
     place.print(table)
-    results.print(Text(f"comparison: {output / 'comparison.json'}"), soft_wrap=True)
+    show(f"comparison: {output / 'comparison.json'}")
     if page:
         _page_of_comparison(output)
     if not comparison.complete:
@@ -109,7 +104,7 @@ def report(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")],
+    output: OutputOption,
     dashboards: Annotated[
         int,
         typer.Option(
@@ -148,9 +143,6 @@ def _written_report(
 
     with step_reporter(errors) as progress:
         result = write_report(folders, output, progress, dashboards)
-    results.print(Text(f"page: {result.page}"), soft_wrap=True)
-    results.print(
-        Text(f"{len(result.tables)} tables, {len(result.figures)} figures in {result.output}"),
-        soft_wrap=True,
-    )
+    show(f"page: {result.page}")
+    show(f"{len(result.tables)} tables, {len(result.figures)} figures in {result.output}")
     return result

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from msae_cli.arguments import check_folder, check_output
-from msae_cli.terminal import results, say
+from msae_cli.terminal import say, show
 
 
 def _ask() -> Callable[[str], bool] | None:
@@ -72,12 +71,10 @@ def publish(
     """Publish SAEs on the Hugging Face Hub in one commit, and check what others will get."""
     check_folder(folder)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.hub.publish import PublishOptions, report_lines
     from msae_plugin.hub.publish import publish as publish_run
-    from msae_plugin.hub.publish import report_lines
 
-    result = publish_run(
-        folder,
-        repo,
+    options = PublishOptions(
         folder=sae_folder,
         evaluation=evaluation,
         report=report,
@@ -90,11 +87,10 @@ def publish(
         licence=licence,
         overwrite=overwrite,
         allow_negative_variance=allow_negative_variance,
-        confirm=_ask(),
-        say=say,
     )
+    result = publish_run(folder, repo, options, confirm=_ask(), say=say)
     for line in report_lines(result):
-        results.print(Text(line), soft_wrap=True)
+        show(line)
 
 
 def download(
@@ -108,4 +104,4 @@ def download(
     # As in publish: heavy imports.
     from msae_plugin.saes.download import download as download_reference
 
-    results.print(Text(str(download_reference(reference, output))), soft_wrap=True)
+    show(str(download_reference(reference, output)))

@@ -8,28 +8,32 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.text import Text
 
-from msae_cli.arguments import ArgumentMistake, check_config, check_output
-from msae_cli.terminal import errors, results, say
+from msae_cli.arguments import (
+    ArgumentMistake,
+    ComparisonOption,
+    OutputOption,
+    QuickOption,
+    RecipeOption,
+    SetOption,
+    SkipMissingOption,
+    check_config,
+    check_output,
+)
+from msae_cli.terminal import continued_later, errors, show
 
 
 class Executor(str, Enum):
-    """Where jobs run."""
+    """Kinds of workers."""
 
     local = "local"
     slurm = "slurm"
 
 
 def cache(
-    config: Annotated[
-        Path, typer.Option("--config", "-c", help="Recipe of the runs; see examples/.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the activations.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe."),
-    ] = None,
+    config: RecipeOption,
+    output: OutputOption,
+    set_: SetOption = None,
 ) -> None:
     """Store the activations that a recipe trains on, for runs that repeat.
 
@@ -39,43 +43,28 @@ def cache(
     check_config(config)
     check_output(output)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.common.interruption import InterruptedBySignalError
     from msae_plugin.common.progress import ConsoleProgress
     from msae_plugin.training.cached_activations import make_cache
     from msae_plugin.training.recipe import RunConfig
 
     recipe = RunConfig.load(config, set_ or [])
-    try:
+    with continued_later():
         made = make_cache(recipe, output, progress=ConsoleProgress(errors))
-    except InterruptedBySignalError as interruption:
-        say(f"{interruption}; the same command continues from here")
-        raise typer.Exit(interruption.exit_status) from interruption
     size = sum(tensor.numel() * tensor.element_size() for tensor in made.tensors.values())
-    results.print(
-        Text(
-            f"{made.rows:,} activations at {', '.join(made.tensors)} ({made.manifest['dtype']}, "
-            f"{size / 2**30:.2f} GiB): {output}"
-        ),
-        soft_wrap=True,
+    show(
+        f"{made.rows:,} activations at {', '.join(made.tensors)} ({made.manifest['dtype']}, "
+        f"{size / 2**30:.2f} GiB): {output}"
     )
-    results.print(
-        Text(f"train with: msae train --config {config} --set cached_activations={output} ..."),
-        soft_wrap=True,
-    )
+    show(f"train with: msae train --config {config} --set cached_activations={output} ...")
 
 
 def sweep(
-    config: Annotated[
-        Path, typer.Option("--config", "-c", help="Recipe; see examples/compare_*.yaml.")
-    ],
+    config: ComparisonOption,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the results, seen by all jobs.")
     ],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe."),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short variant.")] = False,
+    set_: SetOption = None,
+    quick: QuickOption = False,
     executor: Annotated[
         Executor, typer.Option(help="Processes of this machine, or jobs of a Slurm cluster.")
     ] = Executor.local,
@@ -88,10 +77,7 @@ def sweep(
             help="A parameter of submitit: timeout_min, gpus_per_node, slurm_partition, ...",
         ),
     ] = None,
-    skip_missing: Annotated[
-        bool,
-        typer.Option("--skip-missing", help="Leave out what lacks data, keys or packages."),
-    ] = False,
+    skip_missing: SkipMissingOption = False,
 ) -> None:
     """Run a comparison as jobs of a cluster (submitit), and wait for them.
 
@@ -101,28 +87,24 @@ def sweep(
     check_output(output)
     parameters = dict(_parameter(text) for text in job or [])
     # As in cache: heavy imports.
-    from msae_plugin.common.interruption import InterruptedBySignalError
     from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.recipe import CompareConfig
     from msae_plugin.comparison.sweep import sweep as run_sweep
 
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
-    try:
-        with step_reporter(errors) as report:
-            run_sweep(
-                recipe,
-                output,
-                executor=executor.value,
-                jobs=jobs,
-                parameters=parameters,
-                skip_missing=skip_missing,
-                report=report,
-            )
-    except InterruptedBySignalError as interruption:
-        say(f"{interruption}; the jobs are cancelled, the same command continues from here")
-        raise typer.Exit(interruption.exit_status) from interruption
-    results.print(Text(f"comparison: {output / 'comparison.json'}"), soft_wrap=True)
-    results.print(Text(f"page: msae report {output} --output {output / 'report'}"), soft_wrap=True)
+    advice = "the jobs are cancelled, the same command continues from here"
+    with continued_later(advice), step_reporter(errors) as report:
+        run_sweep(
+            recipe,
+            output,
+            executor=executor.value,
+            jobs=jobs,
+            parameters=parameters,
+            skip_missing=skip_missing,
+            report=report,
+        )
+    show(f"comparison: {output / 'comparison.json'}")
+    show(f"page: msae report {output} --output {output / 'report'}")
 
 
 def _parameter(text: str) -> tuple[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -22,3 +25,21 @@ def say(message: str) -> None:
     rank = other_rank()
     line = " ".join(message.splitlines())
     errors.print(Text(f"rank {rank}: {line}" if rank else line), soft_wrap=True)
+
+
+def show(line: str) -> None:
+    """Print one line on standard output, whatever characters are in it."""
+    results.print(Text(line), soft_wrap=True)
+
+
+@contextmanager
+def continued_later(advice: str = "the same command continues from here") -> Generator[None]:
+    """Turn a signal that stopped the work into one line and its exit status."""
+    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.common.interruption import InterruptedBySignalError
+
+    try:
+        yield
+    except InterruptedBySignalError as interruption:
+        say(f"{interruption}; {advice}")
+        raise typer.Exit(interruption.exit_status) from interruption

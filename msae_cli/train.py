@@ -8,25 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from msae_cli.arguments import check_config, check_output
-from msae_cli.terminal import errors, other_rank, results, say
+from msae_cli.arguments import OutputOption, RecipeOption, SetOption, check_config, check_output
+from msae_cli.terminal import errors, other_rank, results, say, show
 
 if TYPE_CHECKING:
     from msae_plugin.training.runner import RunResult
 
 
 def train(
-    config: Annotated[
-        Path, typer.Option("--config", "-c", help="Recipe, a YAML file; see examples/.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: --set sae.k=32."),
-    ] = None,
+    config: RecipeOption,
+    output: OutputOption,
+    set_: SetOption = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -80,30 +73,36 @@ def resume_command(config: Path, overrides: list[str], output: Path, processes: 
 
 
 def _print_result(result: RunResult) -> None:
-    table = Table()
-    for heading in ("SAE", "expl. var.", "dead", "L0", "of k", "export check", "twin"):
-        table.add_column(heading, overflow="fold")
+    # As in train: heavy imports.
+    from msae_plugin.common.table import Column, Table
+
+    rows: list[list[str | float | None]] = []
     for name, export in result.exports.items():
         final, agreement = result.final_rows[name], export.agreement
-        table.add_row(
-            Text(name),
-            f"{final['explained_variance']:.3f}",
-            f"{final['dead_latents']:.0f}",
-            f"{export.l0_exported:.1f}",
-            "-" if export.l0_target is None else f"{export.l0_target:g}",
-            f"{max(agreement.max_latent_difference, agreement.max_reconstruction_difference):.0e}",
-            "yes" if export.has_twin else "no",
+        worst = max(agreement.max_latent_difference, agreement.max_reconstruction_difference)
+        rows.append(
+            [
+                name,
+                f"{final['explained_variance']:.3f}",
+                f"{final['dead_latents']:.0f}",
+                f"{export.l0_exported:.1f}",
+                "-" if export.l0_target is None else f"{export.l0_target:g}",
+                f"{worst:.0e}",
+                "yes" if export.has_twin else "no",
+            ]
         )
-    results.print(table)
+    headings = ("SAE", "expl. var.", "dead", "L0", "of k", "export check", "twin")
+    columns = [Column(heading, heading) for heading in headings]
+    results.print(Table("exports", "", columns, rows).terminal())
     for name, export in result.exports.items():
         for warning in export.warnings:
-            results.print(Text(f"warning: {name}: {warning}"), soft_wrap=True)
+            show(f"warning: {name}: {warning}")
     results.print(
         "expl. var. and dead: end of training. L0: the export, on real activations.\n"
         "export check: largest relative difference to the trained SAE. twin: jumprelu copy."
     )
     for name, folder in result.folders.items():
-        results.print(Text(f"{name}: {folder}"), soft_wrap=True)
+        show(f"{name}: {folder}")
     overall = result.tokens_per_second.get("overall")
     if overall is not None:
         results.print(f"{overall:,.0f} tokens per second, language model included")

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
-from msae_cli.arguments import ArgumentMistake, check_config, check_output
-from msae_cli.terminal import errors, results, say
+from msae_cli.arguments import (
+    ArgumentMistake,
+    ComparisonOption,
+    OutputOption,
+    QuickOption,
+    SetOption,
+    check_config,
+    check_output,
+)
+from msae_cli.terminal import continued_later, errors, results, say, show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from rich.console import RenderableType
 
     from msae_plugin.comparison.learning_rates import RateChoice
 
 
 def tune(
-    config: Annotated[
-        Path, typer.Option("--config", "-c", help="Recipe; see examples/compare_*.yaml.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the trials.")],
+    config: ComparisonOption,
+    output: OutputOption,
     rates: Annotated[
         str, typer.Option(metavar="LR,LR,...", help="Learning rates that every method is tried at.")
     ] = "2e-3,4e-3,8e-3",
@@ -52,11 +56,8 @@ def tune(
     only: Annotated[
         list[str] | None, typer.Option(help="Methods by name; all by default.", show_default=False)
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe."),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short variant.")] = False,
+    set_: SetOption = None,
+    quick: QuickOption = False,
 ) -> None:
     """Find each method's learning rate, on a seed of its own, and write the recipe with them.
 
@@ -68,7 +69,6 @@ def tune(
     tried = _rates(rates)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
     from msae_plugin.common.files import write_json_atomic, write_text_atomic
-    from msae_plugin.common.interruption import InterruptedBySignalError
     from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.compare import compare
     from msae_plugin.comparison.learning_rates import (
@@ -85,14 +85,8 @@ def tune(
     plan = TuningPlan.of(
         recipe, tried, l0=l0, seed=seed, metrics=metric or (), extend=extend, methods=only
     )
-    try:
-        with step_reporter(errors) as report:
-            choices = find_rates(
-                recipe, plan, lambda trials: compare(trials, output, report=report)
-            )
-    except InterruptedBySignalError as interruption:
-        say(f"{interruption}; the same command continues from here")
-        raise typer.Exit(interruption.exit_status) from interruption
+    with continued_later(), step_reporter(errors) as report:
+        choices = find_rates(recipe, plan, lambda trials: compare(trials, output, report=report))
     write_json_atomic(output / RATES_FILE, rates_contents(plan, choices))
     read = yaml.safe_load(config.read_text(encoding="utf-8"))
     tuned = with_rates(read, choices)
@@ -107,7 +101,7 @@ def tune(
             say(f"{name}: no SAE of it could be trained; its rate is as it was")
         elif choice.at_end:
             say(f"{name}: the best rate is the last one that was tried; give more --extend")
-    results.print(Text(f"recipe: {output / TUNED_FILE}"), soft_wrap=True)
+    show(f"recipe: {output / TUNED_FILE}")
 
 
 def _rates(text: str) -> list[float]:
@@ -117,11 +111,11 @@ def _rates(text: str) -> list[float]:
         raise ArgumentMistake(f"--rates {text!r}: give numbers, as in 2e-3,4e-3,8e-3") from error
 
 
-def _table(choices: Mapping[str, RateChoice]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    table.add_column("best lr", justify="right")
-    table.add_column("score by lr", overflow="fold")
+def _table(choices: Mapping[str, RateChoice]) -> RenderableType:
+    # As in tune: heavy imports.
+    from msae_plugin.common.table import Column, Table
+
+    rows: list[list[str | float | None]] = []
     for name, choice in choices.items():
         scores = [
             f"{rate:g}: {'failed' if score is None else f'{score:.4f}'}"
@@ -129,5 +123,10 @@ def _table(choices: Mapping[str, RateChoice]) -> Table:
             for rate, score in choice.tried.items()
         ]
         best = "-" if choice.lr is None else f"{choice.lr:g}"
-        table.add_row(Text(name), best, Text("   ".join(scores)))
-    return table
+        rows.append([name, best, "   ".join(scores)])
+    columns = [
+        Column("method", "method"),
+        Column("lr", "best lr", is_number=True),
+        Column("scores", "score by lr"),
+    ]
+    return Table("rates", "", columns, rows).terminal()

@@ -9,7 +9,6 @@ nothing.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +34,6 @@ from msae_plugin.evaluation.contexts import (
     contexts_as_markdown,
 )
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
-from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.forward_pass import faster_in_bfloat16
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting.demo_output import (
@@ -45,9 +43,9 @@ from msae_plugin.reporting.demo_output import (
     comparison_table,
     demo_figure,
     figure_saes,
-    require_matplotlib,
 )
 from msae_plugin.reporting.evaluation_tables import summary_for_terminal, summary_markdown
+from msae_plugin.reporting.figures import pyplot
 from msae_plugin.saes.run_record import METRICS_FILE, read_run_record
 from msae_plugin.training.plans import default_device
 from msae_plugin.training.recipe import RunConfig
@@ -71,57 +69,6 @@ PROBES = ("125_world_country_Italy", "155_athlete_sport_basketball", "127_art_ty
 HOW_TO_INSTALL = 'pip install "msae-plugin[eval]"'
 
 
-def saebench_installed() -> bool:
-    """Whether the packages of the extra `eval` are there."""
-    return all(importlib.util.find_spec(name) for name in ("sae_bench", "sae_probes"))
-
-
-def evaluate_with_saebench(
-    folders: Sequence[Path],
-    output: Path,
-    language_model: LanguageModel,
-    *,
-    text: str,
-    heldout_documents: int,
-    context_size: int,
-    probes: Sequence[str],
-    report: Reporter,
-) -> dict[str, Any]:
-    """Run the demo's protocol on exported SAEs.
-
-    Args:
-        folders: The exports.
-        output: The demo's folder; results go into `evaluation/`.
-        language_model: The model that is loaded already, in float32.
-        text: Text whose held-out part core reads, as `data.source` in a recipe.
-        heldout_documents: How many documents the training held out.
-        context_size: Tokens per window.
-        probes: Data sets of sae-probes; none leaves it out.
-        report: Shows progress.
-
-    Returns:
-        The contents of `summary.json`.
-    """
-    # Imported here: SAEBench is an extra, and importing it takes seconds.
-    from msae_plugin.evaluation.evaluate import evaluate
-    from msae_plugin.evaluation.recipe import EvalConfig
-    from msae_plugin.saes.load import load_subjects
-
-    read = {"dataset": text, "heldout_documents": heldout_documents, "context_size": context_size}
-    evaluations: dict[str, Any] = {"core": {**PROTOCOL["core"], **read}}
-    if probes:
-        probing = PROTOCOL["sparse_probing_sae_probes"]
-        evaluations["sparse_probing_sae_probes"] = {**probing, "dataset_names": list(probes)}
-    config = EvalConfig.from_dict({"evaluations": evaluations})
-    subjects = load_subjects([str(folder) for folder in folders])
-    result = evaluate(
-        config, subjects, output / EVALUATION_FOLDER, language_model=language_model, report=report
-    )
-    return result.summary
-
-
-logger = logging.getLogger(__name__)
-
 OURS = ARCHITECTURE
 THEIRS = "batchtopk"
 LATENTS_SHOWN = 10
@@ -131,7 +78,7 @@ FIGURE_FILE, MARKDOWN_FILE, JSON_FILE = "demo.png", "demo.md", "demo.json"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo runs. The defaults were chosen for ten minutes on two cores.
+    """Settings of the demo. The defaults were chosen for ten minutes on two cores.
 
     Args:
         model: Any model that `msae train` takes.
@@ -210,7 +157,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; also in demo.json.
+    """Results of the demo; also in demo.json.
 
     Args:
         rows: The comparison.
@@ -240,7 +187,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Console) -> DemoResu
         InputError: The settings or the folder cannot work, or matplotlib is missing.
         RunFailure: Training diverged, or an export disagrees with what was trained.
     """
-    require_matplotlib()
+    pyplot()  # refused before minutes of training, when matplotlib is missing
     # All that can be refused is refused before a model is loaded.
     record = read_run_record(output)
     settings.run_config().validate()
@@ -363,22 +310,38 @@ def _saebench(
     language_model: LanguageModel,
     console: Console,
 ) -> dict[str, Any] | None:
+    """Contents of `summary.json`; None where SAEBench is not wanted or not installed."""
     if not settings.saebench:
         return None
-    if not saebench_installed():
+    if not all(importlib.util.find_spec(name) for name in ("sae_bench", "sae_probes")):
         console.print(Text(f"SAEBench's evaluations are left out: {HOW_TO_INSTALL}"))
         return None
+    # Imported here: SAEBench is an extra, and importing it takes seconds.
+    from msae_plugin.evaluation.evaluate import evaluate
+    from msae_plugin.evaluation.recipe import EvalConfig
+    from msae_plugin.saes.load import load_subjects
+
+    core = {
+        **PROTOCOL["core"],
+        "dataset": settings.text,
+        "heldout_documents": config.data.heldout_documents,
+        "context_size": settings.context_size,
+    }
+    evaluations: dict[str, Any] = {"core": core}
+    if settings.probes:
+        probing = PROTOCOL["sparse_probing_sae_probes"]
+        evaluations["sparse_probing_sae_probes"] = {
+            **probing,
+            "dataset_names": list(settings.probes),
+        }
     with step_reporter(console) as report:
-        return evaluate_with_saebench(
-            [output / name / "sae" for name in (OURS, THEIRS)],
-            output,
-            language_model,
-            text=settings.text,
-            heldout_documents=config.data.heldout_documents,
-            context_size=settings.context_size,
-            probes=settings.probes,
+        return evaluate(
+            EvalConfig.from_dict({"evaluations": evaluations}),
+            load_subjects([str(output / name / "sae") for name in (OURS, THEIRS)]),
+            output / EVALUATION_FOLDER,
+            language_model=language_model,
             report=report,
-        )
+        ).summary
 
 
 def _title(settings: DemoSettings) -> str:
@@ -424,7 +387,7 @@ document; the activating token is bold, its activation in front.
 
 
 def demo_for_terminal(result: DemoResult) -> RenderableType:
-    """What the demo prints at its end."""
+    """The demo's last output."""
     n_tokens = result.rows[0].metrics.n_tokens
     minutes = sum(result.seconds.values()) / 60
     return Group(

@@ -24,6 +24,7 @@ import importlib.util
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -37,6 +38,8 @@ collect_ignore_glob = [] if importlib.util.find_spec("sae_bench") else ["evaluat
 
 # A plugin may have imported torch before the variable was set.
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# A fork has none of its parent's threads: it would wait for them for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 TINY_LAYERS = 3
 TINY_D_MODEL = 64
@@ -71,6 +74,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for tests in files:
         generator.shuffle(tests)
     items[:] = [item for tests in files for item in tests]
+
+
+@pytest.fixture(autouse=True)
+def same_random_state() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

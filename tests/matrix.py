@@ -52,8 +52,8 @@ def settings() -> list[Setting]:
     return [*every, *(Setting("best", 1, seed) for seed in SHUFFLES)]
 
 
-def run(setting: Setting, arguments: list[str]) -> tuple[bool, str]:
-    """Whether the suite passed, and pytest's last line."""
+def run(setting: Setting, arguments: list[str]) -> tuple[int, str]:
+    """Pytest's exit status, negative where a signal ended it, and its last line."""
     command = [sys.executable, "-m", "pytest", *arguments]
     if setting.shuffle is not None:
         command.append(f"--shuffle={setting.shuffle}")
@@ -70,7 +70,7 @@ def run(setting: Setting, arguments: list[str]) -> tuple[bool, str]:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line.strip())
-    return process.returncode == 0, next((line for line in reversed(lines) if line), "")
+    return process.returncode, next((line for line in reversed(lines) if line), "")
 
 
 def main() -> int:
@@ -80,20 +80,20 @@ def main() -> int:
     given, arguments = parser.parse_known_args()
     chosen = [every[name] for name in given.only or every]
     print("settings:", ", ".join(setting.name for setting in chosen), flush=True)
-    rows: list[tuple[Setting, bool, str, float]] = []
+    rows: list[tuple[Setting, int, str, float]] = []
     for setting in chosen:
         print(f"== {setting.name}", flush=True)
         start = time.monotonic()
         rows.append((setting, *run(setting, arguments), time.monotonic() - start))
-    print("\nkernels  threads  order      result  seconds  pytest")
-    for setting, passed, line, seconds in rows:
+    print("\nkernels  threads  order      result      seconds  pytest")
+    for setting, status, line, seconds in rows:
         order = "as written" if setting.shuffle is None else f"seed {setting.shuffle}"
-        result = "passed" if passed else "FAILED"
+        result = "passed" if status == 0 else f"FAILED ({status})"
         print(
-            f"{setting.capability:<8} {setting.threads:>7}  {order:<10} {result}"
+            f"{setting.capability:<8} {setting.threads:>7}  {order:<10} {result:<11}"
             f" {seconds:>8.0f}  {line}"
         )
-    return int(not all(passed for _, passed, _, _ in rows))
+    return int(any(status for _, status, _, _ in rows))
 
 
 if __name__ == "__main__":

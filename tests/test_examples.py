@@ -62,6 +62,7 @@ def test_there_is_no_unknown_recipe() -> None:
 def test_the_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig.load(EXAMPLES / f"{name}.yaml")
     monkeypatch.setattr(recipe, "describe_model", SHAPES.__getitem__)
+    assert RunConfig.from_dict(config.to_dict()) == config
     plans = config.validate()
     assert len(plans) == 2 * len(config.hooks)
     assert plans[0].config.d_in == SHAPES[config.model.name].d_model

@@ -15,7 +15,7 @@ import msae_plugin  # noqa: F401 - registers the architecture
 from msae_cli import app as cli
 
 OLD = Path(__file__).parent / "fixtures" / "v0_1"
-CHECKPOINTS = {"finished": "1280", "interrupted": "2560"}
+CHECKPOINTS = {"finished": "10240", "interrupted": "2560"}
 # Fields of training configurations that later versions may drop.
 DROPPED = {"decode_kernel", "cuda_graphs", "b_dec_init", "topk_threshold_lr"}
 
@@ -72,7 +72,7 @@ def test_an_old_checkpoint_loads_as_a_training_sae(run: str, checkpoint: str) ->
         ("finished", "multiscale"),
         ("finished/sae", "multiscale"),
         ("finished/jumprelu", "jumprelu"),
-        ("finished/checkpoints/1280", "multiscale"),
+        ("finished/checkpoints/10240", "multiscale"),
         ("explicit", "multiscale"),
         ("interrupted/checkpoints/2560", "multiscale"),
         ("comparison/saes/default_l0-3_seed0", "multiscale"),
@@ -96,8 +96,8 @@ def test_an_old_run_goes_on(old: Path) -> None:
     start = load_file(OLD / "interrupted/checkpoints/2560/sae/sae_weights.safetensors")["W_dec"]
     end = SAE.load_from_disk(old / "interrupted/sae").W_dec
     assert end.isfinite().all()
-    # 180 steps of at most about the learning rate, 1e-3, in each entry.
-    assert 1e-3 < float((end - start).abs().max()) < 1.0
+    # 180 steps of at most about the learning rate, 1e-2, in each entry.
+    assert 1e-2 < float((end - start).abs().max()) < 2.0
 
 
 def test_an_old_comparison_is_taken_up(old: Path) -> None:

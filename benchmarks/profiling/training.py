@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sae_lens.saes.sae import TrainStepInput
 
 from msae_plugin import MultiScaleTrainingSAE, preset
-from msae_plugin.architecture.auxk import DeadLatents, auxk_loss
+from msae_plugin.architecture.auxk import auxk_loss
+from msae_plugin.architecture.kernels.decoding import DecodeKernel, MachineSettings
+from msae_plugin.architecture.mechanisms.base import Latents, Step
 from msae_plugin.architecture.nested import Reconstructions, reconstruction_losses
 from msae_plugin.architecture.selection import Selection
+from msae_plugin.architecture.step_schedule import DeadLatents, EncoderInput, StepSchedule
 from profiling.machine import Peak, Timing, timed
 from profiling.parts import Part, print_parts
 
@@ -31,7 +34,7 @@ class Setting:
     autocast: bool
     repeats: int
     preset: str
-    decode_kernel: str = "embedding_bag"
+    decode_kernel: DecodeKernel = "embedding_bag"
 
     @property
     def title(self) -> str:
@@ -61,9 +64,10 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     device, n, d, width = setting.device, setting.n_tokens, setting.d_in, setting.d_sae
     cfg = preset(
         setting.preset, d_in=d, d_sae=width, k=setting.k, training_steps=1000, k_anneal_steps=0,
-        device=str(device), decode_kernel=setting.decode_kernel, cuda_graphs=False,
+        device=str(device),
     )  # fmt: skip
     sae = MultiScaleTrainingSAE(cfg).train()
+    sae.attach_machine(MachineSettings(setting.decode_kernel, cuda_graphs=False))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
     batch = batch_of(setting)
     dead = torch.zeros(width, dtype=torch.bool, device=device)
@@ -91,10 +95,8 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     whole = measure(whole_step)
 
     with torch.no_grad(), autocast:
-        x_c = sae.process_sae_in(batch)
-        x_hat, token_scale = sae.normalise(x_c)
-        decoder_norm = sae.decoder_norm()
-        hidden_pre = sae.pre_activations(x_hat, decoder_norm)
+        given = sae.normalise(sae.process_sae_in(batch))
+        hidden_pre = sae.pre_activations(given)
     selection = sae.select(hidden_pre, cfg.k)
     n_pairs = selection.values.numel()
     rows = 4.0 * n_pairs * d  # bytes of one decoder row per pair
@@ -103,14 +105,12 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     parameters = sum(p.numel() for p in sae.parameters())
     half = 2 if setting.autocast else 4
     with autocast:
-        coefficients = sae.decoder_coefficients(
-            selection, x_hat, token_scale, decoder_norm
-        ).detach()
+        coefficients = sae.decoder_coefficients(selection, given).detach()
     coefficients.requires_grad_()
 
     def encode() -> object:
         with torch.no_grad(), autocast:
-            return sae.pre_activations(x_hat, sae.decoder_norm())
+            return sae.pre_activations(replace(given, decoder_norm=sae.decoder_norm()))
 
     def decode() -> Reconstructions:
         with autocast:
@@ -124,9 +124,7 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     tensors: dict[str, torch.Tensor] = {}
 
     def all_losses() -> torch.Tensor:
-        terms = reconstruction_losses(
-            cfg, reconstructions[-1], batch, None, sorted(cfg.sparsity_scales)
-        )
+        terms = reconstruction_losses(cfg, reconstructions[-1], batch, None)
         return torch.stack(list(terms.values())).sum()
 
     def keep_reconstructions() -> None:
@@ -141,9 +139,7 @@ def profile_step(setting: Setting, peak: Peak) -> None:
     def keep_encoder_graph() -> None:
         optimizer.zero_grad()
         with autocast:
-            tensors["values"] = sae.decoder_coefficients(
-                selection, x_hat, token_scale, decoder_norm
-            )
+            tensors["values"] = sae.decoder_coefficients(selection, given)
 
     def backward_decode() -> None:
         tensors["loss"].backward()
@@ -167,7 +163,7 @@ def profile_step(setting: Setting, peak: Peak) -> None:
              measure(backward_encode, keep_encoder_graph),
              2.0 * n_pairs * d, rows + 12.0 * d * width),
     ]  # fmt: skip
-    parts += _optional_parts(setting, sae, hidden_pre, selection, measure)
+    parts += _optional_parts(setting, sae, batch, hidden_pre, selection, measure)
     whole_step()
     forward().backward()
     parts += [
@@ -176,13 +172,14 @@ def profile_step(setting: Setting, peak: Peak) -> None:
              3.0 * parameters, 12.0 * parameters),
         Part("Adam", measure(optimizer.step), 12.0 * parameters, 28.0 * parameters),
     ]  # fmt: skip
-    beside = [_auxk(setting, sae, batch, x_hat, measure)]
+    beside = [_auxk(setting, sae, batch, given, measure)]
     print_parts(f"Training step, {setting.preset}: {setting.title}", parts, whole, peak, beside)
 
 
 def _optional_parts(
     setting: Setting,
     sae: MultiScaleTrainingSAE,
+    batch: torch.Tensor,
     hidden_pre: torch.Tensor,
     selection: Selection,
     measure: Measure,
@@ -191,8 +188,10 @@ def _optional_parts(
     n, d, width = setting.n_tokens, setting.d_in, setting.d_sae
     found: list[Part] = []
     chunk = min(sae.cfg.orthogonality_chunk_size, width)
-    if sae.cfg.orthogonality_coefficient:
-        timing = measure(lambda: sae.mechanisms.orthogonality(sae.W_dec, 1))
+    step = Step(sae, batch, StepSchedule.at(sae.cfg, 1, n), list(sae.mechanisms))
+    penalty = sae.mechanisms.orthogonality
+    if penalty is not None:
+        timing = measure(lambda: penalty.loss(step))
         found.append(
             Part("penalty and its gradient", timing, 2.0 * width * chunk * d, 8.0 * width * d)
         )
@@ -203,9 +202,11 @@ def _optional_parts(
     def statistics() -> None:
         fired = torch.zeros(width, dtype=torch.int64, device=acts.device)
         fired.index_add_(0, selection.latents, active)
-        sae.mechanisms.observe_latents(
-            sae.W_dec, acts, selection.tokens, selection.latents, fired, 1, sae.cfg.k
-        )
+        threshold = selection.threshold.float()
+        latents = Latents(acts, selection.tokens, selection.latents, fired, threshold)
+        with torch.no_grad():
+            for mechanism in sae.mechanisms:
+                mechanism.on_latents(latents, step)
 
     found.append(Part("statistics", measure(statistics), 0, 24.0 * selection.values.numel()))
 
@@ -221,7 +222,7 @@ def _auxk(
     setting: Setting,
     sae: MultiScaleTrainingSAE,
     batch: torch.Tensor,
-    x_hat: torch.Tensor,
+    given: EncoderInput,
     measure: Measure,
 ) -> Part:
     mask = torch.arange(setting.d_sae, device=batch.device) % int(1 / DEAD_SHARE) == 0
@@ -229,9 +230,7 @@ def _auxk(
     assert dead is not None, "every twentieth is"
 
     def auxk() -> None:
-        auxk_loss(
-            x_hat, None, batch, sae.W_enc, sae.b_enc, sae.W_dec, dead, None, None
-        ).backward()  # fmt: skip
+        auxk_loss(given, batch, sae.W_enc, sae.b_enc, sae.W_dec, dead).backward()
         sae.zero_grad()
 
     flops = 10.0 * setting.n_tokens * setting.d_in * int(mask.sum())

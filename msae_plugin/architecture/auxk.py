@@ -2,85 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from msae_plugin.architecture.kernels.decoding import active_preactivations, bag_sum
-
-# Shortest padded list of dead latents; the others are twice, four times as long, and so on.
-_SHORTEST_LIST = 64
-
-
-@dataclass(frozen=True)
-class DeadLatents:
-    """The latents that AuxK trains.
-
-    Attributes:
-        mask: (d_sae,) bool, which latents are dead.
-        latents: (n_listed,) their indices, long, and padding behind them; None without a list.
-        count: How many there are, where the list is padded: a zero-dimensional tensor. None
-            where the list is as long as they are many.
-    """
-
-    mask: torch.Tensor
-    latents: torch.Tensor | None = None
-    count: torch.Tensor | None = None
-
-    @classmethod
-    def listed(cls, mask: torch.Tensor) -> DeadLatents | None:
-        """A list as long as there are dead latents, or None when there are none."""
-        latents = mask.nonzero().squeeze(1)
-        return cls(mask, latents) if latents.numel() else None
-
-    def padded(self) -> tuple[torch.Tensor, int]:
-        """The list in one of few lengths, and the number of dead latents in it."""
-        assert self.latents is not None, "there is a list"
-        n_dead, length = self.latents.numel(), _SHORTEST_LIST
-        while length < n_dead:
-            length *= 2
-        padded = self.latents.new_zeros(min(length, self.mask.numel()))
-        padded[:n_dead] = self.latents
-        return padded, n_dead
+from msae_plugin.architecture.step_schedule import DeadLatents, EncoderInput
 
 
 def auxk_loss(
-    x_hat: torch.Tensor,
-    token_scale: torch.Tensor | None,
+    given: EncoderInput,
     residual: torch.Tensor,
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,
     W_dec: torch.Tensor,
     dead: DeadLatents,
-    token_weight: torch.Tensor | None,
-    decoder_norm: torch.Tensor | None,
+    token_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Squared error of the k_aux = d_in // 2 strongest dead latents on the residual.
 
     Only the dead columns of the encoder are computed, so that the cost is proportional to the
-    number of dead latents. The scale of the loss falls with that number, as in SAELens.
-
-    Args:
-        x_hat: (n_tokens, d_in) encoder input.
-        token_scale: (n_tokens, 1) factor that undoes the normalisation, or None.
-        residual: (n_tokens, d_in) input minus reconstruction; treated as a constant.
-        W_enc: (d_in, d_sae).
-        b_enc: (d_sae,).
-        W_dec: (d_sae, d_in).
-        dead: The dead latents, in a list that is not empty.
-        token_weight: (n_tokens,) weight of each token's error, or None.
-        decoder_norm: (d_sae,) norms by which pre-activations are ranked, or None. The norms cancel
-            in the reconstruction and decide only which latents are strongest.
-
-    Returns:
-        Zero-dimensional loss, in the units of the squared error per token.
+    number of dead latents, of which there is at least one. The scale of the loss falls with that
+    number, as in SAELens. The residual (n_tokens, d_in), input minus reconstruction, is a constant.
     """
     latents = dead.latents
-    assert latents is not None, "there is a list"
-    most = max(x_hat.shape[1] // 2, 1)
+    most = max(given.x_hat.shape[1] // 2, 1)
     k_aux = min(most, latents.numel())
-    hidden_pre = x_hat @ W_enc[:, latents] + b_enc[latents]
-    scores = hidden_pre if decoder_norm is None else hidden_pre * decoder_norm[latents]
+    hidden_pre = given.x_hat @ W_enc[:, latents] + b_enc[latents]
+    norm = given.decoder_norm
+    scores = hidden_pre if norm is None else hidden_pre * norm.detach()[latents]
     padding = None
     if dead.count is not None:
         padding = torch.arange(latents.numel(), device=latents.device) >= dead.count
@@ -89,78 +36,12 @@ def auxk_loss(
     acts = torch.zeros_like(hidden_pre).scatter(-1, top, hidden_pre.gather(-1, top))
     if padding is not None:
         acts = acts.masked_fill(padding, 0)
-    if token_scale is not None:
-        acts = acts * token_scale
+    if given.token_scale is not None:
+        acts = acts * given.token_scale
     error = _mean_error(acts @ W_dec[latents], residual.detach(), token_weight)
     if dead.count is not None:
         return (dead.count / most).clamp(max=1.0).to(error.dtype) * error
     return min(latents.numel() / most, 1.0) * error
-
-
-def static_auxk_loss(
-    x_hat: torch.Tensor,
-    token_scale: torch.Tensor | None,
-    residual: torch.Tensor,
-    hidden_pre: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor,
-    W_dec: torch.Tensor,
-    dead: torch.Tensor,
-    token_weight: torch.Tensor | None,
-    decoder_norm: torch.Tensor | None,
-    centre: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`auxk_loss` with shapes that do not depend on how many latents are dead, for torch.compile.
-
-    The pre-activations of the step are ranked, so that no list of the dead is needed. Nothing is
-    computed while none is dead: the one value of the step that the host asks the device for.
-
-    Args:
-        x_hat: As in `auxk_loss`.
-        token_scale: As in `auxk_loss`.
-        residual: As in `auxk_loss`.
-        hidden_pre: (n_tokens, d_sae) pre-activations times the decoder norm, without gradient.
-        W_enc: As in `auxk_loss`.
-        b_enc: As in `auxk_loss`.
-        W_dec: As in `auxk_loss`.
-        dead: (d_sae,) bool.
-        token_weight: As in `auxk_loss`.
-        decoder_norm: As in `auxk_loss`.
-        centre: As in `decoding.active_preactivations`.
-
-    Returns:
-        Zero-dimensional loss.
-    """
-    n_tokens, d_in = x_hat.shape
-    k_aux = min(max(d_in // 2, 1), hidden_pre.shape[1])
-    residual = residual.detach()
-
-    def loss_of_the_dead(
-        x_hat: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor
-    ) -> torch.Tensor:
-        top_scores, top = hidden_pre.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1)
-        latents = top.flatten()
-        tokens = torch.arange(n_tokens, device=latents.device).repeat_interleave(k_aux)
-        chosen = top_scores.flatten() > -torch.inf
-        values = torch.where(chosen, top_scores.flatten(), 0)
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        if decoder_norm is not None:
-            values = values / decoder_norm[latents]
-        acts = active_preactivations(x_hat, W_enc, b_enc, values, tokens, latents, centre=centre)
-        acts = torch.where(chosen, acts, 0)
-        if token_scale is not None:
-            acts = acts * token_scale.squeeze(-1)[tokens]
-        decoded = bag_sum(W_dec, latents, acts, tokens, n_tokens)
-        share = (dead.sum() / max(d_in // 2, 1)).clamp(max=1.0)
-        return share * _mean_error(decoded, residual, token_weight)
-
-    def nothing(
-        x_hat: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, W_dec: torch.Tensor
-    ) -> torch.Tensor:
-        del W_enc, b_enc, W_dec
-        return x_hat.new_zeros((), dtype=torch.promote_types(x_hat.dtype, torch.float32))
-
-    return torch.cond(dead.any(), loss_of_the_dead, nothing, (x_hat, W_enc, b_enc, W_dec))
 
 
 def _mean_error(

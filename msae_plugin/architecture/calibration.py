@@ -2,27 +2,32 @@
 
 SAELens exports BatchTopK with a running mean of the smallest active latent of each batch. At its
 default rate of .01 that mean lags: 160 latents instead of 32 after 150 steps were measured. Both
-SAEs of a comparison get their cut from the same kind of batches, so they stand at the same L0.
+SAEs of a comparison get theirs from the same kind of batches, so they stand at the same L0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import isfinite
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 
+from msae_plugin.architecture.mechanisms.firing_floor import thresholds_at_rate
 from msae_plugin.architecture.ranks import Ranks
 from msae_plugin.architecture.selection import batch_top_k
+from msae_plugin.architecture.training_base import MultiScaleTrainingBase
+from msae_plugin.common.errors import RunFailure
 
 # Scores kept per batch at first, as a multiple of k: room for batches denser than the average.
 _KEPT_MULTIPLE = 2.0
 
 
 @torch.no_grad()
-def calibrated_cut(
+def calibrated_threshold(
     batches: Sequence[torch.Tensor],
     hidden_pre_of: Callable[[torch.Tensor], torch.Tensor],
     scores_of: Callable[[torch.Tensor], torch.Tensor],
@@ -30,15 +35,8 @@ def calibrated_cut(
 ) -> float | None:
     """Score above which exactly k latents per token are active on average.
 
-    Args:
-        batches: Activation batches, each (n_tokens, d_in).
-        hidden_pre_of: Maps a batch to its pre-activations (n_tokens, d_sae).
-        scores_of: Maps pre-activations to the scores that are compared with the cut.
-        k: Mean number of active latents wanted.
-
-    Returns:
-        The cut, halfway between the last score kept and the first one dropped; low enough to admit
-        all when no more than k latents per token are positive; None when there was no batch.
+    Halfway between the last score kept and the first one dropped; low enough to admit all when no
+    more than k latents per token are positive; None when there was no batch.
     """
     if not batches:
         return None
@@ -56,13 +54,13 @@ def calibrated_cut(
             if kept[-1].numel() < int((hidden_pre > 0).sum()):
                 known_down_to = max(known_down_to, float(chosen.lowest_score))
             n_tokens += hidden_pre.shape[0]
-        cut = _cut_among(torch.cat(kept), round(k * n_tokens))
-        if not cut < known_down_to:
-            return cut
+        threshold = _threshold_among(torch.cat(kept), round(k * n_tokens))
+        if not threshold < known_down_to:
+            return threshold
         multiple *= 2
 
 
-def _cut_among(scores: torch.Tensor, n_wanted: int) -> float:
+def _threshold_among(scores: torch.Tensor, n_wanted: int) -> float:
     scores = torch.sort(scores, descending=True).values
     if scores.numel() == 0:
         return 0.0
@@ -71,6 +69,56 @@ def _cut_among(scores: torch.Tensor, n_wanted: int) -> float:
         below = torch.nextafter(scores[-1], scores.new_tensor(-torch.inf))
         return min(0.0, float(below))
     return float((scores[n_wanted - 1] + scores[n_wanted]) / 2) if n_wanted else float("inf")
+
+
+@torch.no_grad()
+def calibrate_multiscale(
+    sae: MultiScaleTrainingBase,
+    batches: Sequence[torch.Tensor],
+    hidden_pre_of: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """Set the threshold of our own SAE; see `MultiScaleTrainingSAE.calibrate_threshold`.
+
+    With a firing floor, every latent gets the threshold at which it fires at the floor, where that
+    is below the common one; training leaves it somewhere around.
+    """
+    cfg, floor, statistics = sae.cfg, sae.mechanisms.firing_floor, sae.mechanisms.statistics
+
+    def mean_l0() -> float:
+        active = sum(int((hidden_pre_of(b) > sae.threshold()).sum()) for b in batches)
+        return active / sum(batch.shape[0] for batch in batches)
+
+    if not batches:
+        raise RunFailure("calibrate_threshold needs at least one batch of activations; got none")
+    before = mean_l0()
+    lowest, scores = None, sae.scores
+    if floor is not None:
+        lowest = thresholds_at_rate(batches, hidden_pre_of, cfg.floor_rate(cfg.k))
+    if lowest is not None:
+        # What the floor admits is active whatever the common threshold is.
+        scores = partial(_above_all, lowest)
+    threshold = calibrated_threshold(batches, hidden_pre_of, scores, cfg.k)
+    if threshold is not None and not isfinite(threshold):
+        # Tokens are so alike that the floor alone would take the whole budget.
+        lowest = None
+        threshold = calibrated_threshold(batches, hidden_pre_of, sae.scores, cfg.k)
+    assert threshold is not None, "there are batches"
+    if floor is not None and lowest is not None:
+        floor.allow_down_to(lowest, threshold)
+    if cfg.selection == "batchtopk":
+        sae.topk_threshold.fill_(threshold)
+    elif cfg.zscore_z_lr > 0 and statistics is not None:
+        statistics.z.fill_(threshold)
+    return {
+        "l0_before": before,
+        "l0_after": mean_l0(),
+        "threshold": float(sae.threshold().mean() * sae.latent_unit()),
+    }
+
+
+def _above_all(threshold: torch.Tensor, hidden_pre: torch.Tensor) -> torch.Tensor:
+    """Scores that keep what exceeds its latent's threshold before anything else."""
+    return torch.where(hidden_pre > threshold, torch.inf, hidden_pre)
 
 
 @runtime_checkable
@@ -97,20 +145,20 @@ class SupportsRanks(Protocol):
 
 @runtime_checkable
 class SupportsCalibration(Protocol):
-    """An SAE that can set its own cut so that its mean L0 is k."""
+    """An SAE that can set its own threshold so that its mean L0 is k."""
 
     def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-        """Set the cut on these batches, scaled as training batches are."""
+        """Set the threshold on these batches, scaled as training batches are."""
         ...
 
 
 def needs_calibration(sae: TrainingSAE[Any]) -> bool:
-    """Whether the architecture has a cut of its own: topk, standard, gated, jumprelu have none."""
+    """Whether a threshold can be set: topk, standard, gated and jumprelu have none to set."""
     return isinstance(sae, (SupportsCalibration, BatchTopKTrainingSAE))
 
 
 def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Set the inference cut of an SAE that has one.
+    """Set the inference threshold of an SAE that has one.
 
     Args:
         sae: A trained SAE for which `needs_calibration` holds, its activation scaling not yet
@@ -121,7 +169,7 @@ def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[st
         `l0_before`, `l0_after` (active latents per token on these batches) and `threshold`.
 
     Raises:
-        TypeError: If the architecture has no cut.
+        TypeError: If the architecture has no threshold.
     """
     was_training = sae.training
     sae.eval()
@@ -141,16 +189,9 @@ def calibrate_batchtopk(
 ) -> dict[str, float]:
     """Set `topk_threshold` of SAELens' batchtopk or matryoshka_batchtopk so that mean L0 is k.
 
-    The threshold is put between the (k * tokens)-th and the next largest positive pre-activation
-    of all batches together, exactly: the largest values of a union are among the largest of each
-    part, so only that many are ever kept.
-
-    Args:
-        sae: The SAE; its `topk_threshold` is changed.
-        batches: Activations, each (tokens, d_in), scaled as training batches are.
-
-    Returns:
-        `l0_before`, `l0_after` and `threshold`.
+    The threshold is put between the (k * tokens)-th and the next largest positive pre-activation of
+    all batches together, exactly: the largest values of a union are among the largest of each part,
+    so only that many are ever kept.
     """
     n_tokens = sum(len(batch) for batch in batches)
     wanted = round(sae.cfg.k * n_tokens)

@@ -6,14 +6,14 @@ training configuration repeats them under the same name, because SAELens copies 
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from typing_extensions import override
 
-from msae_plugin.architecture.kernels.decoding import DecodeKernel
 from msae_plugin.common.errors import InputError
 
 ARCHITECTURE = "multiscale"
@@ -87,7 +87,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         k_initial_multiplier (float): Training starts at this multiple of k. 1 disables the
             schedule.
         k_anneal_steps (int): Steps over which the multiple falls linearly to 1. 0 disables.
-        topk_threshold_lr (float): Rate of the running estimate of the selection cut that the
+        topk_threshold_lr (float): Rate of the running estimate of the selection threshold that the
             exported SAE uses as its threshold.
         rescale_acts_by_decoder_norm (bool): Treat the decoder rows as if they had unit norm, as in
             SAELens' TopK.
@@ -114,17 +114,17 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         prefix_sort_every (int): [S] Steps between two assignments of latents to prefixes by firing
             rate, most frequent first. 0 keeps the order of the indices.
         firing_rate_decay (float): [S] Decay of the running firing rate.
+        statistics_decay (float): [Z], [O], [C], [G] Decay of all other running means.
         selection (Literal["batchtopk", "zscore"]): [Z] Rule that picks the active latents: the
             k * tokens largest of the batch, or a threshold mean + z * std per latent.
         standardise (float): [Z] How far pre-activations are standardised by their running mean
             and standard deviation before BatchTopK ranks them. 0: not at all. 1: fully.
         zscore_z (float): [Z] z, or its initial value when it corrects itself.
         zscore_z_lr (float): [Z] Rate at which z follows the target L0 = k. 0 keeps z fixed.
-        zscore_decay (float): [Z] Decay of the running mean and variance of the pre-activations.
-        firing_floor (float): [Z] Firing rate below which a latent gets a lower cut of its own, as a
-            share of the mean rate k / d_sae. 0 disables: all latents share one cut.
-        firing_floor_rate (float): [Z] Step by which the cut of such a latent falls, and rises again
-            once it fires often enough, as a share of the common cut.
+        firing_floor (float): [Z] Firing rate below which a latent gets a lower threshold of its
+            own, as a share of the mean rate k / d_sae. 0 disables: all share one threshold.
+        firing_floor_rate (float): [Z] Step by which the threshold of such a latent falls, and rises
+            again once it fires often enough, as a share of the common threshold.
         orthogonality_coefficient (float): [O] Weight of the orthogonality penalty, in units of the
             running variance of the activations. 0 disables.
         orthogonality_pairs (Literal["chunks", "neighbours"]): [O] Pairs of latents that are
@@ -138,7 +138,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         orthogonality_every (int): [O] The penalty is taken every n-th step with n times its weight.
         neighbour_count (int): [O] Nearest decoder neighbours per latent.
         neighbour_refresh_every (int): [O] Steps between two searches for neighbours.
-        coactivation_decay (float): [O], [C] Decay of the co-activation statistics.
         sketch_rank (int): [C] Rank of the randomised sketch of the co-activation. 0 disables. With
             `orthogonality_pairs` chunks and a weighting, the weights come from the sketch.
         revival_every (int): [R] Steps between two revivals of dead latents. 0 disables.
@@ -152,15 +151,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
             judged.
         importance_power (float): [G] Gradients of a latent are multiplied by its relative
             contribution |f| |d| to this power, and its L1 weight by the inverse. 0 disables.
-        importance_decay (float): [G] Decay of the running contribution.
-        decode_kernel (Literal["auto", "embedding_bag", "triton"]): What sums decoder rows over the
-            active latents, and their gradients: torch's own kernel, or ours in Triton, on a CUDA
-            device. "auto" takes what was measured to be faster at this d_in on this device, ours
-            where steps are recorded. The results agree to float32 rounding. docs/performance.md.
-        cuda_graphs (bool): On a CUDA device, record a step once and replay it, instead of starting
-            its operations one by one each time. The results are the same; what a step returns
-            beside its loss is overwritten by the next one. Steps that cannot be recorded run as
-            they are. docs/performance.md.
         norm_scales (list[float]): [N] See MultiScaleSAEConfig. Empty: no normalisation.
         norm_centre (bool): [N] See MultiScaleSAEConfig.
         norm_affine (bool): [N] See MultiScaleSAEConfig.
@@ -207,12 +197,12 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     detach_inner_prefixes: bool = False
     prefix_sort_every: int = 100
     firing_rate_decay: float = 0.95
+    statistics_decay: float = 0.99
 
     selection: Literal["batchtopk", "zscore"] = "batchtopk"
     standardise: float = 0.0
     zscore_z: float = 2.0
     zscore_z_lr: float = 0.0
-    zscore_decay: float = 0.99
     firing_floor: float = 0.1
     firing_floor_rate: float = 0.1
 
@@ -224,7 +214,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     orthogonality_every: int = 1
     neighbour_count: int = 8
     neighbour_refresh_every: int = 50
-    coactivation_decay: float = 0.99
 
     sketch_rank: int = 0
 
@@ -236,10 +225,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     revival_survival_steps: int = 1000
 
     importance_power: float = 0.0
-    importance_decay: float = 0.99
-
-    decode_kernel: DecodeKernel = "auto"
-    cuda_graphs: bool = True
 
     norm_scales: list[float] = field(default_factory=list)
     norm_centre: bool = True
@@ -295,11 +280,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         inner = {max(1, round(share * self.d_sae)) for share in self.prefix_fractions}
         return [*sorted(width for width in inner if width < self.d_sae), self.d_sae]
 
-    @property
-    def needs_preactivation_statistics(self) -> bool:
-        """Whether [Z] has to follow the mean and variance of the pre-activations."""
-        return self.selection == "zscore" or self.standardise > 0
-
     def floor_rate(self, k: float) -> float:
         """[Z] Firing rate below which a latent is helped, at a mean L0 of k."""
         return self.firing_floor * k / self.d_sae
@@ -336,11 +316,6 @@ def mechanisms_off() -> dict[str, Any]:
     }
 
 
-def inference_field_names() -> list[str]:
-    """Names of the fields that the training configuration hands to the exported one."""
-    return [item.name for item in fields(MultiScaleSAEConfig)]
-
-
 def require(condition: bool, field_name: str, value: object, demand: str) -> None:
     """Raise unless the condition holds.
 
@@ -357,64 +332,61 @@ def require(condition: bool, field_name: str, value: object, demand: str) -> Non
         raise InputError(f"{field_name} must {demand}; got {value!r}")
 
 
-def _require_choice(field_name: str, value: object, choices: tuple[str, ...]) -> None:
-    require(value in choices, field_name, value, f"be one of {', '.join(choices)}")
+_Config = MultiScaleSAEConfig | MultiScaleTrainingSAEConfig
 
 
-def _require_decay(field_name: str, value: float) -> None:
-    require(0 <= value < 1, field_name, value, "be a decay in [0, 1)")
+def _check(cfg: _Config, name: str, condition: bool, demand: str) -> None:
+    require(condition, name, getattr(cfg, name), demand)
 
 
-def validate_inference(cfg: MultiScaleSAEConfig | MultiScaleTrainingSAEConfig) -> None:
+def _check_choice(cfg: _Config, name: str, choices: tuple[str, ...]) -> None:
+    _check(cfg, name, getattr(cfg, name) in choices, f"be one of {', '.join(choices)}")
+
+
+def validate_inference(cfg: _Config) -> None:
     """Check the fields that training and inference share.
 
     Raises:
         InputError: Naming the first impossible field.
     """
-    require(cfg.d_in >= 1, "d_in", cfg.d_in, "be at least 1")
-    require(cfg.d_sae >= 1, "d_sae", cfg.d_sae, "be at least 1")
+    check = partial(_check, cfg)
+    check("d_in", cfg.d_in >= 1, "be at least 1")
+    check("d_sae", cfg.d_sae >= 1, "be at least 1")
     if cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
         raise InputError(
             f"normalize_activations={cfg.normalize_activations!r} keeps the statistics of encode "
             "for one decode and breaks the second: use norm_scales=[1.0] (with norm_centre=False "
             "for the norm alone) instead"
         )
-    require(
-        not (cfg.norm_scales and cfg.normalize_activations == "covariance_whitening"),
+    check(
         "normalize_activations",
-        cfg.normalize_activations,
+        not (cfg.norm_scales and cfg.normalize_activations == "covariance_whitening"),
         "not be combined with norm_scales: a whitening cannot be folded through a per-token "
         "normalisation",
     )
-    require(
-        all(math.isfinite(s) and s > 0 for s in cfg.norm_scales),
+    check(
         "norm_scales",
-        cfg.norm_scales,
+        all(math.isfinite(s) and s > 0 for s in cfg.norm_scales),
         "hold positive numbers",
     )
-    require(
-        math.isfinite(cfg.norm_eps) and cfg.norm_eps > 0, "norm_eps", cfg.norm_eps, "be positive"
-    )
-    _require_choice("norm_eps_mode", cfg.norm_eps_mode, ("absolute", "relative"))
-    require(
-        not cfg.norm_attention or len(cfg.norm_scales) > 1,
+    check("norm_eps", math.isfinite(cfg.norm_eps) and cfg.norm_eps > 0, "be positive")
+    _check_choice(cfg, "norm_eps_mode", ("absolute", "relative"))
+    check(
         "norm_attention",
-        cfg.norm_attention,
+        not cfg.norm_attention or len(cfg.norm_scales) > 1,
         f"be False unless norm_scales holds at least two scales (it holds {len(cfg.norm_scales)})",
     )
-    require(
-        not cfg.norm_gate or bool(cfg.norm_scales),
+    check(
         "norm_gate",
-        cfg.norm_gate,
+        not cfg.norm_gate or bool(cfg.norm_scales),
         "be False when norm_scales is empty",
     )
-    require(
-        cfg.attention_d_key is None or cfg.attention_d_key >= 1,
+    check(
         "attention_d_key",
-        cfg.attention_d_key,
+        cfg.attention_d_key is None or cfg.attention_d_key >= 1,
         "be at least 1, or None for d_in // 4",
     )
-    require(0 <= cfg.skip_scale < 1, "skip_scale", cfg.skip_scale, "be in [0, 1)")
+    check("skip_scale", 0 <= cfg.skip_scale < 1, "be in [0, 1)")
 
 
 def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
@@ -423,35 +395,21 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
     Raises:
         InputError: Naming the first impossible field.
     """
+    check = partial(_check, cfg)
     validate_inference(cfg)
-    require(math.isfinite(cfg.k) and cfg.k > 0, "k", cfg.k, "be positive")
-    require(cfg.k <= cfg.d_sae, "k", cfg.k, f"not exceed d_sae={cfg.d_sae}")
-    require(
-        cfg.k_initial_multiplier >= 1,
-        "k_initial_multiplier",
-        cfg.k_initial_multiplier,
-        "be at least 1",
-    )
-    require(cfg.k_anneal_steps >= 0, "k_anneal_steps", cfg.k_anneal_steps, "not be negative")
-    require(
-        0 < cfg.topk_threshold_lr <= 1, "topk_threshold_lr", cfg.topk_threshold_lr, "be in (0, 1]"
-    )
-    _require_choice("weight_init", cfg.weight_init, ("kaiming", "inverse_sqrt_d"))
-    _require_choice("input_normalization", cfg.input_normalization, ("none", "first_batch"))
-    _require_choice("decode_kernel", cfg.decode_kernel, ("auto", "embedding_bag", "triton"))
-    require(
-        cfg.decode_kernel != "triton" or cfg.device.startswith("cuda"),
-        "decode_kernel",
-        cfg.decode_kernel,
-        f"be 'auto' on device {cfg.device!r}: the Triton kernels run on CUDA devices",
-    )
-    require(
-        cfg.input_normalization == "none" or cfg.apply_b_dec_to_input or not cfg.norm_scales,
+    check("k", math.isfinite(cfg.k) and cfg.k > 0, "be positive")
+    check("k", cfg.k <= cfg.d_sae, f"not exceed d_sae={cfg.d_sae}")
+    check("k_initial_multiplier", cfg.k_initial_multiplier >= 1, "be at least 1")
+    check("k_anneal_steps", cfg.k_anneal_steps >= 0, "not be negative")
+    check("topk_threshold_lr", 0 < cfg.topk_threshold_lr <= 1, "be in (0, 1]")
+    _check_choice(cfg, "weight_init", ("kaiming", "inverse_sqrt_d"))
+    _check_choice(cfg, "input_normalization", ("none", "first_batch"))
+    check(
         "input_normalization",
-        cfg.input_normalization,
+        cfg.input_normalization == "none" or cfg.apply_b_dec_to_input or not cfg.norm_scales,
         "be 'none' with norm_scales unless apply_b_dec_to_input: the shift folds into b_dec",
     )
-    _require_choice("token_loss_weight", cfg.token_loss_weight, ("none", "inverse_norm"))
+    _check_choice(cfg, "token_loss_weight", ("none", "inverse_norm"))
     for name in (
         "aux_loss_coefficient",
         "l1_coefficient",
@@ -463,131 +421,95 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
         "firing_floor",
         "firing_floor_rate",
     ):
-        value = getattr(cfg, name)
-        require(0 <= value < math.inf, name, value, "be finite and not negative")
+        check(name, 0 <= getattr(cfg, name) < math.inf, "be finite and not negative")
     for name in ("l1_warm_up_steps", "prefix_sort_every", "sketch_rank", "revival_every"):
-        require(getattr(cfg, name) >= 0, name, getattr(cfg, name), "not be negative")
-    for name in ("firing_rate_decay", "zscore_decay", "coactivation_decay", "importance_decay"):
-        _require_decay(name, getattr(cfg, name))
+        check(name, getattr(cfg, name) >= 0, "not be negative")
+    for name in ("firing_rate_decay", "statistics_decay"):
+        check(name, 0 <= getattr(cfg, name) < 1, "be a decay in [0, 1)")
     _validate_scales(cfg)
     _validate_orthogonality(cfg)
     _validate_revival(cfg)
 
 
 def _validate_scales(cfg: MultiScaleTrainingSAEConfig) -> None:
-    require(
-        all(math.isfinite(s) and s > 0 and s != 1 for s in cfg.sparsity_scales),
+    check = partial(_check, cfg)
+    check(
         "sparsity_scales",
-        cfg.sparsity_scales,
+        all(math.isfinite(s) and s > 0 and s != 1 for s in cfg.sparsity_scales),
         "hold positive multiples of k other than 1",
     )
-    require(
-        len(set(cfg.sparsity_scales)) == len(cfg.sparsity_scales),
+    check(
         "sparsity_scales",
-        cfg.sparsity_scales,
+        len(set(cfg.sparsity_scales)) == len(cfg.sparsity_scales),
         "not repeat a scale",
     )
-    require(
-        all(0 < share < 1 for share in cfg.prefix_fractions),
+    check(
         "prefix_fractions",
-        cfg.prefix_fractions,
+        all(0 < share < 1 for share in cfg.prefix_fractions),
         "hold shares of d_sae between 0 and 1 (the whole dictionary is always there)",
     )
-    require(
-        cfg.prefix_weight > 0 or not (cfg.detach_inner_prefixes and cfg.prefix_fractions),
+    check(
         "prefix_weight",
-        cfg.prefix_weight,
+        cfg.prefix_weight > 0 or not (cfg.detach_inner_prefixes and cfg.prefix_fractions),
         "be positive with detach_inner_prefixes, or the inner prefixes would learn from no loss",
     )
-    _require_choice("selection", cfg.selection, ("batchtopk", "zscore"))
-    require(
-        cfg.selection == "batchtopk" or not cfg.sparsity_scales,
+    _check_choice(cfg, "selection", ("batchtopk", "zscore"))
+    check(
         "sparsity_scales",
-        cfg.sparsity_scales,
+        cfg.selection == "batchtopk" or not cfg.sparsity_scales,
         "be empty with selection='zscore', which has no budget to scale",
     )
-    require(
-        cfg.selection == "batchtopk" or cfg.k_initial_multiplier == 1 or cfg.zscore_z_lr > 0,
+    check(
         "k_initial_multiplier",
-        cfg.k_initial_multiplier,
+        cfg.selection == "batchtopk" or cfg.k_initial_multiplier == 1 or cfg.zscore_z_lr > 0,
         "be 1 with a fixed z-score threshold, which does not follow k",
     )
-    require(0 <= cfg.standardise <= 1, "standardise", cfg.standardise, "be in [0, 1]")
-    require(
-        cfg.selection == "batchtopk" or cfg.standardise == 0,
+    check("standardise", 0 <= cfg.standardise <= 1, "be in [0, 1]")
+    check(
         "standardise",
-        cfg.standardise,
+        cfg.selection == "batchtopk" or cfg.standardise == 0,
         "be 0 with selection='zscore', which standardises fully by itself",
     )
-    require(math.isfinite(cfg.zscore_z), "zscore_z", cfg.zscore_z, "be finite")
-    require(
-        cfg.firing_floor < 1, "firing_floor", cfg.firing_floor, "be below 1, the mean firing rate"
-    )
-    require(
-        cfg.firing_floor == 0 or (cfg.selection == "batchtopk" and cfg.standardise == 0),
+    check("zscore_z", math.isfinite(cfg.zscore_z), "be finite")
+    check("firing_floor", cfg.firing_floor < 1, "be below 1, the mean firing rate")
+    check(
         "firing_floor",
-        cfg.firing_floor,
+        cfg.firing_floor == 0 or (cfg.selection == "batchtopk" and cfg.standardise == 0),
         "be 0 unless selection='batchtopk' and standardise=0: standardised latents fire equally "
         "often by themselves",
     )
 
 
 def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:
-    _require_choice("orthogonality_pairs", cfg.orthogonality_pairs, ("chunks", "neighbours"))
-    _require_choice(
-        "orthogonality_weighting",
-        cfg.orthogonality_weighting,
-        ("none", "coactivation", "correlation"),
-    )
+    check = partial(_check, cfg)
+    _check_choice(cfg, "orthogonality_pairs", ("chunks", "neighbours"))
+    _check_choice(cfg, "orthogonality_weighting", ("none", "coactivation", "correlation"))
     for name in (
         "orthogonality_chunk_size",
         "orthogonality_every",
         "neighbour_count",
         "neighbour_refresh_every",
     ):
-        require(getattr(cfg, name) >= 1, name, getattr(cfg, name), "be at least 1")
-    require(
-        -1 <= cfg.orthogonality_tau <= 1,
-        "orthogonality_tau",
-        cfg.orthogonality_tau,
-        "be in [-1, 1]",
-    )
+        check(name, getattr(cfg, name) >= 1, "be at least 1")
+    check("orthogonality_tau", -1 <= cfg.orthogonality_tau <= 1, "be in [-1, 1]")
     if cfg.orthogonality_coefficient == 0 or cfg.orthogonality_pairs == "neighbours":
         return
-    require(
-        cfg.orthogonality_weighting != "correlation",
+    check(
         "orthogonality_weighting",
-        cfg.orthogonality_weighting,
+        cfg.orthogonality_weighting != "correlation",
         "be 'none' or 'coactivation' with orthogonality_pairs='chunks': the sketch holds no means",
     )
-    require(
-        cfg.orthogonality_weighting == "none" or cfg.sketch_rank > 0,
+    check(
         "sketch_rank",
-        cfg.sketch_rank,
+        cfg.orthogonality_weighting == "none" or cfg.sketch_rank > 0,
         "be positive when chunks are weighted by co-activation, which comes from the sketch",
     )
 
 
 def _validate_revival(cfg: MultiScaleTrainingSAEConfig) -> None:
-    _require_choice("revival_source", cfg.revival_source, ("error_samples", "error_svd"))
-    require(
-        cfg.revival_dead_steps >= 1, "revival_dead_steps", cfg.revival_dead_steps, "be at least 1"
-    )
-    require(
-        cfg.revival_survival_steps >= 1,
-        "revival_survival_steps",
-        cfg.revival_survival_steps,
-        "be at least 1",
-    )
-    require(
-        -1 <= cfg.revival_min_cosine <= 1,
-        "revival_min_cosine",
-        cfg.revival_min_cosine,
-        "be a cosine in [-1, 1]",
-    )
-    require(
-        0 < cfg.revival_max_fraction <= 1,
-        "revival_max_fraction",
-        cfg.revival_max_fraction,
-        "be in (0, 1]",
-    )
+    check = partial(_check, cfg)
+    _check_choice(cfg, "revival_source", ("error_samples", "error_svd"))
+    check("revival_dead_steps", cfg.revival_dead_steps >= 1, "be at least 1")
+    check("revival_survival_steps", cfg.revival_survival_steps >= 1, "be at least 1")
+    check("revival_min_cosine", -1 <= cfg.revival_min_cosine <= 1, "be a cosine in [-1, 1]")
+    check("revival_max_fraction", 0 < cfg.revival_max_fraction <= 1, "be in (0, 1]")

@@ -28,6 +28,12 @@ class KeepsFloat32(nn.Module):
 
     exact_tensor_names: tuple[str, ...] = ()
 
+    def register_exact(self, **tensors: torch.Tensor) -> None:
+        """Register buffers whose precision is kept."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.exact_tensor_names = (*self.exact_tensor_names, *tensors)
+
     @override
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # Detached: a cast replaces the data of a parameter, not the parameter.
@@ -55,9 +61,8 @@ def exact_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
 def add_remainders(state_dict: dict[str, Any], names: Mapping[str, torch.dtype]) -> None:
     """Add, for each named tensor, the two bf16 summands that a cast to bf16 would lose.
 
-    Args:
-        state_dict: Changed in place; `<name>_bf16_remainder` has shape (2, *shape of name).
-        names: Names as given by `exact_dtypes`; those absent from the state dict are skipped.
+    `<name>_bf16_remainder` has shape (2, *shape of name). Names absent from the state dict are
+    skipped.
     """
     for name in names:
         if name not in state_dict:
@@ -74,9 +79,7 @@ def add_remainders(state_dict: dict[str, Any], names: Mapping[str, torch.dtype])
 def restore_exact(state_dict: dict[str, Any], names: Mapping[str, torch.dtype]) -> None:
     """Undo the cast that reading a checkpoint applied to the named tensors.
 
-    Args:
-        state_dict: Changed in place: remainders are consumed, tensors get the dtypes of `names`.
-        names: Names as given by `exact_dtypes`.
+    Remainders are consumed, tensors get the dtypes of `names`.
     """
     for name, dtype in names.items():
         remainder = state_dict.pop(name + REMAINDER_SUFFIX, None)

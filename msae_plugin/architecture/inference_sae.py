@@ -157,7 +157,7 @@ class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):
             super().fold_activation_norm_scaling_factor(scaling_factor)
             return
         self.b_dec.div_(scaling_factor)
-        self.normalisation.fold_input_scaling(scaling_factor)
+        self.normalisation.fold_scale(scaling_factor)
         self.cfg.normalize_activations = "none"
 
     @override

@@ -30,13 +30,9 @@ _NEAREST = 1e-3
 
 @torch.no_grad()
 def geometric_median(points: torch.Tensor) -> torch.Tensor:
-    """The point with the least sum of distances to all points, by Weiszfeld's iteration.
+    """The point with the least sum of distances to all points (n, d), by Weiszfeld's iteration.
 
-    Args:
-        points: (n, d), at least float32.
-
-    Returns:
-        (d,). Equivariant under a * x + c: it starts at the mean and counts in its own unit.
+    Equivariant under a * x + c: it starts at the mean and counts in its own unit.
     """
     mean = points.mean(dim=0)
     centred = points - mean
@@ -54,14 +50,9 @@ def geometric_median(points: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def estimate_units(activations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift and scale of a batch.
+    """Shift (d_in,), the geometric median, and scale of a batch.
 
-    Args:
-        activations: (n_tokens, d_in).
-
-    Returns:
-        `shift` (d_in,), the geometric median, and `scale`, zero-dimensional and positive: the
-        median distance from it over sqrt(d_in), 1 where all tokens are equal.
+    The scale is the median distance from it over sqrt(d_in), 1 where all tokens are equal.
     """
     points = activations.to(torch.promote_types(activations.dtype, torch.float32))
     shift = geometric_median(points)
@@ -81,7 +72,6 @@ class InputUnits(KeepsFloat32):
         scales: False leaves `scale` at 1, for an SAE that divides each token by its own norm.
     """
 
-    exact_tensor_names = ("shift", "scale", "estimated")
     shift: torch.Tensor
     scale: torch.Tensor
     estimated: torch.Tensor
@@ -92,18 +82,15 @@ class InputUnits(KeepsFloat32):
         super().__init__()
         self._scales = scales
         dtype = torch.promote_types(dtype, torch.float32)
-        self.register_buffer("shift", torch.zeros(d_in, dtype=dtype, device=device))
-        self.register_buffer("scale", torch.ones((), dtype=dtype, device=device))
-        self.register_buffer("estimated", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_exact(
+            shift=torch.zeros(d_in, dtype=dtype, device=device),
+            scale=torch.ones((), dtype=dtype, device=device),
+            estimated=torch.zeros((), dtype=torch.int64, device=device),
+        )
 
     @torch.no_grad()
     def estimate(self, activations: torch.Tensor, ranks: Ranks = ALONE) -> None:
-        """Take shift and scale from a batch, once; a batch that is not finite leaves them.
-
-        Args:
-            activations: (n_tokens, d_in), this rank's.
-            ranks: The processes that share the batch.
-        """
+        """Take shift and scale from a batch, once; a batch that is not finite leaves them."""
         if bool(self.estimated):
             return
         shift, scale = estimate_units(ranks.concatenated(activations)[0])

@@ -57,7 +57,6 @@ _SOURCE_1: dict[str, Any] = {
     **mechanisms_off(),
     "selection": "zscore",
     "zscore_z": 2.0,
-    "zscore_decay": 0.99,
     "l1_coefficient": 0.04,
     "l1_warm_up_steps": 1000,
     "aux_loss_coefficient": 0.0,

@@ -1,9 +1,9 @@
 """Statistics over a batch that several processes share.
 
 Data-parallel training gives each process ("rank") a share of every batch. What the SAE computes
-over the tokens of a batch - a cut, a mean, a variance, a count - goes through a `Ranks`, so that
-all ranks know the same value: that of the whole batch. `ALONE`, for one process, hands everything
-back as it is. All ranks hold equally many tokens.
+over the tokens of a batch - a threshold, a mean, a variance, a count - goes through a `Ranks`, so
+that all ranks know the same value: that of the whole batch. `ALONE`, for one process, hands
+everything back as it is. All ranks hold equally many tokens.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import torch
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
 
-# The previous cut times this share admits the candidates of the next ranking: enough that the exact
-# top-k lies among them in all but a few steps, few enough that the ranking costs 22 ms instead of
+# The previous threshold times this share admits the candidates of the next ranking: enough that the
+# exact top-k lies among them in all but a few steps, few enough that it costs 22 ms instead of
 # 240 ms (2048 x 4608, k 32, one CPU core).
 CANDIDATE_SHARE = 0.7
 
@@ -28,10 +28,10 @@ class Selection:
             padding, which is never active (static_selection.py).
         tokens: (n_pairs,) token of each pair, long.
         latents: (n_pairs,) latent of each pair, long.
-        tiers: (n_pairs,) index of the smallest budget that includes the pair, long.
-        main_tier: Tier of the budget k itself: pairs with `tiers <= main_tier` are the latents.
-        cut: Smallest score among the pairs of the budget k; a zero-dimensional tensor, +inf when
-            nothing is active.
+        levels: (n_pairs,) index of the smallest budget that includes the pair, long.
+        main_level: Level of the budget k itself: pairs with `levels <= main_level` are the latents.
+        threshold: Smallest score among the pairs of the budget k; a zero-dimensional tensor,
+            +inf when nothing is active.
         lowest_score: Smallest score among all pairs, likewise.
         padded: Whether there may be padding.
     """
@@ -39,9 +39,9 @@ class Selection:
     values: torch.Tensor
     tokens: torch.Tensor
     latents: torch.Tensor
-    tiers: torch.Tensor
-    main_tier: int
-    cut: torch.Tensor
+    levels: torch.Tensor
+    main_level: int
+    threshold: torch.Tensor
     lowest_score: torch.Tensor
     padded: bool = False
     _active: torch.Tensor | None = field(default=None, init=False, repr=False)
@@ -49,7 +49,7 @@ class Selection:
     def active(self) -> torch.Tensor:
         """(n_pairs,) bool: the pairs within the budget k, without padding."""
         if self._active is None:
-            within = self.tiers <= self.main_tier
+            within = self.levels <= self.main_level
             self._active = within & (self.values > 0) if self.padded else within
         return self._active
 
@@ -72,47 +72,45 @@ def batch_top_k(
     scores: torch.Tensor,
     k: float,
     sparsity_scales: Sequence[float],
-    candidate_cut: float = 0.0,
+    candidate_threshold: float = 0.0,
     ranks: Ranks = ALONE,
 ) -> Selection:
-    """Rank the positive pre-activations of a batch and cut at k and at every s * k (BatchTopK).
+    """Rank the positive pre-activations of a batch and keep k and every s * k (BatchTopK).
+
+    int(k * n_tokens) pairs are kept, as in SAELens' BatchTopK, capped at the number of entries. The
+    pairs of all ranks are ranked together, and each keeps those of its own tokens.
 
     Args:
         hidden_pre: (n_tokens, d_sae) pre-activations.
         scores: (n_tokens, d_sae) what is ranked; `hidden_pre` itself unless standardised.
-        k: Mean number of active latents per token; int(k * n_tokens) pairs are kept, as in
-            SAELens' BatchTopK, capped at the number of entries.
+        k: Mean number of active latents per token.
         sparsity_scales: Further budgets as multiples of k.
-        candidate_cut: A guess below the final cut that shortens the ranking. It never changes the
-            result: when too few entries lie above it, all are ranked.
-        ranks: The processes that share the batch: the pairs of all are ranked together, and each
-            keeps those of its own tokens.
-
-    Returns:
-        The selection; its tiers follow the budgets in ascending order.
+        candidate_threshold: A guess below the final one that shortens the ranking. It never changes
+            the result: when too few entries lie above it, all are ranked.
+        ranks: The processes that share the batch.
     """
     n_tokens, d_sae = hidden_pre.shape
-    budgets, main_tier = pair_budgets(k, sparsity_scales, n_tokens * ranks.count, d_sae)
+    budgets, main_level = pair_budgets(k, sparsity_scales, n_tokens * ranks.count, d_sae)
     flat_pre, flat_scores = hidden_pre.flatten(), scores.flatten()
-    candidates = _candidates(flat_pre, flat_scores, budgets[-1], candidate_cut, ranks)
+    candidates = _candidates(flat_pre, flat_scores, budgets[-1], candidate_threshold, ranks)
     candidate_scores, start = ranks.concatenated(flat_scores[candidates])
     n_kept = min(budgets[-1], candidate_scores.numel())
     top_scores, positions = torch.topk(candidate_scores, n_kept)
     order = torch.arange(n_kept, device=positions.device)
-    tiers = torch.bucketize(order, torch.tensor(budgets, device=positions.device), right=True)
+    levels = torch.bucketize(order, torch.tensor(budgets, device=positions.device), right=True)
     if ranks.count > 1:
         own = (positions >= start) & (positions < start + candidates.numel())
-        positions, tiers = positions[own] - start, tiers[own]
+        positions, levels = positions[own] - start, levels[own]
     chosen = candidates[positions]
     infinity = scores.new_tensor(torch.inf)
-    n_main = min(budgets[main_tier], n_kept)
+    n_main = min(budgets[main_level], n_kept)
     return Selection(
         values=flat_pre[chosen],
         tokens=chosen // hidden_pre.shape[1],
         latents=chosen % hidden_pre.shape[1],
-        tiers=tiers,
-        main_tier=main_tier,
-        cut=top_scores[n_main - 1] if n_main else infinity,
+        levels=levels,
+        main_level=main_level,
+        threshold=top_scores[n_main - 1] if n_main else infinity,
         lowest_score=top_scores[-1] if n_kept else infinity,
     )
 
@@ -121,13 +119,13 @@ def _candidates(
     flat_pre: torch.Tensor,
     flat_scores: torch.Tensor,
     n_needed: int,
-    candidate_cut: float,
+    candidate_threshold: float,
     ranks: Ranks,
 ) -> torch.Tensor:
     """Indices of all positive entries, or of those above the guess when they suffice."""
     positive = flat_pre > 0
-    if candidate_cut > 0:
-        above = (positive & (flat_scores > candidate_cut)).nonzero().squeeze(1)
+    if candidate_threshold > 0:
+        above = (positive & (flat_scores > candidate_threshold)).nonzero().squeeze(1)
         if _on_all(above.numel(), ranks) >= n_needed:
             return above
     candidates = positive.nonzero().squeeze(1)
@@ -144,15 +142,9 @@ def _on_all(count: int, ranks: Ranks) -> int:
 def above_threshold(
     hidden_pre: torch.Tensor, threshold: torch.Tensor, ranks: Ranks = ALONE
 ) -> Selection:
-    """Keep the positive pre-activations above a threshold per latent.
+    """Keep the positive pre-activations (n_tokens, d_sae) above a threshold per latent.
 
-    Args:
-        hidden_pre: (n_tokens, d_sae) pre-activations.
-        threshold: (d_sae,) or scalar; compared in float32 whatever the dtype of `hidden_pre`.
-        ranks: The processes that share the batch, of which the smallest score is found.
-
-    Returns:
-        The selection, with a single tier.
+    Compared in float32 whatever their dtype. The selection has a single level.
     """
     tokens, latents = ((hidden_pre > threshold) & (hidden_pre > 0)).nonzero(as_tuple=True)
     values = hidden_pre[tokens, latents]
@@ -162,24 +154,17 @@ def above_threshold(
         values=values,
         tokens=tokens,
         latents=latents,
-        tiers=torch.zeros_like(tokens),
-        main_tier=0,
-        cut=lowest,
+        levels=torch.zeros_like(tokens),
+        main_level=0,
+        threshold=lowest,
         lowest_score=lowest,
     )
 
 
 def running_rate(rate: float, n_observations: int) -> float:
-    """Rate of a running mean that starts as the plain mean of what was seen.
+    """Weight of the next value in a running mean that starts as the plain mean of what was seen.
 
     A running mean that starts at zero is biased for 1/rate steps: SAELens' threshold exports five
     times the intended L0 after 500 steps. Here the rate never falls below 1 / (observations + 1).
-
-    Args:
-        rate: Rate in the long run, in (0, 1].
-        n_observations: How many values the mean has already seen.
-
-    Returns:
-        The weight of the next value.
     """
     return max(rate, 1.0 / (n_observations + 1))

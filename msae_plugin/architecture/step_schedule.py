@@ -1,4 +1,4 @@
-"""What a training step takes from its number: k, its budgets, rates of running means.
+"""The values of a training step: its schedules, its inputs, its results.
 
 A step that was recorded on a GPU (`kernels/cuda_graphs.py`) is replayed with other numbers, so that
 everything that changes from step to step is here, as Python numbers or as tensors of the device.
@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from msae_plugin.architecture.auxk import DeadLatents
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.selection import pair_budgets, running_rate
 
 Number = float | torch.Tensor
 
-_INPUT_VARIANCE_DECAY = 0.99
 # While k falls a recorded list has room for the largest k of its part of the fall.
 _PARTS_OF_THE_FALL = 8
+# Shortest padded list of dead latents; the others are twice, four times as long, and so on.
+_SHORTEST_LIST = 64
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Budgets:
     Attributes:
         pairs: Pairs that k and every s * k allow, ascending; zero-dimensional tensors in a recorded
             step.
-        main_tier: Which of them is k's own.
+        main_level: Which of them is k's own.
         n_listed: Length of the list of pairs; at least the last budget.
     """
 
     pairs: Sequence[int] | Sequence[torch.Tensor]
-    main_tier: int
+    main_level: int
     n_listed: int
 
     @classmethod
     def of(cls, k: float, sparsity_scales: Sequence[float], n_tokens: int, d_sae: int) -> Budgets:
         """Budgets at a k, in a list no longer than the largest."""
-        pairs, main_tier = pair_budgets(k, sparsity_scales, n_tokens, d_sae)
-        return cls(pairs, main_tier, pairs[-1])
+        pairs, main_level = pair_budgets(k, sparsity_scales, n_tokens, d_sae)
+        return cls(pairs, main_level, pairs[-1])
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class StepSchedule:
         k: Target L0.
         budgets: Pairs that may be active.
         floor_rate: Firing rate below which a latent is helped.
-        threshold_rate: Weight of this step in the running cut. While k falls the cut falls with it,
-            so the running estimate starts when k has arrived.
+        threshold_rate: Weight of this step in the running threshold. While k falls the threshold
+            falls with it, so the running estimate starts when k has arrived.
         firing_rate_rate: Weight of this step in the running firing rates.
-        input_variance_rate: Weight of this step in the running variance of the activations.
+        statistics_rate: Weight of this step in all other running means.
     """
 
     step: int
@@ -66,17 +66,11 @@ class StepSchedule:
     floor_rate: Number
     threshold_rate: Number
     firing_rate_rate: Number
-    input_variance_rate: Number
+    statistics_rate: Number
 
     @classmethod
     def at(cls, cfg: MultiScaleTrainingSAEConfig, step: int, n_tokens: int) -> StepSchedule:
-        """The schedule of a step.
-
-        Args:
-            cfg: Configuration of the SAE.
-            step: Training steps before this one.
-            n_tokens: Tokens of the batch.
-        """
+        """The schedule of a step on a batch of so many tokens."""
         k = cfg.k_at(step)
         return cls(
             step=step,
@@ -85,22 +79,17 @@ class StepSchedule:
             floor_rate=cfg.floor_rate(k),
             threshold_rate=running_rate(cfg.topk_threshold_lr, max(0, step - cfg.k_anneal_steps)),
             firing_rate_rate=running_rate(1 - cfg.firing_rate_decay, step),
-            input_variance_rate=running_rate(1 - _INPUT_VARIANCE_DECAY, step),
+            statistics_rate=running_rate(1 - cfg.statistics_decay, step),
         )
 
     def numbers(self) -> list[float]:
         """Everything that is a tensor in a recorded step, in the order of `with_numbers`."""
-        rates = (self.threshold_rate, self.firing_rate_rate, self.input_variance_rate)
+        rates = (self.threshold_rate, self.firing_rate_rate, self.statistics_rate)
         numbers = (self.k, self.floor_rate, *rates, *self.budgets.pairs)
         return [float(number) for number in numbers]
 
     def with_numbers(self, numbers: torch.Tensor, n_listed: int) -> StepSchedule:
-        """The same schedule with tensors for numbers.
-
-        Args:
-            numbers: (n,) float64, values as `numbers` gives them.
-            n_listed: Length of the list of pairs.
-        """
+        """The same schedule with tensors for numbers (n,), as `numbers` gives them."""
         n_pairs = len(self.budgets.pairs)
         k, *rates = numbers[:-n_pairs].float().unbind()
         pairs = numbers[-n_pairs:].long().unbind()
@@ -111,13 +100,7 @@ class StepSchedule:
 def room_for_pairs(cfg: MultiScaleTrainingSAEConfig, step: int, n_tokens: int) -> int:
     """Length of a list that holds the pairs of this step and of those near it.
 
-    Args:
-        cfg: Configuration of the SAE.
-        step: Training steps before this one.
-        n_tokens: Tokens of the batch.
-
-    Returns:
-        The same number for every step of an eighth of the fall of k, and after it.
+    The same number for every step of an eighth of the fall of k, and after it.
     """
     k, highest = cfg.k, cfg.k * cfg.k_initial_multiplier
     if highest > k:
@@ -125,6 +108,37 @@ def room_for_pairs(cfg: MultiScaleTrainingSAEConfig, step: int, n_tokens: int) -
         k += (highest - k) * part / _PARTS_OF_THE_FALL
     at_least = Budgets.of(cfg.k_at(step), cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed
     return max(at_least, Budgets.of(k, cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed)
+
+
+@dataclass(frozen=True)
+class DeadLatents:
+    """The latents that AuxK trains.
+
+    Attributes:
+        mask: (d_sae,) bool, which latents are dead.
+        latents: (n_listed,) their indices, long, and padding behind them.
+        count: How many there are, where the list is padded: a zero-dimensional tensor. None
+            where the list is as long as they are many.
+    """
+
+    mask: torch.Tensor
+    latents: torch.Tensor
+    count: torch.Tensor | None = None
+
+    @classmethod
+    def listed(cls, mask: torch.Tensor) -> DeadLatents | None:
+        """A list as long as there are dead latents, or None when there are none."""
+        latents = mask.nonzero().squeeze(1)
+        return cls(mask, latents) if latents.numel() else None
+
+    def padded(self) -> tuple[torch.Tensor, int]:
+        """The list in one of few lengths, and the number of dead latents in it."""
+        n_dead, length = self.latents.numel(), _SHORTEST_LIST
+        while length < n_dead:
+            length *= 2
+        padded = self.latents.new_zeros(min(length, self.mask.numel()))
+        padded[:n_dead] = self.latents
+        return padded, n_dead
 
 
 @dataclass(frozen=True)
@@ -140,6 +154,25 @@ class StepInputs:
     sae_in: torch.Tensor
     dead: DeadLatents | None
     l1_coefficient: float = 0.0
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """What the encoder is given.
+
+    Attributes:
+        x_hat: (n_tokens, d_in) normalised tokens.
+        token_scale: (n_tokens, 1) factor that undoes the normalisation; None without one.
+        decoder_norm: (d_sae,) norms by which pre-activations are multiplied, so that they are
+            ranked as if the decoder had unit norm; None without the rescaling. They cancel in the
+            reconstruction and carry no gradient.
+        centre: (d_in,) b_dec where x_hat is a constant less b_dec; None otherwise.
+    """
+
+    x_hat: torch.Tensor
+    token_scale: torch.Tensor | None = None
+    decoder_norm: torch.Tensor | None = None
+    centre: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

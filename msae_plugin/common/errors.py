@@ -7,9 +7,8 @@ Every message is one line that says what is wrong, where, and what to do. The co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 
 class InputError(ValueError):
@@ -43,14 +42,6 @@ class MissingInputError(InputError):
         count = "1 thing is" if len(self.items) == 1 else f"{len(self.items)} things are"
         self.summary = f"{count} missing; {advice}"
         super().__init__(f"not everything is there ({'; '.join(self.items)}); {advice}")
-
-
-def did_you_mean(
-    name: str, known: Iterable[str], otherwise: str, *, n: int = 1, cutoff: float = 0.6
-) -> str:
-    """Advice on an unknown name: one of the `n` nearest known names, or else `otherwise`."""
-    near = get_close_matches(name, list(known), n=n, cutoff=cutoff)
-    return f"did you mean {', '.join(near)}?" if near else otherwise
 
 
 class RunFailure(RuntimeError):

@@ -1,29 +1,113 @@
-"""From YAML to typed dataclasses, refusing what it does not understand.
+"""Recipes: YAML files, `--set`, and pydantic dataclasses that refuse what they do not understand.
 
-YAML's own surprises are repaired here: PyYAML reads `3e-4` as a string because YAML 1.1 wants a
-dot in a float, and `yes` as a boolean.
+YAML's own surprises are repaired here: PyYAML reads `3e-4` as text because YAML 1.1 wants a dot in
+a float, and `on` as a boolean. Text becomes a number where the type asks for one, not in the
+loader: an SAE's keys stay as they were written, because finished SAEs are recognised by a digest of
+them.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import difflib
+import functools
 import types
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, Union, cast, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AllowInfNan,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
 
 from msae_plugin.common.errors import InputError
 
-T = TypeVar("T")
+RECIPE = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+"""Of every pydantic dataclass of a recipe; the text below a field is its description."""
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _whole(value: Any) -> Any:
+    # 1e6 is a natural way to write a number of tokens.
+    number = _number(value) if isinstance(value, str) else value
+    return int(number) if isinstance(number, float) and number.is_integer() else value
+
+
+def _on_off(value: Any) -> Any:
+    # `tensorboard: on` reaches us as True, `off` as False: YAML 1.1 booleans.
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+Flag: TypeAlias = Annotated[bool, Strict()]
+Text: TypeAlias = Annotated[str, Strict()]
+Whole: TypeAlias = Annotated[int, Strict(), BeforeValidator(_whole)]
+Count: TypeAlias = Annotated[Whole, Field(ge=1)]
+CountOrZero: TypeAlias = Annotated[Whole, Field(ge=0)]
+_AnyNumber: TypeAlias = Annotated[float, Strict(), BeforeValidator(_number)]
+Number: TypeAlias = Annotated[_AnyNumber, AllowInfNan(False)]
+Positive: TypeAlias = Annotated[Number, Field(gt=0)]
+PositiveOrZero: TypeAlias = Annotated[Number, Field(ge=0)]
+ON_OFF = BeforeValidator(_on_off)
+
+_STRICT: Mapping[Any, Any] = {bool: Flag, str: Text, int: Whole, float: _AnyNumber}
+_SPOKEN: Mapping[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping of keys to values",
+}
+# What `--set GROUP.NAME=null` removes, by group.
+_CAN_BE_LEFT_OUT = {"saes": "SAE", "evaluations": "evaluation"}
+
+
+def did_you_mean(
+    name: str,
+    known: Iterable[str],
+    otherwise: str = "known are: ",
+    *,
+    shown: Callable[[str], str] = repr,
+    n: int = 1,
+    listed: int = 1000,
+) -> str:
+    """`did you mean 'x'?`, or all the known names where none is near.
+
+    Args:
+        name: What was given.
+        known: What could have been.
+        otherwise: Stands before the list of the known names.
+        shown: How a near name is written.
+        n: Near names at most.
+        listed: Known names at most.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(map(shown, near))}?"
+    return otherwise + ", ".join(names[:listed]) + (", ..." if len(names) > listed else "")
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
     """One line naming the unknown key, where it stands, and the nearest known name."""
-    names = sorted(known)
-    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(names)}"
     place = f" in {where!r}" if where else ""
-    return f"unknown key {key!r}{place}: {hint}"
+    return f"unknown key {key!r}{place}: {did_you_mean(key, sorted(known))}"
 
 
 def as_mapping(value: object, where: str) -> dict[str, Any]:
@@ -32,141 +116,194 @@ def as_mapping(value: object, where: str) -> dict[str, Any]:
     Raises:
         InputError: If it is anything else.
     """
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where!r} must be a mapping of keys to values, not {value!r}")
-    mapping = cast("Mapping[Any, Any]", value)
-    for key in mapping:
-        if not isinstance(key, str):
-            raise InputError(f"{where!r} has the key {key!r}: keys must be text")
-    return dict(mapping)
+    return coerce(value, dict[str, Any], where)
 
 
-def build(cls: type[T], values: object, where: str) -> T:
-    """Build a dataclass from a mapping, coercing every value to its field's annotation.
+def read_yaml(path: Path, kind: str = "config") -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
 
     Args:
-        cls: A dataclass whose fields all have defaults. Nested dataclasses are built recursively.
-        values: The mapping read from YAML.
-        where: Dotted path of the mapping, for messages.
+        path: The file.
+        kind: What it is, for messages.
 
     Raises:
-        InputError: For an unknown key or a value of the wrong type, naming its dotted path.
+        InputError: It cannot be read, or holds something else.
     """
-    mapping = as_mapping(values, where)
-    known = {field.name for field in dataclasses.fields(cast(Any, cls))}
-    for key in mapping:
-        if key not in known:
-            raise InputError(unknown_key_message(key, known, where))
-    hints = get_type_hints(cls)
-    return cls(
-        **{key: coerce(value, hints[key], _join(where, key)) for key, value in mapping.items()}
-    )
+    try:
+        values: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the {kind} {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{kind} {str(path)!r} is not a text file") from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{str(path)!r} is not valid YAML: {problem}") from error
+    if values is None:
+        raise InputError(f"{kind} {str(path)!r} is empty")
+    return as_mapping(values, str(path))
+
+
+def with_overrides(
+    values: Mapping[str, Any],
+    overrides: Sequence[str],
+    adjust: Callable[[Any, str], Any] = lambda value, _: value,
+) -> dict[str, Any]:
+    """A copy of a recipe with `--set` applied, less the keys that are null.
+
+    Args:
+        values: The recipe as nested dictionaries.
+        overrides: `key.path=value` with the value in YAML, applied in order; `saes.NAME=null` and
+            `evaluations.NAME=null` leave one out.
+        adjust: Applied to each value, with its dotted path.
+
+    Raises:
+        InputError: An override cannot be applied.
+    """
+    merged = copy.deepcopy(dict(values))
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        where = f"--set {override!r}"
+        if not separator:
+            raise InputError(f"{where} is not of the form key.path=value")
+        try:
+            value: object = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{where}: the value is not valid YAML") from error
+        set_value(merged, path.strip(), adjust(value, path.strip()), where)
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def set_value(values: dict[str, Any], path: str, value: object, where: str) -> None:
+    """Set a dotted key in nested dictionaries, making those that are missing.
+
+    Raises:
+        InputError: The path is none, or leads through something that is not a mapping.
+    """
+    keys = path.split(".")
+    if not all(keys):
+        raise InputError(f"{where} is not of the form key.path=value")
+    inner = values
+    for depth, key in enumerate(keys[:-1]):
+        if inner.get(key) is None:
+            inner[key] = {}
+        if not isinstance(inner[key], dict):
+            raise InputError(f"{where}: {'.'.join(keys[: depth + 1])!r} has no keys")
+        inner = cast("dict[str, Any]", inner[key])
+    if value is None and len(keys) == 2 and keys[0] in _CAN_BE_LEFT_OUT:
+        if keys[1] not in inner:
+            kind = _CAN_BE_LEFT_OUT[keys[0]]
+            raise InputError(f"{where}: the recipe has no such {kind} to leave out")
+        del inner[keys[1]]
+    else:
+        inner[keys[-1]] = value
 
 
 def coerce(value: Any, annotation: Any, where: str) -> Any:
-    """Check a value against an annotation, turning `"3e-4"` into a float and 1 into 1.0.
+    """Check a value against a type, turning `"3e-4"` into a float and 1e6 into a whole number.
 
     Args:
         value: The value read from YAML.
-        annotation: A type, a Literal, a union, a list or dict of these, or a dataclass.
+        annotation: A scalar, Literal, union, list or dict of these, or a dataclass of a recipe;
+            anything else is not checked.
         where: Dotted path of the value, for messages.
 
     Raises:
         InputError: If the value does not fit.
     """
-    origin = get_origin(annotation)
-    if annotation is Any:
-        return value
-    if origin is Literal:
-        return _coerce_literal(value, get_args(annotation), where)
-    if origin in (Union, types.UnionType):
-        return _coerce_union(value, get_args(annotation), where)
-    if origin in (list, dict):
-        return _coerce_collection(value, origin, get_args(annotation), where)
-    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return value if isinstance(value, annotation) else build(annotation, value, where)
-    if annotation in (bool, int, float, str, list, dict):
-        return _coerce_scalar(value, annotation, where)
-    return value
-
-
-def _coerce_scalar(value: Any, wanted: type[Any], where: str) -> Any:
-    if wanted is float and not isinstance(value, bool):
-        if isinstance(value, int):
-            return float(value)
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    # 1e6 is a float to YAML and a natural way to write a number of tokens.
-    if wanted is int and isinstance(value, (float, str)):
-        number = _whole_number(value)
-        if number is not None:
-            return number
-    if isinstance(value, wanted) and not (isinstance(value, bool) and wanted in (int, float)):
-        return value
-    raise InputError(f"{where!r} must be {_spoken(wanted)}, not {value!r}")
-
-
-def _whole_number(value: float | str) -> int | None:
     try:
-        number = float(value)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else None
+        return _adapter(annotation).validate_python(value)
+    except ValidationError as error:
+        raise _one_line(error, annotation, where) from error
 
 
-def _coerce_literal(value: Any, allowed: tuple[Any, ...], where: str) -> Any:
-    # `tensorboard: on` reaches us as True, `off` as False: YAML 1.1 booleans.
-    if isinstance(value, bool) and value not in [item for item in allowed if item is value]:
-        value = "on" if value else "off"
-    if value in allowed:
-        return value
-    raise InputError(f"{where!r} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+@functools.cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(_strict(annotation))
 
 
-def _coerce_union(value: Any, members: tuple[Any, ...], where: str) -> Any:
-    if value is None and type(None) in members:
-        return None
-    wanted = [member for member in members if member is not type(None)]
-    # An exact match wins, so that `bool | list[int]` keeps a boolean a boolean.
-    for member in wanted:
-        if isinstance(member, type) and type(value) is member:
-            return value
-    messages: list[str] = []
-    for member in wanted:
-        try:
-            return coerce(value, member, where)
-        except InputError as error:
-            messages.append(str(error))
-    if len(messages) == 1:
-        raise InputError(messages[0])
-    names = " or ".join(_spoken(member) for member in wanted)
-    raise InputError(f"{where!r} must be {names}, not {value!r}")
+def _strict(annotation: Any) -> Any:
+    """The same type without pydantic's conversions, as SAELens' and SAEBench's hints need it."""
+    origin, members = get_origin(annotation), get_args(annotation)
+    if annotation in _STRICT:
+        return _STRICT[annotation]
+    if origin is Literal:
+        return Annotated[annotation, ON_OFF]
+    if origin in (Union, types.UnionType):
+        return Union[tuple(map(_strict, members))]  # noqa: UP007
+    if origin in (list, dict):
+        return cast("Any", origin)[tuple(map(_strict, members))]
+    ours = origin is Annotated or hasattr(annotation, "__pydantic_config__")
+    return annotation if ours or annotation in (list, dict, types.NoneType) else Any
 
 
-def _coerce_collection(value: Any, origin: Any, members: tuple[Any, ...], where: str) -> Any:
-    if origin is dict:
-        mapping = as_mapping(value, where)
-        return {key: coerce(item, members[1], _join(where, key)) for key, item in mapping.items()}
-    if not isinstance(value, (list, tuple)):
-        raise InputError(f"{where!r} must be a list, not {value!r}")
-    items = cast("list[Any]", value)
-    return [coerce(item, members[0], f"{where}[{index}]") for index, item in enumerate(items)]
+def _one_line(error: ValidationError, annotation: Any, where: str) -> InputError:
+    """Say the first of pydantic's errors in one line that names the key and what is allowed."""
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    steps, value = list(first["loc"]), first["input"]
+    bad_key = first["type"] == "invalid_key" or "[key]" in steps
+    if bad_key:
+        steps = steps[: -2 if "[key]" in steps else -1]
+    wanted, limits = _bare(annotation)
+    for step in steps:
+        if hasattr(wanted, "__pydantic_fields__"):
+            fields: dict[str, FieldInfo] = wanted.__pydantic_fields__
+            if step not in fields:
+                return InputError(unknown_key_message(str(step), fields, where))
+            wanted, limits = _bare(fields[str(step)].annotation)
+            limits = [*fields[str(step)].metadata, *limits]
+        elif get_origin(wanted) in (list, dict):
+            wanted, limits = _bare(get_args(wanted)[-1])
+        else:
+            break  # A member of a union.
+        where = f"{where}[{step}]" if isinstance(step, int) else f"{where}.{step}".lstrip(".")
+    if bad_key:
+        return InputError(f"{where!r} has the key {value!r}: keys must be text")
+    out_of_limits = first["type"].startswith(("greater_than", "less_than", "finite_number"))
+    if out_of_limits:
+        value = _whole(value) if wanted is int else _number(value)
+    elif get_origin(wanted) is Literal:
+        value = _on_off(value)
+    allowed = _spoken_limits(limits) if out_of_limits else _spoken(wanted)
+    return InputError(f"{where!r} must be {allowed}, not {value!r}")
+
+
+def _bare(annotation: Any) -> tuple[Any, list[Any]]:
+    """A type without `Annotated` and `| None`, and what stood in the former."""
+    members = [member for member in get_args(annotation) if member is not types.NoneType]
+    if get_origin(annotation) is Annotated:
+        wanted, limits = _bare(members[0])
+        return wanted, [*members[1:], *limits]
+    if get_origin(annotation) in (Union, types.UnionType) and len(members) == 1:
+        return _bare(members[0])
+    return annotation, []
 
 
 def _spoken(wanted: Any) -> str:
-    spoken: dict[Any, str] = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a mapping",
-    }
-    return spoken.get(wanted, str(wanted))
+    origin, members = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, members))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_spoken(_bare(member)[0]).removeprefix("one of ") for member in members)
+    if hasattr(wanted, "__pydantic_fields__"):
+        return _SPOKEN[dict]
+    return _SPOKEN.get(origin or wanted, str(wanted))
 
 
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+def _spoken_limits(limits: Iterable[Any]) -> str:
+    flat = [item for m in limits for item in (m.metadata if isinstance(m, FieldInfo) else [m])]
+    names = ("gt", "ge", "lt", "le")
+    bounds = {name: getattr(item, name) for item in flat for name in names if hasattr(item, name)}
+    low, high = (bounds.get(a, bounds.get(b)) for a, b in (("ge", "gt"), ("le", "lt")))
+    if low is None:
+        return "a finite number"
+    if high is None and "gt" in bounds:
+        return "a positive number"
+    if high is None:
+        return "0 or more" if low == 0 else f"at least {low}"
+    if "gt" in bounds and "lt" in bounds:
+        return f"between {low} and {high}"
+    return f"in {'[' if 'ge' in bounds else '('}{low}, {high}{']' if 'le' in bounds else ')'}"

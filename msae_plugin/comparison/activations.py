@@ -14,7 +14,7 @@ same order, whichever of them are trained together, and a killed run goes on whe
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,23 +26,18 @@ from sae_lens.saes.sae import SAEMetadata
 from typing_extensions import Self
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import (
-    TEMPORARY_PREFIX,
-    json_safe,
-    key_digest,
-    remove_leftovers,
-    write_json_atomic,
-)
+from msae_plugin.common.files import json_safe, key_digest
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import SilentProgress
 from msae_plugin.common.seeding import derive_seed, seed_everything
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData
 from msae_plugin.evaluation.outcomes import Reporter
-from msae_plugin.models.loading import LanguageModel, hook_widths
-from msae_plugin.training.activation_store import PLACEHOLDER, mapped, reading_runner, require_space
+from msae_plugin.models.loading import LanguageModel
+from msae_plugin.training.activation_store import PLACEHOLDER, ActivationWriter, read_activations
+from msae_plugin.training.cached_activations import write_activations
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
-from msae_plugin.training.passes import SharedPassRunner
+from msae_plugin.training.passes import SharedPassRunner, reading_runner
 from msae_plugin.training.recipe import RunConfig
 
 SAMPLE_TOKENS = 4096
@@ -197,7 +192,7 @@ class StoredActivations:
         return self.tensors[hook][-SAMPLE_TOKENS:].float()
 
     def describe(self, metadata: SAEMetadata, hook: str) -> None:
-        """What SAELens' runner wrote when the pass was made."""
+        """Copy what SAELens' runner wrote when the pass was made."""
         for key, value in cast("Mapping[str, Any]", self.manifest["metadata"]).items():
             setattr(metadata, key, value)
         metadata.hook_name = hook
@@ -210,9 +205,6 @@ class StoredActivations:
 def open_activations(output: Path) -> StoredActivations | None:
     """The activations in a comparison's folder; None when the pass was not made or not finished.
 
-    Args:
-        output: The comparison's folder.
-
     Raises:
         InputError: They are of another format.
     """
@@ -223,13 +215,8 @@ def open_activations(output: Path) -> StoredActivations | None:
         return None
     if manifest.get("format") != FORMAT:
         raise InputError(f"{folder} is of another version: delete it, or give another --output")
-    dtype = getattr(torch, str(manifest["dtype"]))
-    rows = int(manifest["rows"])
-    tensors = {
-        hook: mapped(folder / stored["file"], rows, stored["d_in"], dtype, writable=False)
-        for hook, stored in manifest["hooks"].items()
-    }
-    return StoredActivations(folder, manifest, tensors)
+    damaged = f"{{}} is damaged: delete {folder}, or give another --output"
+    return StoredActivations(folder, manifest, read_activations(folder, manifest, damaged))
 
 
 def store_activations(
@@ -244,82 +231,51 @@ def store_activations(
 ) -> StoredActivations:
     """Run the text through the model once and keep the activations.
 
-    Args:
-        config: The comparison.
-        output: Its folder.
-        language_model: The model.
-        text: The text.
-        device: Where the activations are made.
-        guard: Knows about signals.
-        report: Shows progress.
-
     Raises:
         InputError: The text is too short, or the disk too small.
     """
     folder = output / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    # Of a pass that was killed.
+    shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     training_rows, rows = rows_needed(config)
-    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
-    widths = hook_widths(language_model, config.hooks)
-    require_space(folder, rows * sum(widths.values()) * dtype.itemsize)
     autocast = chosen_autocast(config.model.autocast, config.hooks, language_model, report)
-    files = {hook: f"{hook}.bin" for hook in config.hooks}
-    temporary = {hook: folder / f"{TEMPORARY_PREFIX}{name}" for hook, name in files.items()}
-    tensors = {
-        hook: mapped(temporary[hook], rows, widths[hook], dtype, writable=True)
-        for hook in config.hooks
-    }
     run = recipe(config)
     seed_everything(run.training.seed)
     runner = reading_runner(
         run,
         language_model,
         text,
-        folder,
         device,
         autocast=autocast,
         guard=guard,
         progress=SilentProgress(),
     )
-    done = 0
-    while done < rows:
-        guard.check()
-        (batch,) = runner.fresh_batches(1)
-        count = min(rows - done, len(next(iter(batch.values()))))
-        for hook, tensor in tensors.items():
-            tensor[done : done + count] = batch[hook][:count].to("cpu", dtype)
-        done += count
-        report("the model's pass over the text", done, rows)
-    del tensors  # unmapped before the files get their names
-    for hook, path in temporary.items():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        path.replace(folder / files[hook])
     record = ModelAndText(language_model, text, autocast).record()
-    write_json_atomic(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "key": activations_key(config),
-            "rows": rows,
-            "training_rows": training_rows,
-            "batch_size": config.training.batch_size_tokens,
-            "dtype": str(dtype).removeprefix("torch."),
-            "hooks": {h: {"file": files[h], "d_in": widths[h]} for h in config.hooks},
-            "model": {**record["model"], "dtype": config.model.dtype},
-            "data": {**record["data"], "context_size": config.data.context_size},
-            "metadata": _metadata(runner),
-            "seconds": time.perf_counter() - started,
-        },
-    )
+    facts = {
+        "format": FORMAT,
+        "key": activations_key(config),
+        "rows": rows,
+        "training_rows": training_rows,
+        "batch_size": config.training.batch_size_tokens,
+        "model": {**record["model"], "dtype": config.model.dtype},
+        "data": {**record["data"], "context_size": config.data.context_size},
+        "metadata": _metadata(runner),
+    }
+    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    writer = ActivationWriter(folder, facts, config.hooks, manifest=MANIFEST, dtype=dtype)
+
+    def advance(done: int) -> None:
+        report("the model's pass over the text", done, rows)
+
+    write_activations(runner, writer, guard, advance)
+    writer.finish(time.perf_counter() - started)
     stored = open_activations(output)
     assert stored is not None, "the manifest was written a moment ago"
     return stored
 
 
 def _metadata(runner: SharedPassRunner) -> dict[str, Any]:
-    """What SAELens wrote into the metadata of the SAE that is not trained, less the SAE's own."""
+    """SAELens' metadata of the SAE that is not trained, less the SAE's own."""
     written = next(iter(runner.saes.values())).cfg.metadata
     return {key: json_safe(getattr(written, key)) for key in _METADATA}

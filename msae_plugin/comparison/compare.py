@@ -22,9 +22,9 @@ from msae_plugin.common.files import TEMPORARY_PREFIX, write_json_atomic
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison import activations, ground_truth, training_schedule
 from msae_plugin.comparison.finished_saes import missing_entries
-from msae_plugin.comparison.ground_truth import GroundTruthBench
-from msae_plugin.comparison.group_training import Workplace
-from msae_plugin.comparison.language_model import EVALUATION_FOLDER, LanguageModelBench
+from msae_plugin.comparison.ground_truth import GroundTruthTestbed
+from msae_plugin.comparison.group_training import ComparisonRun
+from msae_plugin.comparison.language_model import EVALUATION_FOLDER, LanguageModelTestbed
 from msae_plugin.comparison.language_model import FOLDER as HELDOUT_FOLDER
 from msae_plugin.comparison.methods import SAES_FOLDER, Entry, expand, sae_folder
 from msae_plugin.comparison.recipe import CompareConfig
@@ -34,7 +34,7 @@ from msae_plugin.comparison.results import (
     control_row,
     training_metrics,
 )
-from msae_plugin.comparison.training_schedule import Part, TrainingOutcome, share_of, train_all
+from msae_plugin.comparison.training_schedule import Shard, share_of, train_all
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.run_record import read_run_record
@@ -59,11 +59,11 @@ _OURS = frozenset(
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison left.
+    """A comparison that has ended.
 
     Args:
         output: Its folder.
-        contents: The contents of comparison.json; None where only a part was trained.
+        contents: The contents of comparison.json; None where only a shard was trained.
         failures: Reason by name, of SAEs that could not be trained.
         complete: Whether everything was trained and measured.
     """
@@ -80,7 +80,7 @@ def compare(
     *,
     report: Reporter = no_report,
     language_model: LanguageModel | None = None,
-    part: Part | None = None,
+    shard: Shard | None = None,
     skip_missing: bool = False,
 ) -> Comparison:
     """Train, evaluate and write; again and again until everything is there.
@@ -91,7 +91,7 @@ def compare(
             on, and SAEs that were added to the recipe are added to the results.
         report: Shows progress.
         language_model: A model that is loaded already, as `config.model` describes it.
-        part: Train and measure a share only, and write no comparison.json: for several processes
+        shard: Train and measure a share only, and write no comparison.json: for several processes
             on one folder. Controls and SAEBench's evaluations are left to the run without it.
         skip_missing: Leave evaluations out whose data or packages are missing.
 
@@ -101,41 +101,41 @@ def compare(
         InterruptedBySignalError: While training; everything finished is kept.
     """
     check_comparison_folder(output)
-    part = part or Part()
-    bench: LanguageModelBench | GroundTruthBench
+    shard = shard or Shard()
+    testbed: LanguageModelTestbed | GroundTruthTestbed
     if config.synthetic is None:
-        bench = LanguageModelBench(
+        testbed = LanguageModelTestbed(
             config, output, report, language_model, skip_missing=skip_missing
         )
     else:
-        bench = GroundTruthBench(config, output, report)
-    bench.check()
-    expansion = expand(config, bench.widths())
+        testbed = GroundTruthTestbed(config, output, report)
+    testbed.check()
+    expansion = expand(config, testbed.widths())
     missing = missing_entries(expansion.entries, config, output)
-    _require_activations(config, output, part, missing)
+    _require_activations(config, output, shard, missing)
     output.mkdir(parents=True, exist_ok=True)
     write_json_atomic(output / RECIPE_FILE, {"kind": config.kind, "config": config.to_dict()})
-    record, outcome = None, TrainingOutcome()
+    record, failures = None, dict[str, str]()
     if missing or config.synthetic is not None:
         with InterruptionGuard() as guard:
-            source = bench.source(guard)
+            source = testbed.source(guard)
             record = source.record()
-            place = Workplace(config, source, output, bench.device, guard, report)
+            run = ComparisonRun(config, source, output, testbed.device, guard, report)
             # The width of an MLP's inside is known once the model has run.
-            expansion = expand(config, {hook: source.d_in(hook) for hook in bench.widths()})
-            outcome = train_all(place, expansion.entries, part)
-    entries = share_of(expansion.entries, part)
-    trained = [entry for entry in entries if entry.name not in outcome.failures]
-    if part.of > 1:
+            expansion = expand(config, {hook: source.d_in(hook) for hook in testbed.widths()})
+            failures = train_all(run, expansion.entries, shard)
+    entries = share_of(expansion.entries, shard)
+    trained = [entry for entry in entries if entry.name not in failures]
+    if shard.of > 1:
         if trained:
-            bench.measure_share(expansion, trained, record or _source_record(output, trained[0]))
-        return Comparison(output, None, outcome.failures, complete=False)
+            testbed.measure_share(expansion, trained, record or _source_record(output, trained[0]))
+        return Comparison(output, None, failures, complete=False)
     if not trained:
-        name, reason = next(iter(outcome.failures.items()))
+        name, reason = next(iter(failures.items()))
         raise RunFailure(f"no SAE could be trained; {name}: {reason}")
     records = [_record(sae_folder(output, entry.name)) for entry in trained]
     record = record or _source_record(output, trained[0])
-    measured = bench.measure(expansion, trained, record)
+    measured = testbed.measure(expansion, trained, record)
     rows: list[dict[str, Any]] = []
     for of_sae in records:
         row = dict(of_sae["comparison"]["row"])
@@ -144,15 +144,15 @@ def compare(
         rows.append(row)
     for control in expansion.controls:
         if control.name in measured.metrics:
-            rows.append(control_row(control, bench.widths()[control.hook]))
-    contents = comparison_contents(config, rows, measured, record, bench.device, outcome.failures)
+            rows.append(control_row(control, testbed.widths()[control.hook]))
+    contents = comparison_contents(config, rows, measured, record, testbed.device, failures)
     write_json_atomic(output / COMPARISON_FILE, contents)
-    if not config.keep_activations and not outcome.failures:
+    if not config.keep_activations and not failures:
         shutil.rmtree(output / activations.FOLDER, ignore_errors=True)
-    complete = not outcome.failures and all(
+    complete = not failures and all(
         item["status"] in ("skipped", "not_measurable") for item in measured.missing
     )
-    return Comparison(output, contents, outcome.failures, complete)
+    return Comparison(output, contents, failures, complete)
 
 
 def _record(folder: Path) -> Mapping[str, Any]:
@@ -162,7 +162,7 @@ def _record(folder: Path) -> Mapping[str, Any]:
 
 
 def _source_record(output: Path, entry: Entry) -> dict[str, Any]:
-    """What an SAE's record says of the activations, where nothing had to be trained."""
+    """Model and data as an SAE recorded them, where nothing had to be trained."""
     stored = _record(sae_folder(output, entry.name))
     return {key: stored[key] for key in ("model", "data")}
 
@@ -190,13 +190,13 @@ def check_comparison_folder(output: Path) -> None:
 
 
 def _require_activations(
-    config: CompareConfig, output: Path, part: Part, missing: list[Entry]
+    config: CompareConfig, output: Path, shard: Shard, missing: list[Entry]
 ) -> None:
     """Of several processes the first makes the model's pass."""
-    if config.synthetic is not None or part.number == 1 or not missing:
+    if config.synthetic is not None or shard.number == 1 or not missing:
         return
     if activations.open_activations(output) is None:
         raise InputError(
-            f"--part {part.number}/{part.of}: {output / activations.FOLDER} is not complete "
-            f"yet: start --part 1/{part.of} first, and this one when the model's pass is over"
+            f"--part {shard.number}/{shard.of}: {output / activations.FOLDER} is not complete "
+            f"yet: start --part 1/{shard.of} first, and this one when the model's pass is over"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,18 +18,16 @@ from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import json_safe, key_digest
-from msae_plugin.comparison.group_training import TrainedGroup, Workplace
+from msae_plugin.comparison.group_training import ComparisonRun, GroupSession
 from msae_plugin.comparison.methods import SAES_FOLDER, Entry, mean_l0, sae_folder, scale_thresholds
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.saes.export import REPORT_FILENAME, export_sae
 from msae_plugin.saes.run_record import (
-    METRICS_FILE,
     RunRecord,
     describe_device,
-    read_rows,
     read_run_record,
     software_versions,
 )
+from msae_plugin.training.session import sae_record
 
 # No step changes the coefficient by more than this factor; the first one has no slope to go by.
 _LARGEST_STEP = math.log(8.0)
@@ -79,7 +77,7 @@ def best_trial(trials: Sequence[Trial], target: float) -> Trial:
 
 
 def next_coefficient(trials: Sequence[Trial], target: float, start: float) -> float:
-    """What to try next.
+    """The next coefficient to try.
 
     Args:
         trials: So far, in their order, all of one length.
@@ -132,7 +130,10 @@ _NOT_OF_AN_SAE = (
 )  # fmt: skip
 # Raised when the same settings train another SAE.
 _FORMAT = 2
-_NOT_OF_TRAINING = ("n_checkpoints", "keep_checkpoints", "store_batch_size_prompts")
+_NOT_OF_TRAINING = (
+    "n_checkpoints", "keep_checkpoints", "store_batch_size_prompts",
+    "decode_kernel", "cuda_graphs",
+)  # fmt: skip
 
 
 def entry_key(entry: Entry, config: CompareConfig) -> str:
@@ -163,11 +164,7 @@ def search_key(entry: Entry, config: CompareConfig) -> str:
 
 
 def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
-    """What `run.json` says of an SAE that is complete; None for one to train.
-
-    Args:
-        folder: The SAE's folder.
-        key: What it depends on.
+    """The `run.json` of an SAE that is complete; None for one to train.
 
     Raises:
         InputError: The folder holds an SAE of this name that was trained otherwise.
@@ -210,14 +207,12 @@ class Cut:
     calibration: Mapping[str, float] | None
 
 
-def set_cut(place: Workplace, trained: TrainedGroup, entry: Entry) -> Cut:
+def set_cut(run: ComparisonRun, trained: GroupSession, entry: Entry) -> Cut:
     """Set the cut of an SAE that has one to its target L0, and measure the L0."""
-    trainer = trained.trainer
-    sae = trainer.saes[entry.name]
+    sae = trained.saes[entry.name]
     sae.eval()
-    count = place.config.training.calibrate_batches
-    fresh = place.source.fresh(entry.hook, entry.seed, count)
-    batches = [trainer.scaled(entry.name, batch) for batch in fresh]
+    count = run.config.training.calibrate_batches
+    batches = trained.scaled(entry.name, run.source.fresh(entry.hook, entry.seed, count))
     if needs_calibration(sae):
         found = calibrate(sae, batches)
         return Cut(found["l0_after"], found)
@@ -228,82 +223,92 @@ def set_cut(place: Workplace, trained: TrainedGroup, entry: Entry) -> Cut:
 
 
 def finish(
-    place: Workplace,
-    trained: TrainedGroup,
+    run: ComparisonRun,
+    trained: GroupSession,
     cuts: Mapping[str, Cut],
     keys: Mapping[str, str],
     search_tokens: Mapping[str, int],
 ) -> None:
     """Fold, export and record every SAE of a group.
 
-    Args:
-        place: The comparison.
-        trained: The group.
-        cuts: By name.
-        keys: By name.
-        search_tokens: Tokens of the search of its coefficient, by name.
-
     Raises:
         RunFailure: An export does not agree with what was trained, or is silent.
     """
     trained.trainer.fold_scaling()
     for entry in trained.group.entries:
-        _finish_one(
-            place,
-            trained,
-            entry,
-            cuts[entry.name],
-            keys[entry.name],
-            search_tokens.get(entry.name, 0),
-        )
+        name = entry.name
+        _finish_one(run, trained, entry, cuts[name], keys[name], search_tokens.get(name, 0))
 
 
 def _finish_one(
-    place: Workplace, trained: TrainedGroup, entry: Entry, cut: Cut, key: str, search_tokens: int
+    run: ComparisonRun, trained: GroupSession, entry: Entry, cut: Cut, key: str, search_tokens: int
 ) -> None:
-    folder, config = place.folder(entry.name), place.config
-    sae, plan = trained.trainer.saes[entry.name], trained.plans[entry.name]
-    log = read_rows(folder / METRICS_FILE)
-    final = log[-1] if log else {}
-    metadata = sae.cfg.metadata
-    place.source.describe(metadata, entry.hook)
-    metadata.training_steps, metadata.training_tokens = trained.steps, trained.tokens
-    metadata.final_loss, metadata.seed = final.get("loss"), entry.seed
-    metadata.l0 = cut.l0
-    place.report(f"exporting {entry.name}")
-    # Left by a run that was killed between the export and its record.
-    (folder / REPORT_FILENAME).unlink(missing_ok=True)
+    config, training, plan = run.config, trained.settings.training, trained.plans[entry.name]
+    lr, seconds = training.lr if plan.lr is None else plan.lr, trained.seconds[entry.name]
+    run.source.describe(trained.saes[entry.name].cfg.metadata, entry.hook)
     try:
-        exported = export_sae(
-            sae,
-            folder,
-            place.source.samples(entry.hook, entry.seed),
-            trained.trainer.step_trainers[entry.name].log_feature_sparsity,
+        finished = trained.export(
+            entry.name,
+            run.source.samples(entry.hook, entry.seed),
             # SAELens' names for what readers of a runner_cfg.json look for first.
-            {
+            lambda: {
                 "sae": plan.config.to_dict(),
-                "lr": trained.training.lr if plan.lr is None else plan.lr,
-                "train_batch_size_tokens": trained.training.batch_size_tokens,
-                "accumulation_steps": trained.training.accumulation_steps,
+                "lr": lr,
+                "train_batch_size_tokens": training.batch_size_tokens,
+                "accumulation_steps": training.accumulation_steps,
                 "comparison": config.to_dict(),
             },
-            log,
+            calibration=cut.calibration,
+            l0=cut.l0,
         )
     except RunFailure as failure:
         raise RunFailure(f"SAE {entry.name!r}: {failure}") from failure
-    method = entry.method
+    RunRecord(
+        run.folder(entry.name),
+        {
+            "versions": software_versions(),
+            "seed": entry.seed,
+            "device": describe_device(run.device),
+            **run.source.record(),
+            "steps": trained.steps,
+            "tokens": trained.tokens,
+            "saes": {
+                entry.name: {
+                    **sae_record(plan, "."),
+                    **finished.record(trained.tokens / max(seconds, 1e-9)),
+                }
+            },
+            "config": config.to_dict(),
+            "comparison": {"key": key, "row": _row(trained, entry, config, cut, lr, search_tokens)},
+        },
+        seconds,
+    ).write("complete")
+
+
+def _row(
+    trained: GroupSession,
+    entry: Entry,
+    config: CompareConfig,
+    cut: Cut,
+    lr: float,
+    search_tokens: int,
+) -> dict[str, Any]:
+    """The SAE's row of comparison.json, without metrics."""
+    method, knob = entry.method, entry.method.knob
+    sae_config = trained.plans[entry.name].config
+    found = {knob.name: float(getattr(sae_config, knob.name))} if knob.searched else None
     row = {
         "name": entry.name,
         "method": method.name,
-        "architecture": plan.config.architecture(),
+        "architecture": sae_config.architecture(),
         "preset": method.section.get("preset"),
         "hook": None if config.synthetic is not None else entry.hook,
         "l0_target": entry.l0,
         "l0_measured": cut.l0,
         "l0_matched": is_matched(cut.l0, entry.l0, config.search.tolerance),
         "seed": entry.seed,
-        "lr": trained.training.lr if plan.lr is None else plan.lr,
-        "coefficient": _coefficient(trained, entry),
+        "lr": lr,
+        "coefficient": found,
         "folder": f"{SAES_FOLDER}/{entry.name}",
         "training_steps": trained.steps,
         "training_tokens": trained.tokens,
@@ -319,37 +324,4 @@ def _finish_one(
             "claim": variant.claim,
             "against": variant.against,
         }
-    record = RunRecord(
-        folder,
-        {
-            "versions": software_versions(),
-            "seed": entry.seed,
-            "device": describe_device(place.device),
-            **place.source.record(),
-            "steps": trained.steps,
-            "tokens": trained.tokens,
-            "saes": {
-                entry.name: {
-                    "hook": entry.hook,
-                    "architecture": plan.config.architecture(),
-                    "folder": ".",
-                    "final": final,
-                    "calibration": cut.calibration,
-                    "tokens_per_second": trained.tokens / max(trained.seconds[entry.name], 1e-9),
-                    "export": json_safe(exported.to_dict()),
-                    "health": [asdict(finding) for finding in exported.health],
-                }
-            },
-            "config": config.to_dict(),
-            "comparison": {"key": key, "row": row},
-        },
-        trained.seconds[entry.name],
-    )
-    record.write("complete")
-
-
-def _coefficient(trained: TrainedGroup, entry: Entry) -> dict[str, float] | None:
-    knob = entry.method.knob
-    if not knob.searched:
-        return None
-    return {knob.name: float(getattr(trained.plans[entry.name].config, knob.name))}
+    return row

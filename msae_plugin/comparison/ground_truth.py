@@ -14,8 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,21 +30,21 @@ from sae_lens.synthetic import (
 )
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import key_digest, tensors_sha256, write_json_atomic
+from msae_plugin.common.files import key_digest, tensors_sha256
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.recipes import unknown_key_message
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.comparison.activations import SAMPLE_TOKENS
 from msae_plugin.comparison.methods import Entry, Expansion, sae_folder, with_permuted_decoder
-from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig, SyntheticSection
-from msae_plugin.comparison.results import Measured
+from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig, SyntheticSettings
+from msae_plugin.comparison.results import Measured, store_metrics, stored_metrics
 from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
 from msae_plugin.evaluation.outcomes import Reporter, require_real
 from msae_plugin.saes.export import SAE_FOLDER
 from msae_plugin.training.plans import default_device
 
 
-def model_config(section: SyntheticSection) -> SyntheticModelConfig:
+def model_config(section: SyntheticSettings) -> SyntheticModelConfig:
     """SAELens' configuration of the ground truth.
 
     Raises:
@@ -78,7 +77,7 @@ class SyntheticSource:
         InputError: The section cannot work.
     """
 
-    def __init__(self, section: SyntheticSection, batch_size: int) -> None:
+    def __init__(self, section: SyntheticSettings, batch_size: int) -> None:
         self.config = model_config(section)
         self.device = default_device(section.device)
         self.side_by_side = section.saes_at_once
@@ -152,7 +151,7 @@ class SyntheticSource:
 
 
 class RecordedSamples:
-    """What an evaluation calls in place of the generator; from the beginning again with `rewind`.
+    """Recorded samples in place of a generator; from the beginning again with `rewind`.
 
     Args:
         batches: Sparse feature activations, each (n_samples, n_features), in the order of the draw.
@@ -204,15 +203,23 @@ FOLDER = "ground_truth"
 class Candidate:
     """An exported SAE to judge.
 
-    Args:
+    Attributes:
         name: Unique.
-        seed: Whose ground truth it was trained on.
-        load: Gives the SAE.
+        entry: What it is, or is made of.
+        permuted: Its decoder directions belong to other latents: a control.
     """
 
     name: str
-    seed: int
-    load: Callable[[], SAE[Any]]
+    entry: Entry
+    permuted: bool = False
+
+    def load(self, output: Path, device: str) -> SAE[Any]:
+        """The SAE, from the comparison's folder."""
+        folder = sae_folder(output, self.entry.name) / SAE_FOLDER
+        sae = SAE.load_from_disk(folder, device=device)
+        if not self.permuted:
+            return sae
+        return with_permuted_decoder(sae, derive_seed(self.entry.seed, "permuted decoder"))
 
 
 def measure_ground_truth(
@@ -224,13 +231,6 @@ def measure_ground_truth(
 ) -> dict[str, dict[str, float]]:
     """Metrics of every SAE by name; what was measured before is read.
 
-    Args:
-        config: The comparison, of ground truth.
-        output: Its folder.
-        candidates: The SAEs.
-        source: The ground truth.
-        report: Shows progress.
-
     Raises:
         RunFailure: A metric is not a number.
     """
@@ -239,18 +239,18 @@ def measure_ground_truth(
     found: dict[str, dict[str, float]] = {}
     samples: tuple[int, RecordedSamples] | None = None
     # By seed: a ground truth of each seed's own is made once.
-    for number, candidate in enumerate(sorted(candidates, key=lambda one: one.seed)):
+    for number, candidate in enumerate(sorted(candidates, key=lambda one: one.entry.seed)):
         report("judging against the ground truth", number, len(candidates))
-        sae = candidate.load()
+        sae, seed = candidate.load(output, source.device), candidate.entry.seed
         key = _key(config, candidate, sae)
         path = folder / f"{candidate.name}.json"
-        stored = _stored(path, key)
+        stored = stored_metrics(path, key)
         if stored is None:
-            if samples is None or samples[0] != candidate.seed:
-                samples = candidate.seed, record_samples(config, source, candidate.seed)
-            stored = judge(config, source, sae, candidate.seed, samples[1])
+            if samples is None or samples[0] != seed:
+                samples = seed, record_samples(config, source, seed)
+            stored = judge(config, source, sae, seed, samples[1])
             require_real(stored, f"SAE {candidate.name!r}")
-            write_json_atomic(path, {"key": key, "metrics": stored})
+            store_metrics(path, key, stored)
         found[candidate.name] = stored
     return found
 
@@ -308,22 +308,14 @@ def _key(config: CompareConfig, candidate: Candidate, sae: SAE[Any]) -> str:
             "model": section.model,
             "own": section.new_model_per_seed,
             "samples": [section.eval_samples, section.eval_batch_size],
-            "seeds": [config.training.seed, candidate.seed],
+            "seeds": [config.training.seed, candidate.entry.seed],
             "sae": tensors_sha256(sae.state_dict()),
         }
     )
 
 
-def _stored(path: Path, key: str) -> dict[str, float] | None:
-    try:
-        stored: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return cast("dict[str, float]", stored["metrics"]) if stored.get("key") == key else None
-
-
-class GroundTruthBench:
-    """What a comparison on ground truth trains and measures with.
+class GroundTruthTestbed:
+    """Samples, metrics and controls of a comparison on ground truth.
 
     Args:
         config: The recipe.
@@ -359,21 +351,15 @@ class GroundTruthBench:
     def measure(
         self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
     ) -> Measured:
-        """SAELens' metrics of the trained SAEs and the controls.
-
-        Args:
-            expansion: The comparison.
-            trained: Its SAEs that are trained.
-            source: The record of the samples.
-        """
+        """SAELens' metrics of the trained SAEs and the controls."""
         del source
-        candidates = self._candidates(trained)
+        candidates = [Candidate(entry.name, entry) for entry in trained]
         names = {entry.name for entry in trained}
-        for control in expansion.controls:
-            if control.of is not None and control.of.name in names:
-                candidates.append(
-                    Candidate(control.name, control.of.seed, self._permuted(control.of))
-                )
+        candidates += [
+            Candidate(control.name, control.of, permuted=True)
+            for control in expansion.controls
+            if control.of is not None and control.of.name in names
+        ]
         measured = Measured()
         found = measure_ground_truth(
             self.config, self.output, candidates, self._source, self._report
@@ -385,29 +371,7 @@ class GroundTruthBench:
     def measure_share(
         self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
     ) -> None:
-        """Measure SAEs and keep it for `measure`; one of several processes on one folder.
-
-        Args:
-            expansion: The comparison.
-            trained: SAEs that are trained.
-            source: The record of the samples.
-        """
+        """Measure SAEs and keep it for `measure`; one of several processes on one folder."""
         del expansion, source
-        measure_ground_truth(
-            self.config, self.output, self._candidates(trained), self._source, self._report
-        )
-
-    def _candidates(self, trained: Sequence[Entry]) -> list[Candidate]:
-        return [Candidate(entry.name, entry.seed, self._loader(entry)) for entry in trained]
-
-    def _loader(self, entry: Entry) -> Callable[[], SAE[Any]]:
-        folder = sae_folder(self.output, entry.name) / SAE_FOLDER
-
-        def load() -> SAE[Any]:
-            return SAE.load_from_disk(folder, device=self.device)
-
-        return load
-
-    def _permuted(self, entry: Entry) -> Callable[[], SAE[Any]]:
-        load = self._loader(entry)
-        return lambda: with_permuted_decoder(load(), derive_seed(entry.seed, "permuted decoder"))
+        candidates = [Candidate(entry.name, entry) for entry in trained]
+        measure_ground_truth(self.config, self.output, candidates, self._source, self._report)

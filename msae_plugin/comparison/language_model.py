@@ -7,7 +7,6 @@ has been measured is not measured again.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -36,8 +35,8 @@ from msae_plugin.comparison.methods import (
     with_permuted_decoder,
 )
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.comparison.results import Measured
-from msae_plugin.data.text import TextData, load_text
+from msae_plugin.comparison.results import Measured, store_metrics, stored_metrics
+from msae_plugin.data.text import TextData
 from msae_plugin.data.windows import Window, iterate_windows
 from msae_plugin.evaluation.contexts import ContextCollector, contexts_as_json
 from msae_plugin.evaluation.evaluate import evaluate
@@ -49,9 +48,9 @@ from msae_plugin.models.loading import (
     LanguageModel,
     ModelShape,
     describe_model,
-    load_language_model,
 )
 from msae_plugin.saes.load import EvaluatedSAE, load_subjects, transformer_lens_hook
+from msae_plugin.training.inputs import load_data, load_model
 from msae_plugin.training.plans import default_device
 
 FOLDER = "heldout"
@@ -64,7 +63,7 @@ _CONTEXTS_PER_LATENT = 5
 
 @dataclass(frozen=True)
 class HeldoutText:
-    """What the SAEs are judged on.
+    """Held-out text, and the model that reads it.
 
     Args:
         language_model: The model.
@@ -90,15 +89,10 @@ def heldout_keys(
 
 def stored_heldout(output: Path, keys: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """Metrics by name, of the SAEs that were measured with these keys."""
-    found: dict[str, dict[str, float]] = {}
-    for name, key in keys.items():
-        try:
-            stored = json.loads((output / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if stored.get("key") == key:
-            found[name] = cast("dict[str, float]", stored["metrics"])
-    return found
+    found = {
+        name: stored_metrics(output / FOLDER / f"{name}.json", key) for name, key in keys.items()
+    }
+    return {name: metrics for name, metrics in found.items() if metrics is not None}
 
 
 def measure_heldout(
@@ -111,15 +105,6 @@ def measure_heldout(
     report: Reporter,
 ) -> None:
     """Measure SAEs and store what was found, a few at a time.
-
-    Args:
-        config: The comparison.
-        output: Its folder.
-        subjects: The SAEs.
-        keys: From `heldout_keys`.
-        text: Model and text.
-        with_contexts: Names of those whose top activating contexts go to their folders.
-        report: Shows progress.
 
     Raises:
         InputError: There is too little held-out text.
@@ -140,9 +125,7 @@ def measure_heldout(
         found = _evaluate(config, group, text, collectors, report, message)
         _write_contexts(config, output, group, collectors, text)
         for name, metrics in found.items():
-            write_json_atomic(
-                folder / f"{name}.json", {"key": keys[name], "metrics": as_metrics(metrics)}
-            )
+            store_metrics(folder / f"{name}.json", keys[name], as_metrics(metrics))
 
 
 def as_metrics(found: HeldoutMetrics) -> dict[str, float]:
@@ -222,8 +205,8 @@ def _windows(config: CompareConfig, text: HeldoutText) -> list[Window]:
 EVALUATION_FOLDER = "evaluation"
 
 
-class LanguageModelBench:
-    """What a comparison on a language model trains and measures with.
+class LanguageModelTestbed:
+    """Activations, metrics and controls of a comparison on a language model.
 
     Args:
         config: The recipe.
@@ -298,13 +281,7 @@ class LanguageModelBench:
     def measure(
         self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
     ) -> Measured:
-        """Held-out metrics and evaluations of the trained SAEs and the controls.
-
-        Args:
-            expansion: The comparison.
-            trained: Its SAEs that are trained.
-            source: The record of the activations.
-        """
+        """Held-out metrics and evaluations of the trained SAEs and the controls."""
         subjects = self._subjects(expansion, trained)
         measured = Measured()
         self._measure_heldout(expansion, subjects, source, measured)
@@ -320,11 +297,6 @@ class LanguageModelBench:
 
         SAEBench's evaluations keep what they know in one file for all SAEs, and are left to
         `measure`.
-
-        Args:
-            expansion: The comparison.
-            trained: SAEs that are trained.
-            source: The record of the activations.
         """
         without_controls = replace(expansion, controls=[])
         subjects = self._subjects(without_controls, trained)
@@ -444,32 +416,16 @@ class LanguageModelBench:
 
     def _shape(self) -> ModelShape:
         model = self._language_model
-        if model is None:
-            return describe_model(self.config.model.name)
-        return ModelShape(model.d_model, model.n_layers, model.vocabulary)
+        return describe_model(self.config.model.name) if model is None else model.shape
 
     def _model(self) -> LanguageModel:
         if self._language_model is None:
-            self._report(f"loading {self.config.model.name}")
-            self._language_model = load_language_model(
-                self.config.model.name,
-                self.config.hooks,
-                device=self.device,
-                dtype=self.config.model.dtype,
-                report=self._report,
+            self._language_model = load_model(
+                self.config.model, self.config.hooks, self.device, self._report
             )
         return self._language_model
 
     def _loaded_text(self) -> TextData:
         if self._text is None:
-            data = self.config.data
-            self._report(f"reading {data.source}")
-            self._text = load_text(
-                data.source,
-                split=data.split,
-                text_column=data.text_column,
-                heldout_documents=data.heldout_documents,
-                seed=derive_seed(self.config.training.seed, "text"),
-                streaming=data.streaming,
-            )
+            self._text = load_data(self.config.data, self.config.training.seed, self._report)
         return self._text

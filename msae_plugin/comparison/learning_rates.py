@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.recipes import as_mapping
 from msae_plugin.comparison.compare import Comparison
 from msae_plugin.comparison.methods import FROZEN
 from msae_plugin.comparison.recipe import CompareConfig
@@ -30,7 +29,7 @@ DEFAULT_METRICS = {
     "language_model": ("heldout/explained_variance",),
     "ground_truth": ("ground_truth/f1", "ground_truth/mcc"),
 }
-"""What is highest at the best rate, by kind of comparison; the mean where there are several."""
+"""The score of a rate by kind of comparison; the mean where there are several."""
 _FACTOR = 2.0
 
 Run = Callable[[CompareConfig], Comparison]
@@ -58,7 +57,7 @@ class RateChoice:
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """What is tried.
+    """The trials of a search for rates.
 
     Attributes:
         rates: Of every method at first.
@@ -122,20 +121,14 @@ class TuningPlan:
 
 def tunable_methods(config: CompareConfig) -> list[str]:
     """Methods of a comparison that are trained; variants of a ladder are not among them."""
-    sections = {name: as_mapping(section, f"saes.{name}") for name, section in config.saes.items()}
+    sections = {name: dict(section) for name, section in config.saes.items()}
     return [name for name, section in sections.items() if section.get("control") in (None, FROZEN)]
 
 
 def rates_config(
     config: CompareConfig, plan: TuningPlan, rates: Mapping[str, Sequence[float]]
 ) -> CompareConfig:
-    """The comparison of methods at rates.
-
-    Args:
-        config: The comparison that is tuned.
-        plan: Its L0 and seed.
-        rates: By method.
-    """
+    """The comparison of methods at rates."""
     values = config.to_dict()
     values["saes"] = {
         trial_name(name, rate): {**config.saes[name], "lr": rate}
@@ -172,7 +165,7 @@ def tune(config: CompareConfig, plan: TuningPlan, run: Run) -> dict[str, RateCho
     rates = {method: sorted(plan.rates) for method in methods}
     for round_ in range(plan.extend + 1):
         comparison = run(rates_config(config, plan, rates))
-        assert comparison.contents is not None, "it was not one of several parts"
+        assert comparison.contents is not None, "it was not one of several shards"
         rows = {str(row["method"]): row for row in comparison.contents["rows"]}
         choices = {method: _choice(method, rates[method], rows, plan) for method in methods}
         open_ended = [method for method in methods if choices[method].at_end]
@@ -242,12 +235,7 @@ def rates_contents(plan: TuningPlan, choices: Mapping[str, RateChoice]) -> dict[
 
 
 def with_rates(recipe: Mapping[str, Any], choices: Mapping[str, RateChoice]) -> dict[str, Any]:
-    """A recipe with the chosen rates.
-
-    Args:
-        recipe: As its file has it; not changed.
-        choices: By method.
-    """
+    """A recipe with the chosen rates."""
     tuned = copy.deepcopy(dict(recipe))
     for name, choice in choices.items():
         if choice.lr is not None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,20 +27,25 @@ from typing import Any
 
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from typing_extensions import override
 
-from msae_plugin.architecture.calibration import calibrated_cut
+from msae_plugin.architecture.calibration import calibrated_threshold
 from msae_plugin.architecture.peers.registry import peer_section
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.recipes import as_mapping, coerce
+from msae_plugin.common.recipes import Count, coerce
 from msae_plugin.comparison.ladder import Variant, chosen_variants
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
-from msae_plugin.models.hook_names import parse_hook_name
-from msae_plugin.training.plans import DEFAULT_ARCHITECTURE, SAEPlan, plan_saes, preset_training
-from msae_plugin.training.settings import TrainingSection, check_schedule
+from msae_plugin.training.plans import (
+    DEFAULT_ARCHITECTURE,
+    SAEPlan,
+    config_class,
+    hook_labels,
+    plan_saes,
+    preset_training,
+)
+from msae_plugin.training.settings import TrainingSettings, check_schedule
 
 _MODE = "jumprelu_sparsity_loss_mode"
 _DIRECT = ("k", "max_iterations")
@@ -76,13 +80,7 @@ def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
         InputError: The architecture is unknown or has no knob, or the section sets the L0 itself.
     """
     architecture = str(section.get("architecture", DEFAULT_ARCHITECTURE))
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        near = difflib.get_close_matches(architecture, SAE_TRAINING_CLASS_REGISTRY, n=1)
-        known = ", ".join(sorted(SAE_TRAINING_CLASS_REGISTRY))
-        hint = f"did you mean {near[0]!r}?" if near else f"known are: {known}"
-        raise InputError(f"'{where}.architecture' {architecture!r} is unknown: {hint}")
-    config = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
-    fields = {item.name: item for item in dataclasses.fields(config)}
+    fields = {item.name: item for item in dataclasses.fields(config_class(architecture, where))}
     direct = next((name for name in _DIRECT if name in fields), None)
     if direct is None and "target_l0" in fields:
         mode = section.get(_MODE, "quadratic")
@@ -93,7 +91,8 @@ def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
         return Knob(direct, searched=False)
     for name in _SEARCHED:
         if name in fields:
-            start = float(section.get(name, fields[name].default))
+            given = section.get(name, fields[name].default)
+            start: float = coerce(given, float, f"{where}.{name}")
             if not start > 0:
                 raise InputError(
                     f"'{where}.{name}' is where the search for the L0 begins: it must be positive"
@@ -159,7 +158,7 @@ def scale_thresholds(
     floor = 1e-3 * float(sae.threshold.median()) or 1e-6
     original = sae.threshold.data.clamp(min=floor)
     # Latent i is on where pre_i / threshold_i is above the factor: the factor is a cut of these.
-    factor = calibrated_cut(
+    factor = calibrated_threshold(
         batches,
         lambda batch: sae.encode_with_hidden_pre(batch)[1] / original,
         lambda ratios: ratios,
@@ -264,16 +263,6 @@ def sae_folder(output: Path, name: str) -> Path:
     return output / SAES_FOLDER / name
 
 
-def hook_labels(hooks: Sequence[str]) -> dict[str, str]:
-    """What names get for a hook: nothing for a single one, `_layer9`, or all of the hook's name."""
-    if len(hooks) == 1:
-        return {hooks[0]: ""}
-    layers = [parse_hook_name(hook).layer for hook in hooks]
-    if None in layers or len(set(layers)) < len(layers):
-        return {hook: "_" + hook.replace(".", "-") for hook in hooks}
-    return {hook: f"_layer{layer}" for hook, layer in zip(hooks, layers, strict=True)}
-
-
 def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
     """All SAEs of a comparison, each checked against its architecture.
 
@@ -284,7 +273,7 @@ def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
     Raises:
         InputError: A method cannot work; the field is named.
     """
-    sections = {name: as_mapping(section, f"saes.{name}") for name, section in config.saes.items()}
+    sections = {name: dict(section) for name, section in config.saes.items()}
     variants: dict[str, Variant] = {}
     if config.ladder is not None:
         for variant in chosen_variants(list(config.ladder.groups), config.ladder.leave_out):
@@ -306,7 +295,7 @@ def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
         methods[name] = _method(config, name, section, control == FROZEN, variants.get(name))
     if config.reference is not None and config.reference not in methods:
         raise InputError(f"'reference' {config.reference!r} is no method of 'saes' or 'ladder'")
-    labels = hook_labels(config.hooks or [SYNTHETIC_HOOK])
+    labels = hook_labels(config.hooks or [SYNTHETIC_HOOK], "-")
     entries = [
         Entry(
             entry_name(method.name, label, l0, seed),
@@ -367,10 +356,7 @@ def _method(
 
 def _accumulation(config: CompareConfig, section: dict[str, Any], where: str) -> int:
     wanted = preset_training(section).get("accumulation_steps", config.training.accumulation_steps)
-    steps = coerce(section.pop("accumulation_steps", wanted), int, f"{where}.accumulation_steps")
-    if steps < 1:
-        raise InputError(f"'{where}.accumulation_steps' must be at least 1, not {steps}")
-    return steps
+    return coerce(section.pop("accumulation_steps", wanted), Count, f"{where}.accumulation_steps")
 
 
 def _controls(
@@ -393,7 +379,7 @@ def _controls(
     ]
 
 
-def entry_training(entry: Entry, config: CompareConfig, tokens: int) -> TrainingSection:
+def entry_training(entry: Entry, config: CompareConfig, tokens: int) -> TrainingSettings:
     """The training section of one SAE for a run of so many tokens.
 
     Warm-up, decay and the dead window are scaled: to the SAE's own number of mini-batches per step,
@@ -450,7 +436,8 @@ def plan_entry(
     for key, value in section.items():
         # A sparsity penalty that is still warming up at the end of a trial says little.
         if key.endswith("_warm_up_steps") and share < 1:
-            section[key] = round(int(value) * share)
+            whole: int = coerce(value, int, f"saes.{method.name}.{key}")
+            section[key] = round(whole * share)
     if coefficient is not None:
         section[method.knob.name] = coefficient
     steps = tokens // (training.batch_size_tokens * training.accumulation_steps)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -14,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msae_plugin.common.errors import RunFailure
-from msae_plugin.common.files import versions
+from msae_plugin.common.files import versions, write_json_atomic
 from msae_plugin.comparison.methods import Control
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.comparison.statistics import spread
@@ -37,7 +39,7 @@ _VERSIONS = (
 
 @dataclass
 class Measured:
-    """What was measured of the SAEs of a comparison.
+    """Measurements of the SAEs of a comparison.
 
     Attributes:
         metrics: By SAE and `evaluation/metric`.
@@ -54,13 +56,22 @@ class Measured:
         self.metrics.setdefault(name, {}).update(metrics)
 
 
-def training_metrics(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:
-    """`training/...` of an SAE from its `run.json`.
+def store_metrics(path: Path, key: str, metrics: Mapping[str, float]) -> None:
+    """Keep an SAE's numbers under a key of everything that they depend on."""
+    write_json_atomic(path, {"key": key, "metrics": dict(metrics)})
 
-    Args:
-        record: The contents of `run.json`.
-        row: The SAE's row.
-    """
+
+def stored_metrics(path: Path, key: str) -> dict[str, float] | None:
+    """What `store_metrics` kept under this key; None without it."""
+    try:
+        stored: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return cast("dict[str, float]", stored["metrics"]) if stored.get("key") == key else None
+
+
+def training_metrics(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:
+    """`training/...` of an SAE from its `run.json`."""
     final: Mapping[str, Any] = record["saes"][row["name"]]["final"]
     found = {
         "training/final_loss": final.get("loss"),
@@ -105,14 +116,6 @@ def comparison_contents(
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
     """The contents of `comparison.json`.
-
-    Args:
-        config: The recipe.
-        rows: Facts of each SAE, controls last.
-        measured: Their numbers.
-        record: `model` and `data` of the source.
-        device: Where the SAEs were trained.
-        failures: Reason by name, of SAEs that could not be trained.
 
     Raises:
         RunFailure: A row of an SAE without training.
@@ -194,11 +197,7 @@ _COLUMNS = {
 
 
 def comparison_for_terminal(contents: Mapping[str, Any]) -> RenderableType:
-    """A table of means and standard deviations over seeds, by method and L0.
-
-    Args:
-        contents: Of comparison.json.
-    """
+    """A table of means and standard deviations over seeds, by method and L0."""
     columns = _COLUMNS[str(contents["kind"])]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)

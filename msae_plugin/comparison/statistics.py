@@ -7,46 +7,15 @@ same activations in the same order, at the same sparsity.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scipy.special import stdtrit
 
+from msae_plugin.common.table import spread
+
 CONFIDENCE = 0.95
 NO_DIFFERENCE = "no difference shown"
-
-Pair = tuple[str, float, int]
-"""Hook, target L0, seed."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A metric over seeds.
-
-    Args:
-        mean: Mean.
-        std: Sample standard deviation (n - 1); None for a single value, which has no spread.
-        n: Number of values.
-    """
-
-    mean: float
-    std: float | None
-    n: int
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Mean and sample standard deviation.
-
-    Raises:
-        ValueError: There is no value.
-    """
-    listed = list(values)
-    if not listed:
-        raise ValueError("a spread needs at least one value")
-    deviation = statistics.stdev(listed) if len(listed) > 1 else None
-    return Spread(statistics.fmean(listed), deviation, len(listed))
 
 
 @dataclass(frozen=True)
@@ -93,73 +62,3 @@ def paired_difference(
     quantile = float(stdtrit(found.n - 1, (1 + confidence) / 2))
     half = quantile * found.std / found.n**0.5
     return PairedDifference(found.mean, found.mean - half, found.mean + half, found.n, confidence)
-
-
-def values_by_pair(
-    rows: Iterable[Mapping[str, Any]], method: str, metric: str
-) -> dict[Pair, float]:
-    """A method's values of a metric, by hook, target L0 and seed.
-
-    Args:
-        rows: Rows of comparison.json; those without the metric are left out.
-        method: As in the rows.
-        metric: `evaluation/metric`.
-    """
-    found: dict[Pair, float] = {}
-    for row in rows:
-        value = row["metrics"].get(metric)
-        if row["method"] == method and row["l0_target"] is not None and value is not None:
-            found[str(row.get("hook", "")), float(row["l0_target"]), int(row["seed"])] = float(
-                value
-            )
-    return found
-
-
-def compare_methods(
-    rows: Iterable[Mapping[str, Any]],
-    first: str,
-    second: str,
-    metric: str,
-    confidence: float = CONFIDENCE,
-) -> PairedDifference | None:
-    """The paired difference first - second of a metric; None where the two share no pair.
-
-    Args:
-        rows: Rows of comparison.json.
-        first: A method.
-        second: Another.
-        metric: `evaluation/metric`.
-        confidence: Of the interval.
-    """
-    listed = list(rows)
-    ours, theirs = (values_by_pair(listed, name, metric) for name in (first, second))
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        return None
-    return paired_difference([ours[pair] - theirs[pair] for pair in shared], confidence)
-
-
-def verdict(
-    difference: PairedDifference | None, first: str, second: str, higher_is_better: bool | None
-) -> str:
-    """One phrase on a difference: who is better, or that no difference is shown.
-
-    Args:
-        difference: first - second, from `compare_methods`.
-        first: Name of the first method.
-        second: Name of the second.
-        higher_is_better: Of the metric; None where neither is better.
-    """
-    if difference is None:
-        return "not compared: no L0 and seed in common"
-    if difference.low is None or difference.high is None:
-        return f"{NO_DIFFERENCE}: one pair has no interval (difference {difference.mean:+.4g})"
-    interval = f"{difference.mean:+.4g} [{difference.low:+.4g}, {difference.high:+.4g}]"
-    if not difference.shown:
-        return f"{NO_DIFFERENCE}: {interval}"
-    if higher_is_better is None:
-        return (
-            f"{first} is {'higher' if difference.mean > 0 else 'lower'} than {second}: {interval}"
-        )
-    better = (difference.mean > 0) == higher_is_better
-    return f"{first} is {'better' if better else 'worse'} than {second}: {interval}"

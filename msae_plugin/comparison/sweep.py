@@ -1,8 +1,8 @@
 """A comparison as jobs of a cluster: `msae sweep`, over submitit.
 
-First one job for the language model's pass, then one per part (`msae compare --part i/N`), then one
-that evaluates and writes comparison.json. Every job goes on where an earlier one stopped, so the
-same command continues a sweep.
+First one job for the language model's pass, then one per shard (`msae compare --part i/N`), then
+one that evaluates and writes comparison.json. Every job goes on where an earlier one stopped, so
+the same command continues a sweep.
 
 OUTPUT/jobs/   submitit's files: what each job was and printed
 """
@@ -19,10 +19,10 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison.compare import check_comparison_folder, compare
 from msae_plugin.comparison.finished_saes import missing_entries
-from msae_plugin.comparison.language_model import LanguageModelBench
+from msae_plugin.comparison.language_model import LanguageModelTestbed
 from msae_plugin.comparison.methods import expand
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.comparison.training_schedule import Part
+from msae_plugin.comparison.training_schedule import Shard
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _DEFAULT_MINUTES = 24 * 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job gives back.
+    """Result of a job.
 
     Attributes:
         problems: One line each: SAEs that could not be trained, what was not measured.
@@ -46,108 +46,53 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class ActivationsJob:
-    """The model's pass over the text.
+class SweepJob:
+    """One job of a sweep.
 
     Attributes:
+        task: The model's pass over the text, the training of a shard, or the evaluation of all.
         recipe: The comparison, as `CompareConfig.to_dict` gives it.
         output: Its folder.
-    """
-
-    recipe: Mapping[str, Any]
-    output: Path
-
-    @property
-    def name(self) -> str:
-        """What the job is called."""
-        return "activations"
-
-    def __call__(self) -> Outcome:
-        """Make the pass, unless it is complete or everything is trained."""
-        config = CompareConfig.from_dict(self.recipe)
-        bench = LanguageModelBench(config, self.output, no_report, None, skip_missing=True)
-        if not missing_entries(expand(config, bench.widths()).entries, config, self.output):
-            return Outcome()
-        with InterruptionGuard() as guard:
-            bench.source(guard)
-        return Outcome()
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called by submitit before a preempted job ends: it is submitted again."""
-        return _again(self)
-
-
-@dataclass(frozen=True)
-class PartJob:
-    """Training of a share.
-
-    Attributes:
-        recipe: The comparison.
-        output: Its folder.
-        part: Which share.
-    """
-
-    recipe: Mapping[str, Any]
-    output: Path
-    part: Part
-
-    @property
-    def name(self) -> str:
-        """What the job is called."""
-        return f"part {self.part.number}/{self.part.of}"
-
-    def __call__(self) -> Outcome:
-        """Train what is missing of the share."""
-        config = CompareConfig.from_dict(self.recipe)
-        comparison = compare(config, self.output, part=self.part, skip_missing=True)
-        return Outcome([f"{name}: {reason}" for name, reason in comparison.failures.items()])
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """As for the other jobs."""
-        return _again(self)
-
-
-@dataclass(frozen=True)
-class EvaluationJob:
-    """Evaluation of everything.
-
-    Attributes:
-        recipe: The comparison.
-        output: Its folder.
+        shard: Which SAEs are trained; of training alone.
         skip_missing: Leave evaluations out whose data or packages are missing.
     """
 
+    task: Literal["activations", "training", "evaluation"]
     recipe: Mapping[str, Any]
     output: Path
-    skip_missing: bool
+    shard: Shard | None = None
+    skip_missing: bool = True
 
     @property
     def name(self) -> str:
-        """What the job is called."""
-        return "evaluation"
+        """Its name in messages."""
+        return self.task if self.shard is None else f"part {self.shard.number}/{self.shard.of}"
 
     def __call__(self) -> Outcome:
-        """Measure and write comparison.json."""
+        """Do what is missing of the task."""
         config = CompareConfig.from_dict(self.recipe)
-        comparison = compare(config, self.output, skip_missing=self.skip_missing)
+        if self.task == "activations":
+            _make_activations(config, self.output)
+            return Outcome()
+        comparison = compare(config, self.output, shard=self.shard, skip_missing=self.skip_missing)
         problems = [f"{name}: {reason}" for name, reason in comparison.failures.items()]
-        if not comparison.complete and not problems:
+        if self.task == "evaluation" and not comparison.complete and not problems:
             problems = ["not everything was measured: comparison.json names it"]
         return Outcome(problems)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """As for the other jobs."""
-        return _again(self)
+        """Called by submitit before a preempted job ends: it is submitted again."""
+        # Optional, and installed where this is called: inside a job.
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
 
 
-SweepJob = ActivationsJob | PartJob | EvaluationJob
-
-
-def _again(job: SweepJob) -> submitit.helpers.DelayedSubmission:
-    # Optional, and installed where this is called: inside a job.
-    import submitit
-
-    return submitit.helpers.DelayedSubmission(job)
+def _make_activations(config: CompareConfig, output: Path) -> None:
+    testbed = LanguageModelTestbed(config, output, no_report, None, skip_missing=True)
+    if missing_entries(expand(config, testbed.widths()).entries, config, output):
+        with InterruptionGuard() as guard:
+            testbed.source(guard)
 
 
 def sweep(
@@ -166,7 +111,7 @@ def sweep(
         config: The recipe.
         output: The comparison's folder, on a disk that all jobs see.
         executor: Where jobs run: as processes of this machine, or on a Slurm cluster.
-        jobs: In how many parts the training is shared.
+        jobs: In how many shards the training is shared.
         parameters: submitit's: timeout_min, gpus_per_node, slurm_partition and the like.
         skip_missing: Leave evaluations out whose data or packages are missing.
         report: Shows progress.
@@ -182,11 +127,12 @@ def sweep(
     submitter = _executor(output / JOBS_FOLDER, executor, parameters or {})
     recipe, where = config.to_dict(), output.resolve()
     if config.synthetic is None:
-        _run(submitter, [ActivationsJob(recipe, where)], report)
-    parts = [PartJob(recipe, where, Part(number, jobs)) for number in range(1, jobs + 1)]
+        _run(submitter, [SweepJob("activations", recipe, where)], report)
+    shards = [Shard(number, jobs) for number in range(1, jobs + 1)]
     if jobs > 1:
-        _run(submitter, parts, report)
-    _run(submitter, [EvaluationJob(recipe, where, skip_missing)], report)
+        _run(submitter, [SweepJob("training", recipe, where, shard) for shard in shards], report)
+    evaluation = SweepJob("evaluation", recipe, where, skip_missing=skip_missing)
+    _run(submitter, [evaluation], report)
 
 
 def _executor(folder: Path, executor: str, parameters: Mapping[str, Any]) -> submitit.AutoExecutor:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import TEMPORARY_PREFIX, key_digest, write_json_atomic
+from msae_plugin.common.files import key_digest, write_json_atomic
 from msae_plugin.comparison.finished_saes import (
     Cut,
     Trial,
@@ -35,14 +35,14 @@ from msae_plugin.comparison.finished_saes import (
     set_cut,
 )
 from msae_plugin.comparison.group_training import (
+    ComparisonRun,
     Group,
-    TrainedGroup,
-    Workplace,
+    GroupSession,
     train_group,
     trained_or_failed,
 )
 from msae_plugin.comparison.methods import Entry
-from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore, open_checkpoint
+from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 
 FOLDER = "search"
 
@@ -72,7 +72,7 @@ class Search:
 
     @property
     def tokens(self) -> int:
-        """What the search cost beside the runs that are reported."""
+        """Tokens of all trials, beside the runs that are reported."""
         return sum(trial.tokens for trial in self.trials)
 
 
@@ -80,19 +80,15 @@ class Tuner:
     """Finds and remembers coefficients.
 
     Args:
-        place: The comparison.
+        run: The comparison.
     """
 
-    def __init__(self, place: Workplace) -> None:
-        self._place = place
-        self._folder = place.output / FOLDER
+    def __init__(self, run: ComparisonRun) -> None:
+        self._run = run
+        self._folder = run.output / FOLDER
 
     def load(self, entry: Entry, key: str) -> Search:
         """The search of an entry's method and L0 as far as it is.
-
-        Args:
-            entry: Any of its seeds.
-            key: What the first seed's SAE depends on.
 
         Raises:
             InputError: The folder holds a search with other settings.
@@ -113,7 +109,7 @@ class Tuner:
 
     def short_trials(self, entry: Entry, search: Search) -> float:
         """Run short trials until one matches or there may be no more; the best coefficient."""
-        config = self._place.config
+        config = self._run.config
         settings, tokens = config.search, config.search_tokens
         knob = entry.method.knob
         while search.coefficient is None:
@@ -125,23 +121,16 @@ class Tuner:
             coefficient = next_coefficient(search.short, entry.l0, knob.start)
             group = Group([entry], {entry.name: coefficient}, tokens)
             title = f"{entry.bundle}: trying {knob.name} {coefficient:.4g}"
-            trained = train_group(self._place, group, title=title)
-            l0 = set_cut(self._place, trained, entry).l0
+            trained = train_group(self._run, group, title=title)
+            l0 = set_cut(self._run, trained, entry).l0
             search.trials.append(Trial(coefficient, l0, trained.tokens))
             self.save(entry, search)
         self.save(entry, search)
         return search.coefficient
 
     def judge_whole_run(self, entry: Entry, search: Search, l0: float, tokens: int) -> bool:
-        """Whether the first seed's whole run is kept; if not, `search.coefficient` is corrected.
-
-        Args:
-            entry: The first seed's.
-            search: The search.
-            l0: What the whole run gave.
-            tokens: What it cost.
-        """
-        settings = self._place.config.search
+        """Whether the first seed's whole run is kept; if not, `search.coefficient` is corrected."""
+        settings = self._run.config.search
         whole = [trial for trial in search.trials if trial.whole]
         assert search.coefficient is not None, "the short trials come first"
         if is_matched(l0, entry.l0, settings.tolerance) or len(whole) >= settings.corrections:
@@ -170,7 +159,7 @@ CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """A share of the training for one of several processes.
 
     Args:
@@ -182,7 +171,7 @@ class Part:
     of: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> Part:
+    def parse(cls, text: str) -> Shard:
         """Read `2/3`.
 
         Raises:
@@ -194,66 +183,45 @@ class Part:
         return cls(int(number), int(of))
 
 
-@dataclass
-class TrainingOutcome:
-    """What training left.
-
-    Attributes:
-        failures: Reason by name, of the SAEs that could not be trained.
-    """
-
-    failures: dict[str, str] = field(default_factory=dict[str, str])
-
-
-def train_all(place: Workplace, entries: Sequence[Entry], part: Part) -> TrainingOutcome:
+def train_all(run: ComparisonRun, entries: Sequence[Entry], shard: Shard) -> dict[str, str]:
     """Train what is missing.
 
-    Args:
-        place: The comparison.
-        entries: All SAEs.
-        part: Which share of them.
-
     Returns:
-        What failed; of a part nothing else is known.
+        Reason by name, of the SAEs that could not be trained.
 
     Raises:
         InputError: A folder holds an SAE that was trained with other settings.
         InterruptedBySignalError: A signal arrived; everything finished so far is kept.
     """
-    schedule = _Schedule(place, entries)
-    schedule.run(share_of(entries, part))
-    checkpoints = place.output / CHECKPOINTS
+    schedule = _Schedule(run, entries)
+    schedule.run(share_of(entries, shard))
+    checkpoints = run.output / CHECKPOINTS
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         # Another process may put a checkpoint into it meanwhile.
         with contextlib.suppress(OSError):
             checkpoints.rmdir()
-    return schedule.outcome()
+    return schedule.failures
 
 
-def share_of(entries: Sequence[Entry], part: Part) -> list[Entry]:
-    """The entries of one process: seeds that share a coefficient stay together.
-
-    Args:
-        entries: All SAEs of a comparison.
-        part: Which share of them.
-    """
+def share_of(entries: Sequence[Entry], shard: Shard) -> list[Entry]:
+    """The entries of one process: seeds that share a coefficient stay together."""
     bundles = list(dict.fromkeys(entry.bundle for entry in entries))
-    ours = set(bundles[part.number - 1 :: part.of])
+    ours = set(bundles[shard.number - 1 :: shard.of])
     return [entry for entry in entries if entry.bundle in ours]
 
 
 class _Schedule:
-    def __init__(self, place: Workplace, entries: Sequence[Entry]) -> None:
-        self._place = place
+    def __init__(self, run: ComparisonRun, entries: Sequence[Entry]) -> None:
+        self._run = run
         self._entries = entries
-        self._keys = {entry.name: entry_key(entry, place.config) for entry in entries}
+        self._keys = {entry.name: entry_key(entry, run.config) for entry in entries}
         self._first: dict[str, Entry] = {}
         for entry in entries:
             self._first.setdefault(entry.bundle, entry)
-        self._tuner = Tuner(place)
+        self._tuner = Tuner(run)
         self._coefficients: dict[str, float] = {}
         self._search_tokens: dict[str, int] = {}
-        self._failures: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
         self._done = 0
         self._total = 0
 
@@ -266,26 +234,23 @@ class _Schedule:
         for entry in {e.bundle: self._first[e.bundle] for e in missing}.values():
             if entry.method.knob.searched:
                 self._tune(entry)
-        rest = [e for e in missing if self._record(e) is None and e.name not in self._failures]
+        rest = [e for e in missing if self._record(e) is None and e.name not in self.failures]
         for group in self._groups(rest):
             trained_or_failed(self._train, group, self._failed)
 
-    def outcome(self) -> TrainingOutcome:
-        return TrainingOutcome(self._failures)
-
     def _record(self, entry: Entry) -> Mapping[str, Any] | None:
-        return finished_record(self._place.folder(entry.name), self._keys[entry.name])
+        return finished_record(self._run.folder(entry.name), self._keys[entry.name])
 
     def _failed(self, entry: Entry, failure: RunFailure) -> None:
         logger.warning("%s is left out: %s", entry.name, failure)
-        self._failures[entry.name] = str(failure)
+        self.failures[entry.name] = str(failure)
 
     def _groups(self, entries: Sequence[Entry]) -> list[Group]:
         together: dict[tuple[int, int], list[Entry]] = {}
         for entry in entries:
             key = entry.seed, entry.method.accumulation_steps
             together.setdefault(key, []).append(entry)
-        at_once = self._place.source.side_by_side
+        at_once = self._run.source.side_by_side
         return [
             self._group(members[start : start + (at_once or len(members))])
             for members in together.values()
@@ -301,7 +266,7 @@ class _Schedule:
             for entry in entries
             if entry.method.knob.searched
         }
-        return Group(entries, coefficients, self._place.config.training.tokens)
+        return Group(entries, coefficients, self._run.config.training.tokens)
 
     def _take_coefficient(self, entry: Entry) -> None:
         search = self._search(entry)
@@ -310,7 +275,7 @@ class _Schedule:
         self._search_tokens[entry.name] = search.tokens
 
     def _search(self, entry: Entry) -> Search:
-        return self._tuner.load(entry, search_key(entry, self._place.config))
+        return self._tuner.load(entry, search_key(entry, self._run.config))
 
     def _tune(self, entry: Entry) -> None:
         """Search the coefficient, and train the first seed with it."""
@@ -349,58 +314,46 @@ class _Schedule:
             names = f"{len(group.entries)} SAEs of seed {group.seed}"
         title = f"training {names} ({self._done} of {self._total} done)"
         trained = train_group(
-            self._place, group, keys=keys, store=store, checkpoint=checkpoint, title=title
+            self._run, group, keys=keys, store=store, checkpoint=checkpoint, title=title
         )
-        cuts = {entry.name: set_cut(self._place, trained, entry) for entry in group.entries}
+        cuts = {entry.name: set_cut(self._run, trained, entry) for entry in group.entries}
         if judge and not self._accepted(trained, cuts):
             shutil.rmtree(store.folder, ignore_errors=True)
             return
-        finish(self._place, trained, cuts, keys, self._search_tokens)
+        finish(self._run, trained, cuts, keys, self._search_tokens)
         self._done += len(group.entries)
         store.finish()
 
-    def _accepted(self, trained: TrainedGroup, cuts: Mapping[str, Cut]) -> bool:
+    def _accepted(self, trained: GroupSession, cuts: Mapping[str, Cut]) -> bool:
         (entry,) = trained.group.entries
         search = self._search(entry)
         return self._tuner.judge_whole_run(entry, search, cuts[entry.name].l0, trained.tokens)
 
     def _store(self, keys: Sequence[str]) -> CheckpointStore:
-        folder = self._place.output / CHECKPOINTS / key_digest({"keys": list(keys)})
-        return CheckpointStore(folder, self._place.config.training.keep_checkpoints)
+        folder = self._run.output / CHECKPOINTS / key_digest({"keys": list(keys)})
+        return CheckpointStore(folder, self._run.config.training.keep_checkpoints)
 
     def _interrupted(self, missing: list[Entry]) -> list[tuple[Group, CheckpointStore, Checkpoint]]:
         """Groups that a killed run left a checkpoint of, in their members that are still missing.
 
         Other checkpoints are left alone: another process may be at work on them.
         """
-        root = self._place.output / CHECKPOINTS
+        root = self._run.output / CHECKPOINTS
         found: list[tuple[Group, CheckpointStore, Checkpoint]] = []
         # A whole run of a search is judged when it ends: `_tune` begins it again.
         open_ = {entry.name: entry for entry in missing if self._may_resume(entry)}
         for folder in sorted(root.iterdir()) if root.is_dir() else []:
-            newest = _newest(folder)
+            # Only read: what is not complete there may be another process' work.
+            newest = CheckpointStore(folder, 0, writes=False).newest()
             if newest is None:
                 continue
             stored = cast("dict[str, str]", newest.config["entries"])
             names = [name for name in stored if stored[name] == self._keys.get(name)]
             members = [open_.pop(name) for name in names if name in open_]
             if members:
-                store = CheckpointStore(folder, self._place.config.training.keep_checkpoints)
+                store = CheckpointStore(folder, self._run.config.training.keep_checkpoints)
                 found.append((self._group(members), store, newest))
         return found
 
     def _may_resume(self, entry: Entry) -> bool:
         return not entry.method.knob.searched or self._search(entry).settled
-
-
-def _newest(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a store, without touching what is not complete."""
-    found: list[Checkpoint] = []
-    for path in folder.iterdir():
-        if path.name.startswith(TEMPORARY_PREFIX):
-            continue
-        try:
-            found.append(open_checkpoint(path))
-        except InputError as error:
-            logger.warning("%s", error)
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)

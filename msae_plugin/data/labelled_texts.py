@@ -16,8 +16,9 @@ from typing import cast
 
 import pandas as pd
 
-from msae_plugin.common.errors import InputError, did_you_mean
+from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import package_folder
+from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.data.text import FileCorpus, document_hash, open_corpus
 from msae_plugin.data.text_files import read_column
 from msae_plugin.models.packaged import PACKAGED_PREFIX
@@ -75,7 +76,7 @@ def labelled_source(name: str) -> LabelledSource:
         InputError: There is none of this name.
     """
     if name not in LABELLED_SOURCES:
-        hint = did_you_mean(name, LABELLED_SOURCES, f"choose from {', '.join(LABELLED_SOURCES)}")
+        hint = did_you_mean(name, LABELLED_SOURCES, "choose from ", shown=str)
         raise InputError(f"labelled set {name!r} is not packaged", hint)
     return LABELLED_SOURCES[name]
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from msae_plugin.common.table import escape_markdown
 from msae_plugin.data.windows import Window
 from msae_plugin.evaluation.heldout import LatentBatch
 
@@ -292,23 +293,14 @@ class ContextsForTerminal:
                 yield line
 
 
-def _escaped(text: str) -> str:
-    escaped = one_line(text)
-    for character in "\\`*_[]<>|#":
-        escaped = escaped.replace(character, "\\" + character)
-    return escaped
-
-
 def _markdown_line(context: TokenContext) -> str:
     token = one_line(context.token)
     # Bold needs a non-space character right inside its asterisks.
     space = token[: len(token) - len(token.lstrip())]
-    core = _escaped(token.strip()) or "␣"
+    core = escape_markdown(token.strip()) or "␣"
     trailing = token[len(token.rstrip()) :] if token.strip() else ""
-    return (
-        f"- {context.activation:.3g}: {_escaped(context.before).lstrip()}{space}**{core}**"
-        f"{trailing}{_escaped(context.after)}"
-    )
+    before, after = (escape_markdown(one_line(part)) for part in (context.before, context.after))
+    return f"- {context.activation:.3g}: {before.lstrip()}{space}**{core}**{trailing}{after}"
 
 
 def contexts_as_markdown(profiles: Sequence[LatentProfile]) -> str:

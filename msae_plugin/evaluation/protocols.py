@@ -7,20 +7,18 @@ preflight says what to install.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass, field, fields
 from typing import Any, cast, get_type_hints
 
 from pydantic import ValidationError
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.recipes import as_mapping, coerce, unknown_key_message
+from msae_plugin.common.recipes import as_mapping, coerce, did_you_mean, unknown_key_message
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES
 
 _EVERYWHERE = {
@@ -167,31 +165,41 @@ def check_settings(evaluation: str, settings: object) -> dict[str, Any]:
         InputError: The evaluation or a key is unknown, or a value cannot work.
     """
     if evaluation not in SCHEMAS:
-        near = get_close_matches(evaluation, SCHEMAS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(SCHEMAS)}"
+        hint = did_you_mean(evaluation, SCHEMAS, "choose from ", shown=str)
         raise InputError(f"evaluation {evaluation!r} is not known: {hint}")
-    schema = SCHEMAS[evaluation]
+    schema, cls = SCHEMAS[evaluation], config_class(evaluation)
     where = f"evaluations.{evaluation}"
-    given = as_mapping({} if settings is None else settings, where)
-    for key in given:
-        reason = {**_EVERYWHERE, **schema.fixed}.get(key)
-        if reason is not None:
-            raise InputError(f"{where}.{key} is not to be set: {reason}")
-    own = {
-        key: coerce(given[key], kind, f"{where}.{key}")
-        for key, kind in schema.own.items()
-        if key in given
-    }
-    theirs = {key: value for key, value in given.items() if key not in schema.own}
-    cls = config_class(evaluation)
+    fixed = {**_EVERYWHERE, **schema.fixed}
+    hints = {} if cls is None else get_type_hints(cls)
+    theirs = {} if cls is None else {item.name: hints[item.name] for item in fields(cls)}
+    kinds = {**theirs, **schema.own}
+    checked: dict[str, Any] = {}
+    for key, value in as_mapping({} if settings is None else settings, where).items():
+        if key in fixed:
+            raise InputError(f"{where}.{key} is not to be set: {fixed[key]}")
+        if key not in kinds and cls is not None:
+            raise InputError(unknown_key_message(key, kinds.keys() - fixed.keys(), where))
+        # `llm_batch_size: int = None` is how SAEBench says that a default depends on the model;
+        # null for n_latents is no default, but goes with override_latents.
+        if value is None and key in theirs and key not in schema.own:
+            if key == "n_latents":
+                checked[key] = None
+                continue
+            if default_of(evaluation, key) is None:
+                continue
+        checked[key] = coerce(value, kinds.get(key, Any), f"{where}.{key}")
+        if key in schema.choices and checked[key] not in schema.choices[key]:
+            raise InputError(
+                f"{where}.{key} must be {' or '.join(schema.choices[key])}, not {value!r}"
+            )
     if cls is not None:
-        theirs = _check_against(cls, schema, theirs, where)
-    for key, value in {**theirs, **own}.items():
+        given = {key: value for key, value in checked.items() if key not in schema.own}
+        _check_against(cls, schema, given, where)
+    for key, value in checked.items():
         _check_numbers(key, value, f"{where}.{key}")
         if isinstance(value, list):
             _check_list(cast("list[Any]", value), f"{where}.{key}")
-    # In the order of the file.
-    return {key: {**theirs, **own}[key] for key in given if key in theirs or key in own}
+    return checked
 
 
 def config_class(evaluation: str) -> type[Any] | None:
@@ -217,28 +225,10 @@ def _class_of(package: str, module: str, name: str) -> type[Any] | None:
 
 def _check_against(
     cls: type[Any], schema: EvaluationSchema, given: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    defaults = {item.name: item for item in dataclasses.fields(cls)}
-    not_set = {*_EVERYWHERE, *schema.fixed}
-    checked: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in defaults:
-            raise InputError(
-                unknown_key_message(key, [*(set(defaults) - not_set), *schema.own], where)
-            )
-        # `llm_batch_size: int = None` is how SAEBench says that a default depends on the model.
-        if value is None and _default_is_none(cls, key):
-            if key == "n_latents":
-                checked[key] = None
-            continue
-        checked[key] = coerce(value, hints[key], f"{where}.{key}")
-        if key in schema.choices and checked[key] not in schema.choices[key]:
-            raise InputError(
-                f"{where}.{key} must be {' or '.join(schema.choices[key])}, not {value!r}"
-            )
+) -> None:
+    """What SAEBench's class refuses, and what SAEBench refuses or forgets later."""
     try:
-        cls(**checked)
+        cls(**given)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "assertion_error":  # AutoInterpEvalConfig's only check
@@ -248,17 +238,15 @@ def _check_against(
             ) from error
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{where}.{place}: {first['msg']}, not {first['input']!r}") from error
-    _check_counts(schema, checked, where)
-    if schema.sets and "dataset_names" in checked:
+    _check_counts(schema, given, where)
+    if schema.sets and "dataset_names" in given:
         known = [*cls().dataset_names]
         if schema.package == "sparse_probing":
             known += LABELLED_SOURCES
-        _check_names(checked["dataset_names"], known, f"{where}.dataset_names")
-    return checked
-
-
-def _default_is_none(cls: type[Any], key: str) -> bool:
-    return key == "n_latents" or getattr(cls(), key) is None
+        for name in given["dataset_names"]:
+            if name not in known:
+                hint = did_you_mean(name, known, "choose from ", shown=str, n=2, listed=8)
+                raise InputError(f"{where}.dataset_names: {name!r} is not known: {hint}")
 
 
 def _check_counts(schema: EvaluationSchema, settings: Mapping[str, Any], where: str) -> None:
@@ -268,7 +256,7 @@ def _check_counts(schema: EvaluationSchema, settings: Mapping[str, Any], where: 
     results = _class_of(schema.package, "eval_output", class_name)
     if results is None:
         return
-    matches = [re.fullmatch(pattern, item.name) for item in dataclasses.fields(results)]
+    matches = [re.fullmatch(pattern, item.name) for item in fields(results)]
     reported = [int(match.group(1)) for match in matches if match is not None]
     for count in settings[key]:
         if count not in reported:
@@ -276,15 +264,6 @@ def _check_counts(schema: EvaluationSchema, settings: Mapping[str, Any], where: 
                 f"{where}.{key}: SAEBench's results have no field for {count}: choose from "
                 f"{', '.join(map(str, reported))}"
             )
-
-
-def _check_names(names: Sequence[str], known: Sequence[str], where: str) -> None:
-    for name in names:
-        if name not in known:
-            near = get_close_matches(name, known, n=2, cutoff=0.5)
-            some = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {some}"
-            raise InputError(f"{where}: {name!r} is not known: {hint}")
 
 
 def _check_numbers(key: str, value: Any, where: str) -> None:

@@ -1,4 +1,4 @@
-"""The protocol of an evaluation: a tree of dataclasses read from YAML.
+"""The protocol of an evaluation.
 
 `eval_configs/*.yaml` show every key with its type and default. Paths in a file are relative to the
 file's folder.
@@ -6,21 +6,27 @@ file's folder.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.recipes import as_mapping, build
+from msae_plugin.common.recipes import (
+    RECIPE,
+    Text,
+    Whole,
+    coerce,
+    did_you_mean,
+    read_yaml,
+    with_overrides,
+)
 from msae_plugin.data.text_files import is_text_file
 from msae_plugin.evaluation.protocols import SCHEMAS, check_settings, default_of
 from msae_plugin.models.hook_names import parse_hook_name
@@ -46,41 +52,35 @@ _TAKES_COPIES = ("sparse_probing", "scr", "tpp", "autointerp", "ravel")
 _UNNAMED_DATA = {"ravel": ["adamkarvonen/ravel_prompts"]}
 
 
-@dataclass
+@dataclass(config=RECIPE)
 class ModelChoice:
-    """Which language model, and how it runs.
+    """Which language model, and how it runs."""
 
-    Attributes:
-        name: `packaged:NAME`, a folder, or a hub name; null is the one that the SAEs are for.
-        dtype: Data type of the weights; SAEBench casts SAEs to it.
-        device: Where it runs; auto is cuda when there is one.
-    """
-
-    name: str | None = None
+    name: Text | None = None
+    """`packaged:NAME`, a folder, or a hub name; null is the one that the SAEs are for."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
+    """Data type of the weights; SAEBench casts SAEs to it."""
+    device: Text = "auto"
+    """Where it runs; auto is cuda when there is one."""
 
 
-@dataclass
+@dataclass(config=RECIPE)
 class EvalConfig:
-    """What to evaluate, with which settings and seeds.
+    """What to evaluate, with which settings and seeds."""
 
-    Attributes:
-        model: The language model.
-        hook: Where the SAEs read, in place of what their metadata say.
-        seeds: Every evaluation runs once with each.
-        evaluations: Settings by evaluation: fields of SAEBench's config class of that name and ours
-            (`eval_schemas`), and no others.
-        datasets: Local copy of a hub dataset by its name, in the same schema.
-        cache: Folder for what is computed of the language model alone.
-    """
-
-    model: ModelChoice = field(default_factory=ModelChoice)
-    hook: str | None = None
-    seeds: list[int] = field(default_factory=lambda: [42])
-    evaluations: dict[str, Any] = field(default_factory=dict[str, Any])
-    datasets: dict[str, str] = field(default_factory=dict[str, str])
-    cache: str | None = None
+    model: ModelChoice = Field(default_factory=ModelChoice)
+    """The language model."""
+    hook: Text | None = None
+    """Where the SAEs read, in place of what their metadata say."""
+    seeds: list[Whole] = Field(default_factory=lambda: [42])
+    """Every evaluation runs once with each."""
+    evaluations: dict[Text, Any] = Field(default_factory=dict[str, Any])
+    """Settings by evaluation: fields of SAEBench's config class of that name and ours
+    (`protocols`), and no others."""
+    datasets: dict[Text, Text] = Field(default_factory=dict[str, str])
+    """Local copy of a hub dataset by its name, in the same schema."""
+    cache: Text | None = None
+    """Folder for what is computed of the language model alone."""
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
@@ -88,30 +88,14 @@ class EvalConfig:
 
         Args:
             path: A YAML file, or the bare name of one that comes with the package (`offline`).
-            overrides: `key.path=value` with the value in YAML, applied in order;
-                `evaluations.NAME=null` removes an evaluation. Paths in them are relative to the
+            overrides: As of `common.recipes.with_overrides`. Paths in them are relative to the
                 working directory, as on any command line.
 
         Raises:
             InputError: The file cannot be read, or a value cannot work.
         """
         file = find_config(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"cannot read the evaluation config {str(file)!r}: {error.strerror}"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"evaluation config {str(file)!r} is not a text file") from error
-        try:
-            read: object = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            problem = " ".join(str(error).split())
-            raise InputError(f"{str(file)!r} is not valid YAML: {problem}") from error
-        if read is None:
-            raise InputError(f"evaluation config {str(file)!r} is empty")
-        values = _with_absolute_paths(as_mapping(read, str(file)), file.resolve().parent)
+        values = _absolute(read_yaml(file, "evaluation config"), "", file.resolve().parent)
         config = cls.from_dict(values, overrides)
         for warning in config.warnings():
             logger.warning("%s: %s", file.name, warning)
@@ -119,22 +103,20 @@ class EvalConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
-        """Build a config from plain dictionaries, as `to_dict` gives them.
+        """Build a config from plain dictionaries, as `to_dict` gives them; they are not changed.
 
         Raises:
             InputError: As `load`.
         """
-        merged = copy.deepcopy(dict(values))
-        for override in overrides:
-            _apply(merged, override)
-        merged = {key: value for key, value in merged.items() if value is not None}
-        config = build(cls, merged, "")
+        here = Path.cwd()
+        merged = with_overrides(values, overrides, lambda value, path: _absolute(value, path, here))
+        config: Self = coerce(merged, cls, "")
         config.check()
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(cast("Any", self))
 
     def check(self) -> None:
         """Check all values, and give each evaluation the local copies of its datasets.
@@ -231,8 +213,7 @@ def find_config(path: Path | str) -> Path:
     shipped = shipped_configs()
     if str(path) in shipped:
         return shipped[str(path)]
-    near = get_close_matches(file.stem, shipped, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"shipped ones are {', '.join(shipped)}"
+    hint = did_you_mean(file.stem, shipped, "shipped ones are ", shown=str)
     problem = "is a folder" if file.is_dir() else "does not exist"
     raise InputError(f"evaluation config {str(path)!r} {problem}; {hint}")
 
@@ -242,48 +223,19 @@ def _is_part(dataset: str, hub_name: str) -> bool:
     return dataset == hub_name or dataset.startswith(f"{hub_name}_")
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise InputError(f"--set {override!r} is not of the form key.path=value")
-    try:
-        value: object = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: the value is not valid YAML") from error
-    tree: Any = value
-    for key in reversed(keys):
-        tree = {key: tree}
-    tree = _with_absolute_paths(tree, Path.cwd())
-    section = values
-    for depth, key in enumerate(keys[:-1]):
-        tree = tree[key]
-        if section.get(key) is None:
-            section[key] = {}
-        if not isinstance(section[key], dict):
-            raise InputError(f"--set {override!r}: {'.'.join(keys[: depth + 1])!r} has no keys")
-        section = cast("dict[str, Any]", section[key])
-    if value is None and keys[0] == "evaluations" and len(keys) == 2:
-        section.pop(keys[-1], None)
-    else:
-        section[keys[-1]] = tree[keys[-1]]
-
-
-def _with_absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    def absolute(value: Any, place: str) -> Any:
-        if isinstance(value, Mapping):
-            section = cast("Mapping[Any, Any]", value)
-            return {
-                key: absolute(item, f"{place}.{key}" if place else str(key))
-                for key, item in section.items()
-            }
-        if isinstance(value, str) and _matches(place, _PATHS):
-            return str(base / Path(value).expanduser())
-        if isinstance(value, str) and _matches(place, _PATHS_OR_NAMES) and _is_path(value, base):
-            return str(base / Path(value).expanduser())
-        return value
-
-    return cast("dict[str, Any]", absolute(values, ""))
+def _absolute(value: Any, place: str, base: Path) -> Any:
+    """A value of the recipe with the paths in it made absolute."""
+    if isinstance(value, dict):
+        inner = cast("dict[Any, Any]", value)
+        return {
+            key: _absolute(item, f"{place}.{key}" if place else str(key), base)
+            for key, item in inner.items()
+        }
+    if isinstance(value, str) and (
+        _matches(place, _PATHS) or (_matches(place, _PATHS_OR_NAMES) and _is_path(value, base))
+    ):
+        return str(base / Path(value).expanduser())
+    return value
 
 
 def _matches(place: str, patterns: Sequence[str]) -> bool:

@@ -1,1 +1,1 @@
-"""What leaves the machine: exports, their checks, and what is kept out of them."""
+"""Publishing on the Hugging Face Hub: model cards, uploads and their checks."""

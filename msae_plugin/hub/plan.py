@@ -25,9 +25,9 @@ from msae_plugin.hub.card_data import (
     FIGURES_FOLDER,
     CardEntry,
     Measured,
+    card_entry,
     measured_of,
     read_evaluation,
-    usable_summary,
 )
 from msae_plugin.hub.remote import CARD_FILENAME, read_card, read_entries
 from msae_plugin.saes.clean_config import clean_run_config, private_traces
@@ -42,19 +42,13 @@ _TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".csv")
 
 @dataclass(frozen=True)
 class SAEFolder:
-    """One SAE as it will stand in a repository.
+    """One SAE as it will stand in a repository."""
 
-    Args:
-        path: Folder in the repository.
-        sae: The SAE on disk.
-        files: Contents, or the file that holds them, by path relative to the folder.
-        measured: What was measured of it.
-    """
-
-    path: str
-    sae: LocalSAE
+    path: str  # folder in the repository
+    sae: LocalSAE  # the SAE on disk
+    # Contents, or the file that holds them, by path relative to the folder.
     files: dict[str, bytes | Path]
-    measured: Measured | None
+    measured: Measured | None  # what was measured of it
 
     def uploads(self) -> Iterator[tuple[str, bytes | Path]]:
         """Path in the repository and contents of every file."""
@@ -98,14 +92,7 @@ def default_paths(saes: list[LocalSAE]) -> list[str]:
 def build_folder(
     path: str, sae: LocalSAE, measured: Measured | None, pictures: Sequence[Path] = ()
 ) -> SAEFolder:
-    """Collect the files of one SAE.
-
-    Args:
-        path: Folder in the repository.
-        sae: The SAE on disk.
-        measured: What was measured of it.
-        pictures: Folders whose figures go with this SAE beside those of its own.
-    """
+    """Collect the files of one SAE."""
     files: dict[str, bytes | Path] = {SAE_CFG_FILENAME: _cleaned(sae.export / SAE_CFG_FILENAME)}
     files[SAE_WEIGHTS_FILENAME] = sae.export / SAE_WEIGHTS_FILENAME
     if (sae.export / SPARSITY_FILENAME).is_file():
@@ -153,7 +140,7 @@ def content_size(content: bytes | Path) -> int:
 
 
 def private_content(folder: SAEFolder) -> list[str]:
-    """What a folder would tell about the machine that made it, one line per file.
+    """Local paths that a folder would publish, one line per file.
 
     Files of other hosts are published unmodified, so nothing is removed here.
     """
@@ -169,54 +156,75 @@ def private_content(folder: SAEFolder) -> list[str]:
 
 @dataclass(frozen=True)
 class PublishPlan:
-    """One commit.
+    """One commit."""
 
-    Args:
-        state: The repository as it is.
-        folders: The SAEs to publish.
-        additions: Contents, or the file that holds them, by path.
-        deletions: Files of a replaced folder that the new one does not have.
-        entries: What the card says, of all SAEs.
-        new_entries: Of those to publish.
-        notes: What the user should know.
-    """
-
-    state: RepositoryState
-    folders: tuple[SAEFolder, ...]
-    additions: dict[str, bytes | Path]
-    deletions: tuple[str, ...]
-    entries: tuple[CardEntry, ...]
-    new_entries: tuple[CardEntry, ...]
-    notes: tuple[str, ...]
+    state: RepositoryState  # the repository as it is
+    folders: tuple[SAEFolder, ...]  # the SAEs to publish
+    additions: dict[str, bytes | Path]  # contents, or the file that holds them, by path
+    deletions: tuple[str, ...]  # files of a replaced folder that the new one does not have
+    entries: tuple[CardEntry, ...]  # what the card says, of all SAEs
+    new_entries: tuple[CardEntry, ...]  # of those to publish
+    notes: tuple[str, ...]  # what the user should know
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that is written."""
         return {path: content_size(content) for path, content in self.additions.items()}
 
 
-def make_plan(
-    run: Path,
-    state: RepositoryState,
-    *,
-    folder: str | None,
-    licence: str | None,
-    evaluation: Path | None,
-    report: Path | None,
-) -> PublishPlan:
-    """Decide everything.
+@dataclass(frozen=True)
+class PublishOptions:
+    """How to publish.
 
     Args:
-        run: A run folder, the folder of one of its SAEs, or an export.
-        state: The repository as it is.
-        folder: Folder in the repository; None for the default.
-        licence: Identifier of the licence; None keeps the repository's.
+        folder: Folder in the repository; None for `<model>/<hook>/<width>_l0-<n>_seed<k>`.
+        dry_run: Render everything into `output` and upload nothing. Needs no token.
+        output: Where a dry run goes; None for a new temporary folder.
+        private: Make the repository private.
+        revision: Branch to commit to; made from main when it does not exist.
+        tag: Name for the commit, given when it has been checked.
+        pr: Open a pull request in place of committing to main.
+        licence: Identifier of the licence; None keeps the repository's, or takes MIT.
         evaluation: Output folder of `msae eval` on these SAEs.
-        report: Output folder of `msae report`, for its figures.
+        report: Output folder of `msae report`; its figures are published with the first SAE.
+        overwrite: Replace folders that exist without asking.
+        allow_negative_variance: Publish SAEs that reconstruct worse than the mean activation.
+    """
+
+    folder: str | None = None
+    dry_run: bool = False
+    output: Path | None = None
+    private: bool = False
+    revision: str | None = None
+    tag: str | None = None
+    pr: bool = False
+    licence: str | None = None
+    evaluation: Path | None = None
+    report: Path | None = None
+    overwrite: bool = False
+    allow_negative_variance: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse options that exclude one another."""
+        if self.output is not None and not self.dry_run:
+            raise InputError(
+                "--output is where --dry-run renders to: add --dry-run or leave it out"
+            )
+        if self.pr and self.tag is not None:
+            raise InputError(
+                "--tag names a commit of the repository; merge the --pr first, then tag"
+            )
+        if self.pr and self.revision is not None:
+            raise InputError("--pr asks for a change of main: leave --revision out")
+
+
+def make_plan(run: Path, state: RepositoryState, options: PublishOptions) -> PublishPlan:
+    """Decide everything about publishing a run, the folder of one of its SAEs, or an export.
 
     Raises:
         InputError: Something must not be published, or a name is wrong.
         RunFailure: The Hub does not give what is in the repository.
     """
+    evaluation, report = options.evaluation, options.report
     saes = find_saes(run)
     if report is not None and not any((report / FIGURES_FOLDER).glob("*.png")):
         raise InputError(
@@ -225,7 +233,7 @@ def make_plan(
         )
     summary = None if evaluation is None else read_evaluation(evaluation)
     folders: list[SAEFolder] = []
-    for path, sae in zip(_paths(saes, folder), saes, strict=True):
+    for path, sae in zip(_paths(saes, options.folder), saes, strict=True):
         measured = None
         if evaluation is not None and summary is not None:
             measured = measured_of(sae, summary, evaluation, f"{state.repo}:{path}")
@@ -237,7 +245,7 @@ def make_plan(
     entries = tuple(
         sorted([*read_entries(state, leave_out=paths), *new_entries], key=lambda e: e.folder)
     )
-    card = make_card(state.repo, entries, new_entries[0], read_card(state), licence)
+    card = make_card(state.repo, entries, new_entries[0], read_card(state), options.licence)
     additions = {path: content for sae in folders for path, content in sae.uploads()}
     additions[CARD_FILENAME] = card.encode()
     present = {path for sae in folders for path in state.files_in(sae.path)}
@@ -275,15 +283,6 @@ def _paths(saes: list[LocalSAE], folder: str | None) -> list[str]:
 
 
 def _entry(folder: SAEFolder) -> CardEntry:
-    """What the card says of an SAE, from the very files that are uploaded."""
-    config = folder.json_file("cfg.json")
-    assert config is not None
-    return CardEntry(
-        folder=folder.path,
-        config=config,
-        run=folder.json_file(RUNNER_CFG_FILENAME) or {},
-        export=folder.json_file(REPORT_FILENAME) or {},
-        summary=usable_summary(folder.json_file(SUMMARY_FILENAME)),
-        has_twin=folder.sae.twin is not None,
-        figures=tuple(sorted(path for path, _ in folder.uploads() if path.endswith(".png"))),
-    )
+    """Card entry of an SAE, from the very files that are uploaded."""
+    figures = [path for path, _ in folder.uploads() if path.endswith(".png")]
+    return card_entry(folder.path, folder.json_file, folder.sae.twin is not None, figures)

@@ -22,7 +22,7 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.hub import remote
 from msae_plugin.hub.card_data import CardEntry, hub_dataset, hub_model
-from msae_plugin.hub.plan import PublishPlan, make_plan, private_content
+from msae_plugin.hub.plan import PublishOptions, PublishPlan, make_plan, private_content
 from msae_plugin.hub.remote import MAIN, Committed
 from msae_plugin.hub.verification import Verification, check_files, check_latents, describe
 from msae_plugin.models.hub_access import explained, hub_errors, require_token, status_of
@@ -42,15 +42,7 @@ def plain_path(entry: CardEntry) -> str | None:
 
 
 def pretrained_saes_stanza(repo: str, entries: Sequence[CardEntry]) -> str:
-    """What to add to SAELens' `pretrained_saes.yaml`; the twin stands for what needs this package.
-
-    Args:
-        repo: `user/name`.
-        entries: SAEs of the release. Those that SAELens alone cannot load are left out.
-
-    Returns:
-        YAML, one release per language model; empty when nothing can be listed.
-    """
+    """Entry for SAELens' `pretrained_saes.yaml`: a twin stands for what needs this package."""
     releases: dict[str, dict[str, Any]] = {}
     for entry in entries:
         path = plain_path(entry)
@@ -78,16 +70,7 @@ def pretrained_saes_stanza(repo: str, entries: Sequence[CardEntry]) -> str:
 
 
 def dashboard_command(repo: str, entry: CardEntry) -> str | None:
-    """The SAEDashboard command that makes Neuronpedia's files for one SAE.
-
-    Args:
-        repo: `user/name`.
-        entry: The SAE.
-
-    Returns:
-        A line for a shell (arguments of sae-dashboard 0.8), None where SAELens alone cannot load
-        the SAE.
-    """
+    """The SAEDashboard command that makes Neuronpedia's files for one SAE."""
     path = plain_path(entry)
     if path is None:
         return None
@@ -110,7 +93,7 @@ def _dataset(entry: CardEntry) -> str | None:
 
 
 def dashboard_hint() -> str:
-    """What is needed to run the command."""
+    """Whether SAEDashboard is installed, and how to install it."""
     if dashboards.is_installed():
         return "SAEDashboard is installed here"
     return f"SAEDashboard is not installed here: {dashboards.INSTALL}"
@@ -122,77 +105,38 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What `publish` did, or would do.
-
-    Args:
-        repo: `user/name`.
-        folders: The SAEs' folders in it.
-        files: Every file that was (would be) written, with its size in bytes.
-        removed: Every file that was (would be) removed.
-        notes: What the user should know.
-        output: Where a dry run rendered the files; None for a real one.
-        commit: Hash of the commit; None for a dry run.
-        url: Page of the commit.
-        pull_request: Page of the pull request; None without one.
-        revision: Branch of the commit; None for main.
-        tag: The tag that it got.
-        verifications: What the check after the upload found.
-        stanza: Entry for SAELens' `pretrained_saes.yaml`; empty where SAELens cannot load any.
-        dashboard: SAEDashboard's command for each SAE that it can load.
-    """
+    """Outcome of `publish`, or of its dry run."""
 
     repo: str
-    folders: tuple[str, ...]
-    files: dict[str, int]
-    removed: tuple[str, ...]
-    notes: tuple[str, ...]
-    output: Path | None
-    commit: str | None
-    url: str | None
-    pull_request: str | None
-    revision: str | None
-    tag: str | None
-    verifications: tuple[Verification, ...]
-    stanza: str
-    dashboard: tuple[str, ...]
+    folders: tuple[str, ...]  # the SAEs' folders in it
+    files: dict[str, int]  # every file that was (would be) written, with its size in bytes
+    removed: tuple[str, ...]  # every file that was (would be) removed
+    notes: tuple[str, ...]  # what the user should know
+    output: Path | None  # where a dry run rendered the files; None for a real one
+    commit: str | None  # hash of the commit; None for a dry run
+    url: str | None  # page of the commit
+    pull_request: str | None  # page of the pull request; None without one
+    revision: str | None  # branch of the commit; None for main
+    tag: str | None  # the tag that it got
+    verifications: tuple[Verification, ...]  # what the check after the upload found
+    stanza: str  # entry for SAELens' `pretrained_saes.yaml`; empty where SAELens cannot load any
+    dashboard: tuple[str, ...]  # SAEDashboard's command for each SAE that it can load
 
 
 def publish(
     run: Path,
     repo: str,
+    options: PublishOptions,
     *,
-    folder: str | None = None,
-    dry_run: bool = False,
-    output: Path | None = None,
-    private: bool = False,
-    revision: str | None = None,
-    tag: str | None = None,
-    pr: bool = False,
-    licence: str | None = None,
-    evaluation: Path | None = None,
-    report: Path | None = None,
-    overwrite: bool = False,
-    allow_negative_variance: bool = False,
     confirm: Confirm | None = None,
-    say: Say | None = None,
+    say: Say = lambda _message: None,
 ) -> PublishResult:
     """Publish the SAEs of a run.
 
     Args:
         run: A run folder, the folder of one of its SAEs, or an export.
         repo: `user/name`; made when it does not exist.
-        folder: Folder in the repository; None for `<model>/<hook>/<width>_l0-<n>_seed<k>`.
-        dry_run: Render everything into `output` and upload nothing. Needs no token.
-        output: Where a dry run goes; None for a new temporary folder.
-        private: Make the repository private.
-        revision: Branch to commit to; made from main when it does not exist.
-        tag: Name for the commit, given when it has been checked.
-        pr: Open a pull request in place of committing to main.
-        licence: Identifier of the licence; None keeps the repository's, or takes MIT.
-        evaluation: Output folder of `msae eval` on these SAEs.
-        report: Output folder of `msae report`; its figures are published with the first SAE.
-        overwrite: Replace folders that exist without asking.
-        allow_negative_variance: Publish SAEs that reconstruct worse than the mean activation.
+        options: How.
         confirm: Asks the user a question; None refuses whatever would have been asked.
         say: Shows one line of progress.
 
@@ -202,64 +146,39 @@ def publish(
         RunFailure: The network, the Hub or the disk failed, and whether anything was published is
             in the message; or the check after the upload failed, with the commit named.
     """
-    say = say or (lambda _message: None)
     require_repo_name(repo)
-    _require_sensible(dry_run, output, revision, tag, pr)
     notes: list[str] = []
-    if dry_run:
-        state = _state_if_reachable(repo, revision, notes)
+    if options.dry_run:
+        state = _state_if_reachable(repo, options.revision, notes)
     else:
         _require_valid_token(require_token())
-        state = read_state(repo, revision)
-    _require_possible(state, private, tag)
-    plan = make_plan(
-        run, state, folder=folder, licence=licence, evaluation=evaluation, report=report
-    )
-    if not allow_negative_variance:
+        state = read_state(repo, options.revision)
+    _require_possible(state, options)
+    plan = make_plan(run, state, options)
+    if not options.allow_negative_variance:
         _require_positive_variance(plan)
     traces = [line for sae in plan.folders for line in private_content(sae)]
     notes += plan.notes
     notes += [f"local path in a file that is published unmodified: {line}" for line in traces]
-    if dry_run:
-        where = _render(plan, output)
-        return _result(plan, notes, output=where, revision=revision)
-    if not overwrite:
+    if options.dry_run:
+        return _result(plan, options, notes, output=_render(plan, options.output))
+    if not options.overwrite:
         _ask_before_replacing(plan, confirm)
-    if traces and not (state.private if state.exists else private):
+    if traces and not (state.private if state.exists else options.private):
         _ask_before_showing(traces, confirm)
     say(f"uploading {len(plan.additions)} files to {repo}")
-    committed = _commit(plan, private, revision, pr)
+    committed = _commit(plan, options)
     say(f"checking commit {committed.oid[:12]}")
-    on_main = revision in (None, remote.MAIN) and not pr
+    on_main = options.revision in (None, remote.MAIN) and not options.pr
     verifications = _verify(plan, committed, on_main)
-    if tag is not None:
+    if options.tag is not None:
         try:
-            remote.add_tag(repo, tag, committed.oid)
+            remote.add_tag(repo, options.tag, committed.oid)
         except (InputError, RunFailure) as error:
             raise RunFailure(
                 f"published as commit {committed.oid} and checked, but without the tag: {error}"
             ) from error
-    return _result(
-        plan,
-        notes,
-        revision=revision,
-        tag=tag,
-        commit=committed.oid,
-        url=committed.url,
-        pull_request=committed.pull_request,
-        verifications=verifications,
-    )
-
-
-def _require_sensible(
-    dry_run: bool, output: Path | None, revision: str | None, tag: str | None, pr: bool
-) -> None:
-    if output is not None and not dry_run:
-        raise InputError("--output is where --dry-run renders to: add --dry-run or leave it out")
-    if pr and tag is not None:
-        raise InputError("--tag names a commit of the repository; merge the --pr first, then tag")
-    if pr and revision is not None:
-        raise InputError("--pr asks for a change of main: leave --revision out")
+    return _result(plan, options, notes, committed=committed, verifications=verifications)
 
 
 def _require_valid_token(token: str) -> None:
@@ -278,14 +197,15 @@ def _state_if_reachable(repo: str, revision: str | None, notes: list[str]) -> Re
     return state
 
 
-def _require_possible(state: RepositoryState, private: bool, tag: str | None) -> None:
+def _require_possible(state: RepositoryState, options: PublishOptions) -> None:
     if not state.exists:
         return
-    if private and state.private is False:
+    if options.private and state.private is False:
         raise InputError(
             f"{state.repo} exists and is public: --private makes new repositories only; change it "
             "in its settings on the Hub"
         )
+    tag = options.tag
     if tag is not None and remote.existing_tag(state.repo, tag):
         raise InputError(f"{state.repo} has a tag {tag!r} already: choose another")
 
@@ -338,9 +258,9 @@ def _render(plan: PublishPlan, output: Path | None) -> Path:
     return where
 
 
-def _commit(plan: PublishPlan, private: bool, revision: str | None, pr: bool) -> Committed:
+def _commit(plan: PublishPlan, options: PublishOptions) -> Committed:
     repo, before = plan.state.repo, plan.state
-    state = remote.prepare(before, private, revision)
+    state = remote.prepare(before, options.private, options.revision)
     made = "" if before.exists else f"; the repository {repo} was made and is empty"
     try:
         return remote.commit(
@@ -348,8 +268,8 @@ def _commit(plan: PublishPlan, private: bool, revision: str | None, pr: bool) ->
             plan.additions,
             plan.deletions,
             message=f"Publish {', '.join(sae.path for sae in plan.folders)}",
-            revision=revision,
-            pull_request=pr,
+            revision=options.revision,
+            pull_request=options.pr,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -362,24 +282,24 @@ def _commit(plan: PublishPlan, private: bool, revision: str | None, pr: bool) ->
         status = status_of(error)
         if status is None or status >= 500:
             # The Hub may have committed before the connection broke.
-            landed = _commit_that_landed(plan, state, revision, pr, reason)
+            landed = _commit_that_landed(plan, state, options, reason)
             if landed is not None:
                 return landed
         raise type(reason)(f"{reason}; nothing was published{made}") from error
 
 
 def _commit_that_landed(
-    plan: PublishPlan, state: RepositoryState, revision: str | None, pr: bool, reason: Exception
+    plan: PublishPlan, state: RepositoryState, options: PublishOptions, reason: Exception
 ) -> Committed | None:
     """The commit, if the Hub has it although the upload seemed to fail."""
     repo = state.repo
     page = f"{constants.ENDPOINT}/{repo}"
-    if pr:
+    if options.pr:
         raise RunFailure(
             f"{reason}; whether a pull request was opened is to be seen on {page}/discussions"
         )
     try:
-        head = read_state(repo, revision).head
+        head = read_state(repo, options.revision).head
     except (InputError, RunFailure):
         raise RunFailure(
             f"{reason}; whether anything was published is to be seen on {page}: the Hub cannot be "
@@ -408,14 +328,11 @@ def _verify(plan: PublishPlan, committed: Committed, on_main: bool) -> tuple[Ver
 
 def _result(
     plan: PublishPlan,
+    options: PublishOptions,
     notes: list[str],
     *,
-    revision: str | None,
     output: Path | None = None,
-    tag: str | None = None,
-    commit: str | None = None,
-    url: str | None = None,
-    pull_request: str | None = None,
+    committed: Committed | None = None,
     verifications: tuple[Verification, ...] = (),
 ) -> PublishResult:
     repo = plan.state.repo
@@ -427,11 +344,11 @@ def _result(
         removed=plan.deletions,
         notes=tuple(notes),
         output=output,
-        commit=commit,
-        url=url,
-        pull_request=pull_request,
-        revision=revision,
-        tag=tag,
+        commit=None if committed is None else committed.oid,
+        url=None if committed is None else committed.url,
+        pull_request=None if committed is None else committed.pull_request,
+        revision=options.revision,
+        tag=None if committed is None else options.tag,
         verifications=verifications,
         stanza=pretrained_saes_stanza(repo, plan.entries),
         dashboard=tuple(command for command in commands if command is not None),
@@ -439,11 +356,7 @@ def _result(
 
 
 def report_lines(result: PublishResult) -> list[str]:
-    """A publication, or a dry run, line by line.
-
-    Args:
-        result: From `publish`.
-    """
+    """A publication, or a dry run, line by line."""
     lines = [f"note: {note}" for note in result.notes]
     verb = "would upload" if result.commit is None else "uploaded"
     total = sum(result.files.values())

@@ -18,7 +18,7 @@ from huggingface_hub import (
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
-from msae_plugin.hub.card_data import FIGURES_FOLDER, CardEntry, usable_summary
+from msae_plugin.hub.card_data import FIGURES_FOLDER, CardEntry, card_entry
 from msae_plugin.models.hub_access import hub_errors
 from msae_plugin.saes.download import RepositoryState, read_state
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
@@ -38,12 +38,7 @@ def read_card(state: RepositoryState) -> str | None:
 
 
 def read_entries(state: RepositoryState, leave_out: Iterable[str] = ()) -> list[CardEntry]:
-    """What the card says of the SAEs in a repository.
-
-    Args:
-        state: The repository.
-        leave_out: Folders that will be replaced.
-    """
+    """Card entries of the SAEs in a repository."""
     folders = [folder for folder in state.sae_folders() if folder not in set(leave_out)]
     if not folders:
         return []
@@ -57,15 +52,9 @@ def _entry(state: RepositoryState, root: Path, folder: str) -> CardEntry:
         with hub_errors(f"reading {state.repo}:{folder}/{name}"):
             return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    return CardEntry(
-        folder=folder,
-        config=read(SAE_CFG_FILENAME),
-        run=read(RUNNER_CFG_FILENAME) or {},
-        export=read(REPORT_FILENAME) or {},
-        summary=usable_summary(read(SUMMARY_FILENAME)),
-        has_twin=f"{folder}/{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files,
-        figures=tuple(sorted(fnmatch.filter(state.files, f"{folder}/{FIGURES_FOLDER}/*.png"))),
-    )
+    has_twin = f"{folder}/{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files
+    figures = fnmatch.filter(state.files, f"{folder}/{FIGURES_FOLDER}/*.png")
+    return card_entry(folder, read, has_twin, figures)
 
 
 def _snapshot(state: RepositoryState, patterns: Sequence[str]) -> Path:
@@ -97,17 +86,11 @@ def prepare(state: RepositoryState, private: bool, revision: str | None) -> Repo
 
 @dataclass(frozen=True)
 class Committed:
-    """A commit.
-
-    Args:
-        oid: Its hash.
-        url: Its page.
-        pull_request: Page of the pull request; None without one.
-    """
+    """A commit."""
 
     oid: str
     url: str
-    pull_request: str | None
+    pull_request: str | None  # page of the pull request; None without one
 
 
 def commit(
@@ -122,14 +105,6 @@ def commit(
     """Change the repository in one commit, or not at all.
 
     The commit names its parent: had somebody else committed meanwhile, the Hub refuses it.
-
-    Args:
-        state: The repository as it was read.
-        additions: Contents, or the file that holds them, by path.
-        deletions: Paths to remove.
-        message: Title of the commit.
-        revision: Branch; None for main.
-        pull_request: Whether to open a pull request in place of changing the branch.
     """
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationDelete(path, is_folder=False) for path in sorted(deletions)

@@ -1,4 +1,4 @@
-"""After an upload: is what others will get what was published?"""
+"""Download a published SAE and compare it with the local one."""
 
 from __future__ import annotations
 
@@ -27,21 +27,14 @@ _RANDOM_TOKENS = 256
 
 @dataclass(frozen=True)
 class Verification:
-    """What the check of one published SAE found.
+    """Result of checking one published SAE."""
 
-    Args:
-        folder: Its folder in the repository.
-        files: Number of files whose bytes are those that were sent.
-        agreement: The downloaded SAE against the local one.
-        twin_agreement: The downloaded twin against the local SAE; None without a twin.
-        activations: What they were compared on.
-    """
-
-    folder: str
-    files: int
-    agreement: Agreement
+    folder: str  # its folder in the repository
+    files: int  # number of files whose bytes are those that were sent
+    agreement: Agreement  # the downloaded SAE against the local one
+    # The downloaded twin against the local SAE; None without a twin.
     twin_agreement: Agreement | None
-    activations: str
+    activations: str  # what they were compared on
 
 
 def check_files(repo: str, oid: str, files: dict[str, bytes | Path]) -> None:
@@ -130,15 +123,7 @@ class _AtRevision:
 
 
 def check_activations(sae: LocalSAE, loaded: SAE[Any]) -> tuple[torch.Tensor, str]:
-    """Activations to compare two copies of an SAE on.
-
-    Args:
-        sae: The SAE's folders; the activations that its run kept are used where there are any.
-        loaded: The SAE.
-
-    Returns:
-        (n, d_in), and what they are.
-    """
+    """Activations to compare two copies of an SAE on."""
     kept = sae.root / ACTIVATIONS_FILENAME
     if kept.is_file():
         activations = load_file(kept)["activations"]

@@ -104,6 +104,11 @@ class LanguageModel:
     n_layers: int
     vocabulary: int
 
+    @property
+    def shape(self) -> ModelShape:
+        """Its sizes."""
+        return ModelShape(self.d_model, self.n_layers, self.vocabulary)
+
 
 def load_language_model(
     name: str,

@@ -1,1 +1,1 @@
-"""What a person reads: tables, figures, contexts, descriptions of folders and recipes."""
+"""Reports, figures, tables, and descriptions of folders and recipes."""

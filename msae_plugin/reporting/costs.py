@@ -1,4 +1,4 @@
-"""What a run will cost in memory and disk, from its configuration alone.
+"""Estimated memory and disk of a run, from its configuration alone.
 
 Formulas, in bytes; W = 4 for float32:
 
@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sae_lens.registry import get_sae_training_class
@@ -51,23 +50,14 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True)
 class SAECost:
-    """Memory of one SAE in training.
-
-    Args:
-        parameters: Trained numbers.
-        weight_bytes: Parameters and buffers.
-        optimizer_bytes: Adam's two moments.
-        gradient_bytes: Gradients.
-        step_bytes: Estimate of the tensors of one training step.
-        recorded_bytes: What a recorded step holds all the time; 0 where steps are not recorded.
-    """
+    """Memory of one SAE in training."""
 
     parameters: int
-    weight_bytes: int
-    optimizer_bytes: int
+    weight_bytes: int  # parameters and buffers
+    optimizer_bytes: int  # adam's two moments
     gradient_bytes: int
-    step_bytes: int
-    recorded_bytes: int
+    step_bytes: int  # estimate of the tensors of one training step
+    recorded_bytes: int  # what a recorded step holds all the time; 0 where steps are not recorded
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -77,27 +67,16 @@ class SAECost:
 
 @dataclass(frozen=True)
 class RunCost:
-    """Memory, disk and length of a run; see the module for the formulas.
+    """Memory, disk and length of a run; see the module for the formulas."""
 
-    Args:
-        saes: Cost of each SAE by name.
-        model_bytes: Language model weights.
-        model_forward_bytes: One forward pass of the language model.
-        buffer_bytes: Activation buffer at its peak.
-        tokens: Training tokens, whole steps only.
-        steps: Optimiser updates.
-        forward_passes: Forward passes of the language model.
-        checkpoints_bytes: Disk of the checkpoints that are kept.
-    """
-
-    saes: dict[str, SAECost]
-    model_bytes: int
-    model_forward_bytes: int
-    buffer_bytes: int
-    tokens: int
+    saes: dict[str, SAECost]  # cost of each SAE by name
+    model_bytes: int  # language model weights
+    model_forward_bytes: int  # one forward pass of the language model
+    buffer_bytes: int  # activation buffer at its peak
+    tokens: int  # training tokens, whole steps only
     steps: int
-    forward_passes: int
-    checkpoints_bytes: int
+    forward_passes: int  # forward passes of the language model
+    checkpoints_bytes: int  # disk of the checkpoints that are kept
 
     @property
     def peak_bytes(self) -> int:
@@ -126,18 +105,22 @@ def meta_sae(config: TrainingSAEConfig) -> torch.nn.Module:
         config.device = device
 
 
-def sae_cost(config: TrainingSAEConfig, batch_size_tokens: int) -> SAECost:
+def sae_cost(
+    config: TrainingSAEConfig, batch_size_tokens: int, *, cuda_graphs: bool = True
+) -> SAECost:
     """Memory of one SAE in training.
 
     Args:
         config: Its configuration.
         batch_size_tokens: Activations per mini-batch.
+        cuda_graphs: Whether steps may be recorded.
     """
     sae = meta_sae(config)
     parameters = list(sae.parameters())
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
     buffer_bytes = sum(b.numel() * b.element_size() for b in sae.buffers())
     width = str_to_dtype(config.dtype).itemsize
+    recorded = cuda_graphs and _is_recorded(config, sae)
     step_bytes = STEP_TENSORS * batch_size_tokens * config.d_sae * width
     return SAECost(
         parameters=sum(p.numel() for p in parameters),
@@ -145,7 +128,7 @@ def sae_cost(config: TrainingSAEConfig, batch_size_tokens: int) -> SAECost:
         optimizer_bytes=2 * parameter_bytes,
         gradient_bytes=parameter_bytes,
         step_bytes=step_bytes,
-        recorded_bytes=step_bytes + parameter_bytes if _is_recorded(config, sae) else 0,
+        recorded_bytes=step_bytes + parameter_bytes if recorded else 0,
     )
 
 
@@ -153,18 +136,12 @@ def _is_recorded(config: TrainingSAEConfig, sae: torch.nn.Module) -> bool:
     return (
         isinstance(sae, MultiScaleTrainingSAE)
         and config.device.startswith("cuda")
-        and sae.mechanisms.can_be_recorded
+        and sae.can_be_recorded
     )
 
 
 def buffer_bytes(rows: int, llm_batch_rows: int, d_ins: Sequence[int]) -> int:
-    """Peak of SAELens' mixing buffer: filled, and copied in a new order.
-
-    Args:
-        rows: `n_batches_in_buffer * context_size`.
-        llm_batch_rows: Tokens of one forward pass, which overfill it.
-        d_ins: Width of each hook's activations.
-    """
+    """Peak of SAELens' mixing buffer: filled, and copied in a new order."""
     return 2 * FLOAT32_BYTES * (rows + llm_batch_rows) * sum(d_ins)
 
 
@@ -175,17 +152,16 @@ def model_parameters(shape: ModelShape) -> int:
 
 
 def run_cost(config: RunConfig, plans: Sequence[SAEPlan], shape: ModelShape) -> RunCost:
-    """What a run will cost.
-
-    Args:
-        config: The recipe.
-        plans: What `config.validate` gave.
-        shape: The model's sizes.
-    """
+    """Estimated memory, disk and length of a run."""
     training, context = config.training, config.data.context_size
     llm_rows = training.store_batch_size_prompts * context
     tokens = config.total_steps * config.tokens_per_step
-    saes = {plan.name: sae_cost(plan.config, training.batch_size_tokens) for plan in plans}
+    saes = {
+        plan.name: sae_cost(
+            plan.config, training.batch_size_tokens, cuda_graphs=training.cuda_graphs
+        )
+        for plan in plans
+    }
     widths = {plan.hook: plan.config.d_in for plan in plans}
     kept = min(training.keep_checkpoints, training.n_checkpoints + 1)
     forward = llm_rows * (LAYER_TENSORS * shape.d_model + 2 * context * shape.d_model // HEAD_WIDTH)
@@ -202,12 +178,3 @@ def run_cost(config: RunConfig, plans: Sequence[SAEPlan], shape: ModelShape) -> 
         forward_passes=-(-tokens // llm_rows),
         checkpoints_bytes=kept * sum(cost.checkpoint_bytes for cost in saes.values()),
     )
-
-
-def cost_as_json(cost: RunCost) -> dict[str, Any]:
-    """The same as plain data."""
-    return {
-        **{key: value for key, value in vars(cost).items() if key != "saes"},
-        "peak_bytes": cost.peak_bytes,
-        "saes": {name: vars(item) for name, item in cost.saes.items()},
-    }

@@ -50,7 +50,7 @@ DEFAULT_WINDOWS = 256
 
 @dataclass(frozen=True)
 class DashboardRequest:
-    """Which pages are wanted.
+    """Requested pages.
 
     Args:
         count: Latents per SAE: the ones that the report shows in context, else the most frequent.
@@ -81,17 +81,6 @@ def write_dashboards(
     progress: Reporter = no_report,
 ) -> dict[str, Path]:
     """Write a page per SAE of a language model.
-
-    Args:
-        saes: SAEs of the report; those without weights and variants of the ladder are
-            passed over.
-        sources: Where they are from: their recipes name the text.
-        folder: Where the pages go.
-        request: Which latents.
-        progress: Shows what is being done.
-
-    Returns:
-        The page of each SAE by its name.
 
     Raises:
         InputError: A latent is not in an SAE, or there is no SAE of a language model that
@@ -136,9 +125,9 @@ def _data_section(sae: TrainedSAE, sources: Sources) -> Mapping[str, Any] | None
     for source in sources.all:
         if not sae.folder.resolve().is_relative_to(source.folder.resolve()):
             continue
-        config = cast("Mapping[str, Any]", source.content.get("config") or {})
+        config = source.content.get("config") or {}
         if config.get("data"):
-            return cast("Mapping[str, Any]", config["data"])
+            return config["data"]
     return None
 
 

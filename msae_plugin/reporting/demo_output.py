@@ -9,37 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import TEMPORARY_PREFIX
+from msae_plugin.common.table import Column, Table
 from msae_plugin.evaluation.heldout import HeldoutMetrics
+from msae_plugin.reporting.figures import COLOURS, LINES, MARKERS, drawing
 
-# Okabe and Ito's palette: told apart with any common colour blindness; the line styles and markers
-# below tell them apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D")
+MOST_SAES = 4
+"""More would hide one another in the figure."""
 
 
 @dataclass(frozen=True)
 class FigureSAE:
-    """What the demo's figure shows of one SAE.
-
-    Args:
-        name: Label.
-        metrics: On held-out text, with firing frequencies.
-        tokens: Training tokens of each logged row.
-        explained_variance: Explained variance of the training batches of each logged row.
-        l0: Active latents per token in those batches; not the exported SAE's.
-    """
+    """One SAE of the demo's figure."""
 
     name: str
-    metrics: HeldoutMetrics
-    tokens: list[int]
-    explained_variance: list[float]
-    l0: list[float]
+    metrics: HeldoutMetrics  # on held-out text, with firing frequencies
+    tokens: list[int]  # training tokens of each logged row
+    explained_variance: list[float]  # explained variance of the training batches of each logged row
+    l0: list[float]  # active latents per token in those batches; not the exported SAE's
 
     @property
     def training_label(self) -> str:
@@ -67,71 +58,24 @@ def training_curve(metrics_file: Path) -> tuple[list[int], list[float], list[flo
     )
 
 
-def _pyplot() -> Any:
-    # matplotlib is optional, and importing it takes half a second.
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError(
-            "figures need matplotlib, which is not installed: pip install 'msae-plugin[report]'"
-        ) from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def require_matplotlib() -> None:
-    """Refuse early, before minutes of training.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    _pyplot()
-
-
 def demo_figure(saes: Sequence[FigureSAE], path: Path, title: str) -> None:
-    """Training curves, held-out quality and firing frequencies of a few SAEs.
-
-    Args:
-        saes: At most four.
-        path: A PNG; written whole or not at all.
-        title: One line over the figure.
+    """Training curves, held-out quality and firing frequencies of a few SAEs, as a PNG.
 
     Raises:
-        InputError: matplotlib is not installed, or there are too many SAEs for the palette.
+        InputError: matplotlib is not installed, or there are too many SAEs.
     """
-    if not 1 <= len(saes) <= len(COLOURS):
-        raise InputError(f"the figure shows 1 to {len(COLOURS)} SAEs, not {len(saes)}")
-    plt = _pyplot()
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#dddddd",
-        "axes.axisbelow": True,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-    }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=(1.1, 1, 1.1)
-        )
-        _draw_curves(axes[0], saes)
-        _draw_quality(axes[1], saes)
-        _draw_firing(axes[2], saes)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=len(saes), frameon=False)
-        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-        try:
-            figure.savefig(temporary, dpi=150, format="png")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-            plt.close(figure)
+    if not 1 <= len(saes) <= MOST_SAES:
+        raise InputError(f"the figure shows 1 to {MOST_SAES} SAEs, not {len(saes)}")
+    with drawing(4.2, columns=3, width=13) as canvas:
+        curves, quality, firing = canvas.axes
+        _draw_curves(curves, saes)
+        _draw_quality(quality, saes)
+        _draw_firing(firing, saes)
+        canvas.figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        canvas.legend_below(most_columns=len(saes))
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    temporary.write_bytes(canvas.png)
+    temporary.replace(path)
 
 
 def _draw_curves(axis: Any, saes: Sequence[FigureSAE]) -> None:
@@ -208,55 +152,49 @@ def _draw_firing(axis: Any, saes: Sequence[FigureSAE]) -> None:
 def figure_saes(
     metrics: Mapping[str, HeldoutMetrics], metrics_files: Mapping[str, Path]
 ) -> list[FigureSAE]:
-    """What `demo_figure` needs, from evaluations and training logs by SAE name."""
-    found: list[FigureSAE] = []
-    for name, measured in metrics.items():
-        found.append(FigureSAE(name, measured, *training_curve(metrics_files[name])))
-    return found
+    """Input of `demo_figure`, from evaluations and training logs by SAE name."""
+    return [
+        FigureSAE(name, measured, *training_curve(metrics_files[name]))
+        for name, measured in metrics.items()
+    ]
 
 
 NOT_DEFINED = "n/a"
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of the comparison.
-
-    Args:
-        key: Name in the JSON.
-        title: Heading.
-        definition: What it is, in which unit, and which way is better.
-    """
+class Definition:
+    """A column of the comparison: its key in the JSON, its heading and its meaning."""
 
     key: str
     title: str
-    definition: str
+    definition: str  # in which unit, and which way is better
 
 
 COLUMNS = (
-    Column("l0", "L0", "active latents per token"),
-    Column(
+    Definition("l0", "L0", "active latents per token"),
+    Definition(
         "explained_variance",
         "explained variance",
         "share of the activations' variance that the reconstruction keeps; higher is better",
     ),
-    Column(
+    Definition(
         "loss_recovered",
         "loss recovered",
         "(CE with zeros - CE with the SAE) / (CE with zeros - CE of the model), BOS untouched; "
         "higher is better",
     ),
-    Column(
+    Definition(
         "dead_latents",
         "dead latents",
         "latents that fire on none of the held-out tokens; lower is better",
     ),
-    Column(
+    Definition(
         "mean_max_decoder_cosine",
         "mean max cosine",
         "mean cosine of a decoder direction to its nearest other one; lower is less overlap",
     ),
-    Column(
+    Definition(
         "tokens_per_second",
         "tokens/s",
         "training speed of the SAE's own steps, without the language model; higher is better",
@@ -266,17 +204,11 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One SAE of the table.
-
-    Args:
-        name: Its name in the run.
-        metrics: On held-out text.
-        tokens_per_second: Speed of its training steps; None if not measured in this session.
-    """
+    """One SAE of the table."""
 
     name: str
     metrics: HeldoutMetrics
-    tokens_per_second: float | None
+    tokens_per_second: float | None  # of its training steps; None if not measured in this session
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, all numbers unrounded."""
@@ -300,31 +232,24 @@ class ComparisonRow:
         ]
 
 
-def comparison_table(rows: Sequence[ComparisonRow], title: str) -> Table:
+def _table(rows: Sequence[ComparisonRow]) -> Table:
+    shown = [Column(column.key, column.title, is_number=True) for column in COLUMNS]
+    cells = [[row.name, *row.cells()] for row in rows]
+    return Table("comparison", "", [Column("name", "SAE"), *shown], cells)
+
+
+def comparison_table(rows: Sequence[ComparisonRow], title: str) -> RichTable:
     """For a terminal."""
-    table = Table(title=Text(title, style="bold"), title_justify="left")
-    table.add_column("SAE", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column.title, justify="right")
-    for row in rows:
-        table.add_row(Text(row.name, style="bold"), *row.cells())
-    return table
+    return _table(rows).terminal(title=Text(title, style="bold"))
 
 
 def comparison_markdown(rows: Sequence[ComparisonRow]) -> str:
     """The table and its definitions in Markdown."""
-    titles = ["SAE", *(column.title for column in COLUMNS)]
-    lines = [
-        f"| {' | '.join(titles)} |",
-        f"|---|{'---:|' * len(COLUMNS)}",
-        *(f"| {' | '.join([row.name, *row.cells()])} |" for row in rows),
-        "",
-        *(f"- {column.title}: {column.definition}." for column in COLUMNS),
-    ]
-    return "\n".join(lines) + "\n"
+    meanings = "\n".join(f"- {column.title}: {column.definition}." for column in COLUMNS)
+    return f"{_table(rows).markdown()}\n\n{meanings}\n"
 
 
 def comparison_json(rows: Sequence[ComparisonRow]) -> dict[str, Any]:
     """The numbers with their definitions."""
-    definitions: Mapping[str, str] = {column.key: column.definition for column in COLUMNS}
-    return {"saes": [row.to_dict() for row in rows], "definitions": dict(definitions)}
+    definitions = {column.key: column.definition for column in COLUMNS}
+    return {"saes": [row.to_dict() for row in rows], "definitions": definitions}

@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from msae_plugin.comparison.statistics import Spread
-from msae_plugin.reporting.metrics import NOT_MEASURED, digits_for, number, signed
-
-PLUS_MINUS = " ± "
+from msae_plugin.common.table import Table
 
 
 @dataclass(frozen=True)
@@ -40,119 +37,20 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with values.
-
-    Args:
-        rows: In order.
-        folded: Heading under which they are closed at first, on the page; empty leaves them open.
-    """
+    """Names with values."""
 
     rows: Sequence[tuple[str, str]]
+    # Heading under which they are closed at first, on the page; empty leaves them open.
     folded: str = ""
-
-
-CellValue = str | float | int | Spread | None
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table.
-
-    Args:
-        key: Name in the CSV.
-        heading: On the page.
-        detail: Unit or direction, in small type under the heading.
-        signed: Numbers carry their sign: differences.
-        digits: Decimal places; None chooses those that suit all values.
-        absent: Shown in place of None.
-    """
-
-    key: str
-    heading: str
-    detail: str = ""
-    signed: bool = False
-    digits: int | None = None
-    absent: str = NOT_MEASURED
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under columns. Values are unrounded; `shown` rounds them.
-
-    Args:
-        name: File name, and id on the page.
-        caption: One sentence.
-        columns: As many as each row has values. The first names the row.
-        rows: Text, numbers, means with spreads, or None for what was not measured.
-        folded: Closed at first, on the page.
-    """
-
-    name: str
-    caption: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[CellValue]]
-    folded: bool = False
-
-    def __post_init__(self) -> None:
-        """Every row has a value per column."""
-        for row in self.rows:
-            if len(row) != len(self.columns):
-                raise ValueError(f"table {self.name}: {len(row)} values, not {len(self.columns)}")
-
-    def is_number(self, column: int) -> bool:
-        """Whether a column holds numbers."""
-        values = [row[column] for row in self.rows if row[column] is not None]
-        return bool(values) and not any(isinstance(value, str) for value in values)
-
-    def shown(self) -> list[list[str]]:
-        """All cells as text, the numbers of a column with the same decimal places."""
-        places = [self._digits(column) for column in range(len(self.columns))]
-        return [
-            [
-                column.absent if value is None else _shown(value, digits, column.signed)
-                for value, digits, column in zip(row, places, self.columns, strict=True)
-            ]
-            for row in self.rows
-        ]
-
-    def _digits(self, column: int) -> int:
-        given = self.columns[column].digits
-        if given is not None:
-            return given
-        values: list[float] = []
-        for row in self.rows:
-            value = row[column]
-            if isinstance(value, Spread):
-                values.append(value.mean)
-                values += [] if value.std is None else [value.std]
-            elif isinstance(value, (int, float)):
-                values.append(value)
-        return digits_for(values)
-
-
-def _shown(value: str | float | Spread, digits: int, with_sign: bool) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Spread):
-        mean = number(value.mean, digits)
-        return mean if value.std is None else f"{mean}{PLUS_MINUS}{number(value.std, digits)}"
-    return signed(value, digits) if with_sign else number(value, digits)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing.
+    """A drawing."""
 
-    Args:
-        name: File name, and id on the page.
-        caption: What is drawn, in which units, and what the marks mean.
-        alt: What a person who does not see it would be told.
-        png: The file.
-    """
-
-    name: str
-    caption: str
-    alt: str
+    name: str  # file name, and id on the page
+    caption: str  # what is drawn, in which units, and what the marks mean
+    alt: str  # what a person who does not see it would be told
     png: bytes = field(repr=False)
 
     @property
@@ -173,26 +71,17 @@ class Context:
 
 @dataclass(frozen=True)
 class LatentContexts:
-    """A latent and where it fires most.
+    """A latent and where it fires most."""
 
-    Args:
-        heading: Which, how often and how strongly.
-        contexts: Strongest first.
-    """
-
-    heading: str
+    heading: str  # which, how often and how strongly
     contexts: Sequence[Context]
 
 
 @dataclass(frozen=True)
 class Links:
-    """Files beside the page.
+    """Files beside the page."""
 
-    Args:
-        items: What each is, and where it lies relative to the page.
-    """
-
-    items: Sequence[tuple[str, str]]
+    items: Sequence[tuple[str, str]]  # what each is, and where it lies relative to the page
 
 
 Block = Text | Subheading | Bullets | Facts | Table | Figure | LatentContexts | Links
@@ -200,36 +89,22 @@ Block = Text | Subheading | Bullets | Facts | Table | Figure | LatentContexts | 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report.
+    """A part of the report."""
 
-    Args:
-        name: Id on the page.
-        title: Heading.
-        blocks: What it says.
-    """
-
-    name: str
+    name: str  # id on the page
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Block]  # what it says
 
 
 @dataclass(frozen=True)
 class Document:
-    """A whole report.
+    """A whole report."""
 
-    Args:
-        title: Of the page.
-        lead: One or two sentences under it.
-        sections: In order.
-        origin: What made it, for the foot of the page.
-        files_only: Tables that are written as files and too long for the page.
-    """
-
-    title: str
-    lead: str
+    title: str  # of the page
+    lead: str  # one or two sentences under it
     sections: Sequence[Section]
-    origin: str
-    files_only: Sequence[Table] = ()
+    origin: str  # what made it, for the foot of the page
+    files_only: Sequence[Table] = ()  # tables that are written as files and too long for the page
 
     def __post_init__(self) -> None:
         """Ids are unique, or links and labels would point at the wrong thing."""
@@ -254,22 +129,6 @@ class Document:
         return [block for block in self.blocks() if isinstance(block, Figure)]
 
 
-def columns(*headings: tuple[str, str] | tuple[str, str, str]) -> list[Column]:
-    """Columns from key, heading and detail.
-
-    A target L0 that is absent is none: some architectures and controls are not asked for one.
-    """
-    return [
-        Column(
-            heading[0],
-            heading[1],
-            heading[2] if len(heading) == 3 else "",
-            absent="none" if heading[0] == "l0_target" else NOT_MEASURED,
-        )
-        for heading in headings
-    ]
-
-
 def slug(text: str) -> str:
     """Letters, digits and single hyphens: safe as a file name and as an id."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
@@ -280,13 +139,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Place:
-    """Where some SAEs of a report are from.
+    """Origin of some SAEs of a report."""
 
-    Args:
-        title: As headings name it; empty where a report has a single place.
-    """
-
-    title: str = ""
+    title: str = ""  # as headings name it; empty where a report has a single place
 
     def named(self, name: str) -> str:
         """A file name or id that no other place has."""
@@ -300,12 +155,7 @@ class Place:
 def places(
     items: Sequence[Item], place_of: Callable[[Item], str]
 ) -> list[tuple[Place, list[Item]]]:
-    """Items by place, in the order of the data.
-
-    Args:
-        items: SAEs, or what is known of them.
-        place_of: Gives an item's place; empty for training runs.
-    """
+    """Items by place, in the order of the data."""
     found: dict[str, list[Item]] = {}
     for item in items:
         found.setdefault(place_of(item), []).append(item)

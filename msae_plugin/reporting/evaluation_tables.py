@@ -6,52 +6,33 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-HEADLINES: Mapping[str, Sequence[tuple[str, str]]] = {
-    "core": (
-        ("l0", "L0"),
-        ("explained_variance_streaming", "expl. var."),
-        ("ce_loss_score", "loss rec."),
-        ("kl_div_with_sae_float32", "KL (nats)"),
-        ("frac_alive", "alive"),
-        ("average_max_decoder_cosine_sim", "dec. cos."),
-    ),
-    "sparse_probing": (
-        ("sae_top_1_test_accuracy", "top-1"),
-        ("sae_top_2_test_accuracy", "top-2"),
-        ("sae_top_5_test_accuracy", "top-5"),
-        ("sae_test_accuracy", "all latents"),
-        ("llm_top_1_test_accuracy", "LLM top-1"),
-        ("llm_test_accuracy", "LLM"),
-    ),
-    "sparse_probing_sae_probes": (
-        ("sae_top_1_test_accuracy", "top-1"),
-        ("sae_top_5_test_accuracy", "top-5"),
-        ("sae_top_1_test_auc", "AUC top-1"),
-        ("sae_top_5_test_auc", "AUC top-5"),
-        ("llm_test_accuracy", "LLM"),
-    ),
-    "unlearning": (("unlearning_score", "score"),),
-}
-"""Metrics that a table shows, with their headings; `summary.csv` holds all of them."""
+from msae_plugin.common.table import Column, Table
+from msae_plugin.reporting.measurements import EVERY_ROLE
 
 _MOST_COLUMNS = 6
 
 
 def columns_of(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The metrics to show of an evaluation: the known ones that were measured, else the first."""
+    """Metric and heading of an evaluation's columns: the headlines measured, else the first ones.
+
+    `summary.csv` holds all metrics.
+    """
     measured: dict[str, None] = {}
     for entry in entries:
         measured.update(dict.fromkeys(entry["metrics"]))
-    known = [pair for pair in HEADLINES.get(evaluation, ()) if pair[0] in measured]
-    return known or [(name, name) for name in list(measured)[:_MOST_COLUMNS]]
+    found: list[tuple[str, str]] = []
+    for role in EVERY_ROLE:
+        # The first of a role's names alone: the others are poorer versions of it.
+        where, _, metric = role.names[0].rpartition("/")
+        if where == evaluation and metric in measured:
+            found.append((metric, role.short or role.heading))
+    return found or [(name, name) for name in list(measured)[:_MOST_COLUMNS]]
 
 
-def cell(value: Mapping[str, Any] | None, digits: int = 4) -> str:
+def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
     """Mean and spread of one metric."""
     if value is None:
         return "-"
@@ -61,9 +42,9 @@ def cell(value: Mapping[str, Any] | None, digits: int = 4) -> str:
     return text if std is None else f"{text} ± {float(std):.{digits}f}"
 
 
-def _narrow(value: Mapping[str, Any] | None) -> str:
+def _narrow(cell: str) -> str:
     """Six columns side by side in a terminal of 80: `.957±.024`."""
-    return re.sub(r"(?<!\d)0\.", ".", cell(value, digits=3).replace(" ± ", "±"))
+    return re.sub(r"(?<!\d)0\.", ".", cell.replace(" ± ", "±"))
 
 
 def _by_evaluation(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -73,21 +54,27 @@ def _by_evaluation(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, An
     return found
 
 
+def _table(evaluation: str, entries: Sequence[Mapping[str, Any]], *, narrow: bool) -> Table | None:
+    """The measured SAEs of an evaluation; None without any metric."""
+    shown = columns_of(evaluation, entries)
+    digits = 3 if narrow else 4
+    rows = [
+        [str(entry["sae"]), *(_cell(entry["metrics"].get(name), digits) for name, _ in shown)]
+        for entry in entries
+        if entry["metrics"]
+    ]
+    if narrow:
+        rows = [[name, *map(_narrow, cells)] for name, *cells in rows]
+    numbers = [Column(name, heading, is_number=True) for name, heading in shown]
+    return Table(evaluation, "", [Column("sae", "SAE"), *numbers], rows) if shown else None
+
+
 def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
     """A table per evaluation; what was not measured is named with its reason below."""
     parts: list[RenderableType] = []
     for evaluation, entries in _by_evaluation(summary).items():
-        columns = columns_of(evaluation, entries)
-        if columns:
-            table = Table(title=evaluation, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-            table.add_column("SAE", overflow="fold")
-            for _, heading in columns:
-                table.add_column(f" {heading}", justify="right", no_wrap=True)
-            for entry in entries:
-                if entry["metrics"]:
-                    cells = [f" {_narrow(entry['metrics'].get(name))}" for name, _ in columns]
-                    table.add_row(Text(str(entry["sae"])), *cells)
-            parts.append(table)
+        table = _table(evaluation, entries, narrow=True)
+        parts += [] if table is None else [table.terminal(title=evaluation, dense=True)]
         parts += [Text(line) for line in unmeasured(evaluation, entries)]
         parts += [
             Text(f"{evaluation} of {entry['sae']}: {entry['note']}")
@@ -115,19 +102,8 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
     """The same tables in Markdown."""
     blocks: list[str] = []
     for evaluation, entries in _by_evaluation(summary).items():
-        columns = columns_of(evaluation, entries)
-        lines = [f"### {evaluation}", ""]
-        if columns:
-            lines.append("| SAE | " + " | ".join(heading for _, heading in columns) + " |")
-            lines.append("|---|" + "---:|" * len(columns))
-            lines += [
-                f"| {entry['sae']} | "
-                + " | ".join(cell(entry["metrics"].get(name)) for name, _ in columns)
-                + " |"
-                for entry in entries
-                if entry["metrics"]
-            ]
-            lines.append("")
-        lines += unmeasured(evaluation, entries)
-        blocks.append("\n".join(lines).rstrip())
+        table = _table(evaluation, entries, narrow=False)
+        parts = [f"### {evaluation}"] + ([] if table is None else [table.markdown()])
+        lines = unmeasured(evaluation, entries)
+        blocks.append("\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]))
     return "\n\n".join(blocks) + "\n"

@@ -11,9 +11,16 @@ from statistics import fmean
 from typing import Any
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.table import digits_for, number
 from msae_plugin.reporting.document import Figure, slug
-from msae_plugin.reporting.metrics import BY_KEY, Definition, digits_for, number, sentence
-from msae_plugin.reporting.rows import Bench, Difference, Group
+from msae_plugin.reporting.measurements import (
+    BY_KEY,
+    Definition,
+    Difference,
+    Group,
+    Results,
+    sentence,
+)
 
 # Okabe and Ito's palette without its yellow and sky blue, the rest darkened to at least 3 : 1
 # against white. Markers and lines tell the same apart without colour.
@@ -43,24 +50,18 @@ _STYLE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Look:
-    """How one method is drawn.
+class Style:
+    """How one method is drawn."""
 
-    Args:
-        colour: Of lines and marks.
-        marker: Shape of marks.
-        line: Dash pattern.
-    """
-
-    colour: str
-    marker: str
+    colour: str  # of lines and marks
+    marker: str  # shape of marks
     line: Any
 
 
-def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """A look per method; 6 colours, 9 markers and 5 lines repeat together after 90 methods."""
+def method_styles(methods: Sequence[str]) -> dict[str, Style]:
+    """A style per method; 6 colours, 9 markers and 5 lines repeat together after 90 methods."""
     return {
-        method: Look(
+        method: Style(
             COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], LINES[place % len(LINES)]
         )
         for place, method in enumerate(dict.fromkeys(methods))
@@ -87,12 +88,7 @@ def pyplot() -> Any:
 
 
 class Canvas:
-    """A figure being drawn.
-
-    Args:
-        figure: matplotlib's.
-        axes: Its axes, in rows.
-    """
+    """A figure being drawn."""
 
     def __init__(self, figure: Any, axes: Sequence[Any]) -> None:
         self.figure = figure
@@ -104,14 +100,16 @@ class Canvas:
         """The first or only axes."""
         return self.axes[0]
 
-    def legend_below(self, entries: Mapping[str, Any] | None = None) -> None:
+    def legend_below(
+        self, entries: Mapping[str, Any] | None = None, most_columns: int | None = None
+    ) -> None:
         """A legend under the axes, where it hides nothing."""
         if entries is None:
             handles, labels = self.axis.get_legend_handles_labels()
             entries = dict(zip(labels, handles, strict=True))
         if entries:
             longest = max(map(len, entries))
-            columns = 1 if longest > 40 else 2 if longest > 22 else 3
+            columns = most_columns or (1 if longest > 40 else 2 if longest > 22 else 3)
             self.figure.legend(
                 list(entries.values()),
                 list(entries),
@@ -121,20 +119,17 @@ class Canvas:
 
 
 @contextmanager
-def drawing(height: float = 4.0, rows: int = 1, *, share_x: bool = False) -> Generator[Canvas]:
-    """A figure of one column; `png` holds it when the block ends.
-
-    Args:
-        height: In inches.
-        rows: Axes under one another.
-        share_x: Whether they share their horizontal axis.
-    """
+def drawing(
+    height: float = 4.0, rows: int = 1, columns: int = 1, *, width: float = WIDTH
+) -> Generator[Canvas]:
+    """A figure in inches whose rows share their x axis; `png` holds it when the block ends."""
     plt = pyplot()
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
-            rows, 1, figsize=(WIDTH, height), layout="constrained", sharex=share_x, squeeze=False
-        )
-        canvas = Canvas(figure, [row[0] for row in axes])
+            rows, columns, figsize=(width, height), layout="constrained", sharex=rows > 1,
+            squeeze=False,
+        )  # fmt: skip
+        canvas = Canvas(figure, list(axes.flat))
         try:
             yield canvas
             stream = io.BytesIO()
@@ -154,30 +149,19 @@ def axis_label(heading: str, definition: Definition | None) -> str:
     return f"{heading}{share or unit} {definition.arrow}".rstrip()
 
 
-def seeds_shown(bench: Bench) -> str:
-    """What the small marks of a figure are; empty when there are none."""
-    if not any(len(group.rows) > 1 for group in bench.groups()):
+def seeds_shown(results: Results) -> str:
+    """A sentence on the small marks of a figure; empty when there are none."""
+    if not any(len(group.saes) > 1 for group in results.groups):
         return ""
-    return f" Small marks: single {bench.seeds_are}; large ones: their mean."
+    return f" Small marks: single {results.seeds_are}; large ones: their mean."
 
 
 def pareto(
-    bench: Bench, role: str, metric: str, l0: str | None, looks: Mapping[str, Look]
-) -> Figure | None:
-    """A metric against L0, a line per method, every seed shown.
-
-    Args:
-        bench: The measurements.
-        role: What the metric is.
-        metric: Its name.
-        l0: Metric that measures L0; None draws against the target.
-        looks: By method.
-
-    Returns:
-        The figure; None when no method was measured at two L0s: a single one makes no front.
-    """
+    results: Results, role: str, metric: str, l0: str | None, styles: Mapping[str, Style]
+) -> list[Figure]:
+    """A metric against L0, a line per method, every seed shown."""
     points: dict[str, list[tuple[float, float, Group]]] = {}
-    for group in bench.groups():
+    for group in results.groups:
         if group.is_variant:
             continue  # fifty lines would hide the others; they are in the ladder
         x = group.l0_target if l0 is None else group.mean(l0)
@@ -185,26 +169,26 @@ def pareto(
         if x is not None and y is not None:
             points.setdefault(group.method, []).append((x, y, group))
     if all(len(line) < 2 for line in points.values()):
-        return None
+        return []
     heading = BY_KEY[role].heading
-    definition = bench.definitions.get(metric)
+    definition = results.definitions.get(metric)
     with drawing(4.6) as canvas:
         for method, line in points.items():
-            look = looks[method]
+            style = styles[method]
             line.sort(key=lambda point: point[0])
-            control = line[0][2].first.control is not None
+            control = line[0][2].fact("control") is not None
             canvas.axis.plot(
                 [x for x, _, _ in line], [y for _, y, _ in line],
-                linestyle=":" if control else look.line, color=look.colour, marker=look.marker,
-                markerfacecolor="white" if control else look.colour,
+                linestyle=":" if control else style.line, color=style.colour, marker=style.marker,
+                markerfacecolor="white" if control else style.colour,
                 label=f"{method} (control)" if control else method,
             )  # fmt: skip
-            for x, y, group in line:
-                for row in group.rows if len(group.rows) > 1 else []:
-                    at = x if l0 is None else row.metrics.get(l0, x)
+            for x, _, group in line:
+                xs = {} if l0 is None else group.values(l0)
+                for seed, value in group.values(metric).items() if len(group.saes) > 1 else ():
                     canvas.axis.plot(
-                        at, row.metrics.get(metric, y), look.marker,
-                        color=look.colour, markersize=3.2, alpha=0.55,
+                        xs.get(seed, x), value, style.marker,
+                        color=style.colour, markersize=3.2, alpha=0.55,
                     )  # fmt: skip
         hidden = _leave_out_far_controls(canvas.axis, points)
         canvas.axis.set_xlabel("target L0" if l0 is None else "L0 (active latents per token)")
@@ -216,20 +200,23 @@ def pareto(
         f"{method} " + ", ".join(f"{number(y, digits)} at L0 {number(x, 0)}" for x, y, _ in line)
         for method, line in points.items()
     ]
-    return Figure(
-        name=f"{bench.name}-pareto-{slug(role)}",
-        caption=f"{sentence(heading)} against L0. {_direction(definition)}{seeds_shown(bench)}"
-        + (f" Outside of the axes: {', '.join(hidden)}." if hidden else ""),
-        alt=f"Lines of {heading} against L0: {'; '.join(told)}.",
-        png=canvas.png,
-    )
+    return [
+        Figure(
+            name=f"{results.name}-pareto-{slug(role)}",
+            caption=f"{sentence(heading)} against L0. {_direction(definition)}"
+            + seeds_shown(results)
+            + (f" Outside of the axes: {', '.join(hidden)}." if hidden else ""),
+            alt=f"Lines of {heading} against L0: {'; '.join(told)}.",
+            png=canvas.png,
+        )
+    ]
 
 
 def _leave_out_far_controls(
     axis: Any, points: Mapping[str, Sequence[tuple[float, float, Group]]]
 ) -> list[str]:
     """Limits that fit what is compared; names and values of controls outside of them."""
-    ours = [(x, y) for line in points.values() for x, y, g in line if g.first.control is None]
+    ours = [(x, y) for line in points.values() for x, y, g in line if g.fact("control") is None]
     if len(ours) < 2:
         return []
     xs, ys = [x for x, _ in ours], [y for _, y in ours]
@@ -268,39 +255,28 @@ def _direction(definition: Definition | None) -> str:
 
 
 def difference_plot(
-    bench: Bench,
+    results: Results,
     found: Sequence[Difference],
     role: str,
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
     name: str | None = None,
-) -> Figure | None:
-    """Differences to the reference with their intervals, one line each.
-
-    Args:
-        bench: The measurements.
-        found: Differences in one metric.
-        role: What the metric is.
-        looks: By method.
-        name: File name, made of bench and role when None.
-
-    Returns:
-        The figure; None when no difference has an interval.
-    """
+) -> list[Figure]:
+    """Differences to the reference with their intervals, one line each."""
     drawn = [item for item in found if item.found.low is not None]
     if not drawn:
-        return None
-    definition = bench.definitions.get(drawn[0].metric)
+        return []
+    definition = results.definitions.get(drawn[0].metric)
     heading = BY_KEY[role].heading
     others = list(dict.fromkeys(item.theirs for item in drawn))
     targets = {item.l0_target for item in drawn}
     labels: list[str] = []
     with drawing(1.5 + 0.30 * len(drawn)) as canvas:
         for place, item in enumerate(drawn):
-            look, low, high = looks[item.ours], item.found.low, item.found.high
-            canvas.axis.plot([low, high], [place, place], color=look.colour, lw=2.2)
+            style, low, high = styles[item.ours], item.found.low, item.found.high
+            canvas.axis.plot([low, high], [place, place], color=style.colour, lw=2.2)
             canvas.axis.plot(
-                item.found.mean, place, look.marker, color=look.colour,
-                markerfacecolor=look.colour if item.found.shown else "white",
+                item.found.mean, place, style.marker, color=style.colour,
+                markerfacecolor=style.colour if item.found.shown else "white",
             )  # fmt: skip
             where = "all L0" if item.l0_target is None else f"L0 {item.l0_target:g}"
             ours = item.ours if len(others) == 1 else f"{item.ours} − {item.theirs}"
@@ -315,14 +291,16 @@ def difference_plot(
     shown = sum(item.found.shown for item in drawn)
     compared = f" from {', '.join(others)}" if len(others) < 4 else ""
     where = "".join(f" at target L0 {l0:g}" for l0 in targets if l0 and len(targets) == 1)
-    return Figure(
-        name=name or f"{bench.name}-differences-{slug(role)}",
-        caption=f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. Filled "
-        "marks: the interval leaves out zero; hollow: no difference shown.",
-        alt=f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
-        "zero; the numbers are in the table of differences.",
-        png=canvas.png,
-    )
+    return [
+        Figure(
+            name=name or f"{results.name}-differences-{slug(role)}",
+            caption=f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. "
+            "Filled marks: the interval leaves out zero; hollow: no difference shown.",
+            alt=f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
+            "zero; the numbers are in the table of differences.",
+            png=canvas.png,
+        )
+    ]
 
 
 def curves(
@@ -330,37 +308,24 @@ def curves(
     heading: str,
     caption: str,
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
     *,
     bottom: float | None = None,
     top: float | None = None,
-) -> Figure | None:
-    """Values of training logs against tokens; lines of one method look alike.
-
-    Args:
-        name: File name.
-        heading: Of the vertical axis.
-        caption: One sentence.
-        lines: Method, tokens and values, one per SAE.
-        looks: By method.
-        bottom: Lowest value shown.
-        top: Highest value shown.
-
-    Returns:
-        The figure; None without a line of two points.
-    """
+) -> list[Figure]:
+    """Values of training logs against tokens; lines of one method look alike."""
     lines = [line for line in lines if len(line[1]) > 1]
     if not lines:
-        return None
+        return []
     longest = max(tokens[-1] for _, tokens, _ in lines) >= 2e6
     unit, scale = ("millions", 1e6) if longest else ("thousands", 1e3)
     with drawing(4.3) as canvas:
         labelled: dict[str, Any] = {}
         for method, tokens, values in lines:
-            look = looks[method]
+            style = styles[method]
             (drawn,) = canvas.axis.plot(
                 [count / scale for count in tokens], list(values),
-                color=look.colour, linestyle=look.line, lw=1.4,
+                color=style.colour, linestyle=style.line, lw=1.4,
             )  # fmt: skip
             labelled.setdefault(method, drawn)
         canvas.axis.set_xlabel(f"training tokens or samples ({unit})")
@@ -373,24 +338,19 @@ def curves(
         canvas.legend_below(labelled)
     digits = digits_for([values[-1] for _, _, values in lines])
     ends = "; ".join(f"{method} ends at {number(v[-1], digits)}" for method, _, v in lines)
-    return Figure(
+    return [Figure(
         name, f"{caption} One line per SAE.", f"Curves of {heading} over training: {ends}.",
         canvas.png,
-    )  # fmt: skip
+    )]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric over categories.
+    """One metric over categories."""
 
-    Args:
-        heading: Over the panel, with unit and direction.
-        told: In the alternative text.
-        values: Per category one value per seed; an empty list where nothing was measured.
-    """
-
-    heading: str
-    told: str
+    heading: str  # over the panel, with unit and direction
+    told: str  # in the alternative text
+    # Per category one value per seed; an empty list where nothing was measured.
     values: Sequence[Sequence[float]]
 
 
@@ -402,33 +362,21 @@ def panels(
     x_label: str,
     *,
     connected: bool = True,
-) -> Figure | None:
-    """Metrics over the same categories, one panel under another, every seed shown.
-
-    Args:
-        name: File name.
-        caption: One sentence.
-        categories: Along the horizontal axis.
-        shown: The panels; those without a value are left out.
-        x_label: Horizontal axis.
-        connected: Whether a line joins the means.
-
-    Returns:
-        The figure; None when nothing was measured.
-    """
+) -> list[Figure]:
+    """Metrics over the same categories, one panel under another, every seed shown."""
     shown = [panel for panel in shown if any(panel.values)]
     if not shown:
-        return None
+        return []
     slanted = max(map(len, categories)) > 6
     height = (3.6 if len(shown) == 1 else 0.9 + 1.55 * len(shown)) + (1.0 if slanted else 0.0)
     told: list[str] = []
-    with drawing(height, len(shown), share_x=True) as canvas:
+    with drawing(height, len(shown)) as canvas:
         for axis, panel in zip(canvas.axes, shown, strict=True):
             means = [fmean(values) if values else nan for values in panel.values]
-            axis.plot(range(len(means)), means, "-o" if connected else "o", color="#0072B2")
+            axis.plot(range(len(means)), means, "-o" if connected else "o", color=COLOURS[0])
             for place, values in enumerate(panel.values):
                 if len(values) > 1:
-                    axis.plot([place] * len(values), values, "o", color="#0072B2", ms=3, alpha=0.5)
+                    axis.plot([place] * len(values), values, "o", color=COLOURS[0], ms=3, alpha=0.5)
             if len(shown) == 1:
                 axis.set_ylabel(panel.heading)
             else:
@@ -441,7 +389,7 @@ def panels(
         turned = {"rotation": 35, "ha": "right", "fontsize": 9} if slanted else {}
         canvas.axes[-1].set_xticks(range(len(categories)), list(categories), **turned)
         canvas.axes[-1].set_xlabel(x_label)
-    return Figure(name, caption, f"{'; '.join(told)}.", canvas.png)
+    return [Figure(name, caption, f"{'; '.join(told)}.", canvas.png)]
 
 
 def bars(
@@ -455,20 +403,8 @@ def bars(
     *,
     stacked: bool = False,
 ) -> Figure:
-    """Bars with hatching, for parts and counts.
-
-    Args:
-        name: File name.
-        caption: One sentence.
-        alt: Alternative text.
-        labels: Under the bars.
-        series: Heights by name.
-        x_label: Horizontal axis.
-        y_label: Vertical axis.
-        stacked: On top of one another in place of side by side.
-    """
+    """Bars with hatching, for parts and counts."""
     hatches = ("", "///", "...", "xx", "\\\\", "++", "oo")
-    colours = ("#0072B2", "#E69F00", "#B3579A", "#999999", "#007A59", "#56B4E9", "#D55E00")
     with drawing(4.0) as canvas:
         width = 0.85 if stacked else 0.85 / max(1, len(series))
         base = [0.0] * len(labels)
@@ -477,7 +413,7 @@ def bars(
             canvas.axis.bar(
                 [i + shift for i in range(len(labels))], list(heights), width,
                 bottom=base if stacked else None, label=label,
-                color=colours[place % len(colours)], hatch=hatches[place % len(hatches)],
+                color=COLOURS[place % len(COLOURS)], hatch=hatches[place % len(hatches)],
                 edgecolor="white", linewidth=0.5,
             )  # fmt: skip
             if stacked:
@@ -502,28 +438,17 @@ def steps(
     counts: Mapping[str, Sequence[float]],
     x_label: str,
     y_label: str,
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
 ) -> Figure:
-    """Histograms as outlines, one per method.
-
-    Args:
-        name: File name.
-        caption: One sentence.
-        alt: Alternative text.
-        edges: Of the bins.
-        counts: Heights by label.
-        x_label: Horizontal axis.
-        y_label: Vertical axis.
-        looks: By label.
-    """
+    """Histograms as outlines, one per method."""
     with drawing(4.2) as canvas:
         entries: dict[str, Any] = {}
         for label, heights in counts.items():
-            look = looks[label]
+            style = styles[label]
             canvas.axis.stairs(
-                list(heights), list(edges), color=look.colour, ls=look.line, lw=1.8, label=label
+                list(heights), list(edges), color=style.colour, ls=style.line, lw=1.8, label=label
             )
-            (entries[label],) = canvas.axis.plot([], [], color=look.colour, ls=look.line, lw=1.8)
+            (entries[label],) = canvas.axis.plot([], [], color=style.colour, ls=style.line, lw=1.8)
         canvas.axis.set_xlabel(x_label)
         canvas.axis.set_ylabel(y_label)
         canvas.axis.set_ylim(bottom=0)

@@ -96,9 +96,9 @@ def describe_folder(folder: Path) -> RenderableType:
     if not isinstance(found, RunInfo):
         return Group(*(describe_checkpoint(name, info) for name, info in found.items()))
     record = found.record
-    model = cast("dict[str, Any]", record.get("model") or {})
-    data = cast("dict[str, Any]", record.get("data") or {})
-    planned = cast("dict[str, Any]", record.get("saes") or {})
+    model = record.get("model") or {}
+    data = record.get("data") or {}
+    planned = record.get("saes") or {}
     missing = [name for name in planned if name not in found.saes]
     run = _facts(
         f"{folder.resolve().name}: run, {record.get('status', 'status not recorded')}",
@@ -116,10 +116,6 @@ def describe_folder(folder: Path) -> RenderableType:
 
 def describe_config(path: Path, overrides: Sequence[str] = ()) -> RenderableType:
     """Everything `msae info --config` says: the recipe is checked, nothing is loaded.
-
-    Args:
-        path: A recipe.
-        overrides: As `msae train --set`.
 
     Raises:
         InputError: The recipe cannot work.
@@ -182,7 +178,8 @@ def _describe_plan(plan: SAEPlan, cost: RunCost) -> RenderableType:
             ("one step", f"{human_bytes(item.step_bytes)} (estimate)"),
             (
                 "recorded step",
-                f"{human_bytes(item.recorded_bytes)} held (estimate); cuda_graphs: false holds none"
+                f"{human_bytes(item.recorded_bytes)} held (estimate); "
+                "training.cuda_graphs: false holds none"
                 if item.recorded_bytes
                 else None,
             ),

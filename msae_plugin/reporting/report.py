@@ -19,10 +19,10 @@ from msae_plugin.reporting.dashboards import (
     write_dashboards,
 )
 from msae_plugin.reporting.document import Document, Section, places
-from msae_plugin.reporting.figures import looks, pyplot
-from msae_plugin.reporting.page import markdown, page, table_csv
-from msae_plugin.reporting.results import benches as benches_of
-from msae_plugin.reporting.rows import Bench
+from msae_plugin.reporting.figures import method_styles, pyplot
+from msae_plugin.reporting.measurements import Results
+from msae_plugin.reporting.page import markdown, page
+from msae_plugin.reporting.results import results_of
 from msae_plugin.reporting.sections.features import (
     contexts_section,
     dashboards_section,
@@ -56,21 +56,13 @@ _OWN = {
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What a report left.
-
-    Args:
-        output: The folder.
-        page: The page, one self-contained file.
-        tables: CSV files.
-        figures: PNG files.
-        not_measured: How many entries the list of what was not measured has.
-    """
+    """Files of a report."""
 
     output: Path
-    page: Path
+    page: Path  # the page, one self-contained file
     tables: list[Path]
     figures: list[Path]
-    not_measured: int
+    not_measured: int  # how many entries the list of what was not measured has
 
 
 def report(
@@ -125,30 +117,24 @@ def build(
     progress: Reporter = no_report,
     dashboards: Sequence[tuple[str, str]] = (),
 ) -> tuple[Document, int]:
-    """The document of a report, and how many things were not measured.
-
-    Args:
-        sources: What was read.
-        progress: Shows what is being done.
-        dashboards: SAEs with a SAEDashboard page, and where it lies relative to the report's.
-    """
+    """The document of a report, and how many things were not measured."""
     trained = trained_saes(sources)
-    measured = benches_of(sources, trained)
+    measured = results_of(sources, trained)
     analyses = analyse(trained, progress)
     progress("drawing")
-    methods = [group.method for bench in measured for group in bench.groups()]
+    methods = [group.method for results in measured for group in results.groups]
     methods += [sae.method for sae in trained]
-    # Those that share a figure with others come first: their looks differ most.
-    styles = looks(sorted(methods, key=is_variant))
+    # Those that share a figure with others come first: their styles differ most.
+    styles = method_styles(sorted(methods, key=is_variant))
     parts: list[Section | None] = [
         health_section(sources),
         protocol_section(measured) if measured else None,
     ]
-    for bench in measured:
-        if bench.rows:
-            parts.append(results_section(bench, styles))
-            parts.append(differences_section(bench, styles))
-            parts.append(ladder_section(bench, styles))
+    for results in measured:
+        if len(results.frame):
+            parts.append(results_section(results, styles))
+            parts.append(differences_section(results, styles))
+            parts.append(ladder_section(results, styles))
     by_place = places(analyses, lambda analysis: analysis.sae.place)
     optional: dict[str, list[Section | None]] = {
         "training runs": [runs_section(sources.runs)],
@@ -169,7 +155,7 @@ def build(
             absent.append(name)
     if dashboards:
         parts.append(dashboards_section(dashboards))
-    missing = [item for bench in measured for item in bench.missing]
+    missing = [item for results in measured for item in results.missing]
     missing += missing_of_runs(
         sources.runs, evaluated=bool(sources.comparisons or sources.evaluations)
     )
@@ -179,7 +165,7 @@ def build(
         lead=_lead(measured, analyses, sources),
         sections=[part for part in parts if part is not None],
         origin=f"Made by msae_plugin {_version()} from {_names(sources)}.",
-        files_only=[all_metrics_table(bench) for bench in measured if bench.rows],
+        files_only=[all_metrics_table(results) for results in measured if len(results.frame)],
     )
     return document, len(missing)
 
@@ -189,7 +175,7 @@ def _write(document: Document, folder: Path) -> None:
     tables.mkdir()
     figures.mkdir()
     for table in [*document.tables(), *document.files_only]:
-        (tables / f"{table.name}.csv").write_text(table_csv(table), encoding="utf-8")
+        (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
     for figure in document.figures():
         (figures / f"{figure.name}.png").write_bytes(figure.png)
     (folder / MARKDOWN_FILE).write_text(markdown(document, FIGURES_FOLDER), encoding="utf-8")
@@ -216,8 +202,8 @@ def _check_output(output: Path, sources: Sources) -> None:
         )
 
 
-def _title(sources: Sources, measured: Sequence[Bench]) -> str:
-    kinds = dict.fromkeys(bench.title for bench in measured)
+def _title(sources: Sources, measured: Sequence[Results]) -> str:
+    kinds = dict.fromkeys(results.title for results in measured)
     if kinds:
         return f"Sparse autoencoders compared: {', '.join(kinds)}"
     return f"Training runs: {', '.join(source.label for source in sources.all)}"
@@ -227,9 +213,9 @@ def _names(sources: Sources) -> str:
     return ", ".join(dict.fromkeys(source.label for source in sources.all))
 
 
-def _lead(measured: Sequence[Bench], analyses: Sequence[SAEAnalysis], sources: Sources) -> str:
-    rows = sum(len(bench.rows) for bench in measured)
-    methods = {row.method for bench in measured for row in bench.rows}
+def _lead(measured: Sequence[Results], analyses: Sequence[SAEAnalysis], sources: Sources) -> str:
+    rows = sum(len(results.saes) for results in measured)
+    methods = {name for results in measured for name in results.saes["method"]}
     parts: list[str] = []
     if rows:
         parts.append(f"{_counted(rows, 'measured row')} of {_counted(len(methods), 'method')}")

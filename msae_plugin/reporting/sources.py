@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.comparison.ladder import Variant, ladder_variants
+from msae_plugin.common.files import file_sha256
+from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
@@ -33,43 +33,27 @@ KINDS = ("language_model", "ground_truth")
 
 @dataclass(frozen=True)
 class Source:
-    """One known file of a folder.
+    """One known file of a folder."""
 
-    Args:
-        label: Name of the folder, unique in the report.
-        folder: Where it is.
-        content: What the file holds.
-    """
-
-    label: str
-    folder: Path
-    content: Mapping[str, Any]
+    label: str  # name of the folder, unique in the report
+    folder: Path  # where it is
+    content: Mapping[str, Any]  # what the file holds
 
 
 @dataclass(frozen=True)
 class RunSource(Source):
-    """A run folder.
+    """A run folder."""
 
-    Args:
-        demo: Content of `demo.json`; None without it.
-    """
-
-    demo: Mapping[str, Any] | None
+    demo: Mapping[str, Any] | None  # content of `demo.json`; None without it
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that a report reads, in the order in which it was named.
+    """Everything that a report reads, in the order in which it was named."""
 
-    Args:
-        comparisons: Folders with `comparison.json`.
-        evaluations: Folders with `summary.json`.
-        runs: Folders with `run.json`.
-    """
-
-    comparisons: tuple[Source, ...]
-    evaluations: tuple[Source, ...]
-    runs: tuple[RunSource, ...]
+    comparisons: tuple[Source, ...]  # folders with `comparison.json`
+    evaluations: tuple[Source, ...]  # folders with `summary.json`
+    runs: tuple[RunSource, ...]  # folders with `run.json`
 
     @property
     def all(self) -> tuple[Source, ...]:
@@ -79,10 +63,6 @@ class Sources:
 
 def read_sources(folders: Sequence[Path]) -> Sources:
     """Recognise and read the folders.
-
-    Args:
-        folders: Run, evaluation and comparison folders in any mixture; one may hold several of
-            the files. A folder named twice counts once.
 
     Raises:
         InputError: No folder, a folder without a known file, a broken file, or another format.
@@ -145,7 +125,7 @@ def read_comparison(path: Path) -> Mapping[str, Any]:
     if not isinstance(rows, list) or not isinstance(content.get("definitions"), dict):
         raise InputError(f"{str(path)!r}: needs a list 'rows' and an object 'definitions'")
     for place, row in enumerate(cast("list[object]", rows)):
-        entries = cast("Mapping[str, Any]", row) if isinstance(row, dict) else {}
+        entries = row if isinstance(row, dict) else {}
         for key in ("name", "method", "metrics"):
             if key not in entries:
                 raise InputError(f"{str(path)!r}: row {place} has no {key!r}")
@@ -191,7 +171,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} does not hold a JSON object")
-    return cast("Mapping[str, Any]", content)
+    return content
 
 
 def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
@@ -218,7 +198,7 @@ def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
             raise InputError(f"{str(path)!r}, line {number}, is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise InputError(f"{str(path)!r}, line {number}, is not a JSON object")
-        found.append(cast("Mapping[str, Any]", value))
+        found.append(value)
     return found
 
 
@@ -227,7 +207,7 @@ def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[st
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from flat_facts(cast("Mapping[str, Any]", value), f"{name}.")
+            yield from flat_facts(value, f"{name}.")
         elif isinstance(value, list):
             yield name, ", ".join(str(item) for item in cast("list[object]", value))
         elif value is not None:
@@ -239,49 +219,36 @@ CONTEXTS_FILE = "contexts.json"
 
 @dataclass(frozen=True)
 class TrainedSAE:
-    """One SAE's folder.
+    """One SAE's folder."""
 
-    Args:
-        name: Unique in the report.
-        method: What it is an instance of.
-        l0_target: The L0 that was asked for; None when not recorded.
-        seed: Of the training; None when not recorded.
-        folder: Holds the logs.
-        export: Holds the weights; None when nothing was exported.
-        rows: `metrics.jsonl`.
-        events: `revivals.jsonl`.
-        config: `cfg.json` of the export; empty without one.
-        report: `export.json`; empty without one.
-        place: Which SAEs it is shown with: the comparison it is of, and the hook where that has
-            several; empty for those of training runs.
-        metrics: What a comparison measured of it, by `evaluation/metric`.
-    """
-
-    name: str
-    method: str
-    l0_target: float | None
-    seed: int | None
-    folder: Path
-    export: Path | None
+    name: str  # unique in the report
+    method: str  # what it is an instance of
+    l0_target: float | None  # the L0 that was asked for; None when not recorded
+    seed: int | None  # of the training; None when not recorded
+    folder: Path  # holds the logs
+    export: Path | None  # holds the weights; None when nothing was exported
     rows: list[Mapping[str, Any]]
     events: list[Mapping[str, Any]]
-    config: Mapping[str, Any]
-    report: Mapping[str, Any]
+    config: Mapping[str, Any]  # `cfg.json` of the export; empty without one
+    report: Mapping[str, Any]  # `export.json`; empty without one
+    # Which SAEs it is shown with: the comparison it is of, and the hook where that has
+    # several; empty for those of training runs.
     place: str = ""
+    # What a comparison measured of it, by `evaluation/metric`.
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def training(self) -> Mapping[str, Any]:
         """The training configuration that SAELens' metadata keeps; empty when there is none."""
-        metadata = cast("Mapping[str, Any]", self.config.get("metadata") or {})
+        metadata = self.config.get("metadata") or {}
         details = metadata.get("training_architecture_details")
-        return cast("Mapping[str, Any]", details or {})
+        return details or {}
 
     @property
     def steps(self) -> int:
         """Training steps, from the log or the metadata; 0 when neither says."""
         logged = [int(row["step"]) for row in self.rows if "step" in row]
-        metadata = cast("Mapping[str, Any]", self.config.get("metadata") or {})
+        metadata = self.config.get("metadata") or {}
         return max(logged, default=int(metadata.get("training_steps") or 0))
 
     def decoder(self) -> torch.Tensor | None:
@@ -319,13 +286,13 @@ class TrainedSAE:
         if not path.is_file():
             return []
         latents = read_json(path).get("latents")
-        return cast("list[Mapping[str, Any]]", latents or [])
+        return latents or []
 
     def weight_hashes(self) -> set[str]:
         """sha256 of the exported weights and of their twin's."""
         files = [self.export, self.folder / TWIN_FOLDER]
         paths = [folder / SAE_WEIGHTS_FILENAME for folder in files if folder is not None]
-        return {_sha256(path) for path in paths if path.is_file()}
+        return {file_sha256(path) for path in paths if path.is_file()}
 
 
 def _tensor(path: Path, name: str) -> torch.Tensor:
@@ -333,14 +300,6 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
         return load_file(path)[name]
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def trained_saes(sources: Sources) -> list[TrainedSAE]:
@@ -353,7 +312,7 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
     """
     found: dict[Path, TrainedSAE] = {}
     for source in sources.comparisons:
-        rows = cast("list[Mapping[str, Any]]", source.content["rows"])
+        rows = source.content["rows"]
         several_hooks = len({row.get("hook") for row in rows}) > 1
         for row in rows:
             folder = row_folder(source, row)
@@ -365,10 +324,10 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
             found[folder.resolve()] = replace(
                 sae,
                 place=f"{source.label}, {row['hook']}" if several_hooks else source.label,
-                metrics=_finite(cast("Mapping[str, Any]", row["metrics"])),
+                metrics=finite(row["metrics"]),
             )
     for run in sources.runs:
-        for name in cast("Mapping[str, Any]", run.content["saes"]):
+        for name in run.content["saes"]:
             folder = run_sae_folder(run, name)
             if folder.is_dir() and folder.resolve() not in found:
                 unique = name if len(sources.runs) == 1 else f"{run.label}/{name}"
@@ -378,7 +337,8 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
     return list(found.values())
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+def finite(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers among metrics."""
     return {
         name: float(value)
         for name, value in values.items()
@@ -402,13 +362,13 @@ def run_sae_folder(run: RunSource, name: str) -> Path:
 
 def run_l0_target(run: RunSource, name: str) -> float | None:
     """The L0 that an SAE of a run was trained for; None for one without such a setting."""
-    export = cast("Mapping[str, Any]", run.content["saes"][name].get("export") or {})
+    export = run.content["saes"][name].get("export") or {}
     if export.get("l0_target") is not None:
         return float(export["l0_target"])
-    config = cast("Mapping[str, Any]", run.content.get("config") or {})
+    config = run.content.get("config") or {}
     # A recipe of one SAE has it under `sae`, of several under `saes`.
-    saes = cast("Mapping[str, Any]", config.get("saes") or {})
-    settings = cast("Mapping[str, Any]", saes.get(name) or config.get("sae") or {})
+    saes = config.get("saes") or {}
+    settings = saes.get(name) or config.get("sae") or {}
     return float(settings["k"]) if settings.get("k") is not None else None
 
 
@@ -437,11 +397,6 @@ def _read(
 
 VARIANTS = {variant.name: variant for variant in ladder_variants()}
 _REFERENCES = {variant.name for variant in VARIANTS.values() if variant.against is None}
-
-
-def variant_of(method: str) -> Variant | None:
-    """The variant of a name; None for any other method."""
-    return VARIANTS.get(method)
 
 
 def is_variant(method: str) -> bool:

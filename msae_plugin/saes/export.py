@@ -21,7 +21,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.evals import ExplainedVarianceCalculator
 from safetensors.torch import save_file
 
-from msae_plugin.architecture.training_base import save_jumprelu_twin, twin_obstacle
+from msae_plugin.architecture.export import jumprelu_export_obstacle, save_jumprelu_export
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import TEMPORARY_PREFIX, folder_written_atomically, write_json_atomic
@@ -124,7 +124,7 @@ def export_sae(
         # Both folders get their names when the check is over; if it raises, neither does.
         with ExitStack() as folders:
             plain = folders.enter_context(folder_written_atomically(folder / SAE_FOLDER))
-            obstacle = _no_twin_because(sae)
+            obstacle = _no_jumprelu_export_because(sae)
             twin = (
                 folders.enter_context(folder_written_atomically(folder / TWIN_FOLDER))
                 if obstacle is None
@@ -132,7 +132,7 @@ def export_sae(
             )
             _write(sae, plain, sparsity, runner_cfg)
             if isinstance(sae, MultiScaleTrainingSAE) and twin is not None:
-                save_jumprelu_twin(sae, twin)
+                save_jumprelu_export(sae, twin)
             report = _check(sae, plain, twin, obstacle, activations, training_log)
     finally:
         sae.train(was_training)
@@ -163,9 +163,9 @@ def _require_trained(sae: TrainingSAE[Any]) -> None:
             )
 
 
-def _no_twin_because(sae: TrainingSAE[Any]) -> str | None:
+def _no_jumprelu_export_because(sae: TrainingSAE[Any]) -> str | None:
     if isinstance(sae, MultiScaleTrainingSAE):
-        return twin_obstacle(sae.cfg)
+        return jumprelu_export_obstacle(sae.cfg)
     return f"{sae.cfg.architecture()} is SAELens' own and loads everywhere already"
 
 

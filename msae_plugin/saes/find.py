@@ -25,7 +25,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 from safetensors import SafetensorError, safe_open
 
-from msae_plugin.common.errors import InputError, did_you_mean
+from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import TEMPORARY_PREFIX, file_sha256, read_json_object
 from msae_plugin.saes.describe import is_checkpoint, read_checkpoint
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
@@ -242,8 +242,12 @@ def _folder_name(folder: Path) -> str:
 def _not_found(reference: str, path: Path, releases: list[str]) -> str:
     left, colon, right = reference.partition(":")
     if colon and "/" not in left and not left.startswith((".", "~")):
-        catalogue = "see https://decoderesearch.github.io/SAELens/latest/pretrained_saes/"
-        hint = did_you_mean(left, releases, catalogue, n=3, cutoff=0.5)
+        near = get_close_matches(left, releases, n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else "see https://decoderesearch.github.io/SAELens/latest/pretrained_saes/"
+        )
         lack = "" if right else " (and no SAE id follows the colon)"
         return f"SAE {reference!r}: SAELens knows no release {left!r}{lack}; {hint}"
     if reference in releases:

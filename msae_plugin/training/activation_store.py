@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,16 +28,9 @@ from typing_extensions import Self
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, write_json_atomic
-from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay
-from msae_plugin.data.text import TextData
-from msae_plugin.models.loading import LanguageModel, ModelShape
-from msae_plugin.training.checkpoints import CheckpointStore
+from msae_plugin.models.loading import ModelShape
 from msae_plugin.training.data_parallel import own_batch_size
-from msae_plugin.training.inputs import ModelAndText
-from msae_plugin.training.log import MetricsLog
-from msae_plugin.training.passes import SharedPassRunner, TrainingSetting, shared_pass_config
-from msae_plugin.training.plans import SAEPlan, build_sae
+from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
 
 # Free space that is left alone.
@@ -54,6 +47,32 @@ def mapped(
     return flat.view(rows, width)
 
 
+def read_activations(
+    folder: Path, manifest: Mapping[str, Any], damaged: str
+) -> dict[str, torch.Tensor]:
+    """Activations by hook, (rows, d_in), mapped from their files.
+
+    Args:
+        folder: Where they are.
+        manifest: `rows`, `dtype`, and `hooks` with the width of each.
+        damaged: The refusal of a file of another size, with {} for its path.
+
+    Raises:
+        InputError: A file is missing or has another size.
+    """
+    dtype, rows = getattr(torch, str(manifest["dtype"])), int(manifest["rows"])
+    tensors: dict[str, torch.Tensor] = {}
+    for hook, stored in manifest["hooks"].items():
+        # Comparisons of version 0.1 name the file as well.
+        d_in = int(stored["d_in"] if isinstance(stored, dict) else stored)
+        path = folder / f"{hook}.bin"
+        size = path.stat().st_size if path.is_file() else 0
+        if size != rows * d_in * dtype.itemsize:
+            raise InputError(damaged.format(repr(str(path))))
+        tensors[hook] = mapped(path, rows, d_in, dtype, writable=False)
+    return tensors
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Refuse a disk on which activations of this many bytes do not fit.
 
@@ -66,49 +85,6 @@ def require_space(folder: Path, needed: int) -> None:
             f"the activations need {needed / 2**30:.1f} GiB in {folder} and {free / 2**30:.1f} GiB "
             "are free: lower training.tokens, or give --output on a larger disk"
         )
-
-
-def reading_runner(
-    config: RunConfig,
-    language_model: LanguageModel,
-    text: TextData,
-    folder: Path,
-    device: str,
-    *,
-    autocast: bool,
-    guard: InterruptionGuard,
-    progress: ProgressDisplay,
-) -> SharedPassRunner:
-    """A runner of `msae train` that makes batches and trains nothing.
-
-    Args:
-        config: The recipe, whose SAE is `PLACEHOLDER`.
-        language_model: The model.
-        text: The text.
-        folder: Where the activations go; nothing is written there.
-        device: Where the activations are made.
-        autocast: Whether the model runs in bfloat16.
-        guard: Knows about signals.
-        progress: Of the run.
-    """
-    shape = ModelShape(language_model.d_model, language_model.n_layers, language_model.vocabulary)
-    plans = config.validate(shape)
-    return SharedPassRunner(
-        shared_pass_config(config, plans, language_model, device, autocast=autocast),
-        TrainingSetting(
-            config=config,
-            plans=plans,
-            folders={plan.name: folder for plan in plans},
-            # Nothing is trained: there will be no checkpoint.
-            store=CheckpointStore(folder / "checkpoints", 0, writes=False),
-            guard=guard,
-            metrics=MetricsLog([]),
-            progress=progress,
-        ),
-        dataset=text.train,
-        language_model=language_model,
-        saes={plan.name: build_sae(plan, 0, device) for plan in plans},
-    )
 
 
 MANIFEST, PROGRESS = "cache.json", "progress.json"
@@ -149,7 +125,7 @@ def rows_needed(config: RunConfig, plans: list[SAEPlan]) -> int:
     return batches * training.batch_size_tokens
 
 
-def norm_batches(config: RunConfig, plans: list[SAEPlan]) -> int:
+def norm_batches(config: RunConfig, plans: Sequence[SAEPlan]) -> int:
     """Mini-batches that are read before the first step, for the scaling of activations."""
     wanted = any(plan.config.normalize_activations != "none" for plan in plans)
     return config.training.norm_estimate_batches if wanted else 0
@@ -234,14 +210,9 @@ def open_cache(folder: Path) -> CachedActivations:
         ) from error
     if manifest.get("format") != FORMAT:
         raise InputError(f"the cache {str(folder)!r} is of another version: make it again")
-    dtype, rows = getattr(torch, str(manifest["dtype"])), int(manifest["rows"])
-    tensors: dict[str, torch.Tensor] = {}
-    for hook, d_in in manifest["hooks"].items():
-        path = folder / f"{hook}.bin"
-        size = path.stat().st_size if path.is_file() else 0
-        if size != rows * d_in * dtype.itemsize:
-            raise InputError(f"the cache file {str(path)!r} is damaged: make the cache again")
-        tensors[hook] = mapped(path, rows, d_in, dtype, writable=False)
+    tensors = read_activations(
+        folder, manifest, "the cache file {} is damaged: make the cache again"
+    )
     return CachedActivations(folder, manifest, tensors)
 
 
@@ -328,36 +299,39 @@ class CachedBatches:
         }
 
 
-class CacheWriter:
-    """Writes rows into the files of a cache, and goes on where a killed pass stopped.
+class ActivationWriter:
+    """Writes rows into the files of a store, and goes on where a killed pass stopped.
 
     Args:
-        folder: New, empty, or with an unfinished cache of the same activations.
-        config: The recipe.
-        rows: Rows per hook.
-        inputs: The model and the text.
+        folder: New, empty, or with an unfinished store of the same activations.
+        facts: What the manifest says; `rows` is the number of rows per hook.
+        hooks: The hooks.
+        manifest: Name of the manifest.
+        dtype: Precision on the disk; None for what the model gives.
 
     Raises:
         InputError: The folder holds something else.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, rows: int, inputs: ModelAndText) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        hooks: Sequence[str],
+        *,
+        manifest: str = MANIFEST,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self._folder = folder
-        self.rows, self.done, self.position = rows, 0, 0
-        record = inputs.record()
-        self._facts: dict[str, Any] = {
-            "format": FORMAT,
-            "key": activations_key(config),
-            "rows": rows,
-            "seed": config.training.seed,
-            "model": {**record["model"], "vocabulary": inputs.language_model.vocabulary},
-            "data": record["data"],
-        }
-        # Known with the first batch: their width, and the precision that the model gives.
+        self._facts = dict(facts)
+        self._manifest = manifest
+        self._dtype = dtype
+        self.rows, self.done, self.position = int(facts["rows"]), 0, 0
+        # Made with the first batch, which shows their width.
         self._tensors: dict[str, torch.Tensor] = {}
-        self._continue(config.hooks)
+        self._continue(hooks)
 
-    def _continue(self, hooks: list[str]) -> None:
+    def _continue(self, hooks: Sequence[str]) -> None:
         try:
             text = (self._folder / PROGRESS).read_text(encoding="utf-8")
         except OSError:
@@ -373,7 +347,7 @@ class CacheWriter:
         self.done, self.position = int(stored["done"]), int(stored["position"])
 
     def _open(self, batch: Mapping[str, torch.Tensor]) -> None:
-        dtype = next(iter(batch.values())).dtype
+        dtype = self._dtype or next(iter(batch.values())).dtype
         self._facts["dtype"] = str(dtype).removeprefix("torch.")
         self._facts["hooks"] = {hook: rows.shape[1] for hook, rows in batch.items()}
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -393,15 +367,11 @@ class CacheWriter:
             self._open(batch)
         count = min(self.rows - self.done, len(next(iter(batch.values()))))
         for hook, tensor in self._tensors.items():
-            tensor[self.done : self.done + count] = batch[hook][:count].to("cpu")
+            tensor[self.done : self.done + count] = batch[hook][:count].to("cpu", tensor.dtype)
         self.done += count
 
     def save_progress(self, position: int) -> None:
-        """Put everything so far onto the disk.
-
-        Args:
-            position: Documents read.
-        """
+        """Put everything so far onto the disk; `position` documents were read for it."""
         self._sync()
         self._write_progress(position)
 
@@ -410,13 +380,9 @@ class CacheWriter:
         write_json_atomic(self._folder / PROGRESS, progress)
 
     def finish(self, seconds: float) -> None:
-        """Declare the cache complete.
-
-        Args:
-            seconds: How long this session's pass took.
-        """
+        """Declare the store complete."""
         self._sync()
-        write_json_atomic(self._folder / MANIFEST, {**self._facts, "seconds": seconds})
+        write_json_atomic(self._folder / self._manifest, {**self._facts, "seconds": seconds})
         (self._folder / PROGRESS).unlink(missing_ok=True)
 
     def _sync(self) -> None:

@@ -100,7 +100,7 @@ class CheckpointStore:
             remove_leftovers(folder)
 
     def folder_of(self, tokens: int) -> Path:
-        """Where the checkpoint at this many tokens is."""
+        """Folder of the checkpoint at this many tokens."""
         return self.folder / str(tokens)
 
     def complete(self) -> list[Checkpoint]:
@@ -125,12 +125,6 @@ class CheckpointStore:
         self, step: int, tokens: int, config: dict[str, Any], write: Callable[[Path], None]
     ) -> Path:
         """Write a checkpoint named after its tokens, then remove the oldest beyond `keep`.
-
-        Args:
-            step: Training steps completed.
-            tokens: Tokens trained on.
-            config: The run's configuration.
-            write: Writes the checkpoint's files into the folder it is given.
 
         Returns:
             The checkpoint's folder.

@@ -185,11 +185,6 @@ def stop_together(guard: InterruptionGuard, ranks: Ranks) -> None:
 def share_batches(sae: TrainingSAE[Any], name: str, ranks: Ranks) -> None:
     """Let an SAE compute what depends on the batch over the batches of all ranks.
 
-    Args:
-        sae: The SAE; SAELens' architectures are accepted where that is possible.
-        name: Its name in messages.
-        ranks: The processes; `ALONE` ends it.
-
     Raises:
         InputError: The architecture is not known to give the same weights on several ranks.
     """

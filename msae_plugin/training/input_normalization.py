@@ -73,10 +73,6 @@ class CentringScaler(ActivationScaler):
 def check_can_be_centred(cfg: Any, where: str) -> None:
     """Refuse a configuration into whose weights the centre does not fold.
 
-    Args:
-        cfg: SAELens' training configuration.
-        where: Its place in the recipe.
-
     Raises:
         InputError: It scales activations itself, or does not subtract b_dec from its input.
     """

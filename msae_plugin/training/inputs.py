@@ -1,4 +1,4 @@
-"""What a run reads: the model and the text, loaded and checked against the recipe."""
+"""The model and the text of a recipe, loaded and checked against it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from msae_plugin.models.forward_pass import faster_in_bfloat16
 from msae_plugin.models.loading import LanguageModel, hook_widths, load_language_model
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
+from msae_plugin.training.settings import DataSettings, ModelSettings
 
 
 @dataclass(frozen=True)
@@ -66,30 +67,14 @@ def load_model_and_text(
 ) -> ModelAndText:
     """Load what is not given.
 
-    Args:
-        config: The recipe.
-        plans: Its SAEs.
-        device: Where the model goes.
-        progress: Told what is loaded.
-        language_model: Used instead of `config.model.name`.
-        text: Used instead of `config.data.source`.
-        ranks: The processes of the run, which agree on the autocast.
-
     Raises:
         InputError: The model or the text cannot be read, or an SAE does not fit the activations.
     """
     # The text first: a wrong path must not cost the minutes that a large model takes.
     if text is None:
-        text = _load_text(config, progress)
+        text = load_data(config.data, config.training.seed, progress.message)
     if language_model is None:
-        progress.message(f"loading {config.model.name}")
-        language_model = load_language_model(
-            config.model.name,
-            config.hooks,
-            device=device,
-            dtype=config.model.dtype,
-            report=progress.message,
-        )
+        language_model = load_model(config.model, config.hooks, device, progress.message)
     widths = hook_widths(language_model, config.hooks)
     for plan in plans:
         plan.require_width(widths[plan.hook])
@@ -102,15 +87,23 @@ def load_model_and_text(
     )
 
 
-def _load_text(config: RunConfig, progress: ProgressDisplay) -> TextData:
-    data = config.data
-    progress.message(f"reading {data.source}")
+def load_model(
+    model: ModelSettings, hooks: Sequence[str], device: str, say: Callable[[str], object]
+) -> LanguageModel:
+    """Load the language model of a recipe."""
+    say(f"loading {model.name}")
+    return load_language_model(model.name, hooks, device=device, dtype=model.dtype, report=say)
+
+
+def load_data(data: DataSettings, seed: int, say: Callable[[str], object]) -> TextData:
+    """Load the text of a recipe; `training.seed` decides which documents are held out."""
+    say(f"reading {data.source}")
     return load_text(
         data.source,
         split=data.split,
         text_column=data.text_column,
         heldout_documents=data.heldout_documents,
-        seed=derive_seed(config.training.seed, "text"),
+        seed=derive_seed(seed, "text"),
         streaming=data.streaming,
     )
 
@@ -122,15 +115,7 @@ def chosen_autocast(
     say: Callable[[str], object],
     ranks: Ranks = ALONE,
 ) -> bool:
-    """Whether the model runs in bfloat16: as the recipe says, or as is faster here.
-
-    Args:
-        setting: `model.autocast` of the recipe.
-        hooks: How far the model is run.
-        language_model: The model.
-        say: Told what was found.
-        ranks: The processes of the run, which must agree.
-    """
+    """Whether the model runs in bfloat16: as the recipe says, or as is faster here."""
     if setting != "auto":
         return setting
     measured = faster_in_bfloat16(language_model.model, hooks)

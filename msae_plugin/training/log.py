@@ -1,4 +1,4 @@
-"""What a run writes down as it trains, with or without Weights & Biases.
+"""Metrics logs of a training: JSON lines, TensorBoard, Weights & Biases.
 
 One line of JSON per SAE and logging window. SAELens logs explained variance per batch, which
 depends on the batch; here it is the streaming definition over the whole window.
@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -61,12 +60,7 @@ class TrainingWindow:
 
     @torch.no_grad()
     def add(self, output: TrainStepOutput, active: torch.Tensor) -> None:
-        """Add one batch.
-
-        Args:
-            output: What the SAE's training step returned for the batch.
-            active: Number of active latents in the whole batch, a scalar tensor.
-        """
+        """Add one batch; `active` counts the active latents in all of it."""
         tokens = output.sae_in.shape[0]
         self._explained_variance.add_batch(
             output.sae_out.detach().reshape(tokens, -1), output.sae_in.reshape(tokens, -1)
@@ -83,11 +77,7 @@ class TrainingWindow:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """The window's means; empty before the first batch.
-
-        Args:
-            ranks: The processes that share the batches, over all of whose tokens the means are.
-        """
+        """The window's means, over the tokens of all ranks; empty before the first batch."""
         if self.tokens == 0:
             return {}
         means = {
@@ -148,7 +138,7 @@ def latent_statistics(
 
 
 class MetricSink(Protocol):
-    """Where the rows of one run go."""
+    """A destination of one run's rows."""
 
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         """Take one row of one SAE."""
@@ -178,9 +168,6 @@ class JsonLines:
 
     def truncate_after(self, step: int) -> int:
         """Drop rows of later steps, and a last line cut short by a kill.
-
-        Args:
-            step: The last step to keep.
 
         Returns:
             How many lines were dropped.
@@ -330,15 +317,10 @@ def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
 
 
 class MetricsLog:
-    """All sinks of a run, and the clock.
-
-    Args:
-        sinks: Where rows go.
-    """
+    """All sinks of a run."""
 
     def __init__(self, sinks: list[MetricSink]) -> None:
         self._sinks = sinks
-        self.started = time.perf_counter()
 
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         """Give one row of one SAE to every sink."""

@@ -1,9 +1,8 @@
-"""From the `sae:` or `saes:` section of a recipe to SAELens training configurations."""
+"""From `sae:` or `saes:` of a recipe to SAELens training configurations."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +16,35 @@ from msae_plugin.architecture.config import InputNormalization
 from msae_plugin.architecture.presets import PRESETS
 from msae_plugin.architecture.presets import preset as build_preset
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.recipes import coerce, unknown_key_message
+from msae_plugin.common.recipes import (
+    Count,
+    Positive,
+    PositiveOrZero,
+    coerce,
+    did_you_mean,
+    unknown_key_message,
+)
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.models.hook_names import parse_hook_name
 from msae_plugin.training.input_normalization import check_can_be_centred
 from msae_plugin.training.schedules import GradientRateConfig
-from msae_plugin.training.settings import check_gradient_rate
 
 DEFAULT_ARCHITECTURE = "multiscale"
 DEFAULT_PRESET = "default"
 
-# Keys of an SAE's section that are the trainer's, not the architecture's.
-_RATE_KEYS = ("lr", "lr_floor", "gradient_lr")
+# Keys of an SAE that are the trainer's, not the architecture's.
+_RATES: Mapping[str, Any] = {
+    "lr": Positive,
+    "lr_floor": PositiveOrZero,
+    "gradient_lr": GradientRateConfig,
+}
 _INPUT_NORMALIZATION = "input_normalization"
-_OWN_KEYS = {"architecture", "preset", _INPUT_NORMALIZATION, *_RATE_KEYS}
+_OWN_KEYS = {"architecture", "preset", _INPUT_NORMALIZATION, *_RATES}
 # What the runner itself decides: a value in the recipe would be overwritten or would break loading.
 _DECIDED_ELSEWHERE = {
     "device": "model.device decides it",
+    "decode_kernel": "training.decode_kernel decides it",
+    "cuda_graphs": "training.cuda_graphs decides it",
     "metadata": "the run itself decides it",
     # Everything between the model and the export works on (tokens, d_in).
     "reshape_activations": "the heads of hook_z are always joined to n_heads * d_head; call "
@@ -115,7 +126,7 @@ def plan_saes(
     Raises:
         InputError: For an unknown architecture, preset or field, or a value that cannot work.
     """
-    names = _names_by_hook(hooks)
+    labels = hook_labels(hooks)
     alone = len(sections) * len(hooks) == 1
     plans: list[SAEPlan] = []
     for base_name, section in sections.items():
@@ -130,13 +141,11 @@ def plan_saes(
                 check_can_be_centred(config, where)
             plans.append(
                 SAEPlan(
-                    name=base_name + names[hook],
+                    name=base_name + labels[hook],
                     base_name=base_name,
                     hook=hook,
                     config=config,
-                    lr=rates.lr,
-                    lr_floor=rates.lr_floor,
-                    gradient_lr=rates.gradient_lr,
+                    **rates,
                     centres_inputs=centres_inputs,
                     alone=alone,
                 )
@@ -150,13 +159,14 @@ def plan_saes(
     return plans
 
 
-def _names_by_hook(hooks: Sequence[str]) -> dict[str, str]:
+def hook_labels(hooks: Sequence[str], separator: str = "_") -> dict[str, str]:
+    """What names get for a hook: nothing for a single one, `_layer9`, or all of the hook's name."""
     if len(hooks) == 1:
         return {hooks[0]: ""}
     layers = [parse_hook_name(hook).layer for hook in hooks]
     if None in layers or len(set(layers)) < len(layers):
         # Two hooks of one layer: only the whole name tells them apart.
-        return {hook: "_" + hook.replace(".", "_") for hook in hooks}
+        return {hook: "_" + hook.replace(".", separator) for hook in hooks}
     return {hook: f"_layer{layer}" for hook, layer in zip(hooks, layers, strict=True)}
 
 
@@ -164,12 +174,12 @@ def _configure(
     section: dict[str, Any], where: str, hook: str, d_model: int, training_steps: int
 ) -> TrainingSAEConfig:
     architecture = section.pop("architecture", DEFAULT_ARCHITECTURE)
-    config_class = _config_class(architecture, where)
+    wanted = config_class(architecture, where)
     preset = section.pop("preset", None)
     if preset is not None and architecture != DEFAULT_ARCHITECTURE:
         raise InputError(f"'{where}.preset' is for multiscale; {architecture!r} has no presets")
-    hints = get_type_hints(config_class)
-    known = {item.name for item in dataclasses.fields(config_class)} - set(_DECIDED_ELSEWHERE)
+    hints = get_type_hints(wanted)
+    known = {item.name for item in dataclasses.fields(wanted)} - set(_DECIDED_ELSEWHERE)
     for key in section:
         if key in _DECIDED_ELSEWHERE:
             raise InputError(f"'{where}.{key}' is not set here: {_DECIDED_ELSEWHERE[key]}")
@@ -188,32 +198,19 @@ def _configure(
     try:
         if architecture == DEFAULT_ARCHITECTURE:
             return _from_preset(preset or DEFAULT_PRESET, values, where, training_steps)
-        return config_class(**values)
+        return wanted(**values)
     except (ValueError, TypeError) as error:
         raise InputError(f"{where!r}: {error}") from error
 
 
-@dataclass(frozen=True)
-class _OwnRates:
-    lr: float | None
-    lr_floor: float | None
-    gradient_lr: GradientRateConfig | None
-
-
-def _own_rates(section: dict[str, Any], where: str) -> _OwnRates:
+def _own_rates(section: dict[str, Any], where: str) -> dict[str, Any]:
     """Take the SAE's own learning-rate settings out of its section; a preset's are the default."""
-    given = {key: section.pop(key) for key in _RATE_KEYS if key in section}
+    given = {key: section.pop(key) for key in _RATES if key in section}
     values = {**preset_training(section), **given}
-    lr = coerce(values.get("lr"), float | None, f"{where}.lr")
-    if lr is not None and not lr > 0:
-        raise InputError(f"'{where}.lr' must be a positive number, not {lr}")
-    lr_floor = coerce(values.get("lr_floor"), float | None, f"{where}.lr_floor")
-    if lr_floor is not None and lr_floor < 0:
-        raise InputError(f"'{where}.lr_floor' must be 0 or more, not {lr_floor}")
-    rule = coerce(values.get("gradient_lr"), GradientRateConfig | None, f"{where}.gradient_lr")
-    if rule is not None:
-        check_gradient_rate(rule, f"{where}.gradient_lr")
-    return _OwnRates(lr, lr_floor, rule)
+    return {
+        key: None if values.get(key) is None else coerce(values[key], kind, f"{where}.{key}")
+        for key, kind in _RATES.items()
+    }
 
 
 def _centres_inputs(section: dict[str, Any], where: str) -> bool:
@@ -243,11 +240,15 @@ def _check_accumulation(section: Mapping[str, Any], steps: int, where: str) -> N
         )
 
 
-def _config_class(architecture: Any, where: str) -> type[TrainingSAEConfig]:
+def config_class(architecture: Any, where: str) -> type[TrainingSAEConfig]:
+    """SAELens' config class of an architecture.
+
+    Raises:
+        InputError: There is no such architecture.
+    """
     known = sorted(SAE_TRAINING_CLASS_REGISTRY)
     if architecture not in known:
-        nearest = difflib.get_close_matches(str(architecture), known, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
+        hint = did_you_mean(str(architecture), known)
         raise InputError(f"'{where}.architecture' {architecture!r} is unknown: {hint}")
     return get_sae_training_class(architecture)[1]
 
@@ -263,14 +264,11 @@ def _d_in(values: Mapping[str, Any], where: str, hook: str, d_model: int) -> int
 
 
 def _check_sizes(values: Mapping[str, Any], where: str, architecture: str) -> None:
-    if values["d_sae"] < 1:
-        raise InputError(f"'{where}.d_sae' must be at least 1, not {values['d_sae']}")
+    coerce(values["d_sae"], Count, f"{where}.d_sae")
     k = values.get("k")
-    if k is None:
-        return
-    if not k > 0:
+    if k is not None and not k > 0:
         raise InputError(f"'{where}.k' must be positive, not {k}")
-    if k > values["d_sae"]:
+    if k is not None and k > values["d_sae"]:
         raise InputError(
             f"'{where}.k' is {k} but there are only {values['d_sae']} latents "
             f"(architecture {architecture}): lower k or raise d_sae"

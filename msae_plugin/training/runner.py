@@ -8,8 +8,9 @@ revivals.jsonl
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -19,19 +20,17 @@ from sae_lens.saes.sae import TrainingSAE
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import TEMPORARY_PREFIX, json_safe
+from msae_plugin.common.files import TEMPORARY_PREFIX
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
 from msae_plugin.data.text import TextData
-from msae_plugin.models.loading import LanguageModel, ModelShape
-from msae_plugin.saes.export import REPORT_FILENAME, ExportReport, export_sae
+from msae_plugin.models.loading import LanguageModel
+from msae_plugin.saes.export import ExportReport
 from msae_plugin.saes.run_record import (
-    METRICS_FILE,
     RUN_FILE,
     RunRecord,
     describe_device,
-    read_rows,
     read_run_record,
     software_versions,
 )
@@ -41,7 +40,6 @@ from msae_plugin.training.activation_store import (
     check_cache,
     open_cache,
 )
-from msae_plugin.training.cached_activations import CachedPass
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.data_parallel import own_batch_size
 from msae_plugin.training.inputs import ModelAndText, load_model_and_text
@@ -53,15 +51,13 @@ from msae_plugin.training.log import (
     WandbSink,
     tensorboard_wanted,
 )
-from msae_plugin.training.passes import (
-    SharedPassRunner,
-    TrainingPass,
-    TrainingSetting,
-    shared_pass_config,
-)
+from msae_plugin.training.passes import CachedPass, RecipeSession, SharedPassRunner
 from msae_plugin.training.plans import build_sae, default_device
 from msae_plugin.training.recipe import RunConfig
+from msae_plugin.training.session import FinishedSAE, SessionSettings, sae_record
 
+# How steps are computed; before they were training's they were the SAEs' settings.
+_OF_THE_MACHINE = (".decode_kernel", ".cuda_graphs")
 _MAY_CHANGE = (
     "logging.",
     "model.device",
@@ -75,10 +71,6 @@ _MAY_CHANGE = (
 
 def check_output(output: Path, resume: str | None) -> None:
     """Refuse a folder whose contents a run would overwrite.
-
-    Args:
-        output: The run's folder.
-        resume: As given to the runner.
 
     Raises:
         InputError: If the folder is in use by something else, or holds a finished run.
@@ -114,7 +106,8 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     then = dict(_flatten(checkpoint.config))
     now = dict(_flatten(config.to_dict()))
     for key in sorted(then.keys() | now.keys()):
-        if key.startswith(_MAY_CHANGE) or then.get(key) == now.get(key):
+        may_change = key.startswith(_MAY_CHANGE) or key.endswith(_OF_THE_MACHINE)
+        if may_change or then.get(key) == now.get(key):
             continue
         raise InputError(
             f"cannot resume {str(checkpoint.path)!r} with another recipe: {key!r} was "
@@ -140,7 +133,7 @@ Inputs: TypeAlias = ModelAndText | CachedInputs
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves in memory.
+    """A finished run in memory.
 
     Attributes:
         saes: The trained SAEs by name: eval mode, activation scaling folded in.
@@ -210,9 +203,7 @@ class MultiScaleRunner:
             self._inputs = CachedInputs(open_cache(Path(config.cached_activations)))
             shape = self._inputs.shape
         elif language_model is not None:
-            shape = ModelShape(
-                language_model.d_model, language_model.n_layers, language_model.vocabulary
-            )
+            shape = language_model.shape
         self.plans = config.validate(shape)
         if self._inputs is not None:
             check_cache(self._inputs.cache, config, self.plans)
@@ -258,23 +249,13 @@ class MultiScaleRunner:
         metrics = MetricsLog(self._sinks())
         try:
             with InterruptionGuard() as guard:
-                setting = TrainingSetting(
-                    config=self.config,
-                    plans=self.plans,
-                    folders=self.folders,
-                    store=self._store,
-                    guard=guard,
-                    metrics=metrics,
-                    progress=self._progress,
-                    ranks=self.ranks,
-                )
-                runner = self._begin(inputs, setting)
+                session = self._begin(inputs, guard, metrics)
                 if self.checkpoint is not None:
                     self._progress.message(f"resuming from {self.checkpoint.path}")
                     with guard.interruptible():
-                        runner.resume(self.checkpoint)
-                runner.run()
-                return self._finish(runner, inputs, record, guard)
+                        session.resume(self.checkpoint)
+                self._train(session)
+                return self._finish(session, inputs, record, guard)
         except InterruptedBySignalError as interruption:
             if interruption.checkpoint is None and (newest := self._store.newest()):
                 interruption.checkpoint = newest.path
@@ -286,20 +267,45 @@ class MultiScaleRunner:
         finally:
             metrics.close()
 
-    def _begin(self, inputs: Inputs, setting: TrainingSetting) -> TrainingPass:
-        saes = self._saes
-        if isinstance(inputs, CachedInputs):
-            return CachedPass(inputs.cache, setting, saes=saes, device=self.device)
-        cfg = shared_pass_config(
-            self.config, self.plans, inputs.language_model, self.device, autocast=inputs.autocast
+    def _begin(
+        self, inputs: Inputs, guard: InterruptionGuard, metrics: MetricsLog
+    ) -> RecipeSession:
+        config = self.config
+        settings = SessionSettings(
+            plans=self.plans,
+            training=config.training,
+            device=self.device,
+            seed=config.training.seed,
+            log_every=config.logging.every_steps,
+            guard=guard,
+            progress=self._progress,
+            folders=self.folders,
+            store=self._store,
+            metrics=metrics,
+            ranks=self.ranks,
         )
+        if isinstance(inputs, CachedInputs):
+            return CachedPass(inputs.cache, config, settings, saes=self._saes)
         return SharedPassRunner(
-            cfg,
-            setting,
+            config,
+            settings,
             dataset=inputs.text.train,
             language_model=inputs.language_model,
-            saes=saes,
+            saes=self._saes,
+            autocast=inputs.autocast,
         )
+
+    def _train(self, session: RecipeSession) -> None:
+        try:
+            session.run()
+        except RunFailure as failure:
+            newest = self._store.newest()
+            kept = (
+                "no checkpoint had been written"
+                if newest is None
+                else f"the last good checkpoint is {newest.path}"
+            )
+            raise RunFailure(f"{failure}; {kept}") from failure
 
     def _sinks(self) -> list[MetricSink]:
         if not self._leads:
@@ -334,11 +340,7 @@ class MultiScaleRunner:
                     *([] if self.checkpoint is None else [self.checkpoint.step]),
                 ],
                 "saes": {
-                    plan.name: {
-                        "hook": plan.hook,
-                        "architecture": plan.config.architecture(),
-                        "folder": plan.folder(Path()).as_posix(),
-                    }
+                    plan.name: sae_record(plan, plan.folder(Path()).as_posix())
                     for plan in self.plans
                 },
                 "config": self.config.to_dict(),
@@ -351,114 +353,74 @@ class MultiScaleRunner:
 
     def _finish(
         self,
-        runner: TrainingPass,
+        session: RecipeSession,
         inputs: Inputs,
         record: RunRecord,
         guard: InterruptionGuard,
     ) -> RunResult:
-        """Set the cuts, fold, export, record. A signal here loses nothing: training is saved."""
-        speeds = runner.speeds()
-        calibrations = self._calibrate(runner)
-        samples = self._activation_samples(runner)
-        runner.trainer.leave_ranks()
-        runner.trainer.fold_scaling()
-        exports: dict[str, ExportReport] = {}
-        final_rows: dict[str, dict[str, Any]] = {}
+        """Set the thresholds, fold, export, record. A signal here loses nothing."""
+        speeds = session.speeds()
+        calibrations = self._calibrate(session)
+        samples = self._activation_samples(session)
+        session.trainer.leave_ranks()
+        session.trainer.fold_scaling()
+        finished: dict[str, FinishedSAE] = {}
         for plan in self.plans:
             guard.check()
-            sae = runner.saes[plan.name]
+            session.saes[plan.name].eval()
             if not self._leads:
-                sae.eval()
                 continue
-            log = read_rows(self.folders[plan.name] / METRICS_FILE)
-            final = final_rows[plan.name] = log[-1] if log else {}
             calibration = calibrations.get(plan.name)
-            self._complete_metadata(sae, final, calibration)
-            sae.eval()
-            exports[plan.name] = self._export(runner, plan.name, samples[plan.hook], log)
-            details = cast("dict[str, dict[str, Any]]", record.content["saes"])[plan.name]
-            details.update(
-                final=final,
+            found = finished[plan.name] = session.export(
+                plan.name,
+                samples[plan.hook],
+                partial(self._runner_cfg, session, plan.name),
                 calibration=calibration,
-                tokens_per_second=speeds.get(plan.name),
-                export=json_safe(exports[plan.name].to_dict()),
-                health=[asdict(finding) for finding in exports[plan.name].health],
+                l0=None if calibration is None else calibration["l0_after"],
             )
+            details = cast("dict[str, dict[str, Any]]", record.content["saes"])[plan.name]
+            details.update(found.record(speeds.get(plan.name)))
         record.write("complete", tokens_per_second=speeds.get("overall"))
         if self._leads:
             self._store.finish()
         return RunResult(
-            saes=runner.saes,
+            saes=session.saes,
             folders=self.folders,
             hook_names={plan.name: plan.hook for plan in self.plans},
             heldout=inputs.heldout_texts(),
             language_model=inputs.language_model,
             tokens_per_second=speeds,
             activation_samples=samples,
-            exports=exports,
-            final_rows=final_rows,
+            exports={name: found.report for name, found in finished.items()},
+            final_rows={name: dict(found.final) for name, found in finished.items()},
         )
 
-    def _calibrate(self, runner: TrainingPass) -> dict[str, dict[str, float]]:
+    def _runner_cfg(self, session: RecipeSession, name: str) -> dict[str, Any]:
+        return {
+            **session.cfg.to_dict(),
+            # The run's rate is not that of an SAE with its own.
+            "lr": session.trainer.step_trainers[name].cfg.lr,
+            "accumulation_steps": self.config.training.accumulation_steps,
+            "recipe": self.config.to_dict(),
+        }
+
+    def _calibrate(self, session: RecipeSession) -> dict[str, dict[str, float]]:
         count = self.config.training.calibrate_batches
-        wanted = {name: sae for name, sae in runner.saes.items() if needs_calibration(sae)}
+        wanted = {name: sae for name, sae in session.saes.items() if needs_calibration(sae)}
         if count == 0 or not wanted:
             return {}
         self._progress.message(f"setting the cuts on {count} fresh batches")
-        batches = runner.fresh_batches(count)
-        calibrations: dict[str, dict[str, float]] = {}
-        for name, sae in wanted.items():
-            hook = runner.trainer.hook_names[name]
-            calibrations[name] = calibrate(
-                sae, [runner.trainer.scaled(name, batch[hook]) for batch in batches]
-            )
-        return calibrations
+        batches = session.fresh_batches(count)
+        hooks = session.trainer.hook_names
+        return {
+            name: calibrate(sae, session.scaled(name, [batch[hooks[name]] for batch in batches]))
+            for name, sae in wanted.items()
+        }
 
-    def _activation_samples(self, runner: TrainingPass) -> dict[str, torch.Tensor]:
+    def _activation_samples(self, session: RecipeSession) -> dict[str, torch.Tensor]:
         batch_size = self.config.training.batch_size_tokens
-        batches = runner.fresh_batches(-(-ACTIVATION_SAMPLES // batch_size))
+        batches = session.fresh_batches(-(-ACTIVATION_SAMPLES // batch_size))
         return {
             hook: torch.cat([batch[hook] for batch in batches])[:ACTIVATION_SAMPLES].float()
             for hook in self.config.hooks
         }
-
-    def _complete_metadata(
-        self,
-        sae: TrainingSAE[Any],
-        final: Mapping[str, Any],
-        calibration: Mapping[str, float] | None,
-    ) -> None:
-        metadata = sae.cfg.metadata
-        metadata.training_steps = self.config.total_steps
-        metadata.training_tokens = self.config.total_steps * self.config.tokens_per_step
-        metadata.final_loss = final.get("loss")
-        metadata.seed = self.config.training.seed
-        if calibration is not None:
-            # SAELens' own figure counts the training batches, before the cut was set.
-            metadata.l0 = calibration["l0_after"]
-
-    def _export(
-        self,
-        runner: TrainingPass,
-        name: str,
-        activations: torch.Tensor,
-        log: Sequence[Mapping[str, Any]],
-    ) -> ExportReport:
-        folder = self.folders[name]
-        # Left by a run that was stopped between two exports; run.json does not say complete.
-        (folder / REPORT_FILENAME).unlink(missing_ok=True)
-        self._progress.message(f"exporting {name}")
-        return export_sae(
-            runner.saes[name],
-            folder,
-            activations,
-            runner.trainer.step_trainers[name].log_feature_sparsity,
-            # The run's rate is not that of an SAE with its own.
-            {
-                **runner.cfg.to_dict(),
-                "lr": runner.trainer.step_trainers[name].cfg.lr,
-                "accumulation_steps": self.config.training.accumulation_steps,
-                "recipe": self.config.to_dict(),
-            },
-            log,
-        )

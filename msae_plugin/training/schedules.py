@@ -4,14 +4,17 @@ SAELens' schedules multiply the optimiser's current rate step by step, so the ru
 write into it: they give the rate of one step from the scheduled one.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 
+from msae_plugin.common.recipes import RECIPE, Flag, Number, Positive
 
-@dataclass
+
+@dataclass(config=RECIPE)
 class GradientRateConfig:
     """The rate falls when gradients are large (run 3 of the source).
 
@@ -20,23 +23,21 @@ class GradientRateConfig:
     m <- min(m * recovery, 1); m is kept from falling below floor / scheduled rate; the step is
     taken with m * scheduled rate; then e <- ema_decay * e + (1 - ema_decay) * g. A large gradient
     is thus judged against the gradients before it.
-
-    Attributes:
-        enabled: Off by default.
-        threshold: A gradient norm above this multiple of its running mean is large.
-        factor: What a large gradient multiplies the rate by.
-        recovery: What every other step multiplies it by, up to the scheduled rate. At the default
-            a halved rate is back after 70 steps.
-        ema_decay: Memory of the running mean.
-        floor: The rule alone never brings the rate below this; the source's 1e-5.
     """
 
-    enabled: bool = False
-    threshold: float = 2.0
-    factor: float = 0.5
-    recovery: float = 1.01
-    ema_decay: float = 0.99
-    floor: float = 1e-5
+    enabled: Flag = False
+    """Off by default."""
+    threshold: Positive = 2.0
+    """A gradient norm above this multiple of its running mean is large."""
+    factor: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """What a large gradient multiplies the rate by."""
+    recovery: Annotated[Number, Field(ge=1)] = 1.01
+    """What every other step multiplies it by, up to the scheduled rate. At the default a halved
+    rate is back after 70 steps."""
+    ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.99
+    """Memory of the running mean."""
+    floor: Positive = 1e-5
+    """The rule alone never brings the rate below this; the source's 1e-5."""
 
 
 class LearningRateRule:
@@ -58,12 +59,9 @@ class LearningRateRule:
         self.mean_gradient_norm: float | None = None
 
     def rate(self, scheduled: float, gradient_norm: float, step: int) -> float:
-        """The rate of this step; call once per step.
+        """The rate after so many steps, from the norm of all gradients before clipping.
 
-        Args:
-            scheduled: SAELens' scheduled rate.
-            gradient_norm: Norm of all gradients of the SAE before clipping.
-            step: Number of steps completed before this one.
+        Call it once per step.
         """
         rate = self._gradient_driven(scheduled, gradient_norm)
         return max(rate, self._lr_floor) if step >= self._warm_up_steps else rate
@@ -87,7 +85,7 @@ class LearningRateRule:
         return self.multiplier * scheduled
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {"multiplier": self.multiplier, "mean_gradient_norm": self.mean_gradient_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

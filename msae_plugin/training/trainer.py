@@ -23,7 +23,9 @@ from typing_extensions import override
 
 from msae_plugin import upstream
 from msae_plugin.architecture.calibration import SupportsRevival
+from msae_plugin.architecture.kernels.decoding import MachineSettings
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.seeding import RandomStream, derive_seed
@@ -42,7 +44,7 @@ RULES_FILE = "learning_rate_rule.pt"
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What our step does beyond SAELens'.
+    """Options of our step beyond SAELens'.
 
     Attributes:
         accumulation_steps: Mini-batches whose mean gradient makes one step.
@@ -60,6 +62,7 @@ class StepOptions:
     lr_floor: float = 0.0
     gradient_lr: GradientRateConfig = field(default_factory=GradientRateConfig)
     centres_inputs: bool = False
+    machine: MachineSettings = field(default_factory=MachineSettings)
 
 
 class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
@@ -102,7 +105,6 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.gradient_norm = 0.0
         self.learning_rate = 0.0
         self.is_logging_step = False
-        self.last_loss: float | None = None
         if options.weight_decay or options.accumulation_steps > 1:
             # SAELens' own has no decay, and its schedule counts mini-batches, not steps.
             self.optimizer = build_optimiser(  # pyright: ignore[reportAttributeAccessIssue]
@@ -126,6 +128,8 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         )
         if isinstance(sae, SupportsRevival):
             sae.attach_optimizer(self.optimizer)
+        if isinstance(sae, MultiScaleTrainingSAE):
+            sae.attach_machine(options.machine)
         share_batches(sae, name, ranks)
         if options.centres_inputs:
             self.activation_scaler = CentringScaler()
@@ -227,7 +231,6 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         if not all(map(math.isfinite, [*loss_values, self.gradient_norm])):
             self.optimizer.zero_grad()
             raise RunFailure(self._describe_divergence(loss_values, batches))
-        self.last_loss = sum(loss_values) / len(loss_values)
         scheduled = [group["lr"] for group in self.optimizer.param_groups]
         # The multiplier is one per SAE, so that every group of parameters gets the same rate.
         self.learning_rate = self.rate_rule.rate(
@@ -265,11 +268,7 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         return self.session_tokens / self.seconds if self.seconds else 0.0
 
     def read_row(self, output: TrainStepOutput) -> dict[str, float]:
-        """The log row of the window that ends here; starts a new window.
-
-        Args:
-            output: Output of the window's last step, whose `metrics` are read.
-        """
+        """The log row of the window that ends here; starts a new window."""
         row: dict[str, float] = {
             "step": self.n_training_steps,
             "tokens": self.n_training_samples,

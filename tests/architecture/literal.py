@@ -212,7 +212,7 @@ class LiteralSAE:
         scale = torch.stack([token_scale for _, token_scale in normalised])
 
         with torch.no_grad():
-            rate = running_rate(cfg.zscore_decay, step)
+            rate = running_rate(cfg.statistics_decay, step)
             self.pre_mean += rate * (pre.mean(0) - self.pre_mean)
             self.pre_square += rate * ((pre**2).mean(0) - self.pre_square)
         budgets = self.budgets(n_tokens, step)
@@ -409,7 +409,7 @@ class LiteralSAE:
             self.z += cfg.zscore_z_lr * max(-1.0, min(1.0, (l0 - target) / target))
         if cfg.orthogonality_weighting != "none" and step % cfg.neighbour_refresh_every == 0:
             self.neighbours = self.nearest()
-        rate = running_rate(cfg.coactivation_decay, step)
+        rate = running_rate(cfg.statistics_decay, step)
         batch = torch.zeros_like(self.C)
         for t in range(n_tokens):
             batch += torch.outer(acts[t], acts[t]) / n_tokens
@@ -417,5 +417,5 @@ class LiteralSAE:
         self.C_mean += rate * (acts.mean(0) - self.C_mean)
         norms = torch.stack(self.decoder_norms()).detach()
         size = torch.ones_like(norms) if cfg.rescale_acts_by_decoder_norm else norms
-        rate = running_rate(cfg.importance_decay, step)
+        rate = running_rate(cfg.statistics_decay, step)
         self.contribution += rate * (acts.abs().mean(0) * size - self.contribution)

@@ -38,7 +38,7 @@ def compare(
         literal.read_parameters(sae)
         given_x = x if shape is None else x.reshape(*shape, cfg.d_in)
         output = sae.training_forward_pass(step_input(given_x, step, dead, cfg.l1_coefficient))
-        literal.accept_rings(sae.latent_ring.tolist(), step)
+        literal.accept_rings(sae.latent_group.tolist(), step)
         expected = literal.loss(x, step, dead, cfg.l1_coefficient)
         torch.stack(list(expected.values())).sum().backward()
         optimizer.zero_grad()

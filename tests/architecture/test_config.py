@@ -74,7 +74,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("firing_floor_rate", {"firing_floor_rate": INF}),
     ("zscore_z", {"zscore_z": INF}),
     ("zscore_z_lr", {"zscore_z_lr": -1}),
-    ("zscore_decay", {"zscore_decay": -0.1}),
+    ("statistics_decay", {"statistics_decay": -0.1}),
     ("orthogonality_coefficient", {"orthogonality_coefficient": -1}),
     ("orthogonality_pairs", {"orthogonality_pairs": "all"}),
     ("orthogonality_weighting", {"orthogonality_weighting": "cosine"}),
@@ -96,7 +96,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("orthogonality_every", {"orthogonality_every": 0}),
     ("neighbour_count", {"neighbour_count": 0}),
     ("neighbour_refresh_every", {"neighbour_refresh_every": 0}),
-    ("coactivation_decay", {"coactivation_decay": 1.0}),
+    ("statistics_decay", {"statistics_decay": 1.0}),
     ("revival_every", {"revival_every": -1}),
     ("revival_dead_steps", {"revival_dead_steps": 0}),
     ("revival_min_cosine", {"revival_min_cosine": 1.5}),
@@ -104,7 +104,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("revival_source", {"revival_source": "random"}),
     ("revival_survival_steps", {"revival_survival_steps": 0}),
     ("importance_power", {"importance_power": -1}),
-    ("importance_decay", {"importance_decay": 2}),
+    ("statistics_decay", {"statistics_decay": 2}),
     ("norm_scales", {"norm_scales": [0.0]}),
     ("norm_scales", {"norm_scales": [1.0, NAN]}),
     ("norm_eps", {"norm_eps": 0}),
@@ -218,13 +218,13 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "detach_inner_prefixes": (NESTED, True),
     "prefix_sort_every": (NESTED, 0),
     "firing_rate_decay": ({**NESTED, "prefix_fractions": [0.2, 0.5]}, 0.0),
+    "statistics_decay": ({**SCORED, "k": 3}, 0.0),
     "selection": ({"zscore_z": 0.5}, "zscore"),
     "standardise": ({}, 0.5),
     "firing_floor": ({"k": 3}, 0.9),
     "firing_floor_rate": ({"k": 3, "firing_floor": 0.9}, 0.5),
     "zscore_z": (SCORED, 1.0),
     "zscore_z_lr": (SCORED, 0.1),
-    "zscore_decay": ({**SCORED, "k": 3}, 0.0),
     "orthogonality_coefficient": (PENALTY, 1.0),
     "orthogonality_pairs": ({**PENALTY, "sketch_rank": 4}, "chunks"),
     "orthogonality_weighting": (PENALTY, "correlation"),
@@ -236,7 +236,6 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "orthogonality_every": (PENALTY, 2),
     "neighbour_count": (PENALTY, 1),
     "neighbour_refresh_every": (PENALTY, 2),
-    "coactivation_decay": (PENALTY, 0.0),
     "sketch_rank": (
         {**PENALTY, "orthogonality_pairs": "chunks", "sketch_rank": 1},
         9,
@@ -248,7 +247,6 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "revival_source": (REVIVED, "error_svd"),
     "revival_survival_steps": (REVIVED, 2),
     "importance_power": ({}, 0.5),
-    "importance_decay": ({"importance_power": 0.5}, 0.0),
     "norm_scales": ({}, [1.0]),
     "norm_centre": (SCALES, False),
     "norm_affine": (SCALES, False),
@@ -266,13 +264,9 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
 SAELENS_OWN = {"device", "normalize_activations", "reshape_activations", "metadata"}
 
 
-# Decide how something is computed, never what: test_triton_decoding.py, test_recorded_steps.py.
-HOW_ONLY = {"decode_kernel", "cuda_graphs"}
-
-
 def test_the_table_of_effects_is_complete() -> None:
     names = {f.name for f in fields(MultiScaleTrainingSAEConfig)}
-    assert names == set(EFFECTS) | SAELENS_OWN | HOW_ONLY
+    assert names == set(EFFECTS) | SAELENS_OWN
 
 
 def outcome(values: dict[str, Any]) -> list[Any]:

@@ -18,12 +18,20 @@ from steps import activations, make, plain, step_input
 from tolerance import rounding_tolerance
 
 from msae_plugin import MultiScaleTrainingSAE
-from msae_plugin.architecture import training_base
-from msae_plugin.architecture.auxk import DeadLatents, auxk_loss
+from msae_plugin.architecture import training_sae
+from msae_plugin.architecture.auxk import auxk_loss
 from msae_plugin.architecture.kernels import replay, static_selection
 from msae_plugin.architecture.kernels.cuda_graphs import RecordedSteps, StepFunction
+from msae_plugin.architecture.kernels.decoding import MachineSettings
 from msae_plugin.architecture.selection import batch_top_k
-from msae_plugin.architecture.step_schedule import Budgets, StepInputs, StepSchedule, room_for_pairs
+from msae_plugin.architecture.step_schedule import (
+    Budgets,
+    DeadLatents,
+    EncoderInput,
+    StepInputs,
+    StepSchedule,
+    room_for_pairs,
+)
 from msae_plugin.common.errors import RunFailure
 
 D_IN, D_SAE, N_TOKENS = 12, 40, 32
@@ -87,7 +95,7 @@ class LiteralRecording:
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps on a CPU take the form that they have on a GPU, and may be recorded."""
-    monkeypatch.setattr(training_base, "needs_static_shapes", lambda _: True)
+    monkeypatch.setattr(training_sae, "needs_static_shapes", lambda _: True)
     allowed = replay._can_be_recorded
 
     def on_gpu(sae: MultiScaleTrainingSAE, sae_in: torch.Tensor) -> bool:
@@ -103,8 +111,9 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> None:
 def twins(**fields: Any) -> tuple[MultiScaleTrainingSAE, MultiScaleTrainingSAE]:
     # In float64: a hundred steps of Adam enlarge what float32 rounds differently in two kernels.
     values = plain(**{**DEFAULT, "dtype": "float64", **fields})
-    replayed, eager = make(**values).train(), make(**values, cuda_graphs=False).train()
-    replayed.mechanisms.recorded_steps = RecordedSteps(LiteralRecording)
+    replayed, eager = make(**values).train(), make(**values).train()
+    eager.machine = MachineSettings(cuda_graphs=False)
+    replayed.recorded_steps = RecordedSteps(LiteralRecording)
     return replayed, eager
 
 
@@ -143,7 +152,7 @@ def test_a_run_of_replays_is_the_run(fields: dict[str, Any]) -> None:
         made.append(LiteralRecording(*given))
         return made[-1]
 
-    replayed.mechanisms.recorded_steps = RecordedSteps(record)
+    replayed.recorded_steps = RecordedSteps(record)
     optimizers = [torch.optim.Adam(sae.parameters(), lr=1e-2) for sae in (replayed, eager)]
     for step in range(100):
         # Dead latents come and go.
@@ -167,8 +176,8 @@ def test_a_run_of_replays_is_the_run(fields: dict[str, Any]) -> None:
         same_state(replayed, eager)
     # One in each eighth of the fall of k, once the L1 weight has risen; those after it are kept.
     assert len(made) > 6
-    assert 1 <= replayed.mechanisms.recorded_steps.count <= 4
-    assert eager.mechanisms.recorded_steps.count == 0
+    assert 1 <= replayed.recorded_steps.count <= 4
+    assert eager.recorded_steps.count == 0
 
 
 @pytest.mark.usefixtures("recording")
@@ -181,7 +190,7 @@ def test_gradients_of_several_steps_add_up() -> None:
                 (step_of(sae, step).loss / 3).backward()
         for p, q in zip(replayed.parameters(), eager.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-5)
-    assert replayed.mechanisms.recorded_steps.count == 1
+    assert replayed.recorded_steps.count == 1
 
 
 @pytest.mark.usefixtures("recording")
@@ -213,7 +222,7 @@ def test_a_backward_pass_after_the_next_step_is_refused() -> None:
 @pytest.mark.usefixtures("recording")
 def test_what_a_recording_depends_on_makes_another() -> None:
     replayed, eager = twins(k_anneal_steps=0, prefix_sort_every=0)
-    steps = replayed.mechanisms.recorded_steps
+    steps = replayed.recorded_steps
 
     def run(first: int) -> None:
         for step in range(first, first + 5):
@@ -265,13 +274,13 @@ def test_copies_and_exports_leave_recordings_behind() -> None:
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
     replayed.zero_grad()
-    assert replayed.mechanisms.recorded_steps.count == 1
-    assert copy.deepcopy(replayed).mechanisms.recorded_steps.count == 0
-    assert pickle.loads(pickle.dumps(replayed.mechanisms)).recorded_steps.count == 0
+    assert replayed.recorded_steps.count == 1
+    assert copy.deepcopy(replayed).recorded_steps.count == 0
+    assert pickle.loads(pickle.dumps(replayed.recorded_steps)).count == 0
     assert "recorded" not in " ".join(replayed.state_dict())
     # Training is over when the threshold is calibrated.
     replayed.calibrate_threshold([activations(N_TOKENS, D_IN, 0, torch.float64)])
-    assert replayed.mechanisms.recorded_steps.count == 0
+    assert replayed.recorded_steps.count == 0
 
 
 @pytest.mark.usefixtures("recording")
@@ -283,7 +292,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
         raise kind("operation not permitted when stream is capturing\nat somewhere")
 
     replayed, eager = twins(k_anneal_steps=0)
-    replayed.mechanisms.recorded_steps = RecordedSteps(fails)
+    replayed.recorded_steps = RecordedSteps(fails)
     with caplog.at_level(logging.WARNING):
         for step in range(1, 10):
             found, expected = (step_of(sae, step) for sae in (replayed, eager))
@@ -311,14 +320,14 @@ def test_mechanisms_off_the_presets_are_not_recorded(fields: dict[str, Any]) -> 
     replayed, _ = twins(k_anneal_steps=0, **fields)
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
-    assert replayed.mechanisms.recorded_steps.count == 0
+    assert replayed.recorded_steps.count == 0
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
     replayed, _ = twins(k_anneal_steps=0)
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
-    assert replayed.mechanisms.recorded_steps.count == 0
+    assert replayed.recorded_steps.count == 0
 
 
 @pytest.mark.parametrize("scales", [[], [2.0], [0.5, 3.0]])
@@ -331,17 +340,17 @@ def test_a_list_with_room_selects_the_same_pairs(
     hidden_pre = torch.randn(N_TOKENS, D_SAE, generator=generator) + shift
     exact = Budgets.of(5, scales, N_TOKENS, D_SAE)
     pairs = [torch.tensor(count) for count in exact.pairs]
-    roomy = Budgets(pairs, exact.main_tier, exact.n_listed + room)
+    roomy = Budgets(pairs, exact.main_level, exact.n_listed + room)
     found = static_selection.static_batch_top_k(hidden_pre, hidden_pre, roomy)
     expected = batch_top_k(hidden_pre, hidden_pre, 5, scales)
 
     def listed(selection: Any) -> dict[tuple[int, int], tuple[float, int, bool]]:
-        columns = (selection.tokens, selection.latents, selection.values, selection.tiers)
+        columns = (selection.tokens, selection.latents, selection.values, selection.levels)
         rows = zip(*(c.tolist() for c in columns), selection.active().tolist(), strict=True)
         return {(t, i): (v, tier, on) for t, i, v, tier, on in rows if v > 0}
 
     assert listed(found) == listed(expected)
-    torch.testing.assert_close(found.cut, expected.cut, atol=0, rtol=0)
+    torch.testing.assert_close(found.threshold, expected.threshold, atol=0, rtol=0)
     torch.testing.assert_close(found.lowest_score, expected.lowest_score, atol=0, rtol=0)
 
 
@@ -370,7 +379,7 @@ def test_auxk_over_a_padded_list_is_auxk(n_dead: int, scaled: bool) -> None:
     padded = DeadLatents(mask, latents, torch.tensor(float(count), dtype=torch.float64))
     for dead in (listed, padded):
         own = [tensor.clone().requires_grad_() for tensor in weights]
-        loss = auxk_loss(x_hat, scale, residual, *own, dead, weight, norm)
+        loss = auxk_loss(EncoderInput(x_hat, scale, norm), residual, *own, dead, weight)
         loss.backward()
         results.append([loss.detach(), *(tensor.grad for tensor in own)])  # pyright: ignore[reportArgumentType]
     # The loss and gradients of all latents, summed from absolute values: bounds of sum(|terms|).

@@ -16,15 +16,15 @@ def test_steps_by_hand() -> None:
     floor = FiringFloor(4, torch.device("cpu"))
     floor.allowance.copy_(torch.tensor([0.0, 0.3, 0.95, 0.05]))
     rates = torch.tensor([0.5, 0.01, 0.01, 0.5])
-    floor.follow(rates, floor=0.02, cut=torch.tensor(1.0), rate=0.1)
+    floor.follow(rates, floor=0.02, threshold=torch.tensor(1.0), rate=0.1)
     # Above the floor: down a tenth of the cut, not below zero. Below it: up, not above the cut.
     torch.testing.assert_close(floor.allowance, torch.tensor([0.0, 0.4, 1.0, 0.0]))
 
 
-def test_an_allowance_shrinks_with_the_cut() -> None:
+def test_an_allowance_shrinks_with_the_threshold() -> None:
     floor = FiringFloor(1, torch.device("cpu"))
     floor.allowance.fill_(2.0)
-    floor.follow(torch.zeros(1), floor=0.02, cut=torch.tensor(0.5), rate=0.1)
+    floor.follow(torch.zeros(1), floor=0.02, threshold=torch.tensor(0.5), rate=0.1)
     assert float(floor.allowance) == 0.5
 
 

@@ -12,7 +12,7 @@ from sae_lens import SAE
 from steps import activations, make, train
 
 from msae_plugin import InputError, MultiScaleTrainingSAE, preset, preset_names
-from msae_plugin.architecture.training_base import save_jumprelu_twin, twin_obstacle
+from msae_plugin.architecture.export import jumprelu_export_obstacle, save_jumprelu_export
 
 TWIN_CHECK = """
 import sys, torch
@@ -33,7 +33,7 @@ def test_the_twin_loads_without_this_package(tmp_path: Path) -> None:
     sae = make(d_in=8, d_sae=24, k=3, prefix_sort_every=3)
     train(sae, 10)
     sae.eval()
-    save_jumprelu_twin(sae, tmp_path / "twin")
+    save_jumprelu_export(sae, tmp_path / "twin")
     x = activations(20, 8, 7)
     with torch.no_grad():
         torch.save((x, sae.to_export_units(sae.encode(x)), sae(x)), tmp_path / "expected.pt")
@@ -51,17 +51,17 @@ def test_the_twin_of_every_preset_is_equal_or_refused(name: str, tmp_path: Path)
     sae = MultiScaleTrainingSAE(preset(name, d_in=8, d_sae=24, k=3, training_steps=10))
     train(sae, 10, l1=sae.cfg.l1_coefficient)
     sae.eval()
-    obstacle = twin_obstacle(sae.cfg)
+    obstacle = jumprelu_export_obstacle(sae.cfg)
     needs_the_norm_or_the_input = bool(sae.cfg.norm_scales) or sae.cfg.skip_scale > 0
     assert (obstacle is not None) == needs_the_norm_or_the_input
     if obstacle is not None:
         assert ("norm_scales" in obstacle) or ("skip_scale" in obstacle)
         with pytest.raises(InputError, match=r"no jumprelu twin: (norm|skip)_scale") as info:
-            save_jumprelu_twin(sae, tmp_path / "twin")
+            save_jumprelu_export(sae, tmp_path / "twin")
         assert "\n" not in str(info.value)
         assert not (tmp_path / "twin").exists()
         return
-    save_jumprelu_twin(sae, tmp_path / "twin")
+    save_jumprelu_export(sae, tmp_path / "twin")
     sae.save_inference_model(tmp_path / "own")
     twin, own = SAE.load_from_disk(tmp_path / "twin"), SAE.load_from_disk(tmp_path / "own")
     x = activations(20, 8, 7)

@@ -175,11 +175,11 @@ def test_a_guess_of_the_cut_never_changes_the_ranking(
     short = batch_top_k(pre, pre, k, [0.5, 2.0], guess)
 
     def pairs(found: Any) -> list[tuple[int, ...]]:
-        columns = (found.tokens, found.latents, found.tiers)
+        columns = (found.tokens, found.latents, found.levels)
         return sorted(zip(*(c.tolist() for c in columns), strict=True))
 
     assert pairs(short) == pairs(exact)
-    assert torch.equal(short.cut, exact.cut)
+    assert torch.equal(short.threshold, exact.threshold)
 
 
 @pytest.mark.parametrize("rescale", [True, False])

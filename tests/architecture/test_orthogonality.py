@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -213,19 +211,3 @@ def test_independent_latents_are_uncorrelated_yet_co_active() -> None:
 def test_weights_stay_between_zero_and_one() -> None:
     weights = coactivation_weights(torch.tensor([-1.0, 0.1, 0.5, 7.0]), 0.1)
     torch.testing.assert_close(weights, torch.tensor([0.0, 0.0, 0.4, 1.0]))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_the_compiled_gradient_of_ortsaes_penalty() -> None:
-    # Inductor's own kernels: `aot_eager` does not show what they make of an in-place sum.
-    def penalty(W_dec: torch.Tensor) -> torch.Tensor:
-        return nearest_in_chunks_penalty(W_dec, [torch.arange(60), torch.arange(60, 96)])
-
-    W_dec = torch.randn(96, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gradients: list[torch.Tensor] = []
-    for function in (penalty, torch.compile(penalty, fullgraph=True)):
-        own = W_dec.clone().requires_grad_()
-        function(own).backward()
-        assert own.grad is not None
-        gradients.append(own.grad)
-    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-12, rtol=1e-10)

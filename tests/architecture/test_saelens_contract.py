@@ -30,7 +30,13 @@ from msae_plugin import (
 )
 
 D_IN, D_SAE, K, N_STEPS = 12, 37, 4, 25
-TRAINING_ONLY = ("mechanisms.", "topk_threshold", "candidate_cut", "firing_rate", "latent_ring")
+TRAINING_ONLY = (
+    "mechanisms.",
+    "topk_threshold",
+    "candidate_threshold",
+    "firing_rate",
+    "latent_group",
+)
 
 
 def config(name: str) -> MultiScaleTrainingSAEConfig:
@@ -202,7 +208,7 @@ def test_the_export_is_the_trained_sae(
     order = trained.export_order()
     assert sorted(order.tolist()) == list(range(D_SAE))
     if len(trained.cfg.prefix_widths) > 1:
-        rings = trained.latent_ring[order]
+        rings = trained.latent_group[order]
         assert torch.equal(rings, rings.sort().values)
         assert not torch.equal(order, torch.arange(D_SAE))  # it was re-sorted at least once
 

@@ -16,9 +16,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from steps import activations, step_input
 
 from msae_plugin import MultiScaleTrainingSAE, preset
+from msae_plugin.architecture.export import save_jumprelu_export
 from msae_plugin.architecture.input_units import InputUnits, estimate_units, geometric_median
 from msae_plugin.architecture.presets import preset_names
-from msae_plugin.architecture.training_base import save_jumprelu_twin
 
 D_IN, D_SAE, K, N_STEPS, N_TOKENS = 12, 48, 4, 30, 64
 PRESETS = ("default", "reconstruction")
@@ -96,7 +96,7 @@ def test_units_fold_at_export(name: str, apply_b_dec: bool, tmp_path: Path) -> N
     sae.calibrate_threshold([30.0 * structured(200) + shift])
     sae.eval()
     sae.save_inference_model(tmp_path / "sae")
-    save_jumprelu_twin(sae, tmp_path / "jumprelu")
+    save_jumprelu_export(sae, tmp_path / "jumprelu")
     x = 30.0 * structured(201) + shift
     expected = sae.to_export_units(sae.encode(x))
     for folder in ("sae", "jumprelu"):

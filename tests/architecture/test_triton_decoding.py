@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import make, plain
 
-from msae_plugin import MultiScaleTrainingSAEConfig
-from msae_plugin.architecture.kernels.decoding import bag_sum
+from msae_plugin.architecture.kernels.decoding import MachineSettings, bag_sum
 from msae_plugin.common.errors import InputError
 
 CHECKS = Path(__file__).with_name("triton_checks.py")
@@ -52,4 +52,4 @@ def test_refused_where_it_cannot_run() -> None:
     with pytest.raises(InputError, match="'triton' needs float32"):
         bag_sum(torch.ones(2, 3), index, torch.ones(1), index, 1, "triton")
     with pytest.raises(InputError, match="decode_kernel must be 'auto' on device 'cpu'"):
-        MultiScaleTrainingSAEConfig(d_in=3, d_sae=4, k=1, decode_kernel="triton")
+        make(**plain()).attach_machine(MachineSettings("triton"))

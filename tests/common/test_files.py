@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from msae_plugin.common.errors import InputError, did_you_mean
+from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import (
     file_written_atomically,
     kept_folder,
@@ -75,8 +75,3 @@ def test_refusals_keep_both_fields() -> None:
     copied = pickle.loads(pickle.dumps(error))
     assert (str(copied), copied.what, copied.how) == (str(error), "there is no x", "write y")
     assert InputError("no advice").how is None
-
-
-def test_the_nearest_name_is_proposed() -> None:
-    assert did_you_mean("cor", ["core", "scr"], "choose one") == "did you mean core?"
-    assert did_you_mean("zzz", ["core", "scr"], "choose one") == "choose one"

@@ -22,7 +22,7 @@ from msae_plugin.comparison.ground_truth import SyntheticSource
 from msae_plugin.comparison.methods import expand, plan_entry
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.comparison.results import Measured, comparison_contents
-from msae_plugin.comparison.training_schedule import Part
+from msae_plugin.comparison.training_schedule import Shard
 from msae_plugin.training.plans import build_sae
 from msae_plugin.training.trainer import LockstepTrainer
 
@@ -40,9 +40,9 @@ def weights(output: Path, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def run(ground_truth_recipe: dict[str, Any]) -> Callable[..., Comparison]:
-    def compared(output: Path, part: Part | None = None, **changes: Any) -> Comparison:
+    def compared(output: Path, shard: Shard | None = None, **changes: Any) -> Comparison:
         config = CompareConfig.from_dict(copy.deepcopy(ground_truth_recipe) | changes)
-        return compare(config, output, part=part)
+        return compare(config, output, shard=shard)
 
     return compared
 
@@ -87,6 +87,7 @@ def test_a_whole_comparison(
         assert (tmp_path / row["folder"] / "sae" / "cfg.json").is_file()
         told = json.loads((tmp_path / row["folder"] / "sae" / "runner_cfg.json").read_text())
         assert told["lr"] == row["lr"]
+        assert told["sae"]["metadata"]["training_steps"] == steps
         assert told["train_batch_size_tokens"] * told["accumulation_steps"] * steps == 40 * 128
         logged = (tmp_path / row["folder"] / "metrics.jsonl").read_text().splitlines()
         assert json.loads(logged[-1])["step"] == steps
@@ -277,16 +278,16 @@ def test_an_sae_that_diverges_is_named_and_the_others_are_kept(
 
 def test_parts_share_the_work(run: Callable[..., Comparison], tmp_path: Path) -> None:
     saes = {"a": BATCHTOPK, "b": {"architecture": "topk"}, "c": {"preset": "default"}}
-    one = run(tmp_path, part=Part.parse("1/2"), saes=saes, seeds=[0, 1])
+    one = run(tmp_path, shard=Shard.parse("1/2"), saes=saes, seeds=[0, 1])
     assert one.contents is None
     assert {p.name[0] for p in (tmp_path / "saes").iterdir()} == {"a", "c"}
-    run(tmp_path, part=Part.parse("2/2"), saes=saes, seeds=[0, 1])
+    run(tmp_path, shard=Shard.parse("2/2"), saes=saes, seeds=[0, 1])
     assert {p.name[0] for p in (tmp_path / "saes").iterdir()} == {"a", "b", "c"}
     assert not (tmp_path / "comparison.json").exists()
     assert len(rows_of(run(tmp_path, saes=saes, seeds=[0, 1]))) == 6
     for text in ("0/2", "3/2", "2", "a/b"):
         with pytest.raises(InputError, match="NUMBER/OF"):
-            Part.parse(text)
+            Shard.parse(text)
 
 
 def test_a_folder_of_something_else_is_left_alone(

@@ -18,7 +18,7 @@ from msae_plugin.comparison import language_model
 from msae_plugin.comparison.activations import open_activations, rows_needed
 from msae_plugin.comparison.compare import Comparison, compare
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.comparison.training_schedule import Part
+from msae_plugin.comparison.training_schedule import Shard
 from msae_plugin.data.text import load_text
 from msae_plugin.evaluation.evaluate import EvaluationResult
 from msae_plugin.evaluation.heldout import evaluate_many
@@ -38,10 +38,10 @@ SAES = {
 def run(
     language_model_recipe: dict[str, Any], tiny_language_model: LanguageModel
 ) -> Callable[..., Comparison]:
-    def compared(output: Path, part: Part | None = None, **changes: Any) -> Comparison:
+    def compared(output: Path, shard: Shard | None = None, **changes: Any) -> Comparison:
         recipe = copy.deepcopy(language_model_recipe) | {"saes": SAES} | changes
         config = CompareConfig.from_dict(recipe)
-        return compare(config, output, language_model=tiny_language_model, part=part)
+        return compare(config, output, language_model=tiny_language_model, shard=shard)
 
     return compared
 
@@ -171,7 +171,7 @@ def test_the_model_runs_over_the_text_once(
     monkeypatch.setattr(language_model, "store_activations", counted)
     saes = {"a": {"architecture": "topk"}}
     with pytest.raises(InputError, match="start --part 1/2 first"):
-        run(tmp_path, part=Part(2, 2), saes=saes)
+        run(tmp_path, shard=Shard(2, 2), saes=saes)
     first = rows_of(run(tmp_path, saes=saes))
     more = rows_of(run(tmp_path, saes=saes | {"b": {"architecture": "batchtopk"}}, seeds=[0, 3]))
     assert len(passes) == 1
@@ -210,8 +210,8 @@ def test_a_part_is_measured_and_the_whole_only_puts_it_together(
         measure(config, output, subjects, *rest)
 
     monkeypatch.setattr(language_model, "measure_heldout", noted)
-    assert run(tmp_path, part=Part(1, 2)).contents is None
-    assert run(tmp_path, part=Part(2, 2)).contents is None
+    assert run(tmp_path, shard=Shard(1, 2)).contents is None
+    assert run(tmp_path, shard=Shard(2, 2)).contents is None
     assert measured == ["batchtopk_l0-6_seed0", "ours_l0-6_seed0"]
     measured.clear()
     assert set(rows_of(run(tmp_path))) == {

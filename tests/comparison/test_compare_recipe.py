@@ -34,6 +34,7 @@ def plans(ground_truth_recipe: dict[str, Any]) -> Callable[..., dict[str, SAEPla
 
 def test_the_shipped_recipes_are_known() -> None:
     assert SHIPPED == [
+        "compare_between_presets",
         "compare_ground_truth",
         "compare_ladder_ground_truth",
         "compare_ladder_language_model",
@@ -70,7 +71,7 @@ def test_synthsaebench_is_the_published_one() -> None:
     assert model["hierarchy"]["total_root_nodes"] == 128
     assert training["tokens"] == 200_000_000
     assert (training["lr"], training["batch_size_tokens"]) == ("3e-4", 1024)
-    assert values["common"] == {"d_sae": 4096}
+    assert values["common"] == {"d_sae": 4096, "input_normalization": "first_batch"}
 
 
 def test_each_architecture_is_told_its_l0(plans: Callable[..., dict[str, SAEPlan]]) -> None:
@@ -99,7 +100,7 @@ def test_schedules_are_those_of_the_run_in_small(ground_truth_recipe: dict[str, 
     recipe = copy.deepcopy(ground_truth_recipe)
     recipe["training"] |= {"lr_warm_up_steps": 8, "lr_decay_steps": 16}
     recipe["saes"] = {
-        "a": {"architecture": "standard", "l1_warm_up_steps": 12},
+        "a": {"architecture": "standard", "l1_warm_up_steps": "1.2e1"},
         "b": {"preset": "source-run-10", "zscore_z_lr": 0.02},
         "c": {"peer": "lista_matryoshka"},
     }
@@ -159,6 +160,10 @@ def test_several_hooks_are_told_apart(language_model_recipe: dict[str, Any]) -> 
         ({"saes": {"a": {"architecture": "topk", "k": 3}}}, "'l0' of the comparison sets it"),
         ({"saes": {"a": {"architecture": "topk", "kk": 3}}}, "unknown key 'kk'"),
         ({"saes": {"a": {"architecture": "topk", "d_sae": 2}}}, "only 2 latents"),
+        (
+            {"saes": {"a": {"architecture": "standard", "l1_coefficient": "much"}}},
+            "'saes.a.l1_coefficient' must be a number, not 'much'",
+        ),
         ({"saes": {"a": {"peer": "ortsea"}}}, "did you mean 'ortsae'"),
         ({"saes": {"a": {"peer": "c2r", "preset": "default"}}}, "decides the architecture"),
         ({"saes": {"a": {"control": "permuted"}}}, "permuted_decoder of"),

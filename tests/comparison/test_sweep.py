@@ -17,8 +17,8 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.comparison import sweep as sweep_module
 from msae_plugin.comparison.compare import compare
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.comparison.sweep import PartJob, sweep
-from msae_plugin.comparison.training_schedule import Part
+from msae_plugin.comparison.sweep import SweepJob, sweep
+from msae_plugin.comparison.training_schedule import Shard
 
 SAES = {"ours": {"preset": "reconstruction"}, "batchtopk": {"architecture": "batchtopk"}}
 
@@ -93,15 +93,15 @@ def test_a_failed_job_is_named_with_its_log_and_the_sweep_goes_on(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = CompareConfig.from_dict(recipe)
-    run = PartJob.__call__
+    run = SweepJob.__call__
 
-    def second_fails(job: PartJob) -> Any:
-        if job.part == Part(2, 2):
+    def second_fails(job: SweepJob) -> Any:
+        if job.shard == Shard(2, 2):
             raise MemoryError("no room for part 2")
         return run(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartJob, "__call__", second_fails)
+        patch.setattr(SweepJob, "__call__", second_fails)
         with pytest.raises(RunFailure) as caught:
             sweep(config, tmp_path / "out", jobs=2)
     message = str(caught.value)

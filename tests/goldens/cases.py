@@ -1,11 +1,13 @@
 """The cases that are frozen, in the order in which they need each other."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from clock import without_numbers
+from inputs import RARE_SETTINGS
 
 if TYPE_CHECKING:
     from freeze import Workplace
@@ -60,6 +62,15 @@ def beside(work: "Workplace", name: str) -> None:
 @case
 def mechanisms(work: "Workplace", name: str) -> None:
     work.record(name, [train(work, "mechanisms.yaml", "mechanisms")], "mechanisms")
+
+
+@case
+def rare_settings(work: "Workplace", name: str) -> None:
+    ran: list[dict[str, Any]] = []
+    for setting, keys in RARE_SETTINGS.items():
+        words = _changes([f"sae.{key}={json.dumps(value)}" for key, value in keys.items()])
+        ran.append(train(work, "train.yaml", f"rare/{setting}", *words))
+    work.record(name, ran, "rare")
 
 
 @case
@@ -144,9 +155,8 @@ def interrupted(work: "Workplace", name: str) -> None:
     command = ("train", "-c", "train.yaml", "-o", output, *words)
     stopped = work.run(*command, stop_when=lambda: any((output / "checkpoints").glob("[0-9]*")))
     ran = [stopped, work.run(*command, "--resume", "auto")]
-    for said in ran:
-        said["stderr"] = [re.sub(r"checkpoints/\d+", "checkpoints/N", e) for e in said["stderr"]]
-    work.record(name, ran, "interrupted/sae", "interrupted/jumprelu", names_only=True)
+    folders = ("interrupted/sae", "interrupted/jumprelu")
+    work.record(name, [without_numbers(one) for one in ran], *folders, names_only=True)
 
 
 @case
@@ -247,13 +257,15 @@ def info(work: "Workplace", name: str) -> None:
 
 @case
 def demo(work: "Workplace", name: str) -> None:
+    """It measures whether bfloat16 is faster here: no two runs need have the same numbers."""
     output = work.folder / "demo"
     ran = work.run(
         "demo", "-o", output, "--model", "tiny-model", "--text", "notes.jsonl",
         "--hook", "blocks.1.hook_resid_post", "--tokens", "20480", "--d-sae", "96", "--k", "8",
         "--heldout-tokens", "1024", "--loss-tokens", "512", "--no-saebench",
     )  # fmt: skip
-    work.record(name, [ran], "demo")
+    ran["stdout"] = [line for line in ran["stdout"] if "«" not in line]
+    work.record(name, [without_numbers(ran)], "demo", names_only=True)
 
 
 @case
@@ -292,7 +304,7 @@ def refusals(work: "Workplace", name: str) -> None:
         ("info", "nowhere"),
         ("info", "tiny-model"),
         ("info", run, "--set", "a=1"),
-        ("info", "-c", REPOSITORY_EXAMPLE),
+        ("info", "-c", work.repository / "examples" / "pythia-160m.yaml"),
         ("eval", "nowhere", "-c", "protocol.yaml", "-o", out),
         ("eval", "./nowhere", "-c", "protocol.yaml", "-o", out),
         ("eval", "full-folder", "-c", "protocol.yaml", "-o", out),
@@ -348,8 +360,6 @@ def refusals(work: "Workplace", name: str) -> None:
         refuse(*words)
     work.record(name, ran)
 
-
-REPOSITORY_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pythia-160m.yaml"
 
 TRAINING_REFUSALS = (
     "x", "=3", "sae.kk=3", "sae={", "training.tokens=3", "training.tokens=many", "training.lr=0",

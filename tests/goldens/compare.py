@@ -126,15 +126,27 @@ def _short(value: Any) -> str:
     return text if len(text) < 120 else f"{text[:120]} ..."
 
 
+def _by_words(commands: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Commands by their words; a repeated one with its number."""
+    found: dict[str, dict[str, Any]] = {}
+    for command in commands:
+        words = " ".join(command["command"])
+        repeated = sum(name.split(" (again")[0] == words for name in found)
+        found[f"{words} (again, {repeated})" if repeated else words] = command
+    return found
+
+
 def compare_case(found: Findings, name: str, folders: list[Path]) -> None:
     """Compare one case."""
     one, other = (json.loads((folder / f"{name}.json").read_text()) for folder in folders)
-    if len(one["commands"]) != len(other["commands"]):
-        found.different.append(
-            f"{name}: {len(one['commands'])} -> {len(other['commands'])} commands"
-        )
-    for mine, theirs in zip(one["commands"], other["commands"], strict=False):
-        compare_values(found, f"{name}: msae {' '.join(mine['command'])}", mine, theirs)
+    commands = [_by_words(record["commands"]) for record in (one, other)]
+    for words in [*commands[0], *(words for words in commands[1] if words not in commands[0])]:
+        if words in commands[0] and words in commands[1]:
+            place = f"{name}: msae {words}"
+            compare_values(found, place, commands[0][words], commands[1][words])
+        else:
+            state = "gone" if words in commands[0] else "new"
+            found.different.append(f"{name}: msae {words}: command {state}")
     for path in sorted(one["files"].keys() | other["files"].keys()):
         place = f"{name}: {path}"
         mine, theirs = one["files"].get(path), other["files"].get(path)

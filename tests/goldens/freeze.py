@@ -1,6 +1,6 @@
 """Write down what the commands do: messages, files, tensors and numbers of tiny recipes.
 
-    python tests/goldens/freeze.py OUTPUT [--only NAME ...] [--fresh]
+    python tests/goldens/freeze.py OUTPUT [--of CHECKOUT] [--only NAME ...] [--fresh]
     python tests/goldens/compare.py OUTPUT OTHER_OUTPUT
 
 Only `python -m msae_plugin` is called, so that the program outlives any move of a module. The
@@ -28,11 +28,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clock import without_clock
+
 SECONDS_PER_COMMAND = 300
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
-    # In front of any installed version.
-    "PYTHONPATH": str(REPOSITORY),
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
@@ -55,19 +55,18 @@ SLOW_IMPORTS = (
     "msae_plugin",
 )
 
-# Keys of JSON files and columns of tables whose values are the clock's or the machine's.
-_CLOCK = re.compile(
-    r"second|elapsed|duration|started|finished|created|datetime|timestamp|memory|hostname|"
-    r"^versions?$|_version$|commit|^platform$|^python$|eval_id|^packages$"
-)
-_HEX = re.compile(r"\b[0-9a-f]{40,64}\b")
+# Hashes of files, of paths, of settings: a letter in it tells one from the digits of a number.
+_HEX = re.compile(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,64}\b")
 
 
 class Workplace:
     """A temporary folder in which commands run, and what is recorded of them."""
 
-    def __init__(self, folder: Path, output: Path, fresh: bool) -> None:
+    def __init__(
+        self, folder: Path, output: Path, fresh: bool = False, repository: Path = REPOSITORY
+    ) -> None:
         self.folder, self.output, self.fresh = folder, output, fresh
+        self.repository = repository
         self.inputs = folder / "in"
 
     def run(
@@ -141,14 +140,15 @@ class Workplace:
 
     def normal(self, text: str) -> str:
         """The text without paths of this machine, times, dates and versions."""
-        for path, name in ((self.folder, "WORK"), (REPOSITORY, "REPOSITORY"), (Path.home(), "~")):
+        named = ((self.folder, "WORK"), (self.repository, "REPOSITORY"), (Path.home(), "~"))
+        for path, name in named:
             text = text.replace(str(path), name)
         text = re.sub(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?(\.\d+)?(Z|\+00:00)?)?", "DATE", text)
         text = re.sub(r"[\d,.]+(k|M)? tokens (per second|/s)", "N tokens per second", text)
         text = re.sub(r"\b\d+(\.\d+)? ?(seconds|s|min|minutes|h)\b", "TIME", text)
         text = re.sub(r"\b\d+:\d\d(:\d\d)?\b", "TIME", text)
         text = re.sub(r"\b\d+\.\d+\.\d+\S*", "VERSION", text)
-        return text.replace("\u2588", "")
+        return _HEX.sub("HASH", text)
 
     def record(
         self, name: str, commands: list[dict[str, Any]], *folders: str, names_only: bool = False
@@ -161,7 +161,7 @@ class Workplace:
                 if path.is_file():
                     inside = self._name(path.relative_to(self.folder))
                     files[inside] = None if names_only else self._contents(path, name, inside)
-        contents = {"commands": commands, "files": files}
+        contents = without_clock({"commands": commands, "files": files})
         text = json.dumps(contents, indent=1, sort_keys=True, ensure_ascii=False)
         (self.output / f"{name}.json").write_text(text + "\n")
 
@@ -181,25 +181,30 @@ class Workplace:
         if path.suffix in (".yaml", ".yml", ".md", ".txt", ".csv", ".html", ".log"):
             # Figures inside the page are files beside it.
             text = re.sub(r"data:[a-z/+]+;base64,[A-Za-z0-9+/=]+", "FIGURE", path.read_text())
-            text = _HEX.sub("HASH", self.normal(text))
+            text = self.normal(text)
             if path.suffix == ".csv":
-                return {"table": _table(text)}
+                return {"table": list(csv.reader(text.splitlines()))}
             return {"text": text.splitlines()}
         return {"kind": path.suffix}
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {
-                self.normal(str(key)): "CLOCK" if _CLOCK.search(str(key)) else self._value(item)
-                for key, item in value.items()
-            }
+            return {self.normal(str(key)): self._value(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._value(item) for item in value]
         if isinstance(value, str):
-            return _HEX.sub("HASH", self.normal(value))
+            return self.normal(value)
         if isinstance(value, float) and not math.isfinite(value):
             return str(value)
         return value
+
+
+def restart_in_environment(repository: Path) -> None:
+    """Start this program again where the environment is another: it is read at the start."""
+    # In front of any installed version.
+    wanted = {**ENVIRONMENT, "PYTHONPATH": str(repository)}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 
 
 @contextmanager
@@ -223,14 +228,6 @@ def _is_progress(line: str) -> bool:
     if line.startswith(("error:", "failed:", "missing:", "warning:")):
         return False
     return not line.strip() or bool(re.search(r"\d ?%|\d+/\d+$|TIME|tokens per second", line))
-
-
-def _table(text: str) -> list[list[str]]:
-    header, *rows = list(csv.reader(text.splitlines()))
-    timed = {index for index, name in enumerate(header) if _CLOCK.search(name)}
-    return [header] + [
-        ["CLOCK" if index in timed else cell for index, cell in enumerate(row)] for row in rows
-    ]
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -257,13 +254,12 @@ def main() -> None:
     """Run every case and write its record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--of", type=Path, default=REPOSITORY, help="another checkout")
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--fresh", action="store_true")
     given = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        # The hash seed is read when the interpreter starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    repository = given.of.resolve()
+    restart_in_environment(repository)
     output = given.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     with temporary_folder() as folder:
@@ -278,7 +274,7 @@ def main() -> None:
         from cases import CASES
         from inputs import write_inputs
 
-        work = Workplace(folder, output, given.fresh)
+        work = Workplace(folder, output, given.fresh, repository)
         work.inputs.mkdir()
         write_inputs(work.inputs)
         for name, case in CASES.items():

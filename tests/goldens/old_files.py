@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from freeze import ENVIRONMENT, REPOSITORY, Workplace, private_folders, temporary_folder
+from freeze import (
+    REPOSITORY,
+    Workplace,
+    private_folders,
+    restart_in_environment,
+    temporary_folder,
+)
 
 TEXT = {".json", ".jsonl", ".yaml", ".csv", ".md", ".txt"}
 SMALL = {"d_sae": 24, "k": 4}
@@ -31,7 +37,7 @@ def recipes() -> dict[str, Any]:
     from inputs import CORE, GROUND_TRUTH, PROTOCOL, training_recipe
 
     small = training_recipe(sae=SMALL)
-    small["training"]["tokens"] = 10 * 128
+    small["training"]["tokens"] = 80 * 128
     long = training_recipe(sae=SMALL)
     # 200 short steps with a checkpoint after every fifth: Ctrl-C comes long before the last.
     long["training"] |= {"tokens": 200 * 128, "n_checkpoints": 40, "keep_checkpoints": 1}
@@ -76,11 +82,10 @@ def make(work: Workplace) -> None:
 
 def main() -> None:
     """Make the folders and leave them in OUTPUT, with no path of this machine in them."""
-    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
+    restart_in_environment(REPOSITORY)
     output = Path(sys.argv[1])
     with temporary_folder() as folder:
-        work = Workplace(folder, output, fresh=False)
+        work = Workplace(folder, output)
         os.environ |= private_folders(folder)
         # After the environment is set: it imports transformers.
         from inputs import write_inputs

@@ -25,7 +25,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from safetensors.torch import load_file, save_file
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.hub.publish import publish, report_lines
+from msae_plugin.hub.publish import PublishOptions, publish, report_lines
 from msae_plugin.saes.download import download, fetch, local_folder
 from msae_plugin.saes.find import locate
 
@@ -58,9 +58,9 @@ def perform(job: dict[str, Any], asked: list[str], said: list[str]) -> Any:
         return [(sae.name, str(sae.source)) for sae in locate(**arguments)]
     if job["call"] == "local_folder":
         return str(local_folder(**arguments))
-    result = publish(
-        **arguments, confirm=None if job["answer"] is None else confirm, say=said.append
-    )
+    run, repo = arguments.pop("run"), arguments.pop("repo")
+    asking = None if job["answer"] is None else confirm
+    result = publish(run, repo, PublishOptions(**arguments), confirm=asking, say=said.append)
     return {**dataclasses.asdict(result), "report": report_lines(result)}
 
 

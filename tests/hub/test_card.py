@@ -357,3 +357,11 @@ def test_rendering_changes_no_entry():
     before = copy.deepcopy(measured)
     card_of(measured)
     assert measured == before
+
+
+def test_names_hold_no_html():
+    finding = {"kind": "x", "message": "<img src=x>", "setting": "x"}
+    hostile = entry(metadata={"hook_name": "<b>hook</b>"}, export={"health": [finding]})
+    generated = card_of(hostile).split(BEGIN)[1].split(END)[0]
+    assert "<" not in generated
+    assert "&lt;img src=x>" in generated

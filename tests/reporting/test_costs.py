@@ -52,16 +52,17 @@ def test_an_sae_costs_what_its_real_tensors_take(cfg):
 
 
 @pytest.mark.parametrize(
-    ("fields", "recorded"),
+    ("fields", "cuda_graphs", "recorded"),
     [
-        ({"device": "cuda:1"}, True),
-        ({"device": "cpu"}, False),
-        ({"device": "cuda", "cuda_graphs": False}, False),
-        ({"device": "cuda", "norm_scales": [1.0]}, False),
+        ({"device": "cuda:1"}, True, True),
+        ({"device": "cpu"}, True, False),
+        ({"device": "cuda"}, False, False),
+        ({"device": "cuda", "norm_scales": [1.0]}, True, False),
     ],
 )
-def test_a_recorded_step_is_held(fields: dict[str, Any], recorded: bool) -> None:
-    cost = sae_cost(MultiScaleTrainingSAEConfig(d_in=8, d_sae=100, k=3, **fields), 64)
+def test_a_recorded_step_is_held(fields: dict[str, Any], cuda_graphs: bool, recorded: bool) -> None:
+    cfg = MultiScaleTrainingSAEConfig(d_in=8, d_sae=100, k=3, **fields)
+    cost = sae_cost(cfg, 64, cuda_graphs=cuda_graphs)
     assert cost.recorded_bytes == recorded * (cost.step_bytes + cost.gradient_bytes)
 
 

@@ -12,10 +12,9 @@ from html.parser import HTMLParser
 import pytest
 from page_browser import chromium
 
-from msae_plugin.comparison.statistics import Spread
+from msae_plugin.common.table import Column, Spread, Table
 from msae_plugin.reporting.document import (
     Bullets,
-    Column,
     Context,
     Document,
     Facts,
@@ -24,7 +23,6 @@ from msae_plugin.reporting.document import (
     Links,
     Section,
     Subheading,
-    Table,
     Text,
 )
 from msae_plugin.reporting.page import asset, markdown, page
@@ -238,11 +236,11 @@ def test_text_has_contrast_in_both_schemes(scheme):
 
 
 def test_colours_of_figures_stand_out_from_white():
-    from msae_plugin.reporting.figures import COLOURS, looks
+    from msae_plugin.reporting.figures import COLOURS, method_styles
 
     assert min(contrast(colour, "#ffffff") for colour in COLOURS) >= 3
-    drawn = looks([str(i) for i in range(40)])
-    assert len({(look.colour, look.marker, str(look.line)) for look in drawn.values()}) == 40
+    drawn = method_styles([str(i) for i in range(40)])
+    assert len({(style.colour, style.marker, str(style.line)) for style in drawn.values()}) == 40
 
 
 def test_a_missing_browser_fails_the_browser_tests_and_says_what_to_install(monkeypatch):

@@ -27,7 +27,8 @@ from report_inputs import (
     write_sae,
 )
 
-from msae_plugin.reporting.document import Bullets, Document, Table
+from msae_plugin.common.table import Table
+from msae_plugin.reporting.document import Bullets, Document
 from msae_plugin.reporting.report import build, report
 from msae_plugin.reporting.sources import read_sources
 

@@ -18,7 +18,8 @@ from report_inputs import (
 )
 from sae_lens import SAE
 
-from msae_plugin.reporting.document import Document, Subheading, Table
+from msae_plugin.common.table import Table
+from msae_plugin.reporting.document import Document, Subheading
 from msae_plugin.reporting.report import build
 from msae_plugin.reporting.sources import read_sources
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.report import build, report
-from msae_plugin.reporting.results import benches
+from msae_plugin.reporting.results import results_of
 from msae_plugin.reporting.sources import read_json_lines, read_sources, trained_saes
 
 
@@ -97,9 +97,9 @@ def test_two_rows_that_cannot_be_told_apart_are_refused(tmp_path):
 def test_rows_of_several_rates_and_hooks_are_kept_apart(tmp_path):
     rows = [row("a", 8.0, 1, lr=0.1), row("a", 8.0, 1, lr=0.2), row("a", 8.0, 1, hook="other")]
     sources = read_sources([write_comparison(tmp_path, comparison(rows=rows))])
-    first, second = benches(sources, [])
-    assert [group.method for group in first.groups()] == ["a (lr 0.1)", "a (lr 0.2)"]
-    assert (second.title, len(second.rows)) == ("Language model (other)", 1)
+    first, second = results_of(sources, [])
+    assert [group.method for group in first.groups] == ["a (lr 0.1)", "a (lr 0.2)"]
+    assert (second.title, len(second.saes)) == ("Language model (other)", 1)
     assert len(first.missing) == 1
     assert not second.missing
 
@@ -141,20 +141,21 @@ def test_saes_of_several_training_seeds_are_told_by_their_weights(tmp_path):
     hashes = {name: digest for name, digest in hashes.items() if "batchtopk" in name}
     evaluation = write_evaluation(tmp_path / "eval", hashes)
     sources = read_sources([*runs, evaluation])
-    (bench,) = benches(sources, trained_saes(sources))
-    assert bench.seeds_are == "training seeds"
-    assert {(r.method, r.seed, r.l0_target) for r in bench.rows} == {
+    (results,) = results_of(sources, trained_saes(sources))
+    assert results.seeds_are == "training seeds"
+    assert set(zip(*(results.saes[f] for f in ("method", "seed", "l0_target")), strict=True)) == {
         ("batchtopk", 1, 8.0),
         ("batchtopk", 2, 8.0),
     }
     # The mean over evaluation seeds of each.
-    assert [r.metrics["core/ce_loss_score"] for r in bench.rows] == pytest.approx([0.91, 0.92])
+    scores = results.frame[results.frame.metric == "core/ce_loss_score"].value.tolist()
+    assert scores == pytest.approx([0.91, 0.92])
 
 
 def test_an_evaluation_alone_has_evaluation_seeds(tmp_path):
-    (bench,) = benches(read_sources([write_evaluation(tmp_path)]), [])
-    assert bench.seeds_are == "evaluation seeds"
-    assert [(r.method, r.seed) for r in bench.rows] == [
+    (results,) = results_of(read_sources([write_evaluation(tmp_path)]), [])
+    assert results.seeds_are == "evaluation seeds"
+    assert list(zip(results.saes.method, results.saes.seed, strict=True)) == [
         ("alpha", 0), ("alpha", 1), ("beta", 0), ("beta", 1),
     ]  # fmt: skip
 

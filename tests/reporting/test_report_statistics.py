@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from msae_plugin.reporting.metrics import digits_for, number, roles_of, signed
-from msae_plugin.reporting.rows import difference_of, wording
+from msae_plugin.common.table import digits_for, number, signed
+from msae_plugin.reporting.measurements import difference_of, roles_of, wording
 
 
 def test_only_shared_pairs_count():

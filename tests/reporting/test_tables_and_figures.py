@@ -18,9 +18,9 @@ from msae_plugin.reporting.demo_output import (
     comparison_markdown,
     comparison_table,
     demo_figure,
-    require_matplotlib,
     training_curve,
 )
+from msae_plugin.reporting.figures import pyplot as require_matplotlib
 
 
 def metrics(loss_recovered: float | None = 0.9612) -> HeldoutMetrics:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def activations(n: int = 256, seed: int = 3) -> torch.Tensor:
 
 def trained(cfg: Any, steps: int = 30) -> TrainingSAE[Any]:
     torch.manual_seed(0)
+    cfg = copy.deepcopy(cfg)  # `sae.to(dtype)` changes it, and the metadata are its own
     sae = TrainingSAE.get_sae_class_for_architecture(cfg.architecture())(cfg)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(steps):

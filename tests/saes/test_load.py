@@ -1,5 +1,6 @@
 """References of every kind, against SAELens called directly and files written by hand."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ Save = Callable[..., Path]
 
 def build(config: Any, seed: int = 0) -> SAE[Any]:
     """An SAE with random weights, decoder norms of all sizes, on the layer and model of HOOK."""
+    config = copy.deepcopy(config)  # `sae.to(dtype)` changes it, and the metadata are its own
     sae = SAE.get_sae_class_for_architecture(config.architecture())(config)
     generator = torch.Generator().manual_seed(seed)
     for parameter in sae.parameters():

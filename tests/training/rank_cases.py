@@ -197,7 +197,6 @@ def train(case: str, ranks: Ranks) -> Outcome:
 
 def run_rank(rank: int, count: int, folder: Path) -> None:
     """All cases in one of several processes; outcomes and errors go to a file of its own."""
-    torch.set_num_threads(1)  # the parent's threads do not survive its fork
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count
     )

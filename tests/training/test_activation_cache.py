@@ -154,7 +154,7 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
     whole = cache(tmp_path / "whole", *SHORT)
     folder = tmp_path / "cache"
     appended = 0
-    append = cached_activations.CacheWriter.append
+    append = cached_activations.ActivationWriter.append
 
     def killed(writer: Any, batch: Any) -> None:
         nonlocal appended
@@ -165,7 +165,7 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
 
     monkeypatch.setattr(cached_activations, "SECONDS_BETWEEN_SAVES", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(cached_activations.CacheWriter, "append", killed)
+        patch.setattr(cached_activations.ActivationWriter, "append", killed)
         with pytest.raises(SystemExit):
             cache(folder, *SHORT)
     with pytest.raises(InputError, match="holds an unfinished cache of activations"):

@@ -164,7 +164,7 @@ def test_auto_starts_a_new_run_in_a_new_folder(train: Train, tmp_path: Path) -> 
 def test_a_stop_while_exporting_loses_nothing(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_rows: ReadRows
 ) -> None:
-    from msae_plugin.training import runner
+    from msae_plugin.training import session
 
     def stop(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -172,7 +172,7 @@ def test_a_stop_while_exporting_loses_nothing(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "export_sae", stop)
+        patch.setattr(session, "export_sae", stop)
         with pytest.raises(InterruptedBySignalError) as caught:
             train(out)
     assert caught.value.checkpoint == out / "checkpoints" / str(30 * 128)

@@ -72,11 +72,10 @@ class Recording(Protocol):
 
     Attributes:
         inputs: What it reads; overwritten before it is replayed.
-        numbers: Likewise, (n_numbers,) float64.
+        numbers: (n_numbers,) float64, likewise.
         outputs: What `forward` writes.
         loss_gradient: Zero-dimensional, what `backward` starts from.
-        gradients: What `backward` writes, one per parameter; None for one that the loss does not
-            depend on.
+        gradients: What `backward` writes, one per parameter; None without a dependence on it.
     """
 
     inputs: Sequence[torch.Tensor]
@@ -93,16 +92,10 @@ class Recording(Protocol):
 
 
 class CudaRecording:
-    """A step recorded as two CUDA graphs.
+    """A step recorded as two CUDA graphs, which runs nothing: buffers are what they were.
 
-    Recording does not run anything: buffers are what they were.
-
-    Args:
-        function: The step.
-        inputs: What it is given; copied.
-        numbers: Likewise.
-        parameters: What the loss is differentiated by; not copied.
-        pool: Memory that all recordings of an SAE share, since they never run at once.
+    Inputs and numbers are copied, parameters are not. All recordings of an SAE share the memory of
+    a pool, since they never run at once.
     """
 
     def __init__(
@@ -284,12 +277,12 @@ class RecordedSteps:
         return self._record(function, inputs, numbers, parameters, self._pool)
 
     def issue_ticket(self) -> int:
-        """The right to one backward pass, which ends with the next forward pass."""
+        """Guard against calling backward twice, or after the next step, on one replay."""
         self._ticket += 1
         return self._ticket
 
     def take_ticket(self, ticket: int) -> None:
-        """Use it.
+        """Admit the backward pass of a ticket.
 
         Raises:
             RunFailure: Another step was taken since, or the backward pass ran already.

@@ -10,6 +10,7 @@ The sums over the list are torch's `embedding_bag` or, on CUDA, the kernels of `
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -20,6 +21,25 @@ from torch.nn.functional import embedding_bag
 from msae_plugin.common.errors import InputError
 
 DecodeKernel = Literal["auto", "embedding_bag", "triton"]
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """How a step is computed on a CUDA device; no result depends on it but by float32 rounding.
+
+    Args:
+        decode_kernel: What sums decoder rows over the active latents, and their gradients: torch's
+            own kernel, or ours in Triton. "auto" takes what was measured to be faster at this d_in,
+            ours where steps are recorded. docs/performance.md.
+        cuda_graphs: Record a step once and replay it, instead of starting its operations one by
+            one each time. What a step returns beside its loss is overwritten by the next one. Steps
+            that cannot be recorded run as they are. docs/performance.md.
+    """
+
+    decode_kernel: DecodeKernel = "auto"
+    cuda_graphs: bool = True
+
+
 # Measured on an H100 (docs/performance.md): a step that is not recorded takes .84 of the time with
 # the kernels at d_in 2304 and 1.07 at 576, where starting them is what takes time.
 _TRITON_FROM_WIDTH = 1024
@@ -142,7 +162,6 @@ class _ActivePreActivations(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             n_latents = W_enc.shape[1]
             grad_columns = bag_sum(x_hat, tokens, grad_values, latents, n_latents, ctx.kernel)
-            # Autograd would copy it into the layout of the parameter anyway; torch.cond insists.
             grad_W = grad_columns.T.to(W_enc.dtype).contiguous()
         sums = torch.zeros_like(b_enc, dtype=grad_values.dtype).index_add_(0, latents, grad_values)
         if ctx.needs_input_grad[2]:
@@ -205,15 +224,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, whose gradient will be multiplied by a factor.
-
-    Args:
-        tensor: Any shape.
-        factor: Broadcastable to the tensor; treated as a constant.
-
-    Returns:
-        A tensor equal to `tensor`.
-    """
+    """The tensor itself, whose gradient will be multiplied by a factor that broadcasts to it."""
     result = _ScaleGradient.apply(tensor, factor)
     assert isinstance(result, torch.Tensor)
     return result

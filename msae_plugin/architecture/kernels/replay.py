@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from msae_plugin.architecture.auxk import DeadLatents
 from msae_plugin.architecture.kernels.cuda_graphs import StepOutputs
 from msae_plugin.architecture.step_schedule import (
+    DeadLatents,
     StepInputs,
     StepResults,
     StepSchedule,
@@ -19,20 +19,15 @@ from msae_plugin.architecture.step_schedule import (
 )
 from msae_plugin.architecture.training_base import MultiScaleTrainingBase
 
+TakeStep = Callable[[StepInputs, StepSchedule], StepResults]
+
 
 def replayed_step(
-    sae: MultiScaleTrainingBase, given: StepInputs, schedule: StepSchedule
+    sae: MultiScaleTrainingBase, take_step: TakeStep, given: StepInputs, schedule: StepSchedule
 ) -> StepResults | None:
     """The step of an SAE, replayed from a recording (`kernels/cuda_graphs.py`).
 
-    Args:
-        sae: The SAE.
-        given: The batch.
-        schedule: The numbers of the step.
-
-    Returns:
-        The results, of which the loss alone has a gradient; None where the step has to be run as
-        it is.
+    The loss alone has a gradient. None where the step has to be run as it is.
     """
     if not _can_be_recorded(sae, given.sae_in):
         return None
@@ -60,7 +55,7 @@ def replayed_step(
         dtype, mixed = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False):
             results = functional_call(
-                _Step(sae),
+                _Step(sae, take_step),
                 {f"sae.{name}": leaf for name, leaf in zip(named, parameters, strict=True)},
                 (StepInputs(sae_in, dead, given.l1_coefficient), inside),
             )
@@ -72,7 +67,7 @@ def replayed_step(
         )
 
     signature = _signature(sae, inputs, n_listed, given.l1_coefficient, schedule.step)
-    outputs = sae.mechanisms.recorded_steps.step(
+    outputs = sae.recorded_steps.step(
         function, signature, inputs, numbers, list(named.values()), phase=n_listed
     )
     if outputs is None:
@@ -84,22 +79,22 @@ def replayed_step(
 class _Step(nn.Module):
     """`take_step` as a forward pass, for `functional_call`."""
 
-    def __init__(self, sae: MultiScaleTrainingBase) -> None:
+    def __init__(self, sae: MultiScaleTrainingBase, take_step: TakeStep) -> None:
         super().__init__()
         self.sae = sae
+        self.take_step = take_step
 
     @override
     def forward(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
-        return self.sae.take_step(given, schedule)
+        return self.take_step(given, schedule)
 
 
 def _can_be_recorded(sae: MultiScaleTrainingBase, sae_in: torch.Tensor) -> bool:
     return (
         sae_in.device.type == "cuda"
-        and sae.mechanisms.can_be_recorded
+        and sae.can_be_recorded
         and torch.is_grad_enabled()
         and not sae_in.requires_grad
-        and not torch.compiler.is_compiling()
         # A function of the user's would be called while recording only.
         and not any(point.fwd_hooks or point.bwd_hooks for point in sae.hook_points())
     )
@@ -121,7 +116,8 @@ def _signature(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         n_listed,
         l1_coefficient,
-        sae.mechanisms.penalty_is_due(step),
+        sae.machine,
+        tuple(mechanism.recording_key(sae.cfg, step) for mechanism in sae.mechanisms),
         tuple(
             tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
             for name, value in vars(sae.cfg).items()

@@ -1,9 +1,9 @@
 """[S] BatchTopK with shapes that do not depend on the data.
 
-On a GPU a list whose length depends on the data makes the host wait for the device, and under
-`torch.compile` it breaks the graph. Here every list has a fixed length, that of its budget or, in a
-recorded step, of the largest budget that it is recorded for: where fewer pairs are positive or
-allowed, the rest of the list is padding of value zero, which no loss, gradient or statistic sees.
+On a GPU a list whose length depends on the data makes the host wait for the device. Here every list
+has a fixed length, that of its budget or, in a recorded step, of the largest budget that it is
+recorded for: where fewer pairs are positive or allowed, the rest of the list is padding of value
+zero, which no loss, gradient or statistic sees.
 On a CPU preselected candidates (`selection.batch_top_k`) are ten times as fast.
 """
 
@@ -16,45 +16,39 @@ from msae_plugin.architecture.step_schedule import Budgets
 
 
 def needs_static_shapes(tensor: torch.Tensor) -> bool:
-    """Whether to avoid data-dependent shapes: while compiling, and off the CPU."""
-    return torch.compiler.is_compiling() or tensor.device.type != "cpu"
+    """Whether to avoid data-dependent shapes: off the CPU."""
+    return tensor.device.type != "cpu"
 
 
 def static_batch_top_k(
     hidden_pre: torch.Tensor, scores: torch.Tensor, budgets: Budgets
 ) -> Selection:
-    """What `selection.batch_top_k` selects, in lists of fixed length.
+    """What `selection.batch_top_k` selects, in lists of `budgets.n_listed` pairs.
 
-    Args:
-        hidden_pre: (n_tokens, d_sae) pre-activations.
-        scores: (n_tokens, d_sae) what is ranked.
-        budgets: Pairs that k and its multiples allow.
-
-    Returns:
-        The selection, of `budgets.n_listed` pairs; those beyond the positive pre-activations, and
-        beyond the last budget, have value 0 and are not active.
+    Those beyond the positive pre-activations, and beyond the last budget, have value 0 and are not
+    active.
     """
     d_sae, (*smaller, last) = hidden_pre.shape[1], budgets.pairs
     flat_pre = hidden_pre.flatten()
-    # Not `flat_pre <= 0`: NaN is neither, would be ranked first, and become the cut.
+    # Not `flat_pre <= 0`: NaN is neither, would be ranked first, and become the threshold.
     ranked = scores.flatten().masked_fill(~(flat_pre > 0), -torch.inf)
     top_scores, chosen = torch.topk(ranked, budgets.n_listed)
     ranks = torch.arange(budgets.n_listed, device=chosen.device)
     padding = top_scores == -torch.inf
     if isinstance(last, torch.Tensor):
         padding |= ranks >= last
-    tiers = torch.zeros_like(ranks)
+    levels = torch.zeros_like(ranks)
     for budget in smaller:
-        tiers += ranks >= budget
+        levels += ranks >= budget
     # Scores descend, so the smallest one of a budget is the smallest before the padding.
     above_padding = top_scores.masked_fill(padding, torch.inf)
     return Selection(
         values=flat_pre[chosen].masked_fill(padding, 0),
         tokens=chosen // d_sae,
         latents=chosen % d_sae,
-        tiers=tiers,
-        main_tier=budgets.main_tier,
-        cut=_smallest(above_padding, tiers <= budgets.main_tier),
+        levels=levels,
+        main_level=budgets.main_level,
+        threshold=_smallest(above_padding, levels <= budgets.main_level),
         lowest_score=_smallest(above_padding),
         padded=True,
     )

@@ -137,16 +137,5 @@ def triton_bag_sum(
     bag_index: torch.Tensor,
     n_bags: int,
 ) -> torch.Tensor:
-    """`decoding.bag_sum` by Triton kernels; differentiable in `rows` and `weights`.
-
-    Args:
-        rows: (n_rows, width) vectors, float32 or below.
-        row_index: (n_pairs,) row of each pair, long.
-        weights: (n_pairs,) weight of each pair.
-        bag_index: (n_pairs,) bag of each pair, long, in any order.
-        n_bags: Number of bags.
-
-    Returns:
-        (n_bags, width) float32 sums.
-    """
+    """`decoding.bag_sum` of float32 or smaller rows by Triton kernels; sums are float32."""
     return _bag_sum_op(rows, row_index, weights, bag_index, n_bags)

@@ -1,15 +1,15 @@
-"""[Z] A floor under the firing rates: latents that hardly fire get a lower cut until they do.
+"""[Z] A floor under the firing rates: latents that hardly fire get a lower threshold until they do.
 
-BatchTopK ranks `pre + allowance`, and the exported threshold of a latent is the cut less its
+BatchTopK ranks `pre + allowance`, and the exported threshold of a latent is the common one less its
 allowance: a threshold per latent, which JumpReLU has anyway. The rule is the one that balances the
 experts of a mixture without a loss term (arXiv 2408.15664): a step up while the rate is below the
 floor, a step down while it is above.
 
-Steps of a tenth of the cut swing around the floor, because the rate is known by a running mean.
-That helps while training: a rare latent is wide open for a few steps and gets gradients (steps in
-proportion to the distance do not swing, and explained less variance). But an export in the middle
-of a swing has latents that fire on nothing, so that calibration puts every allowance where the
-latent fires at the floor (docs/results.md, "How the presets were chosen").
+Steps of a tenth of the threshold swing around the floor, because the rate is known by a running
+mean. That helps while training: a rare latent is wide open for a few steps and gets gradients
+(steps in proportion to the distance do not swing, and explained less variance). But an export in
+the middle of a swing has latents that fire on nothing, so that calibration puts every allowance
+where the latent fires at the floor (docs/results.md, "How the presets were chosen").
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from msae_plugin.architecture.float32_buffers import KeepsFloat32
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.mechanisms.base import Latents, Mechanism, Step
 from msae_plugin.architecture.step_schedule import Number
 
 # Equal tokens have equal pre-activations but for rounding, and rounding would decide on which side
@@ -28,7 +29,7 @@ from msae_plugin.architecture.step_schedule import Number
 _BELOW = 1 - 2**-10
 
 
-class FiringFloor(KeepsFloat32):
+class FiringFloor(Mechanism):
     """The allowance of each latent, in units of its pre-activation.
 
     Args:
@@ -36,44 +37,58 @@ class FiringFloor(KeepsFloat32):
         device: Device of the buffer.
     """
 
-    exact_tensor_names = ("allowance",)
     allowance: torch.Tensor
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("allowance", torch.zeros(d_sae, dtype=torch.float32, device=device))
+        self.register_exact(allowance=torch.zeros(d_sae, dtype=torch.float32, device=device))
+
+    @override
+    @classmethod
+    def of(
+        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
+    ) -> Self | None:
+        del dtype
+        return cls(cfg.d_sae, device) if cfg.firing_floor > 0 else None
+
+    @override
+    def scores(self, hidden_pre: torch.Tensor, cfg: MultiScaleTrainingSAEConfig) -> torch.Tensor:
+        return hidden_pre + self.allowance
+
+    @override
+    def threshold(self, threshold: torch.Tensor, cfg: MultiScaleTrainingSAEConfig) -> torch.Tensor:
+        return (threshold - self.allowance).clamp(min=0)
+
+    @override
+    def on_latents(self, latents: Latents, step: Step) -> None:
+        floor, rate = step.schedule.floor_rate, step.cfg.firing_floor_rate
+        self.follow(step.sae.firing_rate, floor, latents.threshold, rate)
+
+    @override
+    def recordable(self, cfg: MultiScaleTrainingSAEConfig) -> bool:
+        return True
 
     @torch.no_grad()
     def follow(
-        self, firing_rate: torch.Tensor, floor: Number, cut: torch.Tensor, rate: float
+        self, firing_rate: torch.Tensor, floor: Number, threshold: torch.Tensor, rate: float
     ) -> None:
-        """Move every allowance one step.
+        """Move every allowance one step, by `rate` in units of the common threshold.
 
-        Args:
-            firing_rate: (d_sae,) running share of tokens on which each latent fires.
-            floor: Firing rate below which a latent is helped.
-            cut: Zero-dimensional, the cut of this step; the unit of a step, and the most that a
-                latent is allowed: its threshold is then zero.
-            rate: Size of a step in units of the cut.
+        At most by the threshold itself: that of the latent is then zero.
         """
         step = (firing_rate < floor) * (2 * rate) - rate
-        self.allowance.addcmul_(step, cut).clamp_(min=0)
-        torch.minimum(self.allowance, cut.clamp(min=0), out=self.allowance)
+        self.allowance.addcmul_(step, threshold).clamp_(min=0)
+        torch.minimum(self.allowance, threshold.clamp(min=0), out=self.allowance)
 
     @torch.no_grad()
-    def allow_down_to(self, threshold: torch.Tensor, cut: float) -> None:
-        """Give each latent the threshold `threshold` where that is below the cut.
+    def allow_down_to(self, threshold: torch.Tensor, common: float) -> None:
+        """Give each latent its threshold (d_sae,), where it is below the common one."""
+        self.allowance.copy_((common - threshold).clamp(min=0, max=max(common, 0.0)))
 
-        Args:
-            threshold: (d_sae,) not negative.
-            cut: The common cut.
-        """
-        self.allowance.copy_((cut - threshold).clamp(min=0, max=max(cut, 0.0)))
-
+    @override
     @torch.no_grad()
-    def rescale(self, factor: float) -> None:
-        """Multiply the unit of the pre-activations by a factor."""
-        self.allowance.mul_(factor)
+    def fold_scale(self, factor: float) -> None:
+        self.allowance.mul_(1 / factor)
 
     @override
     def extra_repr(self) -> str:
@@ -86,15 +101,9 @@ def thresholds_at_rate(
     hidden_pre_of: Callable[[torch.Tensor], torch.Tensor],
     rate: float,
 ) -> torch.Tensor | None:
-    """What each latent's pre-activation exceeds on at least a share of the tokens; not negative.
+    """(d_sae,) what each latent's pre-activation exceeds on a share of the tokens, at least 0.
 
-    Args:
-        batches: Activation batches, each (n_tokens, d_in).
-        hidden_pre_of: Maps a batch to its pre-activations (n_tokens, d_sae).
-        rate: The share.
-
-    Returns:
-        (d_sae,) float32; None when the share is less than one token, which tells nothing.
+    None when the share is less than one token, which tells nothing.
     """
     n_above = int(rate * sum(batch.shape[0] for batch in batches))
     if n_above == 0:

@@ -18,10 +18,12 @@ from typing import Literal, Protocol
 
 import torch
 from torch import nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from msae_plugin.architecture.float32_buffers import KeepsFloat32
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.mechanisms.base import Mechanism, Step
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.step_schedule import Number
 
 
 class ScaleAttention(nn.Module):
@@ -50,14 +52,7 @@ class ScaleAttention(nn.Module):
 
     @override
     def forward(self, unit: torch.Tensor) -> torch.Tensor:
-        """Logits of the scales.
-
-        Args:
-            unit: (..., d_in) tokens of unit variance.
-
-        Returns:
-            (..., n_scales) logits, to be added to those of the plain mixture.
-        """
+        """Tokens of unit variance (..., d_in) -> logits (..., n_scales), added to the mixture's."""
         return self.log_temperature.exp() * ((unit @ self.W_query) @ self.keys.T)
 
 
@@ -79,7 +74,7 @@ class NormalisationFields(Protocol):
     attention_d_key: int | None
 
 
-class MultiScaleNormalisation(KeepsFloat32):
+class MultiScaleNormalisation(Mechanism):
     """The input normalisation and the factor per token that undoes it.
 
     Args:
@@ -88,7 +83,6 @@ class MultiScaleNormalisation(KeepsFloat32):
         device: Device of the parameters.
     """
 
-    exact_tensor_names = ("running_variance",)
     running_variance: torch.Tensor
 
     def __init__(self, cfg: NormalisationFields, dtype: torch.dtype, device: torch.device) -> None:
@@ -114,9 +108,19 @@ class MultiScaleNormalisation(KeepsFloat32):
         if cfg.norm_attention:
             d_key = cfg.attention_d_key or max(1, cfg.d_in // 4)
             self.attention = ScaleAttention(cfg.d_in, n_scales, d_key, dtype, device)
-        self.register_buffer(
-            "running_variance", torch.zeros((), dtype=torch.float32, device=device)
-        )
+        self.register_exact(running_variance=torch.zeros((), dtype=torch.float32, device=device))
+
+    @override
+    @classmethod
+    def of(
+        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
+    ) -> Self | None:
+        return cls(cfg, dtype, device) if cfg.norm_scales else None
+
+    @override
+    def before_step(self, step: Step) -> None:
+        x_c = step.sae.process_sae_in(step.sae_in)
+        self.update_running_variance(x_c, step.schedule.firing_rate_rate, step.sae.ranks)
 
     @override
     def forward(self, x_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,21 +144,21 @@ class MultiScaleNormalisation(KeepsFloat32):
         return x_hat, 1 / branch.sum(dim=-1, keepdim=True)
 
     @torch.no_grad()
-    def update_running_variance(self, x_c: torch.Tensor, rate: float, ranks: Ranks = ALONE) -> None:
+    def update_running_variance(
+        self, x_c: torch.Tensor, rate: Number, ranks: Ranks = ALONE
+    ) -> None:
         """Follow the mean variance of the tokens; training only, read when eps is relative."""
         _, variance = self._centre(x_c)
         self.running_variance.lerp_(ranks.mean(variance.float().mean()), rate)
 
+    @override
     @torch.no_grad()
-    def fold_input_scaling(self, scaling_factor: float) -> None:
-        """Take inputs x instead of `scaling_factor` * x, with the same x_hat.
-
-        Only what is in units of the activations changes: the running variance, and an absolute
-        eps, which lives in the configuration.
-        """
-        self.running_variance.div_(scaling_factor**2)
+    def fold_scale(self, factor: float) -> None:
+        # x_hat stays. What is in units of the activations changes: the running variance, and an
+        # absolute eps, which lives in the configuration.
+        self.running_variance.div_(factor**2)
         if self.cfg.norm_eps_mode == "absolute":
-            self.cfg.norm_eps /= scaling_factor**2
+            self.cfg.norm_eps /= factor**2
 
     def _centre(self, x_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         centred = x_c - x_c.mean(dim=-1, keepdim=True) if self.cfg.norm_centre else x_c
@@ -193,13 +197,10 @@ class MultiScaleNormalisation(KeepsFloat32):
 
     @torch.no_grad()
     def affine(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The affine map and the constant into which scales with an absolute eps collapse.
+        """(d_in,) gain and bias, and the constant, into which scales with an absolute eps collapse.
 
         With u = (x_c - mu) / sqrt(var + eps): x_hat = gain * u + bias and
         scale(x) = sqrt(var + eps) / constant.
-
-        Returns:
-            gain (d_in,), bias (d_in,) and the zero-dimensional constant, in float32.
         """
         scales = torch.tensor(self.cfg.norm_scales, dtype=torch.float32)
         logits = torch.zeros_like(scales)

@@ -25,21 +25,28 @@ penalised, so the moments are followed exactly for the nearest neighbours of eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch.autograd.function import FunctionCtx
+from typing_extensions import Self, override
 
-from msae_plugin.architecture.float32_buffers import KeepsFloat32
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.kernels.decoding import DecodeKernel, bag_sum
+from msae_plugin.architecture.mechanisms.base import Latents, Mechanism, Step
+from msae_plugin.architecture.mechanisms.sketch import CoactivationSketch
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.step_schedule import Number
 
 ChunkWeights = Callable[[torch.Tensor], torch.Tensor]
 # Numbers per temporary: 16 MiB of float32 for pairs and decoder rows, 64 MiB for rows of the Gram
 # matrix, of which an efficient product needs enough at a time (128 at d_sae 131,072).
 _BLOCK_SIZE = 2**22
 _SEARCH_BLOCK_SIZE = 2**24
+# The mean nearest cosine in the log is taken over so many latents, evenly spaced, against all: over
+# all 16,384 of width 2304 it is 1.2 TFLOP, eight times what the encoder of the step costs.
+_LATENTS_MEASURED = 1024
 
 
 class _WithGradient(torch.autograd.Function):
@@ -70,14 +77,7 @@ def _attach(tensor: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -
 
 
 def unit_rows(W_dec: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Directions and norms of the decoder rows, in at least float32.
-
-    Args:
-        W_dec: (d_sae, d_in).
-
-    Returns:
-        (d_sae, d_in) unit rows, zero where the row is zero, and (d_sae, 1) norms, at least 1e-8.
-    """
+    """(d_sae, d_in) directions of decoder rows, zero for zero rows, and their (d_sae, 1) norms."""
     rows = W_dec.detach()
     rows = rows if rows.dtype == torch.float64 else rows.float()
     norms = rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
@@ -97,16 +97,10 @@ def chunk_penalty(
     chunks: list[torch.Tensor],
     chunk_weights: ChunkWeights,
 ) -> torch.Tensor:
-    """Weighted penalty over all pairs within each chunk.
+    """Weighted penalty over all pairs within each chunk of latents.
 
-    Args:
-        W_dec: (d_sae, d_in) decoder.
-        chunks: Disjoint index tensors, each (n_in_chunk,).
-        chunk_weights: Maps a chunk (n,) to the weights (n, n) of its pairs.
-
-    Returns:
-        Zero-dimensional penalty, differentiable in W_dec. It estimates the sum over the whole
-        dictionary: it is divided by the share of pairs that fell into a chunk together.
+    `chunk_weights` maps a chunk (n,) to the weights (n, n) of its pairs. It estimates the sum over
+    the whole dictionary: it is divided by the share of pairs that fell into a chunk together.
     """
     d_sae = W_dec.shape[0]
     with torch.no_grad(), torch.autocast(W_dec.device.type, enabled=False):
@@ -134,17 +128,7 @@ def chunk_penalty(
 def pair_penalty(
     W_dec: torch.Tensor, first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Penalty over a list of pairs: 1/d_sae sum_p w_p relu(cos(d_first, d_second))^2.
-
-    Args:
-        W_dec: (d_sae, d_in) decoder.
-        first: (n_pairs,) latent i of each pair.
-        second: (n_pairs,) latent j of each pair.
-        weights: (n_pairs,) weights; pairs of weight zero are best left out before.
-
-    Returns:
-        Zero-dimensional penalty, differentiable in W_dec.
-    """
+    """Penalty over a list of pairs: 1/d_sae sum_p w_p relu(cos(d_first, d_second))^2."""
     d_sae = W_dec.shape[0]
     with torch.no_grad(), torch.autocast(W_dec.device.type, enabled=False):
         gradient = torch.zeros_like(W_dec, dtype=torch.promote_types(W_dec.dtype, torch.float32))
@@ -169,12 +153,7 @@ def pair_penalty(
 def coactivation_weights(coactivation: torch.Tensor, tau: float) -> torch.Tensor:
     """min(1, relu(c - tau)): pairs that fire together more than tau are pushed apart.
 
-    Args:
-        coactivation: Normalised co-activations, any shape.
-        tau: Co-activation that is free.
-
-    Returns:
-        Weights of the same shape, in [0, 1]. Without the upper bound the penalty is unstable.
+    Without the upper bound the penalty is unstable.
     """
     return (coactivation - tau).clamp(min=0, max=1)
 
@@ -191,16 +170,8 @@ def nearest_neighbours(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest decoder neighbours, by cosine, a block of rows at a time.
 
+    Of `latents` (n,), or of all, among all: cosines (n, count), descending, and indices (n, count).
     The decoder is not copied: cosines are divided by the norms of the neighbours afterwards.
-
-    Args:
-        W_dec: (d_sae, d_in) decoder.
-        count: Neighbours per latent; capped at d_sae - 1.
-        rows_at_a_time: Most rows of the Gram matrix that exist at once.
-        latents: (n,) latents whose neighbours are sought among all; None seeks everyone's.
-
-    Returns:
-        Cosines (n, count), descending, and indices (n, count), long.
     """
     d_sae = W_dec.shape[0]
     count = min(count, d_sae - 1)
@@ -222,19 +193,19 @@ def nearest_neighbours(
     return torch.cat(cosines), torch.cat(indices)
 
 
+def mean_nearest_cosine(W_dec: torch.Tensor, rows_at_a_time: int) -> torch.Tensor:
+    """Mean cosine of a decoder row to its nearest neighbour, over latents evenly spaced."""
+    d_sae = W_dec.shape[0]
+    sample = torch.arange(0, d_sae, -(-d_sae // _LATENTS_MEASURED), device=W_dec.device)
+    return nearest_neighbours(W_dec, 1, rows_at_a_time, sample)[0].mean()
+
+
 def chunks_together(
     chunks: Sequence[torch.Tensor], device: torch.device
 ) -> list[list[torch.Tensor]]:
-    """Chunks that are handled together: of equal size, one at a time on a CPU.
+    """Chunks in groups that are handled together: of equal size, one at a time on a CPU.
 
     A CPU keeps one chunk in its cache; a GPU would spend the time on starting kernels.
-
-    Args:
-        chunks: Index tensors, each (n_in_chunk,).
-        device: Where the decoder is.
-
-    Returns:
-        The chunks in groups, in their order.
     """
     groups: list[list[torch.Tensor]] = []
     for chunk in chunks:
@@ -269,7 +240,6 @@ class _NearestInChunks(torch.autograd.Function):
         W_dec, cosine, nearest, share, norms = ctx.saved_tensors
         slope = 2 * grad_output.to(cosine.dtype) * share * cosine
         along = slope * cosine
-        # Not `along.index_add(0, nearest, along)`: Inductor adds in place while it still reads.
         along = along + torch.zeros_like(along).index_add(0, nearest, along)
         across = slope / (norms * norms[nearest])
         own = torch.arange(nearest.numel(), device=nearest.device)
@@ -287,16 +257,9 @@ class _NearestInChunks(torch.autograd.Function):
 def nearest_in_chunks_penalty(
     W_dec: torch.Tensor, chunks: Sequence[torch.Tensor], kernel: DecodeKernel = "auto"
 ) -> torch.Tensor:
-    """OrtSAE's penalty.
+    """OrtSAE's penalty over a partition of the latents.
 
-    Args:
-        W_dec: (d_sae, d_in) decoder.
-        chunks: A partition of the latents, each (n_in_chunk,). A chunk of one latent has no pair
-            and adds nothing.
-        kernel: As in `decoding.bag_sum`.
-
-    Returns:
-        Zero-dimensional, differentiable in W_dec. Zero rows have no direction: cosine 0.
+    A chunk of one latent has no pair and adds nothing; zero rows have no direction: cosine 0.
     """
     with torch.no_grad(), torch.autocast(W_dec.device.type, enabled=False):
         rows = W_dec if W_dec.dtype == torch.float64 else W_dec.float()
@@ -322,7 +285,7 @@ def nearest_in_chunks_penalty(
     return result
 
 
-class NeighbourCoactivation(KeepsFloat32):
+class NeighbourCoactivation(Mechanism):
     """Running second moments of neighbouring latents.
 
     Args:
@@ -331,7 +294,6 @@ class NeighbourCoactivation(KeepsFloat32):
         device: Device of the buffers.
     """
 
-    exact_tensor_names = ("neighbours", "pair_moment", "pair_weight", "second_moment", "mean")
     neighbours: torch.Tensor
     pair_moment: torch.Tensor
     pair_weight: torch.Tensor
@@ -344,19 +306,36 @@ class NeighbourCoactivation(KeepsFloat32):
         index = torch.arange(d_sae, device=device)[:, None] + torch.arange(
             1, count + 1, device=device
         )
-        self.register_buffer("neighbours", index % d_sae)
-        # pair_moment / pair_weight is the running mean of f_i f_j; the weight tells a pair that was
-        # just listed from one that was followed for long.
-        self.register_buffer(
-            "pair_moment", torch.zeros(d_sae, count, dtype=torch.float32, device=device)
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.register_exact(
+            neighbours=index % d_sae,
+            # pair_moment / pair_weight is the running mean of f_i f_j; the weight tells a pair that
+            # was just listed from one that was followed for long.
+            pair_moment=torch.zeros(d_sae, count, **float32),
+            pair_weight=torch.zeros(d_sae, count, **float32),
+            second_moment=torch.zeros(d_sae, **float32),
+            mean=torch.zeros(d_sae, **float32),
         )
-        self.register_buffer(
-            "pair_weight", torch.zeros(d_sae, count, dtype=torch.float32, device=device)
-        )
-        self.register_buffer(
-            "second_moment", torch.zeros(d_sae, dtype=torch.float32, device=device)
-        )
-        self.register_buffer("mean", torch.zeros(d_sae, dtype=torch.float32, device=device))
+
+    @override
+    @classmethod
+    def of(
+        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
+    ) -> Self | None:
+        del dtype
+        wanted = cfg.orthogonality_coefficient > 0 and cfg.orthogonality_weighting != "none"
+        if not wanted or cfg.orthogonality_pairs != "neighbours":
+            return None
+        return cls(cfg.d_sae, cfg.neighbour_count, device)
+
+    @override
+    def on_latents(self, latents: Latents, step: Step) -> None:
+        cfg = step.cfg
+        if step.schedule.step % cfg.neighbour_refresh_every == 0:
+            self.refresh(step.sae.W_dec, cfg.orthogonality_chunk_size)
+        tokens, active, acts = latents.tokens, latents.latents, latents.feature_acts
+        rate, ranks = step.schedule.statistics_rate, step.sae.ranks
+        self.update(acts, acts[tokens, active], tokens, active, rate, ranks)
 
     @torch.no_grad()
     def refresh(self, W_dec: torch.Tensor, rows_at_a_time: int) -> None:
@@ -378,18 +357,12 @@ class NeighbourCoactivation(KeepsFloat32):
         values: torch.Tensor,
         tokens: torch.Tensor,
         latents: torch.Tensor,
-        rate: float,
+        rate: Number,
         ranks: Ranks = ALONE,
     ) -> None:
         """Fold one batch into the moments.
 
-        Args:
-            feature_acts: (n_tokens, d_sae) latents of the batch, dense.
-            values: (n_pairs,) the same latents where active.
-            tokens: (n_pairs,) their tokens.
-            latents: (n_pairs,) their indices.
-            rate: Weight of this batch.
-            ranks: The processes that share the batch.
+        `values` (n_pairs,) are `feature_acts` at the pairs, among which all active ones are.
         """
         n_tokens = feature_acts.shape[0]
         values = values.float()
@@ -404,14 +377,10 @@ class NeighbourCoactivation(KeepsFloat32):
         self.pair_weight.lerp_(torch.ones_like(self.pair_weight), rate)
 
     def normalised(self, kind: Literal["coactivation", "correlation"]) -> torch.Tensor:
-        """Co-activation of each latent with its neighbours.
+        """(d_sae, count) co-activation with each neighbour; zero if a latent has not fired.
 
-        Args:
-            kind: The cosine of the latents over tokens, or their correlation, which is zero for
-                latents that fire independently.
-
-        Returns:
-            (d_sae, count) float32; zero where a latent has not fired.
+        The cosine of the latents over tokens, or their correlation, which is zero for latents that
+        fire independently.
         """
         moment = self.pair_moment / self.pair_weight.clamp(min=1e-8)
         spread = self.second_moment
@@ -420,3 +389,76 @@ class NeighbourCoactivation(KeepsFloat32):
             spread = (self.second_moment - self.mean.square()).clamp(min=0)
         scale = (spread[:, None] * spread[self.neighbours]).sqrt()
         return torch.where(scale > 1e-12, moment / scale.clamp(min=1e-12), 0.0)
+
+
+class Orthogonality(Mechanism):
+    """The penalty of a step, in units of the running variance of the activations.
+
+    Args:
+        device: Device of the buffer.
+    """
+
+    input_variance: torch.Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_exact(input_variance=torch.zeros((), dtype=torch.float32, device=device))
+
+    @override
+    @classmethod
+    def of(
+        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
+    ) -> Self | None:
+        del dtype
+        return cls(device) if cfg.orthogonality_coefficient > 0 else None
+
+    @override
+    def loss(self, step: Step) -> dict[str, torch.Tensor]:
+        cfg = step.cfg
+        with torch.no_grad():
+            variance = step.sae.ranks.var_mean(step.sae_in.float())[0].sum()
+            self.input_variance.lerp_(variance, step.schedule.statistics_rate)
+        if step.schedule.step % cfg.orthogonality_every:
+            return {}
+        scale = cfg.orthogonality_coefficient * cfg.orthogonality_every * self.input_variance
+        penalty = _chunked if cfg.orthogonality_pairs == "chunks" else _listed
+        return {"orthogonality_loss": scale * penalty(step)}
+
+    @override
+    def recordable(self, cfg: MultiScaleTrainingSAEConfig) -> bool:
+        return cfg.orthogonality_pairs == "chunks"
+
+    @override
+    def recording_key(self, cfg: MultiScaleTrainingSAEConfig, step: int) -> Hashable:
+        return step % cfg.orthogonality_every == 0
+
+
+def _chunked(step: Step) -> torch.Tensor:
+    """The penalty within random chunks, drawn anew each time."""
+    cfg, W_dec = step.cfg, step.sae.W_dec
+    chunks = random_chunks(cfg.d_sae, cfg.orthogonality_chunk_size, W_dec.device)
+    sketch = step.mechanism(CoactivationSketch)
+    if cfg.orthogonality_weighting == "none" or sketch is None:
+        return nearest_in_chunks_penalty(W_dec, chunks, step.sae.decode_kernel())
+    factors = sketch.factors()
+
+    def weights(chunk: torch.Tensor) -> torch.Tensor:
+        return coactivation_weights(sketch.normalised(factors, chunk), cfg.orthogonality_tau)
+
+    return chunk_penalty(W_dec, chunks, weights)
+
+
+def _listed(step: Step) -> torch.Tensor:
+    """The penalty over the nearest neighbours of each latent."""
+    cfg, W_dec = step.cfg, step.sae.W_dec
+    neighbours = step.mechanism(NeighbourCoactivation)
+    if neighbours is None or cfg.orthogonality_weighting == "none":
+        _, listed = nearest_neighbours(W_dec, cfg.neighbour_count, cfg.orthogonality_chunk_size)
+        weights = torch.ones_like(listed, dtype=torch.float32)
+    else:
+        listed = neighbours.neighbours
+        weights = coactivation_weights(
+            neighbours.normalised(cfg.orthogonality_weighting), cfg.orthogonality_tau
+        )
+    first, slot = (weights > 0).nonzero(as_tuple=True)
+    return pair_penalty(W_dec, first, listed[first, slot], weights[first, slot])

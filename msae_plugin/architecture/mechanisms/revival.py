@@ -8,27 +8,35 @@ often the latent has fired since and whether it lives.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from typing_extensions import Self, override
 
-from msae_plugin.architecture.float32_buffers import KeepsFloat32
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.mechanisms.base import Latents, Mechanism, Step
 from msae_plugin.architecture.mechanisms.orthogonality import unit_rows
 from msae_plugin.architecture.mechanisms.sketch import leading_directions
 
 _NEVER = -1
 
+logger = logging.getLogger(__name__)
 
-class RevivalRecord(KeepsFloat32):
+
+class RevivalRecord(Mechanism):
     """Who is dead, who was revived when, and how the revived have done.
 
     Args:
         d_sae: Number of latents.
         device: Device of the buffers.
+
+    Attributes:
+        events: Revivals and their outcomes that nobody has fetched yet, oldest first.
+        optimizer: The host's, whose moments of revived latents are reset; None when not attached.
     """
 
-    exact_tensor_names = ("steps_since_fired", "revived_at", "tokens_fired", "totals")
     steps_since_fired: torch.Tensor
     revived_at: torch.Tensor
     tokens_fired: torch.Tensor
@@ -36,23 +44,74 @@ class RevivalRecord(KeepsFloat32):
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer(
-            "steps_since_fired", torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.events: list[dict[str, Any]] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+        zeros = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.register_exact(
+            steps_since_fired=zeros,
+            revived_at=torch.full_like(zeros, _NEVER),
+            tokens_fired=zeros.clone(),
+            # Revivals, those judged after their time, and those found alive then.
+            totals=torch.zeros(3, dtype=torch.int64, device=device),
         )
-        self.register_buffer(
-            "revived_at", torch.full((d_sae,), _NEVER, dtype=torch.int64, device=device)
+
+    @override
+    @classmethod
+    def of(
+        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
+    ) -> Self | None:
+        del dtype
+        return cls(cfg.d_sae, device) if cfg.revival_every else None
+
+    @override
+    @torch.no_grad()
+    def before_step(self, step: Step) -> None:
+        """Judge the latents revived before, and re-aim those that are dead now."""
+        cfg, sae, now = step.cfg, step.sae, step.schedule.step
+        if now == 0 or now % cfg.revival_every:
+            return
+        dead_steps = cfg.revival_dead_steps
+        self.events += self.judge(now, cfg.revival_survival_steps, dead_steps, step.n_tokens)
+        most = max(1, int(cfg.revival_max_fraction * cfg.d_sae))
+        latents, neighbours, cosines = revival_candidates(
+            self, sae.W_dec, dead_steps, cfg.revival_min_cosine, most
         )
-        self.register_buffer("tokens_fired", torch.zeros(d_sae, dtype=torch.int64, device=device))
-        # Revivals, those judged after their time, and those found alive then.
-        self.register_buffer("totals", torch.zeros(3, dtype=torch.int64, device=device))
+        if latents.numel() == 0:
+            return
+        missed, _ = sae.ranks.concatenated(sae.errors(step.sae_in))
+        directions = new_directions(missed, latents.numel(), cfg.revival_source)
+        n_new = directions.shape[0]
+        latents, neighbours, cosines = latents[:n_new], neighbours[:n_new], cosines[:n_new]
+        kept = torch.nn.functional.cosine_similarity(sae.W_dec[latents].float(), directions, dim=-1)
+        re_aim(latents, directions, ~self.dead(dead_steps), sae.W_enc, sae.b_enc, sae.W_dec)
+        if self.optimizer is not None:
+            rows = [(sae.W_enc, 1), (sae.b_enc, 0), (sae.W_dec, 0)]
+            reset_optimizer_rows(self.optimizer, latents, rows)
+        elif int(self.totals[0]) == 0:
+            logger.warning(
+                "revival without the optimiser: the moments of revived latents are kept; "
+                "train with `msae train`, or call sae.attach_optimizer(optimizer)"
+            )
+        self.mark_revived(latents, now)
+        self.events += revival_events(
+            now, latents, neighbours, cosines, cfg.revival_source, 1 - kept
+        )
+
+    @override
+    def on_latents(self, latents: Latents, step: Step) -> None:
+        self.observe(latents.fired)
+
+    @override
+    def metrics(self, cfg: MultiScaleTrainingSAEConfig, step: int) -> dict[str, Any]:
+        return self.summary(step)
+
+    @override
+    def recordable(self, cfg: MultiScaleTrainingSAEConfig) -> bool:
+        return True  # what it changes is changed before the step
 
     @torch.no_grad()
     def observe(self, fired_tokens: torch.Tensor) -> None:
-        """Count a training step.
-
-        Args:
-            fired_tokens: (d_sae,) number of tokens of the batch on which each latent fired.
-        """
+        """Count a step in which each latent fired on so many tokens (d_sae,)."""
         self.steps_since_fired += 1
         self.steps_since_fired.masked_fill_(fired_tokens > 0, 0)
         self.tokens_fired += fired_tokens.to(self.tokens_fired.dtype)
@@ -108,16 +167,9 @@ class RevivalRecord(KeepsFloat32):
 def interference(
     W_dec: torch.Tensor, dead: torch.Tensor, rows_at_a_time: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest cosine of each dead latent to a live one.
+    """Largest cosine of each dead latent to a live one, and that neighbour, in their order.
 
-    Args:
-        W_dec: (d_sae, d_in) decoder.
-        dead: (d_sae,) bool.
-        rows_at_a_time: Dead latents handled at once.
-
-    Returns:
-        Cosines (n_dead,) and the live neighbours (n_dead,), in the order of `dead.nonzero()`. With
-        nothing alive the cosines are -1 and the neighbours 0.
+    With nothing alive the cosines are -1 and the neighbours 0.
     """
     directions, _ = unit_rows(W_dec)
     live_index = (~dead).nonzero().squeeze(1)
@@ -135,16 +187,10 @@ def interference(
 def new_directions(
     errors: torch.Tensor, count: int, source: Literal["error_samples", "error_svd"]
 ) -> torch.Tensor:
-    """Directions that the dictionary misses.
+    """(at most count, d_in) unit directions that the dictionary misses.
 
-    Args:
-        errors: (n_tokens, d_in) input minus reconstruction.
-        count: Number wanted.
-        source: Errors of tokens drawn in proportion to their squared error, or leading singular
-            directions of all errors.
-
-    Returns:
-        (at most count, d_in) unit rows; fewer when there is no error to aim at.
+    Errors (n_tokens, d_in) of tokens drawn in proportion to their squared error, or leading
+    singular directions of all of them; fewer where there are too few.
     """
     errors = errors.float()
     squared = errors.square().sum(dim=-1)
@@ -167,15 +213,9 @@ def re_aim(
     b_enc: torch.Tensor,
     W_dec: torch.Tensor,
 ) -> None:
-    """Point latents at new directions, in place, at the mean norms of the live latents.
+    """Point latents (n,) at new unit directions (n, d_in), in place.
 
-    Args:
-        latents: (n,) latents to re-aim.
-        directions: (n, d_in) unit rows.
-        live: (d_sae,) bool; their mean norms are used, or 1 and 0.1 when nothing lives.
-        W_enc: (d_in, d_sae).
-        b_enc: (d_sae,).
-        W_dec: (d_sae, d_in).
+    They get the mean norms of the live latents, or 1 and 0.1 when nothing lives.
     """
     some_live = bool(live.any())
     encoder_norm = W_enc.norm(dim=0)[live].mean() if some_live else W_enc.new_tensor(1.0)
@@ -193,10 +233,7 @@ def reset_optimizer_rows(
 ) -> None:
     """Forget the optimiser's moments of exactly the revived latents.
 
-    Args:
-        optimizer: Any optimiser whose state tensors have the shape of their parameter.
-        latents: (n,) revived latents.
-        parameters: Each parameter with the dimension along which latents are counted.
+    Each parameter comes with the dimension along which latents are counted.
     """
     for parameter, dim in parameters:
         for value in optimizer.state.get(parameter, {}).values():
@@ -208,18 +245,9 @@ def reset_optimizer_rows(
 def revival_candidates(
     record: RevivalRecord, W_dec: torch.Tensor, window: int, min_cosine: float, max_count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dead latents that interfere with live ones, the worst first.
+    """Dead latents that interfere with live ones, the worst first, their neighbours and cosines.
 
-    Args:
-        record: Who is dead.
-        W_dec: (d_sae, d_in) decoder.
-        window: Steps without firing after which a latent counts as dead.
-        min_cosine: Smallest cosine to a live latent that counts as interference; not above zero
-            admits every dead latent.
-        max_count: Most latents revived at once.
-
-    Returns:
-        Latents (n,), their live neighbours (n,) and the cosines to these (n,).
+    A `min_cosine` not above zero admits every dead latent.
     """
     dead = record.dead(window)
     index = dead.nonzero().squeeze(1)
@@ -241,19 +269,7 @@ def revival_events(
     source: str,
     travelled: torch.Tensor,
 ) -> list[dict[str, Any]]:
-    """One event per revived latent, for `revivals.jsonl`.
-
-    Args:
-        step: Training step.
-        latents: (n,) revived latents.
-        neighbours: (n,) live neighbour that each interfered with.
-        cosines: (n,) cosine to it before.
-        source: Where the new directions come from.
-        travelled: (n,) one minus the cosine between the old and the new direction.
-
-    Returns:
-        JSON-able events.
-    """
+    """One event per revived latent, for `revivals.jsonl`."""
     columns = (latents.tolist(), neighbours.tolist(), cosines.tolist(), travelled.tolist())
     return [
         {

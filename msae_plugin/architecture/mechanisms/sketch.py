@@ -7,16 +7,21 @@ arXiv 1706.05736, algorithm 3); its error is measured on random probes that it h
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from msae_plugin.architecture.float32_buffers import KeepsFloat32
+import torch
+from typing_extensions import Self, override
+
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.mechanisms.base import Latents, Mechanism, Step
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.step_schedule import Number
 
 _OVERSAMPLING = 8
 _N_PROBES = 8
 
 
-class CoactivationSketch(KeepsFloat32):
+class CoactivationSketch(Mechanism):
     """Streaming sketch of the second moments of the latents, in float32 whatever the autocast.
 
     Args:
@@ -25,7 +30,6 @@ class CoactivationSketch(KeepsFloat32):
         device: Device of the buffers.
     """
 
-    exact_tensor_names = ("test_matrix", "sample", "diagonal")
     test_matrix: torch.Tensor
     sample: torch.Tensor
     diagonal: torch.Tensor
@@ -35,24 +39,33 @@ class CoactivationSketch(KeepsFloat32):
         self.rank = min(rank, d_sae)
         self.n_sketch = min(self.rank + _OVERSAMPLING, d_sae)
         width = self.n_sketch + _N_PROBES
-        # One matrix holds the test vectors of the sketch and, in its last columns, the probes.
-        self.register_buffer(
-            "test_matrix", torch.randn(d_sae, width, dtype=torch.float32, device=device)
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.register_exact(
+            # One matrix holds the test vectors of the sketch and, in its last columns, the probes.
+            test_matrix=torch.randn(d_sae, width, **float32),
+            sample=torch.zeros(d_sae, width, **float32),
+            diagonal=torch.zeros(d_sae, **float32),
         )
-        self.register_buffer(
-            "sample", torch.zeros(d_sae, width, dtype=torch.float32, device=device)
-        )
-        self.register_buffer("diagonal", torch.zeros(d_sae, dtype=torch.float32, device=device))
+
+    @override
+    @classmethod
+    def of(
+        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
+    ) -> Self | None:
+        del dtype
+        return cls(cfg.d_sae, cfg.sketch_rank, device) if cfg.sketch_rank else None
+
+    @override
+    def on_latents(self, latents: Latents, step: Step) -> None:
+        self.update(latents.feature_acts, step.schedule.statistics_rate, step.sae.ranks)
+
+    @override
+    def metrics(self, cfg: MultiScaleTrainingSAEConfig, step: int) -> dict[str, Any]:
+        return {"sketch_error": self.relative_error(self.factors())}
 
     @torch.no_grad()
-    def update(self, feature_acts: torch.Tensor, rate: float, ranks: Ranks = ALONE) -> None:
-        """Fold one batch in.
-
-        Args:
-            feature_acts: (n_tokens, d_sae) latents.
-            rate: Weight of this batch.
-            ranks: The processes that share the batch.
-        """
+    def update(self, feature_acts: torch.Tensor, rate: Number, ranks: Ranks = ALONE) -> None:
+        """Fold in one batch of latents (n_tokens, d_sae)."""
         with torch.autocast(feature_acts.device.type, enabled=False):
             acts = feature_acts.float()
             product = acts.T @ (acts @ self.test_matrix) / acts.shape[0]
@@ -79,14 +92,7 @@ class CoactivationSketch(KeepsFloat32):
 
     @torch.no_grad()
     def relative_error(self, factors: torch.Tensor) -> torch.Tensor:
-        """Estimated relative Frobenius error of the approximation, from unseen probes.
-
-        Args:
-            factors: (d_sae, r) result of `factors`.
-
-        Returns:
-            Zero-dimensional; 0 is exact. Zero when nothing has been seen.
-        """
+        """Relative Frobenius error of C ~ F F^T, estimated from unseen probes; 0 is exact."""
         probes, truth = self.test_matrix[:, self.n_sketch :], self.sample[:, self.n_sketch :]
         gap = truth - factors @ (factors.T @ probes)
         return gap.norm() / truth.norm().clamp(min=1e-12)
@@ -99,14 +105,9 @@ class CoactivationSketch(KeepsFloat32):
 
 @torch.no_grad()
 def leading_directions(errors: torch.Tensor, count: int) -> torch.Tensor:
-    """Leading right singular vectors of the reconstruction errors, by randomised SVD.
+    """(count, d_in) leading right singular vectors of errors (n_tokens, d_in), by randomised SVD.
 
-    Args:
-        errors: (n_tokens, d_in) input minus reconstruction.
-        count: Directions wanted; capped at min(n_tokens, d_in).
-
-    Returns:
-        (count, d_in) float32 unit rows, each signed so that most of its error lies along it.
+    Unit rows, each signed so that most of its error lies along it.
     """
     with torch.autocast(errors.device.type, enabled=False):
         errors = errors.float()

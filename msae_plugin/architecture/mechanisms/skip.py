@@ -8,15 +8,5 @@ import torch
 def with_skip(
     sae_out: torch.Tensor, x: torch.Tensor, b_dec: torch.Tensor, skip_scale: float
 ) -> torch.Tensor:
-    """sae_out + skip_scale (x - b_dec).
-
-    Args:
-        sae_out: (..., d_in) output of `decode`.
-        x: (..., d_in) input of the SAE.
-        b_dec: (d_in,) decoder bias.
-        skip_scale: Share of the centred input that is added.
-
-    Returns:
-        (..., d_in).
-    """
+    """sae_out + skip_scale (x - b_dec), all (..., d_in)."""
     return sae_out + skip_scale * (x.to(sae_out.dtype) - b_dec)

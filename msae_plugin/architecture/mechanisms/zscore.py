@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-from typing_extensions import override
+from typing import Any
 
-from msae_plugin.architecture.float32_buffers import KeepsFloat32
+import torch
+from typing_extensions import Self, override
+
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.mechanisms.base import Latents, Mechanism, Step
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.step_schedule import Number
 
 _MIN_DEVIATION = 1e-6
 
 
-class PreActivationStatistics(KeepsFloat32):
+class PreActivationStatistics(Mechanism):
     """EMA mean and variance of each latent's pre-activation over all tokens, and z.
 
     Updated in training only; in evaluation they are constants, so that `encode` is a function of
@@ -23,26 +27,57 @@ class PreActivationStatistics(KeepsFloat32):
         device: Device of the buffers.
     """
 
-    exact_tensor_names = ("mean", "variance", "z")
     mean: torch.Tensor
     variance: torch.Tensor
     z: torch.Tensor
 
     def __init__(self, d_sae: int, z: float, device: torch.device) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(d_sae, dtype=torch.float32, device=device))
-        self.register_buffer("variance", torch.ones(d_sae, dtype=torch.float32, device=device))
-        self.register_buffer("z", torch.full((), z, dtype=torch.float32, device=device))
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.register_exact(
+            mean=torch.zeros(d_sae, **float32),
+            variance=torch.ones(d_sae, **float32),
+            z=torch.full((), z, **float32),
+        )
+
+    @override
+    @classmethod
+    def of(
+        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
+    ) -> Self | None:
+        del dtype
+        wanted = cfg.selection == "zscore" or cfg.standardise > 0
+        return cls(cfg.d_sae, cfg.zscore_z, device) if wanted else None
+
+    @override
+    def on_pre_activations(self, hidden_pre: torch.Tensor, step: Step) -> None:
+        self.update(hidden_pre, step.schedule.statistics_rate, step.sae.ranks)
+
+    @override
+    def scores(self, hidden_pre: torch.Tensor, cfg: MultiScaleTrainingSAEConfig) -> torch.Tensor:
+        strength = 1.0 if cfg.selection == "zscore" else cfg.standardise
+        return self.standardised(hidden_pre, strength)
+
+    @override
+    def threshold(self, threshold: torch.Tensor, cfg: MultiScaleTrainingSAEConfig) -> torch.Tensor:
+        if cfg.selection == "zscore":
+            return self.own_threshold().clamp(min=0)
+        return self.threshold_of_score(threshold, cfg.standardise).clamp(min=0)
+
+    @override
+    def on_latents(self, latents: Latents, step: Step) -> None:
+        cfg = step.cfg
+        if cfg.selection == "zscore" and cfg.zscore_z_lr > 0:
+            l0 = latents.fired.sum() / step.n_tokens
+            self.follow_target(l0, float(step.schedule.k), cfg.zscore_z_lr)
+
+    @override
+    def metrics(self, cfg: MultiScaleTrainingSAEConfig, step: int) -> dict[str, Any]:
+        return {"z": self.z.clone()} if cfg.selection == "zscore" else {}
 
     @torch.no_grad()
-    def update(self, hidden_pre: torch.Tensor, rate: float, ranks: Ranks = ALONE) -> None:
-        """Fold one batch into the running mean and variance.
-
-        Args:
-            hidden_pre: (n_tokens, d_sae) pre-activations, any dtype; reduced in float32.
-            rate: Weight of this batch; 1 replaces what was there.
-            ranks: The processes that share the batch.
-        """
+    def update(self, hidden_pre: torch.Tensor, rate: Number, ranks: Ranks = ALONE) -> None:
+        """Fold in one batch (n_tokens, d_sae), in float32; rate 1 replaces what was there."""
         with torch.autocast(hidden_pre.device.type, enabled=False):
             variance, mean = ranks.var_mean(hidden_pre.float())
             shift = mean - self.mean
@@ -54,10 +89,7 @@ class PreActivationStatistics(KeepsFloat32):
     def follow_target(self, l0: torch.Tensor, target_l0: float, rate: float) -> None:
         """Self-correction: raise z when more latents fire than wanted, lower it when fewer do.
 
-        Args:
-            l0: Zero-dimensional, mean number of active latents per token of the batch.
-            target_l0: The L0 to reach.
-            rate: Step of z per relative excess of L0; excess is clipped at 1.
+        By `rate` per relative excess of L0, which is clipped at 1.
         """
         excess = ((l0.float() - target_l0) / target_l0).clamp(-1, 1)
         self.z.add_(rate * excess)
@@ -66,31 +98,23 @@ class PreActivationStatistics(KeepsFloat32):
         """(d_sae,) standard deviation, bounded below so that a constant latent can be divided."""
         return self.variance.sqrt().clamp(min=_MIN_DEVIATION)
 
-    def threshold(self) -> torch.Tensor:
+    def own_threshold(self) -> torch.Tensor:
         """(d_sae,) float32: mean + z * std."""
         return self.mean + self.z * self.deviation()
 
     def standardised(self, hidden_pre: torch.Tensor, strength: float) -> torch.Tensor:
-        """Scores for ranking: (pre - a mean) / std^a with a the strength in [0, 1].
-
-        Args:
-            hidden_pre: (n_tokens, d_sae) pre-activations.
-            strength: 0 returns them unchanged, 1 standardises fully.
-
-        Returns:
-            (n_tokens, d_sae) scores.
-        """
+        """Scores for ranking: (pre - a mean) / std^a with a the strength in [0, 1]."""
         return (hidden_pre - strength * self.mean) / self.deviation().pow(strength)
 
-    def threshold_of_score(self, cut: torch.Tensor, strength: float) -> torch.Tensor:
-        """(d_sae,) pre-activation whose score is a cut: the inverse of `standardised`."""
-        return strength * self.mean + cut * self.deviation().pow(strength)
+    def threshold_of_score(self, score: torch.Tensor, strength: float) -> torch.Tensor:
+        """(d_sae,) pre-activation of a score: the inverse of `standardised`."""
+        return strength * self.mean + score * self.deviation().pow(strength)
 
+    @override
     @torch.no_grad()
-    def rescale(self, factor: float) -> None:
-        """Multiply the unit of the pre-activations by a factor."""
-        self.mean.mul_(factor)
-        self.variance.mul_(factor**2)
+    def fold_scale(self, factor: float) -> None:
+        self.mean.mul_(1 / factor)
+        self.variance.mul_((1 / factor) ** 2)
 
     @override
     def extra_repr(self) -> str:

@@ -32,7 +32,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from torch import nn
 from typing_extensions import override
 
-from msae_plugin.architecture.calibration import calibrate_batchtopk, calibrated_cut
+from msae_plugin.architecture.calibration import calibrate_batchtopk, calibrated_threshold
 from msae_plugin.architecture.selection import running_rate
 from msae_plugin.common.errors import InputError, RunFailure
 
@@ -237,10 +237,10 @@ class ListaTrainingSAE(BatchTopKTrainingSAE):
         inner = self.b_dec.expand_as(target)
         start = 0
         for width in self.cfg.prefix_widths:
-            ring = order[start:width]
+            group = order[start:width]
             # b_dec is taught by the innermost prefix and the whole dictionary.
-            inner = (inner.detach() if start else inner) + output.feature_acts[..., ring] @ W_dec[
-                ring
+            inner = (inner.detach() if start else inner) + output.feature_acts[..., group] @ W_dec[
+                group
             ]
             output.losses[f"prefix_{width}_loss"] = tilted_mean(_errors(inner, target), tilt)
             start = width
@@ -266,15 +266,15 @@ class ListaTrainingSAE(BatchTopKTrainingSAE):
         """
         kept = [batch.to(self.device) for batch in batches]
         W_enc, b_enc, _ = self._folded()
-        cut = calibrated_cut(
+        threshold = calibrated_threshold(
             kept,
             lambda batch: self.process_sae_in(batch) @ W_enc + b_enc,
             lambda scores: scores,
             self.cfg.k,
         )
-        if cut is None:
+        if threshold is None:
             raise RunFailure("calibrate_threshold needs at least one batch of activations")
-        self.first_threshold.fill_(cut)
+        self.first_threshold.fill_(threshold)
         return calibrate_batchtopk(self, kept)
 
     @override

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
-from msae_plugin.common.errors import InputError, did_you_mean
+from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import package_folder
+from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.evaluation.preflight import EXTRA
 from msae_plugin.registration import register
 
@@ -41,7 +42,7 @@ def run_saebench_script(evaluation: str, arguments: Sequence[str]) -> None:
     known = saebench_scripts()
     name = _ALIASES.get(evaluation, evaluation)
     if name not in known:
-        hint = did_you_mean(evaluation, known, f"choose from {', '.join(known)}", cutoff=0.5)
+        hint = did_you_mean(evaluation, known, "choose from ", shown=str)
         raise InputError(f"SAEBench has no evaluation {evaluation!r}", hint)
     register()
     module = f"sae_bench.evals.{name}.main"

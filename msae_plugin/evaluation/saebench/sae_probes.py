@@ -31,13 +31,14 @@ from sae_probes.constants import DATA_PATH
 from sae_probes.generate_model_activations import ensure_dataset_activations
 from sae_probes.utils_data import get_dataset_sizes
 
-from msae_plugin.common.errors import Problem, RunFailure, did_you_mean
+from msae_plugin.common.errors import Problem, RunFailure
 from msae_plugin.common.files import (
     files_sha256,
     kept_folder,
     key_digest,
     versions,
 )
+from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
@@ -360,7 +361,7 @@ def known_ks() -> list[int]:
 
 
 def _suggestion(name: str) -> str:
-    return did_you_mean(name, DATASETS, f"choose from sae_probes.DATASETS: {DATASETS}", n=3)
+    return did_you_mean(name, DATASETS, "choose from sae_probes.DATASETS: ", shown=str, n=3)
 
 
 def _config(

@@ -21,14 +21,10 @@ class Clusters:
 
     Two directions are in one cluster when a chain of cosines above the threshold joins them
     (single linkage). A direction without such a neighbour is a cluster of one.
-
-    Args:
-        cosine: The threshold.
-        sizes: Number of directions in each cluster, largest first.
     """
 
     cosine: float
-    sizes: list[int]
+    sizes: list[int]  # number of directions in each cluster, largest first
 
     @property
     def count(self) -> int:
@@ -48,28 +44,18 @@ class Clusters:
 
 @dataclass(frozen=True)
 class DecoderDiversity:
-    """What the directions of one decoder have in common.
+    """Overlap, rank and clusters of the directions of one decoder."""
 
-    Args:
-        d_sae: Rows of the decoder.
-        d_in: Columns.
-        zero_rows: Rows without a direction; left out of everything else.
-        mean_max_cosine: Mean over directions of the cosine to the nearest other one.
-        max_cosines: (directions,) those cosines.
-        effective_rank: exp of the entropy of the directions' singular values, normalised to sum 1
-            (Roy and Vetterli 2007): between 1 and min(d_in, d_sae).
-        norms: Smallest, median and largest norm of the rows.
-        clusters: One per threshold.
-    """
-
-    d_sae: int
+    d_sae: int  # rows of the decoder
     d_in: int
-    zero_rows: int
-    mean_max_cosine: float
-    max_cosines: torch.Tensor
+    zero_rows: int  # rows without a direction; left out of everything else
+    mean_max_cosine: float  # mean over directions of the cosine to the nearest other one
+    max_cosines: torch.Tensor  # (directions,) those cosines
+    # exp of the entropy of the directions' singular values, normalised to sum 1 (Roy and
+    # Vetterli 2007): between 1 and min(d_in, d_sae).
     effective_rank: float
-    norms: tuple[float, float, float]
-    clusters: tuple[Clusters, ...]
+    norms: tuple[float, float, float]  # smallest, median and largest norm of the rows
+    clusters: tuple[Clusters, ...]  # one per threshold
 
 
 @torch.no_grad()

@@ -16,19 +16,12 @@ COSINE_EDGES = (-1.0, -0.3, -0.1, 0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 @dataclass(frozen=True)
 class FiringDensity:
-    """How often latents fire.
+    """How often latents fire."""
 
-    Args:
-        never: Latents that fired on none of the counted tokens.
-        edges: Edges of the bins, in log10 of the share of tokens.
-        counts: Latents in each bin.
-        median: Median share of tokens among latents that fire; None when none does.
-    """
-
-    never: int
-    edges: list[float]
-    counts: list[int]
-    median: float | None
+    never: int  # latents that fired on none of the counted tokens
+    edges: list[float]  # edges of the bins, in log10 of the share of tokens
+    counts: list[int]  # latents in each bin
+    median: float | None  # median share of tokens among latents that fire; None when none does
 
 
 def firing_density(
@@ -55,21 +48,13 @@ def firing_density(
 
 @dataclass(frozen=True)
 class ScaleFiring:
-    """The latents that one nested prefix adds to the one before it.
+    """The latents that one nested prefix adds to the one before it."""
 
-    Args:
-        first: Index of the first latent.
-        end: Index behind the last.
-        active: Active latents per token among them.
-        share: Of all active latents.
-        never: How many never fired.
-    """
-
-    first: int
-    end: int
-    active: float
-    share: float
-    never: int
+    first: int  # index of the first latent
+    end: int  # index behind the last
+    active: float  # active latents per token among them
+    share: float  # of all active latents
+    never: int  # how many never fired
 
 
 def firing_by_scale(
@@ -102,21 +87,15 @@ def firing_by_scale(
 
 @dataclass(frozen=True)
 class CosineBin:
-    """Pairs of latents whose decoder directions have a cosine between two values.
-
-    Args:
-        low: Lower end.
-        high: Upper end.
-        pairs: How many, among latents that fired.
-        coactivation: Mean over the pairs of sum f_i f_j / sqrt(sum f_i^2 sum f_j^2): what the
-            co-activation penalty weighs; None without a pair.
-        together: Share of the pairs that fired together at least once; None without a pair.
-    """
+    """Pairs of latents whose decoder directions have a cosine between two values."""
 
     low: float
     high: float
-    pairs: int
+    pairs: int  # how many, among latents that fired
+    # Mean over the pairs of sum f_i f_j / sqrt(sum f_i^2 sum f_j^2): what the co-activation
+    # penalty weighs; None without a pair.
     coactivation: float | None
+    # Share of the pairs that fired together at least once; None without a pair.
     together: float | None
 
 

@@ -1,16 +1,17 @@
-"""What the weights and logs of every SAE on disk show, computed once for all sections."""
+"""Analyses of the weights and logs of every SAE on disk, computed once for all sections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import torch
 from sae_lens import SAE
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.comparison.statistics import Spread, spread
+from msae_plugin.common.table import Spread, spread
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.reporting.analyses.decoder import DecoderDiversity, decoder_diversity
 from msae_plugin.reporting.analyses.features import (
@@ -32,31 +33,14 @@ from msae_plugin.reporting.sources import TrainedSAE
 
 @dataclass(frozen=True)
 class SAEAnalysis:
-    """One SAE.
-
-    Args:
-        sae: Which.
-        diversity: Of its decoder; None without weights.
-        density: How often its latents fired in training; None when not stored.
-        scales: Firing by nested prefix; empty without prefixes.
-        found_revivals: In order; empty without any.
-        revival: Totals; None for an SAE that was trained without revival.
-    """
+    """One SAE."""
 
     sae: TrainedSAE
-    diversity: DecoderDiversity | None
-    density: FiringDensity | None
-    scales: Sequence[ScaleFiring]
-    found_revivals: Sequence[Revival]
-    revival: RevivalStatistics | None
-
-    @property
-    def revives(self) -> bool | None:
-        """Whether revival was on; None when not recorded."""
-        every = self.sae.training.get("revival_every")
-        if every is None:
-            return bool(self.found_revivals) or None
-        return bool(every)
+    diversity: DecoderDiversity | None  # of its decoder; None without weights
+    density: FiringDensity | None  # how often its latents fired in training; None when not stored
+    scales: Sequence[ScaleFiring]  # firing by nested prefix; empty without prefixes
+    found_revivals: Sequence[Revival]  # in order; empty without any
+    revival: RevivalStatistics | None  # totals; None for an SAE that was trained without revival
 
     @property
     def auxk(self) -> bool | None:
@@ -64,48 +48,62 @@ class SAEAnalysis:
         coefficient = self.sae.training.get("aux_loss_coefficient")
         return None if coefficient is None else bool(coefficient)
 
-    @property
-    def dead(self) -> float | None:
-        """Dead latents in the last row of the training log."""
-        value = self.sae.rows[-1].get("dead_latents") if self.sae.rows else None
-        return None if value is None else float(value)
+    @cached_property
+    def numbers(self) -> Mapping[str, float]:
+        """What tables and figures compare of it, by name; what is not recorded is left out."""
+        found: dict[str, float | None] = {
+            "dead": self.sae.rows[-1].get("dead_latents") if self.sae.rows else None,
+            "uniqueness": self.sae.metrics.get("ground_truth/uniqueness"),
+        }
+        if self.density is not None:
+            found |= {"median_frequency": self.density.median, "never": self.density.never}
+        if self.diversity is not None:
+            found["mean_max_cosine"] = self.diversity.mean_max_cosine
+            found["effective_rank"] = self.diversity.effective_rank
+            for clusters in self.diversity.clusters:
+                found[f"largest_cluster_{clusters.cosine:g}"] = clusters.largest
+                share = clusters.single / total if (total := sum(clusters.sizes)) else None
+                found[f"single_share_{clusters.cosine:g}"] = share
+        if self.revival is not None:
+            found |= {
+                "revivals": self.revival.revivals,
+                "frequency": self.revival.per_thousand_steps,
+                "survival": self.revival.survival,
+                "re_death": self.revival.re_death,
+                "not_judged": self.revival.fates["not judged"],
+                "repeated": self.revival.repeated,
+                "distance": self.revival.distance,
+                "old_cosine": self.revival.old_cosine,
+                "firing_rate": self.revival.firing_rate,
+            }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class AnalysedGroup:
-    """SAEs of one method and target L0, by seed.
-
-    Args:
-        method: Label.
-        l0_target: None when not recorded.
-        saes: In the order of the data.
-    """
+    """SAEs of one method and target L0, by seed."""
 
     method: str
-    l0_target: float | None
-    saes: Sequence[SAEAnalysis]
+    l0_target: float | None  # None when not recorded
+    saes: Sequence[SAEAnalysis]  # in the order of the data
 
     @property
     def label(self) -> str:
         """The method and its target L0."""
         return self.method if self.l0_target is None else f"{self.method}, L0 {self.l0_target:g}"
 
-    def spread(self, read: Callable[[SAEAnalysis], float | None]) -> Spread | None:
-        """Mean over seeds of something; None when no SAE has it."""
-        values = [value for sae in self.saes if (value := read(sae)) is not None]
-        return spread(values) if values else None
+    def values(self, name: str) -> dict[int | None, float]:
+        """One of the numbers by seed, of the SAEs that have it."""
+        return {a.sae.seed: a.numbers[name] for a in self.saes if name in a.numbers}
 
-    def values(self, read: Callable[[SAEAnalysis], float | None]) -> dict[int | None, float]:
-        """Something by seed, of the SAEs that have it."""
-        return {a.sae.seed: value for a in self.saes if (value := read(a)) is not None}
+    def spread(self, name: str) -> Spread | None:
+        """Mean over seeds of one of the numbers; None when no SAE has it."""
+        values = [a.numbers[name] for a in self.saes if name in a.numbers]
+        return spread(values) if values else None
 
 
 def analyse(trained: Sequence[TrainedSAE], report: Reporter) -> list[SAEAnalysis]:
     """Read the weights of every SAE and work out what they show.
-
-    Args:
-        trained: The SAEs on disk.
-        report: Shows progress.
 
     Raises:
         InputError: Weights or events cannot be read.
@@ -130,7 +128,7 @@ def _analyse(sae: TrainedSAE) -> SAEAnalysis:
             f"{str(sae.folder)!r}: an event of its revivals.jsonl lacks {error}: not written by "
             "this package"
         ) from error
-    fractions = cast("Sequence[float]", sae.training.get("prefix_fractions") or [])
+    fractions = sae.training.get("prefix_fractions") or []
     revives = bool(events) or bool(sae.training.get("revival_every"))
     return SAEAnalysis(
         sae=sae,
@@ -156,13 +154,7 @@ def grouped(analyses: Sequence[SAEAnalysis]) -> list[AnalysedGroup]:
 def twins(
     groups: Sequence[AnalysedGroup], prefixes: Sequence[str], switch: str
 ) -> list[tuple[AnalysedGroup, AnalysedGroup]]:
-    """Pairs of groups that differ in one mechanism alone: with it, without it.
-
-    Args:
-        groups: All.
-        prefixes: Fields of the training configuration that begin so belong to the mechanism.
-        switch: The field that is 0 when it is off.
-    """
+    """Pairs of groups that differ in one mechanism alone: with it, without it."""
     keyed: dict[str, dict[bool, AnalysedGroup]] = {}
     for group in groups:
         settings = group.saes[0].sae.training
@@ -179,12 +171,6 @@ def twins(
 
 def coactivation(sae: TrainedSAE) -> tuple[int, list[CosineBin]] | None:
     """Co-activation against decoder cosine on the activations that the run kept.
-
-    Args:
-        sae: One with weights.
-
-    Returns:
-        The number of activations and the bins; None when nothing was kept.
 
     Raises:
         InputError: The SAE cannot be loaded, or its activations do not fit it.

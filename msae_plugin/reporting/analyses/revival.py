@@ -1,4 +1,4 @@
-"""What became of revived latents, from the events in `revivals.jsonl`."""
+"""Fates of revived latents, from the events in `revivals.jsonl`."""
 
 from __future__ import annotations
 
@@ -14,54 +14,34 @@ FATES: tuple[Fate, ...] = ("alive", "dead", "revived again", "not judged")
 
 @dataclass(frozen=True)
 class Revival:
-    """One revival and what followed.
-
-    Args:
-        step: When.
-        latent: Which, in the order of training.
-        fate: `alive` or `dead` when it was judged; `revived again` when it died before that;
-            `not judged` when the run ended first.
-        old_cosine: Cosine to the live latent that it interfered with, before.
-        distance: 1 minus the cosine between its old and its new direction.
-        source: Where the new direction came from.
-        firing_rate: Share of tokens on which it fired from the revival to the judgement; None
-            when not judged.
-    """
+    """One revival and what followed."""
 
     step: int
-    latent: int
+    latent: int  # which, in the order of training
+    # `alive` or `dead` when it was judged; `revived again` when it died before that; `not
+    # judged` when the run ended first.
     fate: Fate
-    old_cosine: float | None
-    distance: float | None
-    source: str
+    old_cosine: float | None  # cosine to the live latent that it interfered with, before
+    distance: float | None  # 1 minus the cosine between its old and its new direction
+    source: str  # where the new direction came from
+    # Share of tokens on which it fired from the revival to the judgement; None when not
+    # judged.
     firing_rate: float | None
 
 
 @dataclass(frozen=True)
 class RevivalStatistics:
-    """Totals of one run.
+    """Totals of one run."""
 
-    Args:
-        revivals: Number of revivals.
-        latents: Distinct latents among them.
-        steps: Length of the run.
-        fates: How many of each.
-        repeated: Latents that were revived more than once.
-        distance: Median distance travelled; None when not recorded.
-        old_cosine: Median cosine to the old neighbour.
-        firing_rate: Median firing rate after the revival, of the judged.
-        sources: Revivals by source of the new direction.
-    """
-
-    revivals: int
-    latents: int
-    steps: int
-    fates: Mapping[Fate, int]
-    repeated: int
-    distance: float | None
-    old_cosine: float | None
-    firing_rate: float | None
-    sources: Mapping[str, int]
+    revivals: int  # number of revivals
+    latents: int  # distinct latents among them
+    steps: int  # length of the run
+    fates: Mapping[Fate, int]  # how many of each
+    repeated: int  # latents that were revived more than once
+    distance: float | None  # median distance travelled; None when not recorded
+    old_cosine: float | None  # median cosine to the old neighbour
+    firing_rate: float | None  # median firing rate after the revival, of the judged
+    sources: Mapping[str, int]  # revivals by source of the new direction
 
     @property
     def per_thousand_steps(self) -> float | None:
@@ -88,9 +68,6 @@ class RevivalStatistics:
 
 def revivals(events: Sequence[Mapping[str, Any]]) -> list[Revival]:
     """Join every revival with its outcome.
-
-    Args:
-        events: In the order of the file.
 
     Raises:
         KeyError: An event lacks a field that every version has written.
@@ -130,12 +107,7 @@ def _fate(outcome: Mapping[str, Any] | None, *, revived_later: bool) -> Fate:
 
 
 def revival_statistics(found: Sequence[Revival], steps: int) -> RevivalStatistics:
-    """Totals.
-
-    Args:
-        found: From `revivals`.
-        steps: Length of the run in training steps.
-    """
+    """Totals."""
     per_latent = Counter(item.latent for item in found)
     fates = Counter(item.fate for item in found)
     return RevivalStatistics(
@@ -159,16 +131,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 def timeline(
     found: Sequence[Revival], steps: int, bins: int = 20
 ) -> tuple[list[float], dict[Fate, list[int]]]:
-    """Revivals over the course of training, by fate.
-
-    Args:
-        found: From `revivals`.
-        steps: Length of the run.
-        bins: Number of equal parts of it.
-
-    Returns:
-        The middle of each part in steps, and the number of revivals in it by fate.
-    """
+    """Revivals over the course of training, by fate."""
     width = max(1, steps) / bins
     counts: dict[Fate, list[int]] = {fate: [0] * bins for fate in FATES}
     for item in found:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
+import torch
+
+from msae_plugin.common.table import CellValue, Column, Table, columns, number
 from msae_plugin.reporting.analyses.features import CosineBin
 from msae_plugin.reporting.analyses.per_sae import AnalysedGroup, SAEAnalysis, coactivation, grouped
 from msae_plugin.reporting.document import (
     Block,
-    CellValue,
-    Column,
     Context,
     LatentContexts,
     Links,
     Place,
     Section,
     Subheading,
-    Table,
     Text,
-    columns,
 )
-from msae_plugin.reporting.figures import Look, bars, steps
-from msae_plugin.reporting.metrics import number
+from msae_plugin.reporting.figures import Style, bars, steps
 from msae_plugin.reporting.sources import RunSource, is_variant
 
 MOST_OUTLINES = 7
@@ -35,21 +33,15 @@ CLUSTER_BANDS = ((1, 1), (2, 5), (6, 20), (21, None))
 
 
 def diversity_section(
-    place: Place, analyses: Sequence[SAEAnalysis], looks: Mapping[str, Look]
+    place: Place, analyses: Sequence[SAEAnalysis], styles: Mapping[str, Style]
 ) -> Section | None:
-    """Decoder geometry and firing of every SAE on disk; None when there are none.
-
-    Args:
-        place: Where the SAEs are from.
-        analyses: Of the SAEs.
-        looks: By method.
-    """
+    """Decoder geometry and firing of every SAE on disk; None when there are none."""
     groups = [g for g in grouped(analyses) if any(a.diversity is not None for a in g.saes)]
     if not groups:
         return None
     drawn = _drawn(groups)
     blocks: list[Block] = [_decoder_table(place, groups), _cluster_table(place, groups)]
-    blocks += _cosine_figure(place, drawn, looks) + _density_figure(place, drawn, looks)
+    blocks += _cosine_figure(place, drawn, styles) + _density_figure(place, drawn, styles)
     blocks += _scales(place, groups)
     blocks += _coactivation_blocks(place, drawn)
     return Section(place.named("features"), place.titled("Feature statistics"), blocks)
@@ -72,19 +64,20 @@ def _decoder_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
     rows: list[list[CellValue]] = []
     for group in groups:
         first = group.saes[0].diversity
+        norms = [a.diversity.norms for a in group.saes if a.diversity is not None]
         rows.append(
             [
                 group.method,
                 group.l0_target,
                 len(group.saes),
                 None if first is None else first.d_sae,
-                group.spread(lambda a: a.diversity and a.diversity.mean_max_cosine),
-                group.spread(lambda a: a.diversity and a.diversity.effective_rank),
+                group.spread("mean_max_cosine"),
+                group.spread("effective_rank"),
                 None if first is None else first.d_in,
-                min(a.diversity.norms[0] for a in group.saes if a.diversity is not None),
-                max(a.diversity.norms[2] for a in group.saes if a.diversity is not None),
-                group.spread(lambda a: a.density and a.density.median),
-                group.spread(lambda a: a.density and a.density.never),
+                min(smallest for smallest, _, _ in norms),
+                max(largest for _, _, largest in norms),
+                group.spread("median_frequency"),
+                group.spread("never"),
             ]
         )
     headings = (
@@ -101,10 +94,7 @@ def _decoder_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
         "Decoders and firing. Mean ± one standard deviation over seeds. Effective rank: "
         "exp(entropy) of the normalised singular values of the unit decoder rows (Roy and "
         "Vetterli 2007). Firing is that of the last window of training.",
-        [
-            replace(column, digits=4) if column.key.startswith("norm") else column
-            for column in columns(*headings)
-        ],
+        [replace(c, digits=4) if "norm" in c.key else c for c in columns(*headings)],
         rows,
     )
 
@@ -167,20 +157,17 @@ def _first(group: AnalysedGroup) -> SAEAnalysis:
 
 
 def _cosine_figure(
-    place: Place, groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]
+    place: Place, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
 ) -> list[Block]:
     edges = [i / 20 for i in range(21)]
     counts: dict[str, list[float]] = {}
     told: list[str] = []
     for group in groups:
         diversity = _first(group).diversity
-        if diversity is None or not diversity.max_cosines.numel():
-            continue
-        heights = [0.0] * 20
-        for cosine in diversity.max_cosines.tolist():
-            heights[min(19, max(0, int(cosine * 20)))] += 1 / diversity.max_cosines.numel()
-        counts[group.method] = heights
-        told.append(f"{group.method} mean {diversity.mean_max_cosine:.3f}")
+        if diversity is not None and diversity.max_cosines.numel():
+            cosines = diversity.max_cosines.clamp(0, 1)
+            counts[group.method] = (torch.histc(cosines, 20, 0, 1) / cosines.numel()).tolist()
+            told.append(f"{group.method} mean {diversity.mean_max_cosine:.3f}")
     if not counts:
         return []
     return [
@@ -189,13 +176,13 @@ def _cosine_figure(
             f"How close each decoder direction is to its nearest other one{_where(groups)}, first "
             "seed. Further left is less overlap.",
             f"Outlined histograms of the largest decoder cosine: {', '.join(told)}.",
-            edges, counts, "cosine to the nearest other direction", "share of latents", looks,
+            edges, counts, "cosine to the nearest other direction", "share of latents", styles,
         )
     ]  # fmt: skip
 
 
 def _density_figure(
-    place: Place, groups: Sequence[AnalysedGroup], looks: Mapping[str, Look]
+    place: Place, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
 ) -> list[Block]:
     counts: dict[str, list[float]] = {}
     edges: list[float] = []
@@ -218,28 +205,27 @@ def _density_figure(
             f"How often latents fire{_where(groups)}, first seed, last window of training. "
             f"Latents that never fired are not drawn: {', '.join(silent)}.",
             f"Outlined histograms of log10 firing frequency. {'; '.join(told)}.",
-            edges, counts, "log10 of the share of tokens on which a latent fires", "latents", looks,
+            edges, counts,
+            "log10 of the share of tokens on which a latent fires", "latents", styles,
         )
     ]  # fmt: skip
 
 
 def _scales(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
     nested = [group for group in groups if any(a.scales for a in group.saes)]
-    rows: list[list[CellValue]] = []
-    for group in nested:
-        analysis = next(a for a in group.saes if a.scales)
-        for band in analysis.scales:
-            rows.append(
-                [
-                    group.method,
-                    group.l0_target,
-                    f"{band.first:,} to {band.end - 1:,}",
-                    band.end - band.first,
-                    band.active,
-                    band.share,
-                    band.never,
-                ]
-            )
+    rows: list[list[CellValue]] = [
+        [
+            group.method,
+            group.l0_target,
+            f"{band.first:,} to {band.end - 1:,}",
+            band.end - band.first,
+            band.active,
+            band.share,
+            band.never,
+        ]
+        for group in nested
+        for band in next(a.scales for a in group.saes if a.scales)
+    ]
     if not rows:
         return [Text("Firing by scale is not shown: no SAE here has nested prefixes.")]
     headings = (
@@ -344,16 +330,11 @@ CONTEXT_LATENTS = 8
 def contexts_section(
     runs: Sequence[RunSource], by_place: Sequence[tuple[Place, Sequence[SAEAnalysis]]]
 ) -> Section | None:
-    """Latents with the text that activates them; None when no run stored any.
-
-    Args:
-        runs: Training runs, whose demo may have stored some.
-        by_place: The SAEs on disk; variants of the ladder are left out.
-    """
+    """Latents with the text that activates them; None when no run stored any."""
     blocks: list[Block] = []
     for run in runs:
         if run.demo is not None and run.demo.get("strongest_latents"):
-            latents = cast("Sequence[Mapping[str, Any]]", run.demo["strongest_latents"])
+            latents = run.demo["strongest_latents"]
             blocks.append(Subheading(f"{run.label}: the latents that move the reconstruction most"))
             blocks += _latents(latents)
     for place, analyses in by_place:
@@ -373,11 +354,7 @@ def contexts_section(
 
 
 def dashboards_section(dashboards: Sequence[tuple[str, str]]) -> Section:
-    """Where the SAEDashboard pages are.
-
-    Args:
-        dashboards: SAEs, and where the page of each lies relative to the report's.
-    """
+    """Links to the SAEDashboard pages."""
     intro = Text(
         "Logits, density and activations of chosen latents, drawn by SAEDashboard; files beside "
         "this page."
@@ -387,7 +364,7 @@ def dashboards_section(dashboards: Sequence[tuple[str, str]]) -> Section:
 
 def _latents(latents: Sequence[Mapping[str, Any]]) -> Iterable[Block]:
     for latent in latents[:CONTEXT_LATENTS]:
-        contexts = cast("Sequence[Mapping[str, Any]]", latent.get("contexts") or [])
+        contexts = latent.get("contexts") or []
         frequency, mean = latent.get("frequency"), latent.get("mean_activation")
         parts = [f"latent {latent.get('latent')}"]
         parts += [] if frequency is None else [f"fires on {float(frequency):.2%} of the tokens"]

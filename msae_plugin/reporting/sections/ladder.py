@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
+from msae_plugin.common.table import (
+    CellValue,
+    Table,
+    columns,
+    digits_for_difference,
+    number,
+    signed,
+)
 from msae_plugin.comparison.ladder import BASELINE
-from msae_plugin.reporting.document import Block, CellValue, Section, Table, Text, columns
+from msae_plugin.reporting.document import Block, Section, Text
 from msae_plugin.reporting.figures import (
-    Look,
     Panel,
+    Style,
     axis_label,
     difference_plot,
     panels,
     seeds_shown,
 )
-from msae_plugin.reporting.metrics import (
+from msae_plugin.reporting.measurements import (
     BY_KEY,
     LADDER,
     LADDER_PLOTS,
-    digits_for_difference,
-    number,
+    Difference,
+    Group,
+    Results,
+    differences,
+    l0_note,
     sentence,
-    signed,
+    wording,
 )
-from msae_plugin.reporting.rows import Bench, Difference, Group, differences, l0_note, wording
 from msae_plugin.reporting.sections.results import by_chance, column_of
 
 THE_SOURCE = (
@@ -48,44 +58,44 @@ _NOT_JUDGED = ("l0", "final_loss")
 _DRAWN = ("explained_variance", "f1", "loss_recovered", "probing_1")
 
 
-def ladder_section(bench: Bench, looks: Mapping[str, Look]) -> Section | None:
-    """The ladder of a bench; None when no rung was measured."""
-    groups = bench.groups()
+def ladder_section(results: Results, styles: Mapping[str, Style]) -> Section | None:
+    """The ladder of a comparison; None when no rung was measured."""
+    groups = results.groups
     if not any(group.is_variant for group in groups):
         return None
-    roles = bench.roles(LADDER[bench.kind])
-    found = differences(bench, list(roles.values()))
+    roles = results.roles(LADDER[results.kind])
+    found = differences(results, list(roles.values()))
     blocks: list[Block] = [Text(THE_SOURCE), Text(by_chance(found))]
     for part, title in _PARTS.items():
         members = [group for group in groups if _belongs(group, part)]
         if not any(group.is_variant for group in members):
             continue
-        name = f"{bench.name}-ladder-{part}"
+        name = f"{results.name}-ladder-{part}"
         blocks += [
-            _measured(name, f"{bench.title}: {title}", bench, members, roles),
-            _verdicts(part, f"{bench.title}: {title}", bench, members, roles, found),
+            _measured(name, f"{results.title}: {title}", results, members, roles),
+            _verdicts(part, f"{results.title}: {title}", results, members, roles, found),
         ]
         if part == "cumulative":
-            blocks += _evolution(name, bench, members, roles)
+            blocks += _evolution(name, results, members, roles)
         else:
             methods = {group.method for group in members if group.is_variant}
-            blocks += _drawn_differences(name, methods, bench, found, roles, looks)
-    return Section(f"{bench.name}-ladder", f"{bench.title}: the source's ladder", blocks)
+            blocks += _drawn_differences(name, methods, results, found, roles, styles)
+    return Section(f"{results.name}-ladder", f"{results.title}: the source's ladder", blocks)
 
 
 def _belongs(group: Group, part: str) -> bool:
-    return group.first.part == part
+    return group.fact("part") == part
 
 
 def _measured(
-    name: str, title: str, bench: Bench, members: Sequence[Group], roles: Mapping[str, str]
+    name: str, title: str, results: Results, members: Sequence[Group], roles: Mapping[str, str]
 ) -> Table:
     rows: list[list[CellValue]] = [
         [
             group.method,
             group.l0_target,
-            len(group.rows),
-            group.first.training_steps,
+            len(group.saes),
+            group.fact("training_steps"),
             *(group.spread(metric) for metric in roles.values()),
         ]
         for group in members
@@ -101,7 +111,7 @@ def _measured(
                 ("seeds", "seeds"),
                 ("training_steps", "steps"),
             ),
-            *(column_of(role, metric, bench.definitions) for role, metric in roles.items()),
+            *(column_of(role, metric, results.definitions) for role, metric in roles.items()),
         ],
         rows,
     )
@@ -110,15 +120,15 @@ def _measured(
 def _verdicts(
     part: str,
     title: str,
-    bench: Bench,
+    results: Results,
     members: Sequence[Group],
     roles: Mapping[str, str],
     found: Sequence[Difference],
 ) -> Table:
-    groups = {(group.method, group.l0_target): group for group in bench.groups()}
+    groups = {(group.method, group.l0_target): group for group in results.groups}
     rows: list[list[CellValue]] = []
     for group in members:
-        against = group.first.against
+        against = group.fact("against")
         other = groups.get((str(against), group.l0_target))
         items = [
             item
@@ -129,11 +139,11 @@ def _verdicts(
             [
                 group.method,
                 group.l0_target,
-                group.first.mechanism or "not recorded",
-                group.first.claim or "not in the source",
+                group.fact("mechanism") or "not recorded",
+                group.fact("claim") or "not in the source",
                 against or "–",
                 "–" if other is None else _cost(group, other),
-                _verdict(bench, group, other, against, items, roles),
+                _verdict(results, group, other, against, items, roles),
             ]
         )
     headings = (
@@ -142,7 +152,7 @@ def _verdicts(
         ("cost", "training time"), ("verdict", "verdict"),
     )  # fmt: skip
     return Table(
-        f"{bench.name}-ladder-{part}-verdicts",
+        f"{results.name}-ladder-{part}-verdicts",
         f"{title}: verdicts. A verdict rests on paired differences within seeds with 95 % "
         "intervals; training time is a multiple of the compared variant's."
         + _READING.get(part, ""),
@@ -153,17 +163,13 @@ def _verdicts(
 
 def _cost(group: Group, other: Group) -> str:
     """Ratio of training times within seeds."""
-    theirs = {row.seed: row.seconds for row in other.rows}
-    ratios = [
-        row.seconds / base
-        for row in group.rows
-        if row.seconds is not None and (base := theirs.get(row.seed))
-    ]
+    base = other.seconds()
+    ratios = [value / base[seed] for seed, value in group.seconds().items() if base.get(seed)]
     return f"{fmean(ratios):.2f} ×" if ratios else "not recorded"
 
 
 def _verdict(
-    bench: Bench,
+    results: Results,
     group: Group,
     other: Group | None,
     against: str | None,
@@ -182,8 +188,7 @@ def _verdict(
     single: list[str] = []
     undirected: list[str] = []
     for item in items:
-        definition = bench.definitions.get(item.metric)
-        higher = None if definition is None else definition.higher_is_better
+        higher = results.higher_is_better(item.metric)
         if item.metric not in judged:
             continue
         word = wording(item.found, higher)
@@ -196,7 +201,7 @@ def _verdict(
         target.append(f"{headings[item.metric]} {change}")
     # What no direction judges is told all the same: lower overlap is what some mechanisms are for.
     beside = f"; beside that: {', '.join(undirected)}" if undirected else ""
-    note = l0_note(bench, [(group, other)])
+    note = l0_note(results, [(group, other)])
     if single:
         return f"one pair, not judged: {', '.join(single)}{f' ({note})' if note else ''}"
     if not better and not worse:
@@ -218,7 +223,7 @@ def _verdict(
 
 
 def _evolution(
-    name: str, bench: Bench, members: Sequence[Group], roles: Mapping[str, str]
+    name: str, results: Results, members: Sequence[Group], roles: Mapping[str, str]
 ) -> list[Block]:
     """The source's plots: a metric along the runs, one by one and together, for each L0."""
     chosen = dict(list(roles.items())[:LADDER_PLOTS])
@@ -236,7 +241,7 @@ def _evolution(
         suffix = f"-l0-{l0:g}" if len(targets) > 1 and l0 is not None else ""
         shown = {
             role: Panel(
-                axis_label(BY_KEY[role].heading, bench.definitions.get(metric)),
+                axis_label(BY_KEY[role].heading, results.definitions.get(metric)),
                 BY_KEY[role].heading,
                 [list(group.values(metric).values()) for group in rungs],
             )
@@ -245,28 +250,28 @@ def _evolution(
         drawn = [
             panels(
                 f"{name}{suffix}-{role.replace('_', '-')}",
-                f"{sentence(panel.told)} along the source's runs{where}.{seeds_shown(bench)}",
+                f"{sentence(panel.told)} along the source's runs{where}.{seeds_shown(results)}",
                 labels, [panel], "baseline and the source's runs",
             )
             for role, panel in shown.items()
         ] + [
             panels(
                 f"{name}{suffix}-combined",
-                f"The ladder{where}: all metrics along the source's runs.{seeds_shown(bench)}",
+                f"The ladder{where}: all metrics along the source's runs.{seeds_shown(results)}",
                 labels, list(shown.values()), "baseline and the source's runs",
             )
         ]  # fmt: skip
-        blocks += [figure for figure in drawn if figure is not None]
+        blocks += [figure for figures in drawn for figure in figures]
     return blocks
 
 
 def _drawn_differences(
     name: str,
     members: Collection[str],
-    bench: Bench,
+    results: Results,
     found: Sequence[Difference],
     roles: Mapping[str, str],
-    looks: Mapping[str, Look],
+    styles: Mapping[str, Style],
 ) -> list[Block]:
     blocks: list[Block] = []
     for role in _DRAWN:
@@ -277,6 +282,7 @@ def _drawn_differences(
             for item in found
             if item.metric == roles[role] and item.l0_target is not None and item.ours in members
         ]
-        figure = difference_plot(bench, items, role, looks, name=f"{name}-{role.replace('_', '-')}")
-        blocks += [] if figure is None else [figure]
+        blocks += difference_plot(
+            results, items, role, styles, name=f"{name}-{role.replace('_', '-')}"
+        )
     return blocks

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from msae_plugin.comparison.statistics import CONFIDENCE, PairedDifference, spread
-from msae_plugin.reporting.document import (
-    Block,
+import pandas as pd
+
+from msae_plugin.common.table import (
     CellValue,
     Column,
-    Facts,
-    Section,
-    Subheading,
     Table,
-    Text,
     columns,
+    digits_for_difference,
+    signed,
+    spread,
 )
+from msae_plugin.comparison.statistics import CONFIDENCE, PairedDifference
+from msae_plugin.reporting.document import Block, Facts, Section, Subheading, Text
 from msae_plugin.reporting.figures import (
-    Look,
     Panel,
+    Style,
     axis_label,
     difference_plot,
     panels,
     pareto,
     seeds_shown,
 )
-from msae_plugin.reporting.metrics import (
+from msae_plugin.reporting.measurements import (
     BY_KEY,
     PARETO,
     ROLES,
     Definition,
-    digits_for_difference,
-    signed,
-)
-from msae_plugin.reporting.rows import (
-    Bench,
     Difference,
     Group,
     Missing,
-    Row,
+    Results,
     difference,
     differences,
     wording,
@@ -63,10 +60,9 @@ def column_of(role: str, metric: str, definitions: Mapping[str, Definition]) -> 
     return Column(metric, BY_KEY[role].heading, "" if detail == "none" else detail)
 
 
-def described(item: Difference, definition: Definition | None) -> str:
+def described(item: Difference, higher_is_better: bool | None) -> str:
     """A difference in words, with its interval and what must be known of it."""
-    higher = None if definition is None else definition.higher_is_better
-    text = described_difference(item.found, higher)
+    text = described_difference(item.found, higher_is_better)
     return f"{text}; {item.l0_note}" if item.l0_note else text
 
 
@@ -82,15 +78,15 @@ def described_difference(found: PairedDifference, higher_is_better: bool | None)
     )
 
 
-def differences_section(bench: Bench, looks: Mapping[str, Look]) -> Section | None:
+def differences_section(results: Results, styles: Mapping[str, Style]) -> Section | None:
     """Paired differences to the reference; None where seeds do not pair methods."""
-    roles = bench.roles(JUDGED)
-    if bench.seeds_are == "evaluation seeds" or not roles:
+    roles = results.roles(JUDGED)
+    if results.seeds_are == "evaluation seeds" or not roles:
         return None
-    found = differences(bench, list(roles.values()))
+    found = differences(results, list(roles.values()))
     if not any(item.found.low is not None for item in found):
         return None
-    variants = bench.variants()
+    variants = results.variants()
     main = [item for item in found if item.ours not in variants]
     by_metric = {metric: role for role, metric in roles.items()}
     others = list(dict.fromkeys(item.theirs for item in main)) or ["what it is compared with"]
@@ -101,14 +97,13 @@ def differences_section(bench: Bench, looks: Mapping[str, Look]) -> Section | No
             f"zero is no win and no loss. {by_chance(found)}"
         ),
     ]
-    blocks += [_scorecard(bench, main, by_metric)] if main else []
+    blocks += [_scorecard(results, main, by_metric)] if main else []
     for role in DRAWN:
         if role in roles:
             drawn = [item for item in main if item.metric == roles[role]]
-            figure = difference_plot(bench, drawn, role, looks)
-            blocks += [] if figure is None else [figure]
-    blocks.append(_difference_table(bench, found, by_metric))
-    return Section(f"{bench.name}-differences", f"{bench.title}: paired differences", blocks)
+            blocks += difference_plot(results, drawn, role, styles)
+    blocks.append(_difference_table(results, found, by_metric))
+    return Section(f"{results.name}-differences", f"{results.title}: paired differences", blocks)
 
 
 def by_chance(found: Sequence[Difference]) -> str:
@@ -120,7 +115,7 @@ def by_chance(found: Sequence[Difference]) -> str:
     )
 
 
-def _scorecard(bench: Bench, found: Sequence[Difference], roles: Mapping[str, str]) -> Table:
+def _scorecard(results: Results, found: Sequence[Difference], roles: Mapping[str, str]) -> Table:
     """A word per method and metric, over all L0s where there are several."""
     metrics = list(dict.fromkeys(item.metric for item in found))
     # The one over all L0s comes last, and is what is kept.
@@ -130,30 +125,30 @@ def _scorecard(bench: Bench, found: Sequence[Difference], roles: Mapping[str, st
         cells: list[CellValue] = [ours, theirs]
         for metric in metrics:
             item = chosen.get((ours, theirs, metric))
-            definition = bench.definitions.get(metric)
-            higher = None if definition is None else definition.higher_is_better
             if item is None:
                 cells.append(None)
+            elif item.l0_note:
+                cells.append("L0 not matched")
             else:
-                cells.append("L0 not matched" if item.l0_note else wording(item.found, higher))
+                cells.append(wording(item.found, results.higher_is_better(metric)))
         rows.append(cells)
     return Table(
-        f"{bench.name}-scorecard",
-        f"{bench.title}: what the differences show. Over all target L0s that two methods share. "
+        f"{results.name}-scorecard",
+        f"{results.title}: what the differences show. Over all target L0s that two methods share. "
         "L0 not matched: measured more than 10 % apart. One pair: no interval, nothing is shown.",
         [
             *columns(("method", "method"), ("against", "against")),
-            *(column_of(roles[metric], metric, bench.definitions) for metric in metrics),
+            *(column_of(roles[metric], metric, results.definitions) for metric in metrics),
         ],
         rows,
     )
 
 
-def _difference_table(bench: Bench, found: Sequence[Difference], roles: Mapping[str, str]) -> Table:
+def _difference_table(
+    results: Results, found: Sequence[Difference], roles: Mapping[str, str]
+) -> Table:
     rows: list[list[CellValue]] = []
     for item in found:
-        definition = bench.definitions.get(item.metric)
-        higher = None if definition is None else definition.higher_is_better
         low, high, mean = item.found.low, item.found.high, item.found.mean
         values = [mean] if low is None or high is None else [mean, low, high]
         digits = digits_for_difference(values)
@@ -171,7 +166,7 @@ def _difference_table(bench: Bench, found: Sequence[Difference], roles: Mapping[
                 mean,
                 interval,
                 item.found.n_pairs,
-                wording(item.found, higher),
+                wording(item.found, results.higher_is_better(item.metric)),
                 item.l0_note or "–",
             ]
         )
@@ -183,8 +178,8 @@ def _difference_table(bench: Bench, found: Sequence[Difference], roles: Mapping[
     if all(row[-1] == "–" for row in rows):
         headings, rows = headings[:-1], [row[:-1] for row in rows]
     return Table(
-        f"{bench.name}-difference-table",
-        f"{bench.title}: every paired difference.",
+        f"{results.name}-difference-table",
+        f"{results.title}: every paired difference.",
         [replace(column, signed=column.key == "difference") for column in columns(*headings)],
         rows,
         folded=True,
@@ -202,69 +197,68 @@ EVALUATION_SEEDS_ONLY = (
 )
 
 
-def protocol_section(benches: Sequence[Bench]) -> Section:
+def protocol_section(measured: Sequence[Results]) -> Section:
     """Who was compared, on what, with how much."""
     blocks: list[Block] = []
-    for bench in benches:
-        blocks += [Subheading(bench.title), Text(_extent(bench))]
-        blocks += _facts(bench)
-        blocks += [_methods_table(bench)] if bench.rows else []
+    for results in measured:
+        blocks += [Subheading(results.title), Text(_extent(results))]
+        blocks += _facts(results)
+        blocks += [_methods_table(results)] if len(results.frame) else []
     return Section("compared", "What was compared", blocks)
 
 
-def _facts(bench: Bench) -> list[Facts]:
-    """What a reader needs first, and everything else closed."""
-    first = [fact for fact in bench.facts if fact[0] in _FIRST or fact[0].startswith(_FIRST_PARTS)]
-    rest = [fact for fact in bench.facts if fact not in first]
+def _facts(results: Results) -> list[Facts]:
+    """The most important facts, and the others folded."""
+    first = [
+        fact for fact in results.facts if fact[0] in _FIRST or fact[0].startswith(_FIRST_PARTS)
+    ]
+    rest = [fact for fact in results.facts if fact not in first]
     found = [Facts(first)] if first else []
-    heading = f"{bench.title}: configuration and versions ({len(rest)} entries)"
+    heading = f"{results.title}: configuration and versions ({len(rest)} entries)"
     return found + ([Facts(rest, heading)] if rest else [])
 
 
-def _extent(bench: Bench) -> str:
-    seeds = sorted({row.seed for row in bench.rows if row.seed is not None})
-    targets = sorted({row.l0_target for row in bench.rows if row.l0_target is not None})
+def _extent(results: Results) -> str:
+    saes = results.saes
+    seeds, targets = (
+        sorted(saes["seed"].dropna().unique()),
+        sorted(saes["l0_target"].dropna().unique()),
+    )
     parts = [
-        f"{len(bench.rows)} {'rows' if bench.seeds_are == 'evaluation seeds' else 'SAEs'}",
-        f"{len({row.method for row in bench.rows})} methods",
-        f"{bench.seeds_are} {', '.join(map(str, seeds))}" if seeds else "no seed recorded",
+        f"{len(saes)} {'rows' if results.seeds_are == 'evaluation seeds' else 'SAEs'}",
+        f"{saes['method'].nunique()} methods",
+        f"{results.seeds_are} {', '.join(map(str, seeds))}" if seeds else "no seed recorded",
         f"target L0 {', '.join(f'{l0:g}' for l0 in targets)}" if targets else "no target L0",
     ]
     return "; ".join(parts) + "."
 
 
-def _methods_table(bench: Bench) -> Table:
-    by_method: dict[str, list[Row]] = {}
-    for group in bench.groups():
-        by_method.setdefault(group.method, []).extend(group.rows)
+def _methods_table(results: Results) -> Table:
+    by_method: dict[str, list[pd.DataFrame]] = {}
+    for group in results.groups:
+        by_method.setdefault(group.method, []).append(group.saes)
+    told = ("architecture", "preset", "control", "l0_target", "seed", "lr")
+    counted = ("training_steps", "training_tokens", "search_tokens", "seconds")
+    rows: list[list[CellValue]] = []
+    for method, groups in by_method.items():
+        saes = pd.concat(groups)
+        if any(results.saes["search_tokens"]):
+            saes = saes.assign(search_tokens=[n or 0 for n in saes["search_tokens"]])
+        else:
+            saes = saes.assign(search_tokens=None)
+        texts = [_distinct(saes[fact]) for fact in told]
+        rows.append([method, *texts, *(_recorded(saes[fact]) for fact in counted)])
     headings = (
         ("method", "method"), ("architecture", "architecture"), ("preset", "preset"),
         ("control", "control for"), ("l0_target", "target L0"), ("seeds", "seeds"),
         ("lr", "learning rate"), ("training_steps", "steps"), ("training_tokens", "tokens"),
         ("search_tokens", "tokens of the search"), ("seconds", "seconds"),
     )  # fmt: skip
-    searched = any(row.search_tokens for row in bench.rows)
-    rows: list[list[CellValue]] = [
-        [
-            method,
-            _distinct([row.architecture or None for row in rows]),
-            _distinct([row.preset for row in rows]),
-            _distinct([row.control for row in rows]),
-            _distinct([_short(row.l0_target) for row in rows]),
-            _distinct([_short(row.seed) for row in rows]),
-            _distinct([_short(row.lr) for row in rows]),
-            _recorded([row.training_steps for row in rows]),
-            _recorded([row.training_tokens for row in rows]),
-            _recorded([(row.search_tokens or 0) if searched else None for row in rows]),
-            _recorded([row.seconds for row in rows]),
-        ]
-        for method, rows in by_method.items()
-    ]
     # Columns about which the data says nothing are left out.
     kept = [i for i in range(len(headings)) if any(row[i] not in (None, "–") for row in rows)]
     return Table(
-        f"{bench.name}-methods",
-        f"{bench.title}: methods and their budgets. Per SAE; where SAEs differ, mean ± one "
+        f"{results.name}-methods",
+        f"{results.title}: methods and their budgets. Per SAE; where SAEs differ, mean ± one "
         "standard deviation."
         + (" Seconds are those of the machine at hand." if len(headings) - 1 in kept else ""),
         columns(*(headings[place] for place in kept)),
@@ -273,40 +267,37 @@ def _methods_table(bench: Bench) -> Table:
     )
 
 
-def _distinct(values: Sequence[str | None]) -> str:
-    return ", ".join(dict.fromkeys(value for value in values if value is not None)) or "–"
+def _distinct(values: Iterable[Any]) -> str:
+    known = (v if isinstance(v, str) else f"{v:g}" for v in values if v is not None and v != "")
+    return ", ".join(dict.fromkeys(known)) or "–"
 
 
-def _short(value: float | None) -> str | None:
-    return None if value is None else f"{value:g}"
-
-
-def _recorded(values: Sequence[float | None]) -> CellValue:
+def _recorded(values: Iterable[float | None]) -> CellValue:
     """One number where all are equal, else their mean and spread."""
     known = [value for value in values if value is not None]
     return spread(known) if len(set(known)) > 1 else known[0] if known else None
 
 
-def results_section(bench: Bench, looks: Mapping[str, Look]) -> Section:
+def results_section(results: Results, styles: Mapping[str, Style]) -> Section:
     """The headline table, the fronts, and the table of single SAEs."""
-    roles = bench.roles(HEADLINE)
+    roles = results.roles(HEADLINE)
     blocks: list[Block] = []
-    if bench.seeds_are == "evaluation seeds":
+    if results.seeds_are == "evaluation seeds":
         blocks.append(Text(EVALUATION_SEEDS_ONLY))
     else:
-        leaders = _leaders(bench)
+        leaders = _leaders(results)
         blocks += [] if leaders is None else [leaders]
-    measured = [column_of(role, metric, bench.definitions) for role, metric in roles.items()]
-    groups = [group for group in bench.groups() if not group.is_variant]
+    measured = [column_of(role, metric, results.definitions) for role, metric in roles.items()]
+    groups = [group for group in results.groups if not group.is_variant]
     rows: list[list[CellValue]] = [
-        [_label(group), group.l0_target, len(group.rows)]
+        [_label(group), group.l0_target, len(group.saes)]
         + [group.spread(metric) for metric in roles.values()]
         for group in groups
     ]
     blocks.append(
         Table(
-            f"{bench.name}-headline",
-            f"{bench.title}: mean ± one standard deviation over {bench.seeds_are}.",
+            f"{results.name}-headline",
+            f"{results.title}: mean ± one standard deviation over {results.seeds_are}.",
             [
                 *columns(("method", "method"), ("l0_target", "target L0"), ("seeds", "seeds")),
                 *measured,
@@ -314,93 +305,90 @@ def results_section(bench: Bench, looks: Mapping[str, Look]) -> Section:
             rows,
         )
     )
-    unfilled = [BY_KEY[key].heading for key in _expected(bench) if key not in roles]
+    unfilled = [BY_KEY[key].heading for key in _expected(results) if key not in roles]
     if unfilled:
         blocks.append(Text(f"Not measured in this data: {', '.join(unfilled)}."))
     l0 = roles.get("l0")
     drawn: list[Block] = []
     for role in PARETO:
         if role in roles and len(groups) > 1:
-            figure = pareto(bench, role, roles[role], l0, looks)
-            drawn += [] if figure is None else [figure]
+            drawn += pareto(results, role, roles[role], l0, styles)
     if not drawn and len(groups) > 1:
-        drawn = _at_one_l0(bench, groups, roles)
+        drawn = _at_one_l0(results, groups, roles)
     blocks += drawn
-    blocks.append(_single_saes(bench, list(roles.values()), measured))
-    return Section(f"{bench.name}-results", f"{bench.title}: results", blocks)
+    blocks.append(_single_saes(results, list(roles.values()), measured))
+    return Section(f"{results.name}-results", f"{results.title}: results", blocks)
 
 
-def _at_one_l0(bench: Bench, groups: Sequence[Group], roles: Mapping[str, str]) -> list[Block]:
+def _at_one_l0(results: Results, groups: Sequence[Group], roles: Mapping[str, str]) -> list[Block]:
     """Without a second L0 there is no front: the metrics method by method."""
-    figure = panels(
-        f"{bench.name}-metrics",
-        f"{bench.title}: metrics by method, at a single L0 each.{seeds_shown(bench)}",
-        [_label(group) for group in groups],
-        [
-            Panel(
-                axis_label(BY_KEY[role].heading, bench.definitions.get(roles[role])),
-                BY_KEY[role].heading,
-                [list(group.values(roles[role]).values()) for group in groups],
-            )
-            for role in PARETO
-            if role in roles
-        ],
-        "",
-        connected=False,
-    )
-    return [] if figure is None else [figure]
+    return [
+        *panels(
+            f"{results.name}-metrics",
+            f"{results.title}: metrics by method, at a single L0 each.{seeds_shown(results)}",
+            [_label(group) for group in groups],
+            [
+                Panel(
+                    axis_label(BY_KEY[role].heading, results.definitions.get(roles[role])),
+                    BY_KEY[role].heading,
+                    [list(group.values(roles[role]).values()) for group in groups],
+                )
+                for role in PARETO
+                if role in roles
+            ],
+            "",
+            connected=False,
+        )
+    ]
 
 
 def _label(group: Group) -> str:
-    return group.method if group.first.control is None else f"{group.method} (control)"
+    return group.method if group.fact("control") is None else f"{group.method} (control)"
 
 
-def _expected(bench: Bench) -> tuple[str, ...]:
-    if bench.kind == "ground_truth":
+def _expected(results: Results) -> tuple[str, ...]:
+    if results.kind == "ground_truth":
         return ("l0", "explained_variance", "f1", "mcc", "uniqueness")
     return ("l0", "explained_variance", "loss_recovered", "probing_1")
 
 
-def _single_saes(bench: Bench, metrics: Sequence[str], measured: Sequence[Column]) -> Table:
+def _single_saes(results: Results, metrics: Sequence[str], measured: Sequence[Column]) -> Table:
     return Table(
-        f"{bench.name}-saes",
-        f"{bench.title}: every row. All its metrics are in tables/{bench.name}-all-metrics.csv.",
+        f"{results.name}-saes",
+        f"{results.title}: every row. All its metrics are in "
+        f"tables/{results.name}-all-metrics.csv.",
         [
             *columns(("name", "SAE"), ("method", "method"), ("l0_target", "target L0")),
             Column("seed", "seed", absent="none"),
             *measured,
         ],
         [
-            [row.name, row.method, row.l0_target, row.seed]
-            + [row.metrics.get(metric) for metric in metrics]
-            for row in bench.rows
+            [*facts, *(values.get(metric) for metric in metrics)]
+            for facts, values in _by_sae(results)
         ],
         folded=True,
     )
 
 
-def all_metrics_table(bench: Bench) -> Table:
-    """Every number of every row, one per line."""
-    rows: list[list[CellValue]] = []
-    for row in bench.rows:
-        for metric in bench.metrics():
-            if metric in row.metrics:
-                definition = bench.definitions.get(metric)
-                unit = "" if definition is None else definition.unit
-                rows.append(
-                    [row.name, row.method, row.l0_target, row.seed, metric, row.metrics[metric],
-                     unit]
-                )  # fmt: skip
-    keys = ("name", "method", "l0_target", "seed", "metric", "value", "unit")
+def _by_sae(results: Results) -> Iterator[tuple[Sequence[CellValue], dict[str, float]]]:
+    """Name, method, target L0 and seed of each SAE, and its metrics."""
+    for _, frame in results.frame.groupby("row"):
+        facts = frame[["name", "method", "l0_target", "seed"]].iloc[0].tolist()
+        yield facts, dict(zip(frame["metric"], frame["value"], strict=True))
+
+
+def all_metrics_table(results: Results) -> Table:
+    """Every number of every SAE, one per line."""
+    keys = ["name", "method", "l0_target", "seed", "metric", "value", "unit"]
     return Table(
-        f"{bench.name}-all-metrics",
-        f"{bench.title}: all metrics.",
+        f"{results.name}-all-metrics",
+        f"{results.title}: all metrics.",
         [Column(key, key) for key in keys],
-        rows,
+        results.frame[keys].to_numpy().tolist(),
     )
 
 
-def _leaders(bench: Bench) -> Table | None:
+def _leaders(results: Results) -> Table | None:
     """For each target L0 and metric who has the best mean, and whether it differs from the next.
 
     Controls and the ladder's variants are left out: among fifty, one is always ahead by chance. So
@@ -408,16 +396,15 @@ def _leaders(bench: Bench) -> Table | None:
     """
     groups = [
         group
-        for group in bench.groups()
-        if group.first.control is None
+        for group in results.groups
+        if group.fact("control") is None
         and not group.is_variant
-        and all(row.l0_missed is None for row in group.rows)
+        and all(missed is None for missed in group.saes["l0_missed"])
     ]
     rows: list[list[CellValue]] = []
     for l0 in dict.fromkeys(group.l0_target for group in groups):
-        for role, metric in bench.roles(DRAWN).items():
-            definition = bench.definitions.get(metric)
-            higher = None if definition is None else definition.higher_is_better
+        for role, metric in results.roles(DRAWN).items():
+            higher = results.higher_is_better(metric)
             if higher is None:
                 continue
             known = [group for group in groups if group.l0_target == l0]
@@ -429,8 +416,8 @@ def _leaders(bench: Bench) -> Table | None:
             if len(ranked) < 2:
                 continue
             (mean, best), (next_mean, second) = ranked[:2]
-            compared = difference(bench, best, second, metric)
-            shown = "no seed in common" if compared is None else described(compared, definition)
+            compared = difference(results, [(best, second)], metric)
+            shown = "no seed in common" if compared is None else described(compared, higher)
             where = None if l0 is None else f"{l0:g}"
             rows.append(
                 [BY_KEY[role].heading, where, best.method, mean, second.method, next_mean, shown]
@@ -442,34 +429,28 @@ def _leaders(bench: Bench) -> Table | None:
         ("next", "next"), ("next_mean", "value"), ("lead", "is the lead shown?"),
     )  # fmt: skip
     return Table(
-        f"{bench.name}-leaders",
-        f"{bench.title}: who is ahead, and whether it is shown. Difference of best and next within "
-        "seeds, with its 95 % interval. Methods that missed the target L0 are left out.",
+        f"{results.name}-leaders",
+        f"{results.title}: who is ahead, and whether it is shown. Difference of best and next "
+        "within seeds, with its 95 % interval. Methods that missed the target L0 are left out.",
         columns(*headings),
         rows,
     )
 
 
 def missing_section(missing: Sequence[Missing], absent: Sequence[str]) -> Section:
-    """Failed, skipped, not measurable and not recorded, with reasons.
-
-    Args:
-        missing: What the data says was not measured.
-        absent: Whole parts of a report for which there is no data.
-    """
+    """Failed, skipped, not measurable and not recorded, with reasons."""
     blocks: list[Block] = []
     if missing:
         headings = (
             ("where", "where"), ("what", "what"), ("status", "status"), ("reason", "reason"),
         )  # fmt: skip
-        blocks.append(
-            Table(
-                "not-measured",
-                "What was to be measured and was not.",
-                columns(*headings),
-                [[item.where, item.what, item.status, item.reason] for item in missing],
-            )
+        table = Table(
+            "not-measured",
+            "What was to be measured and was not.",
+            columns(*headings),
+            [[item.where, item.what, item.status, item.reason] for item in missing],
         )
+        blocks.append(table)
     else:
         blocks.append(Text("Everything that was to be measured was measured."))
     if absent:
@@ -477,17 +458,17 @@ def missing_section(missing: Sequence[Missing], absent: Sequence[str]) -> Sectio
     return Section("missing", "What was not measured", blocks)
 
 
-def definitions_section(benches: Sequence[Bench]) -> Section | None:
+def definitions_section(measured: Sequence[Results]) -> Section | None:
     """Every metric that appears, defined once; None without metrics."""
     found: dict[Definition, list[str]] = {}
     undefined: dict[str, None] = {}
-    for bench in benches:
-        for metric in bench.metrics():
-            definition = bench.definitions.get(metric)
+    for results in measured:
+        for metric in results.metrics:
+            definition = results.definitions.get(metric)
             if definition is None:
                 undefined[metric] = None
             else:
-                found.setdefault(definition, []).append(bench.title)
+                found.setdefault(definition, []).append(results.title)
     if not found and not undefined:
         return None
     rows: list[Sequence[CellValue]] = [

@@ -2,110 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from msae_plugin.comparison.statistics import Spread
+from msae_plugin.common.table import (
+    CellValue,
+    Table,
+    columns,
+    digits_for,
+    mean_and_std,
+    number,
+)
 from msae_plugin.reporting.analyses.per_sae import AnalysedGroup, SAEAnalysis, grouped, twins
 from msae_plugin.reporting.analyses.revival import FATES, Fate, timeline
-from msae_plugin.reporting.document import (
-    Block,
-    Bullets,
-    CellValue,
-    Place,
-    Section,
-    Table,
-    Text,
-    columns,
-    slug,
-)
+from msae_plugin.reporting.document import Block, Bullets, Place, Section, Text, slug
 from msae_plugin.reporting.figures import Panel, bars, panels
-from msae_plugin.reporting.metrics import digits_for, number, percent, sentence
-from msae_plugin.reporting.rows import difference_of
+from msae_plugin.reporting.measurements import difference_of, percent, sentence
 from msae_plugin.reporting.sections.results import described_difference
-
-_UNIQUENESS = "ground_truth/uniqueness"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that revival may change.
+    """A number of an SAE that revival may change."""
 
-    Args:
-        heading: With its unit.
-        higher_is_better: None where neither is.
-        read: Its value of an SAE; None when not recorded.
-    """
-
-    heading: str
-    higher_is_better: bool | None
-    read: Callable[[SAEAnalysis], float | None]
+    name: str  # in `SAEAnalysis.numbers`
+    heading: str  # with its unit
+    higher_is_better: bool
 
     @property
-    def arrow(self) -> str:
-        """Which way is better."""
-        if self.higher_is_better is None:
-            return ""
-        return " ↑" if self.higher_is_better else " ↓"
-
-
-def _largest_cluster(place: int) -> Callable[[SAEAnalysis], float | None]:
-    def read(analysis: SAEAnalysis) -> float | None:
-        return None if analysis.diversity is None else analysis.diversity.clusters[place].largest
-
-    return read
-
-
-def _single_share(place: int) -> Callable[[SAEAnalysis], float | None]:
-    def read(analysis: SAEAnalysis) -> float | None:
-        if analysis.diversity is None:
-            return None
-        clusters = analysis.diversity.clusters[place]
-        total = sum(clusters.sizes)
-        return clusters.single / total if total else None
-
-    return read
+    def headed(self) -> str:
+        """The heading and which way is better."""
+        return f"{self.heading} {'↑' if self.higher_is_better else '↓'}"
 
 
 QUANTITIES = (
-    Quantity("dead latents at the end", False, lambda a: a.dead),
-    Quantity("uniqueness (share)", True, lambda a: a.sae.metrics.get(_UNIQUENESS)),
-    Quantity(
-        "effective rank of the decoder (dimensions)",
-        True,
-        lambda a: None if a.diversity is None else a.diversity.effective_rank,
-    ),
-    Quantity(
-        "mean max decoder cosine",
-        False,
-        lambda a: None if a.diversity is None else a.diversity.mean_max_cosine,
-    ),
-    Quantity("largest cluster at cos > 0.2 (latents)", False, _largest_cluster(0)),
-    Quantity("largest cluster at cos > 0.5 (latents)", False, _largest_cluster(1)),
-    Quantity("latents without a neighbour at cos > 0.5 (share)", True, _single_share(1)),
+    Quantity("dead", "dead latents at the end", False),
+    Quantity("uniqueness", "uniqueness (share)", True),
+    Quantity("effective_rank", "effective rank of the decoder (dimensions)", True),
+    Quantity("mean_max_cosine", "mean max decoder cosine", False),
+    Quantity("largest_cluster_0.2", "largest cluster at cos > 0.2 (latents)", False),
+    Quantity("largest_cluster_0.5", "largest cluster at cos > 0.5 (latents)", False),
+    Quantity("single_share_0.5", "latents without a neighbour at cos > 0.5 (share)", True),
 )
-"""Dead latents and diversity; thresholds are those of `analysis_decoder.CLUSTER_COSINES`."""
 
 
 def effect_blocks(
     place: Place, mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]
 ) -> list[Block]:
-    """A sentence per pair, the numbers, and a figure; nothing when nothing is recorded.
-
-    Args:
-        place: Where the SAEs are from.
-        mechanism: `revival` or `AuxK`.
-        pairs: With it and without it, alike in all else.
-    """
+    """A sentence per pair, the numbers, and a figure; nothing when nothing is recorded."""
     rows: list[list[CellValue]] = []
     told: list[str] = []
     for on, off in pairs:
         parts: list[str] = []
         for quantity in QUANTITIES:
-            with_it, without = on.spread(quantity.read), off.spread(quantity.read)
+            with_it, without = on.spread(quantity.name), off.spread(quantity.name)
             if with_it is None or without is None:
                 continue
-            found = difference_of(on.values(quantity.read), off.values(quantity.read))
+            found = difference_of(on.values(quantity.name), off.values(quantity.name))
             shown = (
                 "no seed in common"
                 if found is None
@@ -114,8 +67,8 @@ def effect_blocks(
             digits = digits_for([with_it.mean, without.mean])
             rows.append(
                 [
-                    on.label, off.label, quantity.heading + quantity.arrow,
-                    _rounded(with_it, digits), _rounded(without, digits), shown,
+                    on.label, off.label, quantity.headed,
+                    mean_and_std(with_it, digits), mean_and_std(without, digits), shown,
                 ]
             )  # fmt: skip
             parts.append(
@@ -139,23 +92,22 @@ def effect_blocks(
         columns(*headings),
         rows,
     )
-    figure = _figure(place, mechanism, pairs)
-    return [Bullets(told), table, *([] if figure is None else [figure])]
+    return [Bullets(told), table, *_figure(place, mechanism, pairs)]
 
 
 def _figure(
     place: Place, mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]
-) -> Block | None:
+) -> Sequence[Block]:
     """Every pair side by side, without the mechanism on the left."""
     several = len({on.l0_target for on, _ in pairs}) > 1
     groups = [group for on, off in pairs for group in (off, on)]
     categories = [group.label if several else group.method for group in groups]
     shown = [
         Panel(
-            quantity.heading + quantity.arrow,
+            quantity.headed,
             quantity.heading,
             [
-                list(group.values(quantity.read).values())
+                list(group.values(quantity.name).values())
                 for on, off in pairs
                 for group in (off, on)
             ],
@@ -173,21 +125,11 @@ def _figure(
     )
 
 
-def _rounded(value: Spread, digits: int) -> str:
-    text = number(value.mean, digits)
-    return text if value.std is None else f"{text} ± {number(value.std, digits)}"
-
-
 REVIVAL_FIELDS, AUXK_FIELDS = ("revival_",), ("aux_loss_coefficient",)
 
 
 def revival_section(place: Place, analyses: Sequence[SAEAnalysis]) -> Section | None:
-    """Frequency, survival, distance and effect; None when no SAE was trained with revival.
-
-    Args:
-        place: Where the SAEs are from.
-        analyses: Of the SAEs.
-    """
+    """Frequency, survival, distance and effect; None when no SAE was trained with revival."""
     groups = grouped(analyses)
     revived = [group for group in groups if any(a.revival is not None for a in group.saes)]
     pairs = {
@@ -245,26 +187,7 @@ def _told(group: AnalysedGroup) -> str:
 
 
 def _revival_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
-    rows: list[list[CellValue]] = []
-    for group in groups:
-        rows.append(
-            [
-                group.method,
-                group.l0_target,
-                _on_off(group.saes[0].auxk),
-                group.spread(lambda a: a.revival and a.revival.revivals),
-                group.spread(lambda a: a.revival and a.revival.per_thousand_steps),
-                group.spread(lambda a: a.revival and a.revival.survival),
-                group.spread(lambda a: a.revival and a.revival.re_death),
-                group.spread(lambda a: a.revival and a.revival.fates["not judged"]),
-                group.spread(lambda a: a.revival and a.revival.repeated),
-                group.spread(lambda a: a.revival and a.revival.distance),
-                group.spread(lambda a: a.revival and a.revival.old_cosine),
-                group.spread(lambda a: a.revival and a.revival.firing_rate),
-            ]
-        )
-    headings = (
-        ("method", "method", ""), ("l0_target", "target L0", ""), ("auxk", "AuxK", ""),
+    numbers = (
         ("revivals", "revivals", "per run"), ("frequency", "frequency", "per 1000 steps"),
         ("survival", "survival", "share of known fates"),
         ("re_death", "re-death", "share of known fates"),
@@ -274,11 +197,20 @@ def _revival_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
         ("old_cosine", "old overlap", "cosine, median"),
         ("firing_rate", "firing rate after", "share of tokens, median"),
     )  # fmt: skip
+    rows = [
+        [
+            group.method,
+            group.l0_target,
+            _on_off(group.saes[0].auxk),
+            *(group.spread(name) for name, _, _ in numbers),
+        ]
+        for group in groups
+    ]
     return Table(
         place.named("revival-totals"),
         "Revivals. Survival: alive when judged, among revivals whose fate is known; re-death: dead "
         "when judged, or revived once more before that.",
-        columns(*headings),
+        columns(("method", "method"), ("l0_target", "target L0"), ("auxk", "AuxK"), *numbers),
         rows,
     )
 

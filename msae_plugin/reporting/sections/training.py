@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
 
-from msae_plugin.reporting.document import (
-    Block,
-    Bullets,
-    CellValue,
-    Place,
-    Section,
-    Table,
-    Text,
-    columns,
-    slug,
-)
-from msae_plugin.reporting.figures import Look, curves
-from msae_plugin.reporting.rows import Missing
+from msae_plugin.common.table import CellValue, Table, columns
+from msae_plugin.reporting.document import Block, Bullets, Place, Section, Text, slug
+from msae_plugin.reporting.figures import Style, curves
+from msae_plugin.reporting.measurements import Missing
 from msae_plugin.reporting.sources import RunSource, Sources, TrainedSAE, is_variant, run_l0_target
 from msae_plugin.saes.health import recorded_messages
 
@@ -31,9 +21,9 @@ def runs_section(runs: Sequence[RunSource]) -> Section | None:
     rows: list[list[CellValue]] = []
     for run in runs:
         record = run.content
-        for name, sae in cast("Mapping[str, Mapping[str, Any]]", record["saes"]).items():
-            final = cast("Mapping[str, Any]", sae.get("final") or {})
-            export = cast("Mapping[str, Any]", sae.get("export") or {})
+        for name, sae in record["saes"].items():
+            final = sae.get("final") or {}
+            export = sae.get("export") or {}
             rows.append(
                 [
                     name if len(runs) == 1 else f"{run.label}/{name}",
@@ -76,13 +66,13 @@ def health_section(sources: Sources) -> Section | None:
     found = [
         f"{run.label}, {name}: {message}"
         for run in sources.runs
-        for name, sae in cast("Mapping[str, Mapping[str, Any]]", run.content["saes"]).items()
+        for name, sae in run.content["saes"].items()
         for message in recorded_messages(sae.get("health"))
     ]
     found += [
         f"{source.label}, {row['name']}: {message}"
         for source in sources.comparisons
-        for row in cast("Sequence[Mapping[str, Any]]", source.content["rows"])
+        for row in source.content["rows"]
         for message in recorded_messages(row.get("health"))
     ]
     if not found:
@@ -91,19 +81,14 @@ def health_section(sources: Sources) -> Section | None:
 
 
 def missing_of_runs(runs: Sequence[RunSource], *, evaluated: bool) -> list[Missing]:
-    """What runs did not finish.
-
-    Args:
-        runs: All.
-        evaluated: Whether the report has evaluations or comparisons beside them.
-    """
+    """Unfinished and unmeasured parts of runs."""
     found: list[Missing] = []
     for run in runs:
         status = str(run.content.get("status") or "not recorded")
         if status != "complete":
             reason = str(run.content.get("failure") or "the run did not reach its end")
             found.append(Missing(run.label, "the whole run", status, reason))
-        saes = cast("Mapping[str, Mapping[str, Any]]", run.content["saes"])
+        saes = run.content["saes"]
         for name in saes:
             if status == "complete" and not saes[name].get("export"):
                 found.append(Missing(run.label, name, "not exported", "no export is recorded"))
@@ -122,15 +107,9 @@ def missing_of_runs(runs: Sequence[RunSource], *, evaluated: bool) -> list[Missi
 
 
 def curves_section(
-    place: Place, trained: Sequence[TrainedSAE], looks: Mapping[str, Look]
+    place: Place, trained: Sequence[TrainedSAE], styles: Mapping[str, Style]
 ) -> Section | None:
-    """Explained variance and dead latents over training; None without logs.
-
-    Args:
-        place: Where the SAEs are from.
-        trained: The SAEs.
-        looks: By method.
-    """
+    """Explained variance and dead latents over training; None without logs."""
     logged = [sae for sae in trained if len(sae.rows) > 1]
     if not logged:
         return None
@@ -155,16 +134,15 @@ def curves_section(
             ("dead_latents", "dead latents ↓", None, None),
         ):
             lines = [line for sae in of_target if (line := _line(sae, key)) is not None]
-            figure = curves(
+            blocks += curves(
                 place.named(f"training-{key.replace('_', '-')}{tag}"),
                 heading,
                 f"{heading[:-2].capitalize()} during training{where}.",
                 lines,
-                looks,
+                styles,
                 bottom=bottom,
                 top=top,
             )
-            blocks += [] if figure is None else [figure]
     if len(targets) > MOST_CURVES_OF_L0:
         left = ", ".join(f"{l0:g}" for l0 in targets[MOST_CURVES_OF_L0:] if l0 is not None)
         blocks.append(Text(f"Not drawn: target L0 {left}; each SAE's metrics.jsonl has them."))

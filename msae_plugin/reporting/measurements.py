@@ -1,0 +1,419 @@
+"""Measurements as one long frame: headline metrics, groups over seeds, paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import Any, Literal, TypeVar
+
+import pandas as pd
+import yaml
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.table import Spread, spread
+from msae_plugin.comparison.statistics import (
+    NO_DIFFERENCE,
+    PairedDifference,
+    paired_difference,
+)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A headline metric: an entry of headlines.yaml."""
+
+    key: str
+    names: tuple[str, ...]
+    heading: str = ""
+    short: str = ""
+
+
+def _every_role() -> tuple[Role, ...]:
+    text = (files("msae_plugin.reporting") / "headlines.yaml").read_text(encoding="utf-8")
+    return tuple(
+        Role(role["key"], tuple(role["names"]), role.get("heading", ""), role.get("short", ""))
+        for role in yaml.safe_load(text)
+    )
+
+
+EVERY_ROLE = _every_role()
+ROLES = tuple(role for role in EVERY_ROLE if role.heading)
+BY_KEY: Mapping[str, Role] = {role.key: role for role in ROLES}
+
+PARETO = (
+    "explained_variance", "loss_recovered", "f1", "mcc", "probing_1", "probing_5", "sae_probes_1",
+)  # fmt: skip
+"""Roles drawn against L0."""
+
+LADDER = {
+    "language_model": (
+        "l0", "explained_variance", "loss_recovered", "kl", "alive", "dead", "decoder_cosine",
+        "probing_1", "sae_probes_1", "final_loss",
+    ),
+    "ground_truth": (
+        "l0", "explained_variance", "f1", "mcc", "uniqueness", "alive", "dead", "decoder_cosine",
+        "final_loss",
+    ),
+}  # fmt: skip
+"""Roles of the ladder's table by kind of data."""
+
+LADDER_PLOTS = 7
+"""As many as the source drew."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Definition of a metric; missing parts are empty."""
+
+    name: str
+    definition: str  # A formula or a sentence
+    unit: str  # of the value
+    tokens: str  # what it covers
+    source: str  # whose number it is
+    higher_is_better: bool | None  # none where neither is, or nobody said
+
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words."""
+        if self.higher_is_better is None:
+            return "neither"
+        return "higher" if self.higher_is_better else "lower"
+
+    @property
+    def arrow(self) -> str:
+        """The same as an arrow, empty where neither is better."""
+        if self.higher_is_better is None:
+            return ""
+        return "↑" if self.higher_is_better else "↓"
+
+
+def read_definition(name: str, value: Any) -> Definition:
+    """A definition as stored; what it lacks stays empty."""
+    given: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    higher = given.get("higher_is_better")
+    return Definition(
+        name=name,
+        definition=str(given.get("definition") or "no definition was given"),
+        unit=str(given.get("unit") or ""),
+        tokens=str(given.get("tokens") or ""),
+        source=str(given.get("source") or ""),
+        higher_is_better=higher if isinstance(higher, bool) else None,
+    )
+
+
+def metric_of(role: Role, metrics: Iterable[str]) -> str | None:
+    """The metric that fills a role, None when there is none."""
+    known = list(metrics)
+    for name in role.names:
+        for metric in known:
+            if metric == name:
+                return metric
+        if "/" in name:
+            continue
+        for metric in known:
+            # core's metrics are named in full above, and training batches are no evaluation.
+            evaluation, _, leaf = metric.rpartition("/")
+            if leaf == name and evaluation not in ("", "core", "training"):
+                return metric
+    return None
+
+
+def roles_of(keys: Iterable[str], metrics: Iterable[str]) -> dict[str, str]:
+    """Role key to metric, for those of the roles that were measured."""
+    known = list(metrics)
+    found = {key: metric_of(BY_KEY[key], known) for key in keys}
+    return {key: metric for key, metric in found.items() if metric is not None}
+
+
+def percent(share: float) -> str:
+    """A share in whole percent."""
+    return f"{100 * share:.0f} %"
+
+
+def sentence(text: str) -> str:
+    """The same with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+FACTS = (
+    "name",
+    "method",  # its rows differ in L0 and seed
+    "architecture",  # as SAELens calls it; empty when not recorded
+    "preset",  # of `multiscale`
+    "hook",
+    "l0_target",  # None for what is not trained for one
+    "seed",  # pairs an SAE with those of other methods
+    "lr",
+    "training_steps",
+    "training_tokens",
+    "search_tokens",  # spent on finding the coefficient that gives the L0
+    "seconds",  # of its training
+    "control",  # what it controls for
+    "against",  # the method it is compared with; None for the reference of all
+    "part",  # of the source's ladder
+    "mechanism",  # what a variant of the ladder is
+    "claim",  # what it is for in the source
+    "l0_missed",  # the L0 it ended at, where that is not its target
+)
+"""Columns that describe an SAE; None where nothing was recorded."""
+
+
+def long_frame(
+    saes: Iterable[tuple[Mapping[str, Any], Mapping[str, float]]],
+    definitions: Mapping[str, Definition],
+) -> pd.DataFrame:
+    """A row per SAE and metric: `row` (numbers the SAEs), FACTS, `metric`, `value`, `unit`.
+
+    Args:
+        saes: Facts and finite metrics of each SAE, or of each evaluation seed of one.
+        definitions: By metric; the metrics of an SAE come in their order.
+    """
+    order = {name: place for place, name in enumerate(definitions)}
+    records = [
+        (row, *(facts.get(fact) for fact in FACTS), metric, metrics[metric],
+         definitions[metric].unit if metric in definitions else "")
+        for row, (facts, metrics) in enumerate(saes)
+        for metric in sorted(metrics, key=lambda name: (order.get(name, len(order)), name))
+    ]  # fmt: skip
+    # Objects: whole numbers stay whole beside None.
+    columns = pd.Index(["row", *FACTS, "metric", "value", "unit"])
+    return pd.DataFrame(records, columns=columns, dtype=object)
+
+
+def one_per_sae(frame: pd.DataFrame) -> pd.DataFrame:
+    """The facts, a row per SAE."""
+    return frame.drop_duplicates("row")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that was not measured."""
+
+    where: str  # the comparison, evaluation or run
+    what: str  # SAEs or metrics
+    status: str  # failed, skipped, not measurable, ...
+    reason: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """SAEs of one method at one target L0: they differ in the seed."""
+
+    method: str
+    l0_target: float | None
+    frame: pd.DataFrame
+
+    @cached_property
+    def saes(self) -> pd.DataFrame:
+        """The facts, a row per SAE."""
+        return one_per_sae(self.frame)
+
+    def fact(self, name: str) -> Any:
+        """A fact of the first SAE, for what they share."""
+        return self.saes[name].iloc[0]
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether it belongs to the ladder alone: its references stand among others too."""
+        return self.fact("part") is not None and self.fact("against") is not None
+
+    @cached_property
+    def _by_metric(self) -> dict[str, dict[int | None, float]]:
+        return {
+            str(metric): dict(zip(part["seed"], part["value"], strict=True))
+            for metric, part in self.frame.groupby("metric", sort=False)
+        }
+
+    def values(self, metric: str) -> dict[int | None, float]:
+        """Value by seed, of the SAEs that have it."""
+        return self._by_metric.get(metric, {})
+
+    def seconds(self) -> dict[int | None, float]:
+        """Training time by seed, of the SAEs that record it."""
+        known = self.saes.dropna(subset=["seconds"])
+        return dict(zip(known["seed"], known["seconds"], strict=True))
+
+    def spread(self, metric: str) -> Spread | None:
+        """Mean over seeds; None when no SAE has it."""
+        values = self.values(metric)
+        return spread(values.values()) if values else None
+
+    def mean(self, metric: str) -> float | None:
+        """The same without the spread."""
+        found = self.spread(metric)
+        return None if found is None else found.mean
+
+
+@dataclass(frozen=True)
+class Results:
+    """SAEs measured on the same data in the same way."""
+
+    name: str
+    title: str
+    kind: str  # `language_model` or `ground_truth`
+    seeds_are: str  # what the spread is over: `training seeds` or `evaluation seeds`
+    frame: pd.DataFrame  # from `long_frame`
+    definitions: Mapping[str, Definition]
+    facts: Sequence[tuple[str, str]]
+    missing: Sequence[Missing]
+    reference: str | None = None  # method that the others are compared with, where the data says so
+
+    @cached_property
+    def saes(self) -> pd.DataFrame:
+        """The facts, a row per SAE."""
+        return one_per_sae(self.frame)
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Metrics that any SAE has, in the order of the definitions."""
+        present = set(self.frame["metric"])
+        ordered = [name for name in self.definitions if name in present]
+        return ordered + sorted(present - set(ordered))
+
+    def roles(self, keys: Sequence[str]) -> dict[str, str]:
+        """Role key to metric, of those that were measured."""
+        return roles_of(keys, self.metrics)
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        """As in the metric's definition; None where neither is, or nobody said."""
+        definition = self.definitions.get(metric)
+        return None if definition is None else definition.higher_is_better
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Methods in their order, each by target L0, the lowest first.
+
+        Raises:
+            InputError: Two SAEs are the same method, L0, seed and learning rate.
+        """
+        order = {method: place for place, method in enumerate(self.saes["method"].unique())}
+        found: list[Group] = []
+        for (method, l0), frame in _grouped(self.frame, ["method", "l0_target"]):
+            if one_per_sae(frame)["seed"].is_unique:
+                found.append(Group(method, l0, frame))
+                continue
+            for (lr,), same in _grouped(frame, ["lr"]):
+                saes = one_per_sae(same)
+                if not saes["seed"].is_unique:
+                    first, second = saes["name"].iloc[:2]
+                    raise InputError(
+                        f"{self.title}: rows {first!r} and {second!r} may be the same "
+                        "method, L0 and seed: give what differs between them as another 'method'"
+                    )
+                label = method if lr is None else f"{method} (lr {lr:g})"
+                found.append(Group(label, l0, same.assign(method=label)))
+        found.sort(key=lambda group: order.get(group.method, len(order)))
+        return sorted(found, key=lambda g: math.inf if g.l0_target is None else g.l0_target)
+
+    def variants(self) -> set[str]:
+        """Methods that belong to the ladder alone."""
+        return {group.method for group in self.groups if group.is_variant}
+
+    def reference_method(self) -> str | None:
+        """Who the others are compared with: as the data says, else batchtopk, else the first."""
+        groups = [group for group in self.groups if group.fact("control") is None]
+        methods = list(dict.fromkeys(group.method for group in groups))
+        plain = [group.method for group in groups if group.fact("architecture") == "batchtopk"]
+        chosen = [self.reference, "batchtopk", *plain, *methods]
+        return next((method for method in chosen if method in methods), None)
+
+
+def _grouped(
+    frame: pd.DataFrame, keys: list[str]
+) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """Parts by the values of some columns, None among them, in the order of the data."""
+    for _, part in frame.groupby(keys, dropna=False, sort=False):
+        yield tuple(part[key].iloc[0] for key in keys), part
+
+
+Wording = Literal["better", "worse", "higher", "lower", "no difference shown", "one pair"]
+Key = TypeVar("Key", bound=Hashable)
+
+OTHER_L0_RATIO = 1.1
+"""Measured L0s further apart than this are not called matched."""
+
+
+def difference_of(
+    ours: Mapping[Key, float], theirs: Mapping[Key, float]
+) -> PairedDifference | None:
+    """Ours minus theirs, over the pairs (a seed, or L0 and seed) that both have; None without."""
+    found = [value - theirs[key] for key, value in ours.items() if key in theirs]
+    return paired_difference(found) if found else None
+
+
+def wording(difference: PairedDifference, higher_is_better: bool | None) -> Wording:
+    """The word for a difference."""
+    if difference.low is None:
+        return "one pair"
+    if not difference.shown:
+        return NO_DIFFERENCE
+    if higher_is_better is None:
+        return "higher" if difference.mean > 0 else "lower"
+    return "better" if (difference.mean > 0) == higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method against another in one metric."""
+
+    ours: str
+    theirs: str
+    l0_target: float | None  # None for all of them together
+    metric: str
+    found: PairedDifference  # ours minus theirs
+    l0_note: str  # set when the two were measured at different L0s
+
+
+def difference(
+    results: Results, pairs: Sequence[tuple[Group, Group]], metric: str
+) -> Difference | None:
+    """Ours against theirs within seeds, over one L0 or several; None when they share no seed."""
+    ours, theirs = (
+        {
+            (pair[side].l0_target, seed): value
+            for pair in pairs
+            for seed, value in pair[side].values(metric).items()
+        }
+        for side in (0, 1)
+    )
+    found = difference_of(ours, theirs)
+    if found is None:
+        return None
+    first, other = pairs[0]
+    l0 = first.l0_target if len(pairs) == 1 else None
+    return Difference(first.method, other.method, l0, metric, found, l0_note(results, pairs))
+
+
+def l0_note(results: Results, pairs: Sequence[tuple[Group, Group]]) -> str:
+    """Says so when two groups were measured at different L0s; empty otherwise."""
+    metric = results.roles(["l0"]).get("l0", "")
+    for ours, theirs in pairs:
+        a, b = ours.mean(metric), theirs.mean(metric)
+        if a is not None and b is not None and 0 < OTHER_L0_RATIO * min(a, b) < max(a, b):
+            return f"L0 {a:.1f} against {b:.1f}: not matched"
+    return ""
+
+
+def differences(results: Results, metrics: Sequence[str]) -> list[Difference]:
+    """Every method against the one that it is to be compared with.
+
+    At each target L0, paired by seed; with several, over all of them too, paired by L0 and seed.
+    """
+    reference = results.reference_method()
+    by_key = {(group.method, group.l0_target): group for group in results.groups}
+    pairs: dict[tuple[str, str], list[tuple[Group, Group]]] = {}
+    for group in results.groups:
+        against = str(group.fact("against") or reference)
+        other = by_key.get((against, group.l0_target))
+        if other is not None and other is not group:
+            pairs.setdefault((group.method, against), []).append((group, other))
+    found: list[Difference | None] = []
+    for matched in pairs.values():
+        for metric in metrics:
+            found += [difference(results, [pair], metric) for pair in matched]
+            if len(matched) > 1:
+                found.append(difference(results, matched, metric))
+    return [item for item in found if item is not None]
