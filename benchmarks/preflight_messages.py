@@ -33,7 +33,7 @@ from msae_plugin.evaluation import preflight as preflight_module
 from msae_plugin.evaluation import preflight_checks
 from msae_plugin.evaluation.preflight import preflight
 from msae_plugin.evaluation.recipe import EvalConfig
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the toy model of the tests
 from toy_instruct.tokeniser import word_tokeniser
@@ -85,7 +85,7 @@ def messages(
 ) -> list[str]:
     """What the preflight says."""
     sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=8))
-    subject = Subject("mine", "mine", sae, "0" * 64, "some-model", "blocks.9.hook_resid_post")
+    subject = EvaluatedSAE("mine", "mine", sae, "0" * 64, "some-model", "blocks.9.hook_resid_post")
     config = EvalConfig.from_dict({"evaluations": evaluations, **values})
     return [str(finding) for finding in preflight(config, [subject], model_name=name)]
 

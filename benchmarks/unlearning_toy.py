@@ -23,7 +23,7 @@ from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
 from msae_plugin.models.loading import load_language_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the toy model of the tests
 from toy_instruct import (
@@ -63,12 +63,12 @@ def main() -> None:
         parser.error(f"--set: neither the recipe nor the settings have {', '.join(unknown)}")
     model = load_language_model(str(toy.folder), [TOY_HOOK])
     activations = toy_activations(toy, model)
-    subjects: list[Subject] = []
+    subjects: list[EvaluatedSAE] = []
     for seed in args.seeds:
         for kind, make in MAKERS.items():
             sae = make(toy, model, seed, recipe, activations)
             name, digest = f"{kind}{seed}", tensors_sha256(sae.state_dict())
-            subjects.append(Subject(name, name, sae, digest, "toy-instruct", TOY_HOOK))
+            subjects.append(EvaluatedSAE(name, name, sae, digest, "toy-instruct", TOY_HOOK))
     with tempfile.TemporaryDirectory(prefix="msae-toy-") as folder:
         context = ModelContext(
             language_model=model,

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 
 class InputError(ValueError):
-    """The user's input cannot work: a wrong field, file, shape or name."""
+    """The user's input cannot work: a wrong field, file, shape or name.
+
+    Args:
+        what: What is wrong, and where.
+        how: What to do about it, behind a colon in the message; None where `what` says all.
+    """
+
+    def __init__(self, what: str, how: str | None = None) -> None:
+        super().__init__(what if how is None else f"{what}: {how}")
+        self.what = what
+        self.how = how
 
 
 class MissingInputError(InputError):
@@ -39,13 +49,23 @@ class RunFailure(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Missing:
+class Problem:
     """Something an evaluation needs and does not have.
 
     Args:
         what: What is missing, and which setting asks for it.
         how: How to get it.
+        evaluation: Which evaluation needs it; `all` where every one does.
     """
 
     what: str
     how: str
+    evaluation: str = "all"
+
+    @classmethod
+    def of(cls, error: InputError, otherwise: str) -> Problem:
+        """A refusal as a problem; `otherwise` is what to do where the refusal does not say."""
+        return cls(" ".join(error.what.split()), error.how or otherwise)
+
+    def __str__(self) -> str:
+        return f"{self.evaluation}: {self.what} - {self.how}"

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import shutil
 import uuid
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -53,20 +54,20 @@ def _sync_file(path: Path) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a text file in one step.
+    """Replace a text file in one step."""
+    with file_written_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
-    Args:
-        path: File to write; its folder exists.
-        text: New contents, written as UTF-8.
-    """
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+
+@contextmanager
+def file_written_atomically(target: Path) -> Generator[Path]:
+    """Give a temporary path whose file becomes `target` when the block ends well."""
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        yield temporary
+        _sync_file(temporary)
+        temporary.replace(target)
+        _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,15 +91,27 @@ def json_safe(value: Any) -> Any:
     return str(value)
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} does not hold a JSON object")
+    return cast("dict[str, Any]", content)
+
+
 @contextmanager
 def folder_written_atomically(target: Path) -> Generator[Path]:
     """Give a temporary folder that becomes `target` when the block ends well.
 
     Every file is flushed to the disk before the rename, so that a folder found under its final
     name is complete. If the block raises, nothing is left. An existing target is replaced.
-
-    Args:
-        target: The folder to create; its parent is created when missing.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
@@ -148,10 +161,14 @@ def default_cache_dir() -> Path:
 def file_sha256(path: Path) -> str:
     """Hash of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(_READ_BYTES):
-            digest.update(block)
+    _add_contents(digest, path)
     return digest.hexdigest()
+
+
+def _add_contents(digest: Any, path: Path) -> None:
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
 
 
 MARKER = "complete.json"
@@ -209,6 +226,31 @@ def mark_complete(folder: Path, key: Mapping[str, Any]) -> None:
     write_json_atomic(folder / MARKER, dict(key))
 
 
+def kept_folder(
+    root: Path, kind: str, key: Mapping[str, Any], compute: Callable[[Path], object]
+) -> Path:
+    """The finished folder of a key: filled by `compute` unless an earlier run has done so.
+
+    Args:
+        root: Root of the caches.
+        kind: What it holds; the name of the folder above.
+        key: As in `keyed_folder`.
+        compute: Called with the empty folder. If it raises, the folder does not count.
+    """
+    folder = keyed_folder(root, kind, key)
+    if not is_complete(folder):
+        compute(folder)
+        mark_complete(folder, key)
+    return folder
+
+
+def package_folder(package: str) -> Path | None:
+    """The folder of an installed package, found without importing it: some load all their data."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(folders))) if folders else None
+
+
 def versions(*distributions: str) -> dict[str, str]:
     """Installed versions, for keys and records; `not installed` where there is none."""
     found: dict[str, str] = {}
@@ -236,9 +278,7 @@ def files_sha256(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(_files_in(paths)):
         digest.update(f"{path.name}|{path.stat().st_size}|".encode())
-        with path.open("rb") as stream:
-            while block := stream.read(_READ_BYTES):
-                digest.update(block)
+        _add_contents(digest, path)
     return digest.hexdigest()
 
 

@@ -37,7 +37,7 @@ class InterruptedBySignalError(KeyboardInterrupt):
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects after this signal: 130 for SIGINT, 143 for SIGTERM."""
+        """Exit status that a shell expects after this signal: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signal_number
 
 

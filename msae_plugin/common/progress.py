@@ -163,13 +163,7 @@ class Advance(Protocol):
 
 @contextmanager
 def token_counter(console: Console, title: str, total: int) -> Generator[Advance]:
-    """Show how many of `total` tokens are done while the block runs.
-
-    Args:
-        console: Where to show it.
-        title: What is done with the tokens.
-        total: All of them.
-    """
+    """Show how many of `total` tokens are done while the block runs."""
     if console.is_terminal:
         columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:

@@ -19,10 +19,6 @@ import torch
 def derive_seed(seed: int, *labels: str) -> int:
     """A seed for one part of the run, independent of the run's other parts.
 
-    Args:
-        seed: Seed of the run.
-        labels: What the part is, for example `("sae", "default", "blocks.9.hook_resid_post")`.
-
     Returns:
         A number below 2**32, the range that numpy accepts.
     """

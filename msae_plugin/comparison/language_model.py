@@ -49,7 +49,7 @@ from msae_plugin.models.loading import (
     ModelShape,
     describe_model,
 )
-from msae_plugin.saes.load import Subject, load_subjects, transformer_lens_hook
+from msae_plugin.saes.load import EvaluatedSAE, load_subjects, transformer_lens_hook
 from msae_plugin.training.inputs import load_data, load_model
 from msae_plugin.training.plans import default_device
 
@@ -79,7 +79,7 @@ class HeldoutText:
 
 
 def heldout_keys(
-    config: CompareConfig, activations_key: str, subjects: Sequence[Subject]
+    config: CompareConfig, activations_key: str, subjects: Sequence[EvaluatedSAE]
 ) -> dict[str, str]:
     """A digest of everything that an SAE's held-out metrics depend on, by name."""
     heldout = config.heldout
@@ -98,7 +98,7 @@ def stored_heldout(output: Path, keys: Mapping[str, str]) -> dict[str, dict[str,
 def measure_heldout(
     config: CompareConfig,
     output: Path,
-    subjects: Sequence[Subject],
+    subjects: Sequence[EvaluatedSAE],
     keys: Mapping[str, str],
     text: HeldoutText,
     with_contexts: Sequence[str],
@@ -139,7 +139,7 @@ def as_metrics(found: HeldoutMetrics) -> dict[str, float]:
 
 def _evaluate(
     config: CompareConfig,
-    group: Sequence[Subject],
+    group: Sequence[EvaluatedSAE],
     text: HeldoutText,
     collectors: Mapping[str, ContextCollector],
     report: Reporter,
@@ -174,7 +174,7 @@ def _evaluate(
 def _write_contexts(
     config: CompareConfig,
     output: Path,
-    group: Sequence[Subject],
+    group: Sequence[EvaluatedSAE],
     collectors: Mapping[str, ContextCollector],
     text: HeldoutText,
 ) -> None:
@@ -302,13 +302,13 @@ class LanguageModelTestbed:
         subjects = self._subjects(without_controls, trained)
         self._measure_heldout(without_controls, subjects, source, Measured())
 
-    def _subjects(self, expansion: Expansion, trained: Sequence[Entry]) -> list[Subject]:
+    def _subjects(self, expansion: Expansion, trained: Sequence[Entry]) -> list[EvaluatedSAE]:
         folders = [str(sae_folder(self.output, entry.name)) for entry in trained]
         loaded = {s.name: s for s in load_subjects(folders, device=self.device)}
         controls = [self._control(control, loaded) for control in expansion.controls]
         return [*loaded.values(), *(subject for subject in controls if subject is not None)]
 
-    def _control(self, control: Control, loaded: Mapping[str, Subject]) -> Subject | None:
+    def _control(self, control: Control, loaded: Mapping[str, EvaluatedSAE]) -> EvaluatedSAE | None:
         if control.of is None:
             near = [s for s in loaded.values() if s.sae.cfg.metadata.hook_name == control.hook]
             template = near[0].sae.cfg.metadata if near else SAEMetadata(hook_name=control.hook)
@@ -323,7 +323,7 @@ class LanguageModelTestbed:
         else:  # what it would be made of failed to train
             return None
         sae.eval()
-        return Subject(
+        return EvaluatedSAE(
             name=control.name,
             reference=f"control: {control.method}",
             sae=sae,
@@ -335,7 +335,7 @@ class LanguageModelTestbed:
     def _measure_heldout(
         self,
         expansion: Expansion,
-        subjects: Sequence[Subject],
+        subjects: Sequence[EvaluatedSAE],
         source: Mapping[str, Any],
         measured: Measured,
     ) -> None:
@@ -377,7 +377,7 @@ class LanguageModelTestbed:
             and (entry.method.variant is None or entry.method.variant.against is None)
         ]
 
-    def _evaluate(self, subjects: Sequence[Subject], measured: Measured) -> None:
+    def _evaluate(self, subjects: Sequence[EvaluatedSAE], measured: Measured) -> None:
         evaluation = self.config.eval_config()
         assert evaluation is not None, "the caller has looked"
         # Loaded already, and as the evaluation wants it.

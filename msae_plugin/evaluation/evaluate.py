@@ -23,11 +23,11 @@ from msae_plugin.common.files import (
     versions,
     write_json_atomic,
 )
+from msae_plugin.evaluation.metrics import MetricDefinition
 from msae_plugin.evaluation.outcomes import (
-    MetricDefinition,
     ModelContext,
-    Outcome,
     Reporter,
+    ScoreResult,
     no_report,
 )
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
@@ -35,26 +35,22 @@ from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
 from msae_plugin.models.loading import HOOKED_TRANSFORMER, LanguageModel, load_language_model
 from msae_plugin.models.packaged import PACKAGED_MODELS, PACKAGED_PREFIX, is_installed
-from msae_plugin.saes.load import Subject, subject_record
+from msae_plugin.saes.load import EvaluatedSAE, sae_record
 from msae_plugin.training.plans import default_device
 
 FILE = "outcomes.json"
 
 
-def read_outcomes(folder: Path, keys: Mapping[str, str]) -> dict[str, Outcome]:
-    """What was measured before with the same key.
+def read_outcomes(folder: Path, keys: Mapping[str, str]) -> dict[str, ScoreResult]:
+    """Read the results measured before with the same key.
 
     Only measured outcomes are taken up: what failed may work now.
-
-    Args:
-        folder: Folder of an evaluation and seed.
-        keys: By SAE, a digest of everything that its outcome depends on.
 
     Raises:
         InputError: The folder holds results of an SAE of this name under another key, which would
             be overwritten.
     """
-    found: dict[str, Outcome] = {}
+    found: dict[str, ScoreResult] = {}
     for name, stored in _read(folder).items():
         if name not in keys or stored["status"] != "measured":
             continue
@@ -65,11 +61,13 @@ def read_outcomes(folder: Path, keys: Mapping[str, str]) -> dict[str, Outcome]:
             )
         file = folder / str(stored["file"])
         if file.is_file():
-            found[name] = Outcome("measured", stored["metrics"], file, facts=stored["facts"])
+            found[name] = ScoreResult("measured", stored["metrics"], file, facts=stored["facts"])
     return found
 
 
-def write_outcomes(folder: Path, keys: Mapping[str, str], outcomes: Mapping[str, Outcome]) -> None:
+def write_outcomes(
+    folder: Path, keys: Mapping[str, str], outcomes: Mapping[str, ScoreResult]
+) -> None:
     """Add outcomes to those that the folder holds."""
     folder.mkdir(parents=True, exist_ok=True)
     everything = _read(folder)
@@ -115,18 +113,30 @@ class Evaluation(Protocol):
         self,
         context: ModelContext,
         settings: Mapping[str, Any],
-        subjects: Sequence[Subject],
+        saes: Sequence[EvaluatedSAE],
         seed: int,
         output: Path,
         report: Reporter,
-    ) -> dict[str, Outcome]:
-        """Run it."""
+    ) -> dict[str, ScoreResult]:
+        """Evaluate SAEs, each with its own result.
+
+        Args:
+            context: The model.
+            settings: Fields of SAEBench's config class and ours, as `check_settings` gives them.
+            saes: The SAEs.
+            seed: Of the choice and order of texts, and of all that is trained.
+            output: Folder for SAEBench's JSON.
+            report: Shows progress.
+
+        Raises:
+            InputError: The text or the data cannot be had, or a setting cannot work.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation left.
+    """The result of an evaluation.
 
     Args:
         summary: The contents of `summary.json`.
@@ -141,7 +151,7 @@ class EvaluationResult:
 
 def evaluate(
     config: EvalConfig,
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     output: Path,
     *,
     language_model: LanguageModel | None = None,
@@ -153,7 +163,7 @@ def evaluate(
 
     Args:
         config: What to run.
-        subjects: The SAEs, all of one language model.
+        saes: The SAEs, all of one language model.
         output: Folder for the results. One that holds results of the same config and other SAEs is
             added to; results of another config are never overwritten.
         language_model: A model that is loaded already, in the config's dtype.
@@ -170,19 +180,19 @@ def evaluate(
             other results.
         RunFailure: All SAEs are broken.
     """
-    if broken and not subjects:
+    if broken and not saes:
         raise RunFailure("; ".join(broken.values()))
-    if not subjects:
+    if not saes:
         raise InputError("no SAE to evaluate: name at least one")
     output = output.resolve()  # some evaluations work in a directory of their own
     device = default_device(config.model.device)
-    name = model_for(config.model.name, subjects)
-    missing = _missing(config, subjects, name, language_model is not None, skip_missing)
+    name = model_for(config.model.name, saes)
+    missing = _missing(config, saes, name, language_model is not None, skip_missing)
     _check_output(output, config)
     output.mkdir(parents=True, exist_ok=True)
     if language_model is None and len(missing) < len(config.evaluations):
         report(f"loading {name}")
-        hooks = list(dict.fromkeys(subject.hook_name for subject in subjects))
+        hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))
         language_model = load_language_model(
             name, hooks, device=device, dtype=config.model.dtype, report=report
         )
@@ -192,12 +202,12 @@ def evaluate(
     contents: dict[str, Any] = {}
     for evaluation, settings in config.evaluations.items():
         if evaluation in missing or context is None:
-            skipped = Outcome("skipped", reason=missing[evaluation])
-            found = {s.name: dict.fromkeys(config.seeds, skipped) for s in subjects}
+            skipped = ScoreResult("skipped", reason=missing[evaluation])
+            found = {s.name: dict.fromkeys(config.seeds, skipped) for s in saes}
         else:
             own_model: str | None = settings.get("model")
-            at = context if own_model is None else _other(own_model, config, context, subjects)
-            found = _run(evaluation, config, settings, at, subjects, output, report)
+            at = context if own_model is None else _other(own_model, config, context, saes)
+            found = _run(evaluation, config, settings, at, saes, output, report)
             definitions[evaluation] = _definitions(evaluation, found)
         entries += [
             result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
@@ -206,7 +216,7 @@ def evaluate(
             result_entry(
                 sae,
                 evaluation,
-                dict.fromkeys(config.seeds, Outcome("failed", reason=reason)),
+                dict.fromkeys(config.seeds, ScoreResult("failed", reason=reason)),
                 output,
             )
             for sae, reason in (broken or {}).items()
@@ -215,7 +225,7 @@ def evaluate(
             model=_model_record(context, name, config),
             seeds=config.seeds,
             config=config.to_dict(),
-            saes={subject.name: subject_record(subject) for subject in subjects},
+            saes={evaluated.name: sae_record(evaluated) for evaluated in saes},
             results=entries,
             definitions=definitions,
         )
@@ -224,7 +234,7 @@ def evaluate(
     return EvaluationResult(contents, output, complete)
 
 
-def model_for(asked: str | None, subjects: Sequence[Subject]) -> str:
+def model_for(asked: str | None, saes: Sequence[EvaluatedSAE]) -> str:
     """The language model to load.
 
     Weights that a package carries are taken for a model of that name when the package is installed:
@@ -235,9 +245,9 @@ def model_for(asked: str | None, subjects: Sequence[Subject]) -> str:
     """
     if asked is not None:
         return asked
-    names = {subject.model_name for subject in subjects}
+    names = {evaluated.model_name for evaluated in saes}
     if None in names:
-        nameless = next(s for s in subjects if s.model_name is None)
+        nameless = next(s for s in saes if s.model_name is None)
         raise InputError(
             f"SAE {nameless.reference!r} does not say which model it was trained on: give --model"
         )
@@ -254,15 +264,15 @@ def model_for(asked: str | None, subjects: Sequence[Subject]) -> str:
 
 
 def _missing(
-    config: EvalConfig, subjects: Sequence[Subject], model: str, loaded: bool, skip: bool
+    config: EvalConfig, saes: Sequence[EvaluatedSAE], model: str, loaded: bool, skip: bool
 ) -> dict[str, str]:
     """Why evaluations cannot run, by evaluation."""
-    findings = preflight(config, subjects, model_name=None if loaded else model)
+    problems = preflight(config, saes, model_name=None if loaded else model)
     if not skip:
-        refuse_missing(findings)
+        refuse_missing(problems)
     found: dict[str, list[str]] = {}
-    for finding in findings:
-        found.setdefault(finding.evaluation, []).append(f"{finding.what} - {finding.how}")
+    for problem in problems:
+        found.setdefault(problem.evaluation, []).append(f"{problem.what} - {problem.how}")
     # What every evaluation needs, such as the model, is under the name "all".
     common = found.pop("all", [])
     if common:
@@ -299,10 +309,10 @@ def _context(config: EvalConfig, language_model: LanguageModel, device: str) -> 
 
 
 def _other(
-    model: str, config: EvalConfig, context: ModelContext, subjects: Sequence[Subject]
+    model: str, config: EvalConfig, context: ModelContext, saes: Sequence[EvaluatedSAE]
 ) -> ModelContext:
     """Another model for one evaluation: unlearning asks an instruct model."""
-    hooks = list(dict.fromkeys(subject.hook_name for subject in subjects))
+    hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))
     loaded = load_language_model(model, hooks, device=context.device, dtype=config.model.dtype)
     return _context(config, loaded, context.device)
 
@@ -312,26 +322,26 @@ def _run(
     config: EvalConfig,
     settings: Mapping[str, Any],
     context: ModelContext,
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     output: Path,
     report: Reporter,
-) -> dict[str, dict[int, Outcome]]:
-    found: dict[str, dict[int, Outcome]] = {subject.name: {} for subject in subjects}
+) -> dict[str, dict[int, ScoreResult]]:
+    found: dict[str, dict[int, ScoreResult]] = {evaluated.name: {} for evaluated in saes}
     run = _runner(evaluation)
     for seed in config.seeds:
         folder = output / evaluation / f"seed_{seed}"
         keys = {
-            subject.name: _outcome_key(evaluation, settings, context, subject, seed)
-            for subject in subjects
+            evaluated.name: _outcome_key(evaluation, settings, context, evaluated, seed)
+            for evaluated in saes
         }
         stored = read_outcomes(folder, keys)
-        todo = [subject for subject in subjects if subject.name not in stored]
+        todo = [evaluated for evaluated in saes if evaluated.name not in stored]
         if todo:
             fresh = run(context, settings, todo, seed, folder, report)
             write_outcomes(folder, keys, fresh)
             stored |= fresh
-        for subject in subjects:
-            found[subject.name][seed] = stored[subject.name]
+        for evaluated in saes:
+            found[evaluated.name][seed] = stored[evaluated.name]
     return found
 
 
@@ -345,18 +355,18 @@ def _runner(evaluation: str) -> Evaluation:
     def run(
         context: ModelContext,
         settings: Mapping[str, Any],
-        subjects: Sequence[Subject],
+        saes: Sequence[EvaluatedSAE],
         seed: int,
         output: Path,
         report: Reporter,
-    ) -> dict[str, Outcome]:
-        return others.run_other(evaluation, context, settings, subjects, seed, output, report)
+    ) -> dict[str, ScoreResult]:
+        return others.run_other(evaluation, context, settings, saes, seed, output, report)
 
     return run
 
 
 def _definitions(
-    evaluation: str, found: Mapping[str, Mapping[int, Outcome]]
+    evaluation: str, found: Mapping[str, Mapping[int, ScoreResult]]
 ) -> dict[str, MetricDefinition]:
     """Definitions of the metrics that were measured."""
     names = {name for by_seed in found.values() for o in by_seed.values() for name in o.metrics}
@@ -369,7 +379,11 @@ def _definitions(
 
 
 def _outcome_key(
-    evaluation: str, settings: Mapping[str, Any], context: ModelContext, subject: Subject, seed: int
+    evaluation: str,
+    settings: Mapping[str, Any],
+    context: ModelContext,
+    evaluated: EvaluatedSAE,
+    seed: int,
 ) -> str:
     return key_digest(
         {
@@ -378,8 +392,8 @@ def _outcome_key(
             "files": _local_contents(settings),
             "model": context.weights_sha256,
             "dtype": context.dtype,
-            "sae": subject.weights_sha256,
-            "hook": subject.hook_name,
+            "sae": evaluated.weights_sha256,
+            "hook": evaluated.hook_name,
             "seed": seed,
             "versions": versions(*_VERSIONS),
         }

@@ -235,31 +235,6 @@ def _apply(sae: SAE[Any], activations: torch.Tensor) -> tuple[torch.Tensor, torc
     return latents, sae.decode(latents)
 
 
-def evaluate_heldout(
-    sae: SAE[Any],
-    language_model: ModelWithTokenizer,
-    hook_name: str,
-    texts: Sequence[str],
-    context_size: int = 128,
-    batch_size: int = 16,
-    max_tokens: int | None = None,
-    exclude_special: bool = True,
-    **options: Any,
-) -> HeldoutMetrics:
-    """`evaluate_many` for a single SAE; `options` are passed on."""
-    return evaluate_many(
-        {"sae": sae},
-        language_model,
-        hook_name,
-        texts,
-        context_size=context_size,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        exclude_special=exclude_special,
-        **options,
-    )["sae"]
-
-
 @torch.no_grad()
 def evaluate_many(
     saes: Mapping[str, SAE[Any]],

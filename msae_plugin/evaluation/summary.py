@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from msae_plugin.common.files import versions, write_json_atomic, write_text_atomic
-from msae_plugin.evaluation.outcomes import MetricDefinition, Outcome
+from msae_plugin.evaluation.metrics import MetricDefinition
+from msae_plugin.evaluation.outcomes import ScoreResult
 
 FORMAT = 1
 JSON_FILE, CSV_FILE = "summary.json", "summary.csv"
@@ -25,7 +26,7 @@ RECORDED_VERSIONS = (
     "transformers", "datasets",
 )  # fmt: skip
 
-BySeed = Mapping[int, Outcome]
+BySeed = Mapping[int, ScoreResult]
 
 
 def result_entry(sae: str, evaluation: str, outcomes: BySeed, output: Path) -> dict[str, Any]:
@@ -33,12 +34,6 @@ def result_entry(sae: str, evaluation: str, outcomes: BySeed, output: Path) -> d
 
     An SAE that failed with one seed failed: its other seeds' numbers are in their own files, but a
     mean over the seeds that happened to work is not reported.
-
-    Args:
-        sae: Its name.
-        evaluation: Which.
-        outcomes: By seed.
-        output: The evaluation's folder, to which paths are relative.
     """
     bad = {seed: o for seed, o in outcomes.items() if o.status != "measured"}
     entry: dict[str, Any] = {

@@ -19,7 +19,7 @@ TAIL_TOLERANCE = 1e-5
 
 
 class ModelWithTokenizer(Protocol):
-    """What is needed of `msae_plugin.models.loading.LanguageModel`."""
+    """The needed parts of `msae_plugin.models.loading.LanguageModel`."""
 
     @property
     def model(self) -> Any:

@@ -27,9 +27,6 @@ _SPECIAL_TOKENS = {
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     """Build the tokenizer of a GGUF file.
 
-    Args:
-        metadata: That of the file, arrays included.
-
     Raises:
         ValueError: If it is neither Gemma's SentencePiece nor byte-level BPE.
     """
@@ -50,9 +47,6 @@ def vocabulary_merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
 
     Every way to cut a token into two other tokens is a merge. Merges come in the order of the
     token that they make, and for one token the longest left part first.
-
-    Args:
-        tokens: The vocabulary, each token once.
     """
     vocabulary = frozenset(tokens)
     return [

@@ -25,7 +25,7 @@ _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 @dataclass(frozen=True)
 class HookName:
-    """What a hook's name says.
+    """Layer and style of a hook's name.
 
     Attributes:
         layer: The layer, the first number between dots; None for a point outside the layers, such
@@ -40,22 +40,19 @@ class HookName:
 def parse_hook_name(hook: str) -> HookName:
     """Read layer and style from a hook's name.
 
-    Args:
-        hook: A name such as `blocks.9.hook_resid_post` or `model.layers.9`.
-
     Raises:
         InputError: If the text cannot name a hook point of either style.
     """
     if not _DOTTED_NAME.fullmatch(hook):
         raise InputError(
-            f"hook {hook!r} is not a dotted name: "
-            "use for example blocks.9.hook_resid_post or model.layers.9"
+            f"hook {hook!r} is not a dotted name",
+            "use for example blocks.9.hook_resid_post or model.layers.9",
         )
     ends_in_hook_point = hook.rsplit(".", 1)[-1].startswith("hook_")
     if hook.split(".", 1)[0] == "blocks" and not ends_in_hook_point:
         raise InputError(
-            f"hook {hook!r} names a block, not a hook point: "
-            f"write {hook}.hook_resid_post for its output"
+            f"hook {hook!r} names a block, not a hook point",
+            f"write {hook}.hook_resid_post for its output",
         )
     return HookName(
         layer=extract_layer_from_tlens_hook_name(hook),
@@ -65,10 +62,6 @@ def parse_hook_name(hook: str) -> HookName:
 
 def validate_hook(hook: str, n_layers: int) -> HookName:
     """Check a hook's name against the depth of the model.
-
-    Args:
-        hook: Name of the hook point.
-        n_layers: Number of layers of the model.
 
     Raises:
         InputError: If the name cannot be read or the layer does not exist.
@@ -89,14 +82,15 @@ def common_style(hooks: Sequence[str]) -> HookStyle:
         InputError: If there is no hook, a hook is listed twice, or the styles are mixed.
     """
     if not hooks:
-        raise InputError("no hook is given: name at least one, such as blocks.9.hook_resid_post")
+        raise InputError("no hook is given", "name at least one, such as blocks.9.hook_resid_post")
     duplicates = sorted({hook for hook in hooks if hooks.count(hook) > 1})
     if duplicates:
-        raise InputError(f"hook {duplicates[0]!r} is listed twice: list each hook once")
+        raise InputError(f"hook {duplicates[0]!r} is listed twice", "list each hook once")
     by_style: dict[HookStyle, str] = {parse_hook_name(hook).style: hook for hook in hooks}
     if len(by_style) > 1:
         raise InputError(
             f"hooks {by_style['transformer_lens']!r} and {by_style['module']!r} are of two styles, "
-            "which need two different models: use one style"
+            "which need two different models",
+            "use one style",
         )
     return next(iter(by_style))

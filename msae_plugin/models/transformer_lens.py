@@ -45,10 +45,6 @@ _LOGIT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e
 def transformer_lens_name(config: PretrainedConfig, hub_name: str | None) -> str:
     """The name under which TransformerLens converts a model.
 
-    Args:
-        config: Config of the Hugging Face model.
-        hub_name: The model's name on the hub, where it is known.
-
     Returns:
         The hub name where TransformerLens lists it; for a Gemma of unknown name, whose shape
         TransformerLens takes from the name alone, a listed name with the same shape; otherwise
@@ -81,10 +77,6 @@ def _same_shape(name: str, config: PretrainedConfig) -> bool:
 def require_supported(folder: Path, name: str) -> None:
     """Refuse an architecture that TransformerLens cannot convert, before weights are read.
 
-    Args:
-        folder: Folder with the model's config.json.
-        name: Name from `transformer_lens_name`.
-
     Raises:
         InputError: If the architecture is not one of TransformerLens'.
     """
@@ -95,8 +87,8 @@ def require_supported(folder: Path, name: str) -> None:
         # and stumbles over a missing attribute or key of configs that it half knows.
         except (NotImplementedError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"TransformerLens cannot convert the model in {folder} ({error}): "
-                "use module hooks such as model.layers.9, which work with every model"
+                f"TransformerLens cannot convert the model in {folder} ({error})",
+                "use module hooks such as model.layers.9, which work with every model",
             ) from error
 
 
@@ -110,14 +102,6 @@ def hooked_transformer(
     options: Mapping[str, Any],
 ) -> HookedTransformer:
     """Convert a loaded Hugging Face model, without weight processing, in its own dtype.
-
-    Args:
-        hf_model: The loaded model.
-        tokenizer: Its tokenizer.
-        folder: Folder with the model's config.json.
-        name: Name from `transformer_lens_name`.
-        device: Device of the result.
-        options: Further arguments of `HookedTransformer.from_pretrained_no_processing`.
 
     Raises:
         InputError: If the conversion fails, or the converted model's logits are not those of the
@@ -146,8 +130,8 @@ def hooked_transformer(
         except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"TransformerLens cannot convert the weights in {folder} "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
-                "use module hooks such as model.layers.9"
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+                "use module hooks such as model.layers.9",
             ) from error
     logger.info("%s", printed.getvalue().strip())
     model.eval()
@@ -171,17 +155,14 @@ def _require_same_logits(model: HookedTransformer, hf_model: PreTrainedModel, fo
     if not error <= _LOGIT_TOLERANCE.get(hf_model.dtype, 1e-1):
         raise InputError(
             f"TransformerLens converts the model in {folder} to one with other logits "
-            f"(relative error {error:.2g}): use module hooks such as model.layers.9"
+            f"(relative error {error:.2g})",
+            "use module hooks such as model.layers.9",
         )
 
 
 @contextmanager
 def _config_by_name(folder: Path, name: str) -> Generator[dict[str, Any], None, None]:
-    """Make a folder's config.json loadable under a hub name, for the time of one call.
-
-    Yields:
-        The keyword arguments under which transformers finds it.
-    """
+    """Make a folder's config.json loadable under a hub name, for the time of one call."""
     with (
         tempfile.TemporaryDirectory(prefix="msae-config-") as cache,
         transformer_lens_name_registered(name),

@@ -26,7 +26,7 @@ from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting.sources import Sources, TrainedSAE, is_variant
 from msae_plugin.saes.export import TWIN_FOLDER
-from msae_plugin.saes.load import Subject, load_subjects
+from msae_plugin.saes.load import EvaluatedSAE, load_subjects
 
 PACKAGE = "sae_dashboard"
 INSTALL = (
@@ -131,7 +131,7 @@ def _data_section(sae: TrainedSAE, sources: Sources) -> Mapping[str, Any] | None
     return None
 
 
-def _subject(sae: TrainedSAE) -> Subject:
+def _subject(sae: TrainedSAE) -> EvaluatedSAE:
     """The SAE in unit decoder norms; the twin where there is one, which SAEDashboard knows."""
     twin = sae.folder / TWIN_FOLDER
     assert sae.export is not None
@@ -158,7 +158,7 @@ def _latents(sae: TrainedSAE, d_sae: int, request: DashboardRequest) -> list[int
 
 
 def _tokens(
-    subject: Subject, language_model: LanguageModel, data: Mapping[str, Any], windows: int
+    subject: EvaluatedSAE, language_model: LanguageModel, data: Mapping[str, Any], windows: int
 ) -> torch.Tensor:
     """(windows, context_size) tokens of the held-out text, laid out as in training."""
     text = load_text(

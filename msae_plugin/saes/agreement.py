@@ -49,7 +49,7 @@ class Agreement:
     tolerance: float
 
     def failure(self) -> str | None:
-        """What disagrees, or None."""
+        """The disagreement in words, or None."""
         # `not <=` rather than `>`: NaN must fail.
         if not self.max_latent_difference <= self.tolerance:
             return (
@@ -75,7 +75,7 @@ def export_order(sae: TrainingSAE[Any]) -> torch.Tensor | None:
 
 
 def _decoder_norms(sae: MultiScaleTrainingSAE) -> torch.Tensor | float:
-    """What a training latent is multiplied by when its decoder row gets unit norm at export."""
+    """Factor of a training latent when its decoder row gets unit norm at export."""
     return 1.0 if sae.cfg.rescale_acts_by_decoder_norm else sae.get_W_dec_norm()
 
 

@@ -68,9 +68,6 @@ def _names_something_on_disk(value: str) -> bool:
 def private_traces(text: str) -> list[str]:
     """Local paths and the user's home folder in a text that is to be published as it is.
 
-    Args:
-        text: Contents of a file.
-
     Returns:
         What was found, without duplicates; empty for a clean text.
     """

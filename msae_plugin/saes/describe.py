@@ -1,8 +1,7 @@
-"""What a folder holds: an export, a jumprelu twin, a training checkpoint or a whole run."""
+"""Contents of a folder: an export, a jumprelu twin, a training checkpoint or a whole run."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from msae_plugin.architecture.config import ARCHITECTURE, mechanisms_off
 from msae_plugin.common.errors import InputError
-from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.run_record import RUN_FILE, read_run_record
+from msae_plugin.common.files import read_json_object
+from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER
+from msae_plugin.saes.run_record import RUN_FILE, read_run_record, sae_roots
 
 Kind = Literal["export", "jumprelu twin", "training checkpoint"]
 
@@ -51,7 +51,7 @@ class CheckpointInfo:
         parameters: Numbers in the weights file.
         weight_bytes: Size of the tensors.
         dtype: Data type of the weights.
-        metadata: SAELens' metadata: model, hook, context size, steps and so on.
+        config: Contents of cfg.json.
         mechanisms: Mechanism letter and setting of what is on; empty for other architectures.
         exported_l0: L0 measured at export; None when not recorded.
         export: Content of the run's `export.json`; None without it.
@@ -66,10 +66,15 @@ class CheckpointInfo:
     parameters: int
     weight_bytes: int
     dtype: str
-    metadata: dict[str, Any]
+    config: dict[str, Any]
     mechanisms: list[str]
     exported_l0: float | None
     export: dict[str, Any] | None
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """SAELens' metadata: model, hook, context size, steps and so on."""
+        return cast("dict[str, Any]", self.config.get("metadata") or {})
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,6 @@ def is_checkpoint(folder: Path) -> bool:
 def read_folder(folder: Path) -> RunInfo | dict[str, CheckpointInfo]:
     """Recognise a folder.
 
-    Args:
-        folder: A run folder, an SAE's folder in it, an export, or a training checkpoint (of one
-            SAE or, with a sub-folder each, of several).
-
     Returns:
         The run, or the SAEs by name (by folder name).
 
@@ -113,8 +114,7 @@ def read_folder(folder: Path) -> RunInfo | dict[str, CheckpointInfo]:
         record = read_run_record(folder)
         if record is None:
             raise InputError(f"{str(folder / RUN_FILE)!r} cannot be read: it is not JSON")
-        saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
-        found = {name: folder / str(sae["folder"]) / "sae" for name, sae in saes.items()}
+        found = {name: root / SAE_FOLDER for name, root in sae_roots(folder, record).items()}
         exported = {n: read_checkpoint(path) for n, path in found.items() if is_checkpoint(path)}
         return RunInfo(folder, record, exported)
     inside = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
@@ -132,7 +132,7 @@ def read_checkpoint(folder: Path) -> CheckpointInfo:
     Raises:
         InputError: A file cannot be read or lacks what SAELens needs.
     """
-    config = _read_json(folder / SAE_CFG_FILENAME)
+    config = read_json_object(folder / SAE_CFG_FILENAME)
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
             raise InputError(f"{str(folder / SAE_CFG_FILENAME)!r} has no {key!r}: not an SAE")
@@ -149,7 +149,7 @@ def read_checkpoint(folder: Path) -> CheckpointInfo:
         kind = "jumprelu twin"
     export = None
     if not is_training and (folder.parent / REPORT_FILENAME).is_file():
-        export = _read_json(folder.parent / REPORT_FILENAME)
+        export = read_json_object(folder.parent / REPORT_FILENAME)
     recorded_l0 = metadata.get("l0") if export is None else export.get("l0_exported")
     return CheckpointInfo(
         folder=folder,
@@ -161,7 +161,7 @@ def read_checkpoint(folder: Path) -> CheckpointInfo:
         parameters=parameters,
         weight_bytes=weight_bytes,
         dtype=str(config.get("dtype", "float32")),
-        metadata=metadata,
+        config=config,
         mechanisms=mechanisms_on({**details, **config})
         if ARCHITECTURE in (architecture, trained_as)
         else [],
@@ -171,7 +171,7 @@ def read_checkpoint(folder: Path) -> CheckpointInfo:
 
 
 def mechanisms_on(config: Mapping[str, Any]) -> list[str]:
-    """What a multiscale configuration switches on, as "[letter] field = value"."""
+    """Mechanisms that a multiscale configuration switches on, as "[letter] field = value"."""
     off = mechanisms_off()
     found: list[str] = []
     for name, value in off.items():
@@ -185,16 +185,6 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_short(item) for item in cast("list[Any]", value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} does not hold a JSON object")
-    return cast("dict[str, Any]", content)
 
 
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}

@@ -53,9 +53,6 @@ def is_reference(text: str) -> bool:
 def parse_reference(text: str) -> HubReference:
     """Read a reference.
 
-    Args:
-        text: `user/repo`, with `@revision` and `:folder` where wanted, in this order.
-
     Raises:
         InputError: It has another form, or a name that the Hub does not allow.
     """
@@ -147,9 +144,6 @@ def download(reference: str, destination: Path) -> Path:
 def fetch(reference: str) -> Path:
     """The local copy of a folder of a repository, in huggingface_hub's own cache.
 
-    Args:
-        reference: As in `download`.
-
     Returns:
         The folder; not to be written to.
 
@@ -166,9 +160,6 @@ def fetch(reference: str) -> Path:
 
 def local_folder(text: str) -> Path:
     """The folder behind an argument of `msae report`: one on disk, or fetched from the Hub.
-
-    Args:
-        text: A path, or a reference as in `download`. What exists on disk is taken first.
 
     Raises:
         InputError: It is a reference to something that does not exist.
@@ -241,10 +232,6 @@ class RepositoryState:
 
 def read_state(repo: str, revision: str | None) -> RepositoryState:
     """Ask the Hub what is in a repository.
-
-    Args:
-        repo: `user/name`.
-        revision: Branch, tag or commit; None for the main branch.
 
     Raises:
         InputError: The token may not read it.

@@ -11,9 +11,7 @@ What exists on the disk is taken first, then a registered release, then a reposi
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,11 +26,17 @@ from sae_lens.loading.pretrained_saes_directory import (
 from safetensors import SafetensorError, safe_open
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import TEMPORARY_PREFIX, file_sha256
+from msae_plugin.common.files import TEMPORARY_PREFIX, file_sha256, read_json_object
 from msae_plugin.saes.describe import is_checkpoint, read_checkpoint
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
 from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
-from msae_plugin.saes.run_record import METRICS_FILE, RUN_FILE, read_rows, read_run_record
+from msae_plugin.saes.run_record import (
+    METRICS_FILE,
+    RUN_FILE,
+    read_rows,
+    read_run_record,
+    sae_roots,
+)
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -41,17 +45,6 @@ _GENERIC = re.compile(
     r"(sae|final|checkpoint|export|inference|model|latest|[\d_.-]+)", re.IGNORECASE
 )
 _SHOWN = 6
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """An SAE on this machine.
-
-    Args:
-        folder: Holds cfg.json and sae_weights.safetensors.
-    """
-
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -80,12 +73,12 @@ class LocatedSAE:
     Args:
         reference: What the user wrote.
         name: A name made of its place, safe as a file name.
-        source: Where it is.
+        source: Its folder on this machine, or where SAELens fetches it.
     """
 
     reference: str
     name: str
-    source: FolderSource | HubSource
+    source: Path | HubSource
 
 
 def locate(reference: str) -> list[LocatedSAE]:
@@ -97,7 +90,7 @@ def locate(reference: str) -> list[LocatedSAE]:
     path = Path(reference).expanduser()
     if path.exists():
         return [
-            LocatedSAE(reference, _folder_name(folder), FolderSource(folder))
+            LocatedSAE(reference, _folder_name(folder), folder)
             for folder in _checkpoint_folders(path.resolve(), reference)
         ]
     left, colon, right = reference.partition(":")
@@ -182,8 +175,7 @@ def _of_run(path: Path) -> list[Path]:
     record = read_run_record(path)
     if record is None:
         raise InputError(f"{path / RUN_FILE} cannot be read: give the SAE's own folder, RUN/sae")
-    saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
-    folders = [path / str(sae["folder"]) / SAE_FOLDER for sae in saes.values()]
+    folders = [root / SAE_FOLDER for root in sae_roots(path, record).values()]
     missing = [folder for folder in folders if not is_checkpoint(folder)]
     if missing or not folders:
         what = f"{missing[0]} is missing" if missing else f"{RUN_FILE} names no SAE"
@@ -227,7 +219,7 @@ def _of_revision(reference: str, found: HubReference) -> list[LocatedSAE]:
         LocatedSAE(
             reference,
             safe_name("-".join(part for part in (*above, *folder.relative_to(root).parts) if part)),
-            FolderSource(folder),
+            folder,
         )
         for folder in _checkpoint_folders(root, reference)
     ]
@@ -341,9 +333,6 @@ class LocalSAE:
 def find_saes(run: Path) -> list[LocalSAE]:
     """The SAEs that a folder holds.
 
-    Args:
-        run: A run folder, the folder of one of its SAEs, or an export.
-
     Raises:
         InputError: There is none, or one that must not be published: a training checkpoint, an
             export that was not finished, an SAE without training or with NaN weights.
@@ -367,16 +356,15 @@ def _locate(run: Path) -> list[tuple[str, Path, Path]]:
             f"{str(run)!r} holds no exported SAE: expected {SAE_FOLDER}/ as `msae train` writes "
             f"it, or {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
         )
-    saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
-    located = [(name, run / str(sae["folder"])) for name, sae in saes.items()]
-    missing = [name for name, root in located if not (root / REPORT_FILENAME).is_file()]
+    located = sae_roots(run, record)
+    missing = [name for name, root in located.items() if not (root / REPORT_FILENAME).is_file()]
     if missing or not located:
         raise InputError(
             f"the run {str(run)!r} is {record.get('status', 'not finished')} and has not exported "
             f"{', '.join(missing) or 'any SAE'}: finish it with --resume auto, or publish the "
             "folder of one SAE"
         )
-    return [(name, root, root / SAE_FOLDER) for name, root in located]
+    return [(name, root, root / SAE_FOLDER) for name, root in located.items()]
 
 
 def _read(name: str, root: Path, export: Path) -> LocalSAE:
@@ -407,10 +395,10 @@ def _read(name: str, root: Path, export: Path) -> LocalSAE:
         root=root,
         export=export,
         twin=twin,
-        config=_read_json(export / SAE_CFG_FILENAME),
+        config=info.config,
         weights_sha256=file_sha256(export / SAE_WEIGHTS_FILENAME),
         twin_sha256=None if twin is None else file_sha256(twin / SAE_WEIGHTS_FILENAME),
-        report=_read_json(report) if report.is_file() else None,
+        report=read_json_object(report) if report.is_file() else None,
     )
 
 
@@ -428,10 +416,3 @@ def _require_finite(weights: Path) -> None:
                     )
     except (OSError, SafetensorError) as error:
         raise InputError(f"{str(weights)!r} cannot be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error

@@ -72,11 +72,7 @@ class HealthFinding:
 
 
 def recorded_messages(recorded: object) -> list[str]:
-    """The lines of findings as export.json, run.json and comparison.json hold them.
-
-    Args:
-        recorded: The value under `health`; None, of a file older than this, gives none.
-    """
+    """The lines of findings as export.json, run.json and comparison.json hold them."""
     findings = cast("Sequence[Mapping[str, Any]]", recorded or ())
     return [str(finding["message"]) for finding in findings]
 

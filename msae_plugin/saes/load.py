@@ -7,7 +7,6 @@ loads by release; folding happens here, in float32, before anything is cast down
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import re
@@ -33,17 +32,15 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import tensors_sha256
-from msae_plugin.models.hub_access import explain_hub_error, require_repository
+from msae_plugin.common.files import file_sha256, tensors_sha256
+from msae_plugin.models.hub_access import HubUnreachableError, hub_refusal, require_repository
 from msae_plugin.registration import register
 from msae_plugin.saes.describe import CheckpointInfo, read_checkpoint
 from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import FolderSource, HubSource, LocatedSAE, locate, unfinished_run
+from msae_plugin.saes.find import HubSource, LocatedSAE, locate, unfinished_run
 
 FOLDED_SCALINGS = ("expected_average_only_in", "covariance_whitening")
 """SAELens' scalings whose factors are in no file until training ends and folds them away."""
-
-_READ_BYTES = 1 << 20
 
 
 class BrokenSAEError(RunFailure):
@@ -65,13 +62,13 @@ def load_sae(found: LocatedSAE, device: str) -> tuple[SAE[Any], str]:
         InputError: It cannot be had or loaded, was not trained, or is a training checkpoint that
             computes something else than the SAE it would be exported as.
     """
-    if isinstance(found.source, FolderSource):
-        folder = found.source.folder
+    if isinstance(found.source, Path):
+        folder = found.source
         sae = _load_folder(found, folder, device)
-        return sae, _file_sha256(folder / SAE_WEIGHTS_FILENAME)
+        return sae, file_sha256(folder / SAE_WEIGHTS_FILENAME)
     sae = _load_from_hub(found, found.source, device)
     file = _cached(found.source.repository, f"{found.source.path}/{SAE_WEIGHTS_FILENAME}")
-    return sae, tensors_sha256(sae.state_dict()) if file is None else _file_sha256(file)
+    return sae, tensors_sha256(sae.state_dict()) if file is None else file_sha256(file)
 
 
 def _load_folder(found: LocatedSAE, folder: Path, device: str) -> SAE[Any]:
@@ -151,7 +148,7 @@ def _load_from_hub(found: LocatedSAE, source: HubSource, device: str) -> SAE[Any
         try:
             require_repository(source.repository, "model")
         except InputError as error:
-            raise InputError(f"{where}: {_for_sae(str(error))}") from error
+            raise _for_sae(error, where) from error
     if not source.registered:
         _require_inference_repository(source, where)
     with _hub_errors(source, where), _loading_errors(where, "its architecture"):
@@ -177,21 +174,21 @@ def _hub_errors(source: HubSource, where: str) -> Generator[None, None, None]:
         raise
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):  # no network, rather than no such file
-            explained = _for_sae(explain_hub_error(source.repository, "model", error))
-            raise InputError(f"{where}: {explained}") from error
+            raise _for_sae(hub_refusal(source.repository, "model", error), where) from error
         raise InputError(
             f"{where}: {source.repository} has no {source.path}/{SAE_CFG_FILENAME}: give the "
             f"folder of an SAE in it, see https://huggingface.co/{source.repository}/tree/main"
         ) from error
     # As in hub_access: the errors of a failed connection share no base class but Exception.
     except Exception as error:
-        explained = _for_sae(explain_hub_error(source.repository, "model", error))
-        raise InputError(f"{where}: {explained}") from error
+        raise _for_sae(hub_refusal(source.repository, "model", error), where) from error
 
 
-def _for_sae(explained: str) -> str:
-    """`hub_access` explains for language models, which packages may carry."""
-    return explained.replace("a local folder or a packaged: model", "a local copy of its folder")
+def _for_sae(refusal: InputError, where: str) -> InputError:
+    """`hub_access` advises on language models, which packages may carry."""
+    unreachable = isinstance(refusal, HubUnreachableError)
+    how = "give a local copy of its folder" if unreachable else refusal.how
+    return InputError(f"{where}: {refusal.what}", how)
 
 
 @contextmanager
@@ -224,14 +221,6 @@ def _cached(repository: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 logger = logging.getLogger(__name__)
 
 # Residual streams under the names that transformers gives the layers.
@@ -251,12 +240,12 @@ def load_subjects(
     hook: str | None = None,
     model_name: str | None = None,
     on_broken: Callable[[str, str], None] | None = None,
-) -> list[Subject]:
+) -> list[EvaluatedSAE]:
     """Load the SAEs behind references.
 
     Args:
         references: Runs, folders, `user/repo:folder` or `release:sae_id`; see
-            `subject_references`. What is on the disk needs no network.
+            `msae_plugin.saes.find`. What is on the disk needs no network.
         device: A torch device.
         hook: Where the SAEs read, in place of what their metadata say.
         model_name: The language model of SAEs whose metadata name none.
@@ -264,7 +253,7 @@ def load_subjects(
             the others are loaded all the same.
 
     Returns:
-        One subject per SAE, in the order of the references.
+        The SAEs, in the order of the references.
 
     Raises:
         InputError: A reference leads to no SAE, to one that is not finished, or to one that
@@ -277,24 +266,24 @@ def load_subjects(
         )
     register()  # SAELens must know `multiscale` before it reads a cfg.json
     located = [found for reference in references for found in locate(reference)]
-    seen: dict[FolderSource | HubSource, str] = {}
+    seen: dict[Path | HubSource, str] = {}
     for found in located:
         if found.source in seen:
             raise InputError(
                 f"{found.reference!r} and {seen[found.source]!r} are the same SAE: give it once"
             )
         seen[found.source] = found.reference
-    subjects: list[Subject] = []
+    saes: list[EvaluatedSAE] = []
     broken: list[tuple[str, str]] = []
     for found in located:
         try:
-            subjects.append(_load(found, device, hook, model_name))
+            saes.append(_load(found, device, hook, model_name))
         except BrokenSAEError as error:
             if on_broken is None:
                 raise
             broken.append((found.name, str(error)))
-    subjects = _with_unique_names(subjects)
-    taken = {subject.name for subject in subjects}
+    saes = _with_unique_names(saes)
+    taken = {evaluated.name for evaluated in saes}
     for name, reason in broken:
         unique, copy = name, 1
         while unique in taken:
@@ -303,18 +292,18 @@ def load_subjects(
         taken.add(unique)
         if on_broken is not None:
             on_broken(unique, reason)
-    return subjects
+    return saes
 
 
-def subject_record(subject: Subject) -> dict[str, Any]:
-    """What `summary.json` says of an SAE."""
-    config = subject.sae.cfg
+def sae_record(evaluated: EvaluatedSAE) -> dict[str, Any]:
+    """The record of an SAE in `summary.json`."""
+    config = evaluated.sae.cfg
     return {
-        "reference": subject.reference,
-        "weights_sha256": subject.weights_sha256,
+        "reference": evaluated.reference,
+        "weights_sha256": evaluated.weights_sha256,
         "architecture": config.architecture(),
-        "hook_name": subject.hook_name,
-        "model_name": subject.model_name,
+        "hook_name": evaluated.hook_name,
+        "model_name": evaluated.model_name,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
     }
@@ -359,7 +348,7 @@ def fold_decoder_norms(sae: SAE[Any], name: str) -> None:
         ) from error
 
 
-def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | None) -> Subject:
+def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | None) -> EvaluatedSAE:
     sae, weights_sha256 = load_sae(found, device)
     hook_name = _hook_of(sae, found.reference, hook)
     model_name = sae.cfg.metadata.model_name or model_name
@@ -373,14 +362,14 @@ def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | No
     fold_decoder_norms(sae, found.reference)
     _require_finite(sae, found.reference, "becomes NaN when its decoder norms are folded")
     sae.eval()
-    return Subject(
+    return EvaluatedSAE(
         name=found.name,
         reference=found.reference,
         sae=sae,
         weights_sha256=weights_sha256,
         model_name=model_name,
         hook_name=hook_name,
-        folder=found.source.folder if isinstance(found.source, FolderSource) else None,
+        folder=found.source if isinstance(found.source, Path) else None,
     )
 
 
@@ -432,28 +421,28 @@ def _require_finite(sae: SAE[Any], reference: str, problem: str) -> None:
             raise BrokenSAEError(f"SAE {reference!r}: {name} {problem}")
 
 
-def _with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
+def _with_unique_names(saes: Sequence[EvaluatedSAE]) -> list[EvaluatedSAE]:
     """Names that collide get the start of their weights' hash: it depends on no order."""
-    short = [subject.name[:_NAME_CHARACTERS] for subject in subjects]
+    short = [evaluated.name[:_NAME_CHARACTERS] for evaluated in saes]
     # Without case: two names that differ in it alone are one file on some systems.
     count = Counter(name.casefold() for name in short)
-    named: list[Subject] = []
+    named: list[EvaluatedSAE] = []
     taken: set[str] = set()
-    for subject, name in zip(subjects, short, strict=True):
+    for evaluated, name in zip(saes, short, strict=True):
         unique = name
-        if count[name.casefold()] > 1 or name != subject.name:
-            unique = f"{name}-{subject.weights_sha256[:_HASH_CHARACTERS]}"
+        if count[name.casefold()] > 1 or name != evaluated.name:
+            unique = f"{name}-{evaluated.weights_sha256[:_HASH_CHARACTERS]}"
         base, copy = unique, 1
         while unique.casefold() in taken:  # the same weights in two places
             copy += 1
             unique = f"{base}-{copy}"
         taken.add(unique.casefold())
-        named.append(replace(subject, name=unique))
+        named.append(replace(evaluated, name=unique))
     return named
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedSAE:
     """An SAE under evaluation.
 
     Args:
@@ -484,12 +473,7 @@ class Subject:
         return int(found.group())
 
     def for_saebench(self, dtype: torch.dtype, device: str) -> SAE[Any]:
-        """A copy that SAEBench may change: cast as it casts, its metadata complete.
-
-        Args:
-            dtype: SAEBench casts every SAE to the language model's.
-            device: A torch device.
-        """
+        """A copy that SAEBench may change: cast as it casts, its metadata complete."""
         sae = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
         sae.cfg.dtype = str(dtype).removeprefix("torch.")
         metadata = sae.cfg.metadata

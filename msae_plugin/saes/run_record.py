@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,7 +45,7 @@ def software_versions() -> dict[str, str | None]:
 
 
 def describe_device(device: str) -> dict[str, Any]:
-    """What the run runs on."""
+    """The machine that the run runs on."""
     described: dict[str, Any] = {"device": device, "machine": platform.machine()}
     if torch.device(device).type == "cuda":
         described["name"] = torch.cuda.get_device_name(torch.device(device))
@@ -58,6 +59,12 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
         return cast("dict[str, Any]", json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
+
+
+def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
+    """The folders of a run's SAEs by name, exported or not, as its record lists them."""
+    saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
+    return {name: run / str(sae["folder"]) for name, sae in saes.items()}
 
 
 class RunRecord:

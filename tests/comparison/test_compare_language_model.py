@@ -21,9 +21,9 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.training_schedule import Shard
 from msae_plugin.data.text import load_text
 from msae_plugin.evaluation.evaluate import EvaluationResult
-from msae_plugin.evaluation.heldout import evaluate_heldout
+from msae_plugin.evaluation.heldout import evaluate_many
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 HOOK = "blocks.1.hook_resid_post"
 SAES = {
@@ -80,15 +80,15 @@ def test_a_whole_comparison(
         seed=derive_seed(42, "text"),
     )
     folder = tmp_path / "saes" / "ours_l0-6_seed0"
-    alone = evaluate_heldout(
-        SAE.load_from_disk(folder / "sae"),
+    alone = evaluate_many(
+        {"sae": SAE.load_from_disk(folder / "sae")},
         tiny_language_model,
         HOOK,
         text.heldout,
         context_size=32,
         max_tokens=1024,
         max_loss_tokens=512,
-    ).to_dict()
+    )["sae"].to_dict()
     metrics = rows["ours_l0-6_seed0"]["metrics"]
     for key in ("explained_variance", "l0", "loss_recovered", "kl", "mean_max_decoder_cosine"):
         assert metrics[f"heldout/{key}"] == pytest.approx(alone[key], rel=1e-4), key
@@ -203,7 +203,9 @@ def test_a_part_is_measured_and_the_whole_only_puts_it_together(
     measured: list[str] = []
     measure = language_model.measure_heldout
 
-    def noted(config: CompareConfig, output: Path, subjects: list[Subject], *rest: Any) -> None:
+    def noted(
+        config: CompareConfig, output: Path, subjects: list[EvaluatedSAE], *rest: Any
+    ) -> None:
         measured.extend(subject.name for subject in subjects)
         measure(config, output, subjects, *rest)
 
@@ -229,7 +231,7 @@ def test_evaluations_join_the_rows(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def evaluate(config: Any, subjects: list[Subject], output: Path, **named: Any) -> Any:
+    def evaluate(config: Any, subjects: list[EvaluatedSAE], output: Path, **named: Any) -> Any:
         asked.update(named, config=config, output=output, subjects=subjects)
         definition = {"definition": "d", "unit": "u", "tokens": "t", "source": "saebench"}
         summary = {

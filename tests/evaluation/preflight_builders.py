@@ -4,21 +4,22 @@ from typing import Any
 
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from msae_plugin.evaluation.preflight import Finding, preflight
+from msae_plugin.common.errors import Problem
+from msae_plugin.evaluation.preflight import preflight
 from msae_plugin.evaluation.recipe import EvalConfig
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 HOOK = "blocks.1.hook_resid_post"
 
 
-def subject(d_in: int = 64, hook: str = HOOK) -> Subject:
+def subject(d_in: int = 64, hook: str = HOOK) -> EvaluatedSAE:
     sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=8))
-    return Subject("mine", "mine", sae, "0" * 64, "tiny-model", hook)
+    return EvaluatedSAE("mine", "mine", sae, "0" * 64, "tiny-model", hook)
 
 
 def find(
-    evaluations: Any, model_name: str | None, *, sae: Subject | None = None, **values: Any
-) -> list[Finding]:
+    evaluations: Any, model_name: str | None, *, sae: EvaluatedSAE | None = None, **values: Any
+) -> list[Problem]:
     config = EvalConfig.from_dict({"evaluations": evaluations, **values})
     findings = preflight(config, [sae or subject()], model_name=model_name)
     for finding in findings:

@@ -8,7 +8,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.windows import iterate_windows
 from msae_plugin.evaluation import heldout
-from msae_plugin.evaluation.heldout import LatentBatch, evaluate_heldout, evaluate_many
+from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
 from msae_plugin.models.forward_pass import activations_at
 from msae_plugin.models.loading import load_language_model
 
@@ -109,6 +109,12 @@ def literal_losses(pair, hook, texts, sae, exclude_special):
     return {name: value / count for name, value in sums.items()}, count
 
 
+def evaluate_one(sae, pair, hook, texts, context_size, **options) -> HeldoutMetrics:
+    return evaluate_many({"sae": sae}, pair, hook, texts, context_size=context_size, **options)[
+        "sae"
+    ]
+
+
 @pytest.mark.parametrize("exclude_special", [True, False])
 def test_losses_agree_with_a_literal_computation(
     model_and_hook, texts, exclude_special, monkeypatch
@@ -117,7 +123,7 @@ def test_losses_agree_with_a_literal_computation(
     pair, hook = model_and_hook
     sae = random_sae()
     expected, count = literal_losses(pair, hook, texts, sae, exclude_special)
-    got = evaluate_heldout(
+    got = evaluate_one(
         sae, pair, hook, texts, CONTEXT, batch_size=3, exclude_special=exclude_special
     )
     assert got.n_loss_tokens == count
@@ -157,7 +163,7 @@ def test_explained_variance_l0_and_dead_latents_are_those_of_a_plain_formula(
     sae = random_sae()
     with torch.no_grad():
         sae.b_enc[:4] = -1e6
-    got = evaluate_heldout(sae, pair, hook, texts, CONTEXT, batch_size=2)
+    got = evaluate_one(sae, pair, hook, texts, CONTEXT, batch_size=2)
     x = kept_activations(pair, hook, texts)
     with torch.no_grad():
         latents = sae.encode(x)
@@ -179,7 +185,7 @@ def test_several_saes_together_get_what_each_gets_alone(transformer, texts):
     saes = {"a": random_sae(1), "b": random_sae(2)}
     together = evaluate_many(saes, transformer, hooks, texts, context_size=CONTEXT)
     for name, sae in saes.items():
-        alone = evaluate_heldout(sae, transformer, hooks[name], texts, CONTEXT)
+        alone = evaluate_one(sae, transformer, hooks[name], texts, CONTEXT)
         assert together[name].to_dict() == pytest.approx(alone.to_dict())
 
 
@@ -261,7 +267,7 @@ def test_the_observer_sees_the_latents_with_their_places(transformer, texts):
 def test_too_little_text_and_missing_hooks_are_refused_in_one_line(transformer):
     sae = random_sae()
     with pytest.raises(InputError, match="no full window of 8 tokens") as error:
-        evaluate_heldout(sae, transformer, HOOK, ["a rose"], CONTEXT)
+        evaluate_one(sae, transformer, HOOK, ["a rose"], CONTEXT)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="'a'"):
         evaluate_many({"a": sae}, transformer, {}, ["a rose"], context_size=CONTEXT)

@@ -11,15 +11,14 @@ from datasets import Dataset, DatasetDict
 from sae_bench.sae_bench_utils import dataset_utils
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.data import local_datasets as module
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
 from msae_plugin.data.local_datasets import (
     HUB_DATASETS,
     LocalCopies,
     check_local_copy,
-    missing_for_probing,
-    stored_tokens,
 )
+from msae_plugin.evaluation import preflight_checks
+from msae_plugin.evaluation.preflight_checks import missing_for_probing, stored_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 
 AG_NEWS = "fancyzhx/ag_news"
@@ -204,7 +203,7 @@ def test_wrong_copies_are_named(tmp_path):
     ):
         check_local_copy(AG_NEWS, tmp_path / "two")
     (tmp_path / "two" / "train.jsonl").write_text('{"text": "t", "label": 1}\n{"text"')
-    with pytest.raises(InputError, match=r"train\.jsonl cannot be read"):
+    with pytest.raises(InputError, match=r"train\.jsonl, line 2: not valid JSON"):
         copies(AG_NEWS, tmp_path / "two").load_dataset(AG_NEWS)
     with pytest.raises(InputError, match="no configuration 'en-fr'"):
         check_local_copy("Helsinki-NLP/europarl", tmp_path / "two")
@@ -213,8 +212,8 @@ def test_wrong_copies_are_named(tmp_path):
 def test_the_hub_is_missing_without_a_local_copy(tmp_path):
     # HF_HUB_OFFLINE is set for all tests.
     missing = missing_for_probing({})
-    assert [entry.what.split(":")[0] for entry in missing] == [
-        f"dataset {name}" for name in HUB_DATASETS
+    assert [entry.what.split(" is not ")[0] for entry in missing] == [
+        f"dataset '{name}'" for name in HUB_DATASETS
     ]
     assert all("HF_HUB_OFFLINE" in entry.what for entry in missing)
     assert "datasets: {LabHC/bias_in_bios: FOLDER}" in missing[0].how
@@ -233,8 +232,8 @@ def test_a_prepared_dataset_needs_no_hub(tmp_path, monkeypatch):
         (tmp_path / name / "default").mkdir(parents=True)
         (tmp_path / name / "default" / "train.arrow").touch()
     # SAEBench streams the other one, which asks the hub every time.
-    assert [entry.what.split(":")[0] for entry in missing_for_probing(settings)] == [
-        "dataset Helsinki-NLP/europarl"
+    assert [entry.what.split(" is not ")[0] for entry in missing_for_probing(settings)] == [
+        "dataset 'Helsinki-NLP/europarl'"
     ]
 
 
@@ -267,7 +266,7 @@ def test_disk_for_the_activations_is_checked(tmp_path, monkeypatch):
     assert stored_tokens({}) == (5 * 3 + 5 + 2 + 5 + 4 + 5) * 2500 * 128
     free = 4 * 150 * 64 * 576 * 4 * 3
     usage = type("Usage", (), {"free": free})
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(preflight_checks.shutil, "disk_usage", lambda place: usage)
     cache = tmp_path / "not" / "yet"
     assert missing_for_probing(settings, cache=cache, bytes_per_token=576 * 4, runs=3) == []
     (disk,) = missing_for_probing(settings, cache=cache, bytes_per_token=576 * 4, runs=4)

@@ -13,12 +13,12 @@ import torch
 from preflight_builders import find, subject
 from toy_instruct.tokeniser import word_tokeniser
 
-from msae_plugin.common.errors import InputError, MissingInputError
+from msae_plugin.common.errors import InputError, MissingInputError, Problem
 from msae_plugin.evaluation import preflight as preflight_module
 from msae_plugin.evaluation import preflight as preflight_packages
 from msae_plugin.evaluation import preflight_checks
-from msae_plugin.evaluation.preflight import Finding, preflight, refuse_missing
-from msae_plugin.evaluation.preflight_checks import as_missing, core_bytes
+from msae_plugin.evaluation.preflight import preflight, refuse_missing
+from msae_plugin.evaluation.preflight_checks import core_bytes
 from msae_plugin.evaluation.recipe import EvalConfig
 
 SMOLLM = "packaged:smollm2-135m"
@@ -46,9 +46,9 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_what_several_evaluations_lack_is_named_once() -> None:
     refuse_missing([])
     findings = [
-        Finding("scr", "data set A", "fetch it"),
-        Finding("core", "data set B", "write it"),
-        Finding("tpp", "data set A", "fetch it"),
+        Problem("data set A", "fetch it", "scr"),
+        Problem("data set B", "write it", "core"),
+        Problem("data set A", "fetch it", "tpp"),
     ]
     with pytest.raises(MissingInputError) as raised:
         refuse_missing(findings)
@@ -196,7 +196,7 @@ def test_saes_of_another_model(tiny_model_dir: Path) -> None:
 
 
 def test_text_of_core(without: Callable[..., None], tmp_path: Path) -> None:
-    def core(dataset: str) -> list[Finding]:
+    def core(dataset: str) -> list[Problem]:
         return find({"core": {"dataset": dataset}}, None)
 
     (finding,) = core("Skylion007/openwebtext")
@@ -290,7 +290,9 @@ def test_unlearning_checks_its_own_model_and_its_tokenizer(
         missing_for_unlearning=lambda settings, folder: asked.append((settings, folder)) or []
     )
     monkeypatch.setattr(
-        preflight_module, "importlib", SimpleNamespace(import_module=lambda name: module)
+        preflight_module,
+        "importlib",
+        SimpleNamespace(import_module=lambda name: module, util=importlib.util),
     )
     settings = {"forget_corpus": "/bio.jsonl"}
     assert find({"unlearning": settings}, str(tiny_model_dir)) == []
@@ -379,14 +381,14 @@ def test_findings_of_all_evaluations_come_first_and_once(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "what", "how"),
+    ("error", "what", "how"),
     [
-        ("model x is gone: give another", "model x is gone", "give another"),
-        ("it is so (reason: unknown): use y", "it is so (reason: unknown)", "use y"),
-        ("a: b; set c", "a: b", "set c"),
-        ("two\nlines: nothing to do", "two lines: nothing to do", "otherwise"),
+        (InputError("model x is gone", "give another"), "model x is gone", "give another"),
+        (InputError("it is so (reason: unknown)", "use y"), "it is so (reason: unknown)", "use y"),
+        (InputError("two\nlines: nothing to do"), "two lines: nothing to do", "otherwise"),
     ],
 )
-def test_one_line_errors_as_what_and_how(text: str, what: str, how: str) -> None:
-    missing = as_missing(InputError(text), "otherwise")
-    assert (missing.what, missing.how) == (what, how)
+def test_refusals_as_what_and_how(error: InputError, what: str, how: str) -> None:
+    problem = Problem.of(error, "otherwise")
+    assert (problem.what, problem.how) == (what, how)
+    assert str(error) == (error.what if error.how is None else f"{error.what}: {error.how}")

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.evaluate import read_outcomes, write_outcomes
-from msae_plugin.evaluation.outcomes import MetricDefinition, Outcome
+from msae_plugin.evaluation.metrics import MetricDefinition
+from msae_plugin.evaluation.outcomes import ScoreResult
 from msae_plugin.evaluation.summary import result_entry, summary, summary_csv, write_summary
 from msae_plugin.reporting.evaluation_tables import (
     summary_for_terminal,
@@ -21,9 +22,9 @@ from msae_plugin.reporting.evaluation_tables import (
 L0 = MetricDefinition("latents that are not 0", "latents per token", "all", "saebench", None)
 
 
-def measured(value: float, tmp_path: Path, seed: int, **facts: str) -> Outcome:
+def measured(value: float, tmp_path: Path, seed: int, **facts: str) -> ScoreResult:
     file = tmp_path / "core" / f"seed_{seed}" / "a.json"
-    return Outcome("measured", {"l0": value}, file, facts=facts)
+    return ScoreResult("measured", {"l0": value}, file, facts=facts)
 
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_seeds_with_the_same_text_have_no_spread_and_say_so(tmp_path: Path) -> N
 
 
 def test_a_failed_seed_is_a_failed_evaluation(tmp_path: Path) -> None:
-    outcomes = {0: measured(30.0, tmp_path, 0), 1: Outcome("failed", reason="l0 is nan")}
+    outcomes = {0: measured(30.0, tmp_path, 0), 1: ScoreResult("failed", reason="l0 is nan")}
     entry = result_entry("a", "core", outcomes, tmp_path)
     assert (entry["status"], entry["reason"]) == ("failed", "seed 1: l0 is nan")
     assert entry["metrics"] == {}
@@ -69,7 +70,7 @@ def contents(entries: list[dict]) -> dict:
 
 
 def test_a_metric_that_nobody_defined_is_not_reported(tmp_path: Path) -> None:
-    strange = Outcome("measured", {"vibes": 1.0}, tmp_path / "x.json")
+    strange = ScoreResult("measured", {"vibes": 1.0}, tmp_path / "x.json")
     with pytest.raises(KeyError, match="vibes"):
         contents([result_entry("a", "core", {0: strange}, tmp_path)])
 
@@ -77,7 +78,7 @@ def test_a_metric_that_nobody_defined_is_not_reported(tmp_path: Path) -> None:
 def test_files_hold_the_numbers_their_meaning_and_the_reasons(tmp_path: Path) -> None:
     entries = [
         result_entry("a", "core", {0: measured(30.0, tmp_path, 0)}, tmp_path),
-        result_entry("a", "unlearning", {0: Outcome("skipped", reason="no corpus")}, tmp_path),
+        result_entry("a", "unlearning", {0: ScoreResult("skipped", reason="no corpus")}, tmp_path),
     ]
     write_summary(contents(entries), tmp_path)
     stored = json.loads((tmp_path / "summary.json").read_text())
@@ -106,7 +107,7 @@ def test_outcomes_are_taken_up_again_only_under_the_same_key(tmp_path: Path) -> 
     folder = tmp_path / "core" / "seed_0"
     folder.mkdir(parents=True)
     (folder / "a.json").write_text("{}")
-    good, bad = measured(30.0, tmp_path, 0, text="t"), Outcome("failed", reason="once")
+    good, bad = measured(30.0, tmp_path, 0, text="t"), ScoreResult("failed", reason="once")
     write_outcomes(folder, {"a": "key", "b": "key"}, {"a": good, "b": bad})
     assert read_outcomes(folder, {"a": "key", "b": "key"}) == {"a": good}
     assert read_outcomes(folder, {"c": "key"}) == {}

@@ -55,7 +55,7 @@ def perform(job: dict[str, Any], asked: list[str], said: list[str]) -> Any:
     if job["call"] == "fetch":
         return str(fetch(**arguments))
     if job["call"] == "locate":
-        return [(sae.name, str(sae.source.folder)) for sae in locate(**arguments)]
+        return [(sae.name, str(sae.source)) for sae in locate(**arguments)]
     if job["call"] == "local_folder":
         return str(local_folder(**arguments))
     run, repo = arguments.pop("run"), arguments.pop("repo")

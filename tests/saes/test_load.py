@@ -20,7 +20,7 @@ from tolerance import rounding_tolerance
 import msae_plugin
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.saes.export import export_sae
-from msae_plugin.saes.load import BrokenSAEError, load_subjects, subject_record
+from msae_plugin.saes.load import BrokenSAEError, load_subjects, sae_record
 
 D_IN, D_SAE = 6, 10
 HOOK = "blocks.2.hook_resid_post"
@@ -148,7 +148,7 @@ def test_metadata_and_hash(save: Save) -> None:
     assert (subject.hook_name, subject.layer) == ("blocks.5.hook_resid_post", 5)
     assert subject.sae.cfg.metadata.hook_head_index == 3
     digest = hashlib.sha256((folder / "sae_weights.safetensors").read_bytes()).hexdigest()
-    assert subject_record(subject) == {
+    assert sae_record(subject) == {
         "reference": str(folder),
         "weights_sha256": digest,
         "architecture": "jumprelu",

@@ -6,15 +6,14 @@ directory; nothing of that is changed. For a folder or a repository there is `ms
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
-from pathlib import Path
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import package_folder
+from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.evaluation.preflight import EXTRA
 from msae_plugin.registration import register
 
@@ -27,19 +26,14 @@ def saebench_scripts() -> list[str]:
     Raises:
         InputError: sae-bench is not installed.
     """
-    spec = importlib.util.find_spec("sae_bench")
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"msae saebench needs sae-bench: {EXTRA}")
-    evaluations = Path(next(iter(spec.submodule_search_locations))) / "evals"
-    return sorted(file.parent.name for file in evaluations.glob("*/main.py"))
+    folder = package_folder("sae_bench")
+    if folder is None:
+        raise InputError("msae saebench needs sae-bench", EXTRA)
+    return sorted(file.parent.name for file in folder.glob("evals/*/main.py"))
 
 
 def run_saebench_script(evaluation: str, arguments: Sequence[str]) -> None:
     """Run `python -m sae_bench.evals.EVALUATION.main ARGUMENTS` in this process.
-
-    Args:
-        evaluation: One of `saebench_scripts`, or scr or tpp, which share a script.
-        arguments: SAEBench's own arguments, as they are; `--help` lists them.
 
     Raises:
         InputError: There is no such script, or it needs a package that is not installed.
@@ -48,9 +42,8 @@ def run_saebench_script(evaluation: str, arguments: Sequence[str]) -> None:
     known = saebench_scripts()
     name = _ALIASES.get(evaluation, evaluation)
     if name not in known:
-        near = get_close_matches(evaluation, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
-        raise InputError(f"SAEBench has no evaluation {evaluation!r}: {hint}")
+        hint = did_you_mean(evaluation, known, "choose from ", shown=str)
+        raise InputError(f"SAEBench has no evaluation {evaluation!r}", hint)
     register()
     module = f"sae_bench.evals.{name}.main"
     with _arguments([f"msae saebench {evaluation}", *arguments]):

@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,19 +38,24 @@ from sae_bench.sae_bench_utils.activation_collection import LLM_NAME_TO_BATCH_SI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.common.files import (
+    is_complete,
+    kept_folder,
+    keyed_folder,
+    mark_complete,
+)
 from msae_plugin.data.local_datasets import LocalCopies
+from msae_plugin.evaluation.metrics import MetricDefinition, described, reliability
 from msae_plugin.evaluation.outcomes import (
-    MetricDefinition,
     ModelContext,
-    Outcome,
     Reporter,
-    failure,
+    ScoreResult,
     require_real,
     result_file,
 )
 from msae_plugin.evaluation.preflight_checks import OPENAI_VARIABLE, RAVEL_DATASET
 from msae_plugin.evaluation.protocols import SCHEMAS, config_class
+from msae_plugin.evaluation.saebench.each_sae import evaluate_each, keep_result
 from msae_plugin.evaluation.saebench.patching import (
     evaluation_environment,
     replaced,
@@ -61,7 +64,7 @@ from msae_plugin.evaluation.saebench.patching import (
 )
 from msae_plugin.evaluation.saebench.sae_probes import tokenizer_sha256
 from msae_plugin.models.sources import resolve_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 METRICS: dict[str, type[Any]] = {
     "absorption": AbsorptionMeanMetrics,
@@ -76,56 +79,8 @@ METRICS: dict[str, type[Any]] = {
 NOT_OF_THE_SAE = frozenset({"train_time_seconds"})
 """Fields of SAEBench's results that measure the machine; they stay in its JSON."""
 
-_CHANIN = "Chanin, Are Sparse Autoencoder Benchmarks Reliable?, arXiv 2605.18229"
-
-RELIABILITY = {
-    "absorption": (
-        "absorption_fraction was redefined in SAEBench 0.6.0 and is not comparable with published "
-        f"numbers ({_CHANIN}); SAEBench advises against models below 1B parameters and SAEs below "
-        "16k latents, and an undertrained SAE scores low for want of features"
-    ),
-    "scr": f"discredited as a metric of SAEs ({_CHANIN})",
-    "tpp": f"discredited as a metric of SAEs ({_CHANIN})",
-    "ravel": (
-        "a mask is trained on the latents of each attribute, so the score is that of SAE and mask "
-        "together; Gemma-2 and GPT-NeoX models only"
-    ),
-    "autointerp": (
-        "depends on the judge, OpenAI's gpt-4o-mini, which changes without notice and does not "
-        "answer the same twice"
-    ),
-    "meta_structure": (
-        "how well a small SAE reconstructs the decoder; read as structure that directions share "
-        "(Bussmann et al., Matryoshka SAEs, ICML 2025, appendix D.1), and no measure of quality"
-    ),
-}
-"""What is known of each evaluation's reliability."""
-
-_TOKENS = {
-    "absorption": "single-token words of the vocabulary in SAEBench's spelling prompts",
-    "scr": "tokens of the probes' texts without BOS, EOS and PAD, averaged per text",
-    "tpp": "tokens of the probes' texts without BOS, EOS and PAD, averaged per text",
-    "ravel": "last token of the entity in RAVEL's prompts that the model answers correctly",
-    "autointerp": "windows of SAEBench's text corpus; BOS, EOS and PAD do not count as activations",
-    "meta_structure": "none: rows of the decoder",
-}
-# In the order of their patterns, the first that fits.
-_UNITS = (
-    (r".*num_split_features", "latents per letter"),
-    (r"(scr|tpp)_.*(diff_only|total_metric)", "difference of two accuracies"),
-    (r"scr_.*", "share of the probe's bias removed"),
-    (r"final_reconstruction_mse", "squared decoder units per entry"),
-    (r".*", "share"),
-)
-_BETTER = (
-    (r"mean_(absorption_fraction|full_absorption)_score", False),
-    (r"scr_metric_.*", True),
-    (r"tpp_.*_(total_metric|intended_diff_only)", True),
-    (r"tpp_.*_unintended_diff_only", False),
-    (r"(disentanglement|cause|isolation)_score", True),
-    (r"autointerp_score", True),
-    (r".*", None),
-)
+RELIABILITY = reliability()
+"""Reliability of each evaluation, as far as it is known."""
 
 
 def definition(evaluation: str, metric: str) -> MetricDefinition:
@@ -141,20 +96,8 @@ def definition(evaluation: str, metric: str) -> MetricDefinition:
     fields = {item.name: item for item in dataclasses.fields(METRICS[evaluation])}
     # pydantic keeps title and description in what dataclasses call the default.
     description: str = cast("Any", fields[metric].default).description
-    return MetricDefinition(
-        definition=f"{description.rstrip('.')}. Reliability: {RELIABILITY[evaluation]}",
-        unit=_first(_UNITS, metric),
-        tokens=_TOKENS[evaluation],
-        source="saebench",
-        higher_is_better=_first(_BETTER, metric),
-    )
+    return described(evaluation, metric, description)
 
-
-def _first(table: tuple[tuple[str, Any], ...], metric: str) -> Any:
-    return next(value for pattern, value in table if re.fullmatch(pattern, metric))
-
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 32
 """Where SAEBench knows no batch size for a model: its choice for the larger ones."""
@@ -175,21 +118,12 @@ def run_other(
     kind: str,
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Run one of SAEBench's further evaluations.
-
-    Args:
-        kind: `absorption`, `scr`, `tpp`, `ravel`, `autointerp` or `meta_structure`.
-        context: The model.
-        settings: Fields of SAEBench's config class, and `datasets`: local copies by hub name.
-        subjects: The SAEs.
-        seed: SAEBench's `random_seed`, and of everything that it leaves unseeded.
-        output: Folder for SAEBench's JSON.
-        report: Shows progress.
 
     Returns:
         An outcome per SAE.
@@ -202,43 +136,42 @@ def run_other(
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     model = context.language_model.model
-    outcomes: dict[str, Outcome] = {}
-    for number, subject in enumerate(subjects):
-        report(f"{kind}: {subject.name}", number, len(subjects))
-        try:
-            outcomes[subject.name] = _evaluate(kind, context, settings, subject, seed, output)
-        # Whatever one SAE raises is its own outcome: the others go on.
-        except Exception as error:
-            logger.info("%s: %s failed", kind, subject.name, exc_info=True)
-            outcomes[subject.name] = failure(error)
-        finally:
-            # The model is shared. SAEBench may leave hooks behind, gradients (absorption takes
-            # some), and the model on the CPU (lower_vram_usage).
-            model.reset_hooks()
-            model.zero_grad(set_to_none=True)
-            if next(model.parameters()).device.type != torch.device(context.device).type:
-                model.to(context.device)
-    return outcomes
+
+    def restore() -> None:
+        # The model is shared. SAEBench may leave hooks behind, gradients (absorption takes some),
+        # and the model on the CPU (lower_vram_usage).
+        model.reset_hooks()
+        model.zero_grad(set_to_none=True)
+        if next(model.parameters()).device.type != torch.device(context.device).type:
+            model.to(context.device)
+
+    return evaluate_each(
+        kind,
+        saes,
+        lambda evaluated: _evaluate(kind, context, settings, evaluated, seed, output),
+        report,
+        restore,
+    )
 
 
 def _evaluate(
     kind: str,
     context: ModelContext,
     settings: Mapping[str, Any],
-    subject: Subject,
+    evaluated: EvaluatedSAE,
     seed: int,
     output: Path,
-) -> Outcome:
+) -> ScoreResult:
     config = _config(kind, context, settings, seed)
-    sae = subject.for_saebench(context.torch_dtype, context.device)
+    sae = evaluated.for_saebench(context.torch_dtype, context.device)
     with (
         evaluation_environment(seed),
         scratch_working_directory() as scratch,
-        _adapted(kind, context, settings, config, subject, seed, scratch),
+        _adapted(kind, context, settings, config, evaluated, seed, scratch),
     ):
         arguments: dict[str, Any] = {
             "config": config,
-            "selected_saes": [(subject.name, sae)],
+            "selected_saes": [(evaluated.name, sae)],
             "device": context.device,
             "output_path": str(scratch / "results"),
             "force_rerun": True,
@@ -252,10 +185,10 @@ def _evaluate(
         (scratch / "results").mkdir()
         _MAIN[kind].run_eval(**arguments)
         folder = scratch / "results" / (kind if kind in ("scr", "tpp") else "")
-        written = result_file(folder, subject)
+        written = result_file(folder, evaluated)
         if not written.is_file():
             return _nothing_written(kind, config)
-        return _collect(kind, subject, written, output)
+        return _collect(kind, evaluated, written, output)
 
 
 def _config(kind: str, context: ModelContext, settings: Mapping[str, Any], seed: int) -> Any:
@@ -278,7 +211,7 @@ def _adapted(
     context: ModelContext,
     settings: Mapping[str, Any],
     config: Any,
-    subject: Subject,
+    evaluated: EvaluatedSAE,
     seed: int,
     scratch: Path,
 ) -> Generator[None, None, None]:
@@ -292,7 +225,7 @@ def _adapted(
         if kind in ("scr", "tpp"):
             stack.enter_context(replaced(dataset_creation, "load_dataset", copies.load_dataset))
         if kind == "absorption":
-            probes = _absorption_probes(context, config, subject, seed)
+            probes = _absorption_probes(context, config, evaluated, seed)
             stack.enter_context(_absorption_paths(probes, scratch))
         if kind == "ravel":
             stack.enter_context(_ravel_names(context, settings, config, seed, scratch))
@@ -306,11 +239,7 @@ class _LoadedModel:
         self._context = context
 
     def from_pretrained_no_processing(self, name: str, **_options: Any) -> Any:
-        """The model that is loaded already; its device and dtype are the config's.
-
-        Raises:
-            RunFailure: SAEBench asks for another.
-        """
+        """The model that is loaded already; its device and dtype are the config's."""
         if name != self._context.name:
             raise RunFailure(
                 f"SAEBench asks for the model {name!r}, loaded is {self._context.name!r}"
@@ -318,9 +247,9 @@ class _LoadedModel:
         return self._context.language_model.model
 
 
-def _nothing_written(kind: str, config: Any) -> Outcome:
+def _nothing_written(kind: str, config: Any) -> ScoreResult:
     if kind == "absorption":
-        return Outcome(
+        return ScoreResult(
             "not_measurable",
             reason=f"fewer than {config.min_feats_for_eval} first letters can be read off the "
             f"model's activations with an F1 above {config.min_GT_probe_f1}: it cannot spell "
@@ -329,7 +258,7 @@ def _nothing_written(kind: str, config: Any) -> Outcome:
     raise RunFailure(f"{kind}: SAEBench wrote no result and raised nothing")
 
 
-def _collect(kind: str, subject: Subject, written: Path, output: Path) -> Outcome:
+def _collect(kind: str, evaluated: EvaluatedSAE, written: Path, output: Path) -> ScoreResult:
     categories: Mapping[str, Mapping[str, Any]] = json.loads(written.read_text(encoding="utf-8"))[
         "eval_result_metrics"
     ]
@@ -341,13 +270,9 @@ def _collect(kind: str, subject: Subject, written: Path, output: Path) -> Outcom
         if value is not None and name not in NOT_OF_THE_SAE
     }
     if not metrics:
-        raise RunFailure(f"{kind} of {subject.name}: SAEBench's result holds no number")
-    require_real(metrics, f"{kind} of {subject.name}")
-    file = result_file(output, subject)
-    temporary = file.with_name(f".incomplete-{file.name}")
-    shutil.copyfile(written, temporary)
-    temporary.replace(file)
-    return Outcome("measured", metrics, file)
+        raise RunFailure(f"{kind} of {evaluated.name}: SAEBench's result holds no number")
+    require_real(metrics, f"{kind} of {evaluated.name}")
+    return ScoreResult("measured", metrics, keep_result(written, evaluated, output))
 
 
 def _openai_key() -> str:
@@ -357,36 +282,35 @@ def _openai_key() -> str:
     return key
 
 
-def _absorption_probes(context: ModelContext, config: Any, subject: Subject, seed: int) -> Path:
+def _absorption_probes(
+    context: ModelContext, config: Any, evaluated: EvaluatedSAE, seed: int
+) -> Path:
     """Probes for first letters, which depend on the model alone: trained once, before any SAE.
 
     SAEBench keeps them inside its own package, under the name of the model, and trains them with
     the random numbers of the first SAE.
     """
     key: dict[str, Any] = {
-        "model": context.weights_sha256,
-        "dtype": context.dtype,
-        "device": context.device.split(":")[0],
+        **context.key("torch", "transformer-lens", "transformers", "sae-bench"),
         "tokenizer": tokenizer_sha256(context.language_model.tokenizer),
-        "layer": subject.layer,
+        "layer": evaluated.layer,
         "template": config.prompt_template,
         "position": config.prompt_token_pos,
         "seed": seed,
-        "versions": versions("torch", "transformer-lens", "transformers", "sae-bench"),
     }
-    folder = keyed_folder(context.cache.absolute(), "absorption_probes", key)
-    if not is_complete(folder):
+
+    def train(folder: Path) -> None:
         with seeded(seed):
             absorption_common.train_and_save_probes(
                 context.language_model.model,  # pyright: ignore[reportArgumentType]
-                layers=[subject.layer],
+                layers=[evaluated.layer],
                 base_template=config.prompt_template,
                 pos_idx=config.prompt_token_pos,
                 probes_dir=folder,
                 device=context.device,
             )
-        mark_complete(folder, key)
-    return folder
+
+    return kept_folder(context.cache.absolute(), "absorption_probes", key, train)
 
 
 @contextmanager
@@ -450,7 +374,7 @@ def _ravel_names(
 def _ravel_completions(
     context: ModelContext, config: Any, seed: int, artifacts: Path
 ) -> Generator[None, None, None]:
-    """What the model completes, hours of work on SAEBench's models: once for all SAEs.
+    """Let the model complete the prompts, hours of work on SAEBench's models, once for all SAEs.
 
     Not where SAEBench draws a part of the prompts: it then continues with other random numbers.
     """
@@ -458,10 +382,8 @@ def _ravel_completions(
         yield
         return
     key: dict[str, Any] = {
-        "model": context.weights_sha256,
+        **context.key("torch", "transformers", "sae-bench"),
         "name": context.name,
-        "dtype": context.dtype,
-        "device": context.device.split(":")[0],
         "seed": seed,
         "config": {
             name: getattr(config, name)
@@ -472,7 +394,6 @@ def _ravel_completions(
                 "llm_batch_size",
             )
         },
-        "versions": versions("torch", "transformers", "sae-bench"),
     }
     folder = keyed_folder(context.cache.absolute(), "ravel", key)
     if is_complete(folder):

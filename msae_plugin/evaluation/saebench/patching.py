@@ -1,4 +1,4 @@
-"""What of SAEBench is adapted while an evaluation runs, and a watch on the latents it probes.
+"""Changes to SAEBench while an evaluation runs, and a check of the latents it probes.
 
 SAEBench loads models by name, data sets by name and prompt formats by model name. Where an
 evaluation must be given another, the name in SAEBench's module is replaced inside a `with` block
@@ -124,7 +124,7 @@ def scratch_working_directory() -> Generator[Path, None, None]:
 
 @contextmanager
 def evaluation_environment(seed: int) -> Generator[None, None, None]:
-    """What every call of SAEBench here runs under: seeded, quiet, without jaxtyping's checks."""
+    """Run SAEBench seeded, quietly and without jaxtyping's checks."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(seed))
         stack.enter_context(without_jaxtyping())

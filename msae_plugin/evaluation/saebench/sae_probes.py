@@ -12,15 +12,12 @@ everything that they depend on.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +29,37 @@ from sae_bench.evals.sparse_probing_sae_probes.eval_output import SaeProbesSaeMe
 from sae_probes import DATASETS, run_baseline_evals
 from sae_probes.constants import DATA_PATH
 from sae_probes.generate_model_activations import ensure_dataset_activations
-from sae_probes.run_baselines import METHODS
 from sae_probes.utils_data import get_dataset_sizes
 
-from msae_plugin.common.errors import InputError, Missing, RunFailure
+from msae_plugin.common.errors import Problem, RunFailure
 from msae_plugin.common.files import (
     files_sha256,
-    is_complete,
+    kept_folder,
     key_digest,
-    keyed_folder,
-    mark_complete,
     versions,
 )
-from msae_plugin.data.local_datasets import missing_disk
+from msae_plugin.common.recipes import did_you_mean
+from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
-    MetricDefinition,
     ModelContext,
-    Outcome,
     Reporter,
-    failure,
+    ScoreResult,
     require_real,
     result_file,
+)
+from msae_plugin.evaluation.preflight_checks import missing_disk
+from msae_plugin.evaluation.saebench.each_sae import (
+    evaluate_each,
+    keep_result,
+    reported_counts,
 )
 from msae_plugin.evaluation.saebench.patching import (
     CheckedLatents,
     evaluation_environment,
     scratch_working_directory,
 )
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 ACTIVATIONS = "sae_probes_activations"
 BASELINES = "sae_probes_baselines"
@@ -96,13 +95,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def batch_size(longest: int, n_heads: int, device: str) -> int:
-    """How many texts fit into one pass: sae-probes' 32 unless their attention is too large.
-
-    Args:
-        longest: Tokens of the longest text.
-        n_heads: Attention heads of a layer.
-        device: A torch device.
-    """
+    """How many texts fit into one pass: sae-probes' 32 unless their attention is too large."""
     allowed = SCORE_BYTES.get(device.split(":", maxsplit=1)[0], SCORE_BYTES_ELSEWHERE)
     tokens = min(longest, MAX_TOKENS)
     return max(1, min(LARGEST_BATCH, allowed // (4 * n_heads * tokens * tokens)))
@@ -143,10 +136,18 @@ class SaeProbesModelSide:
             "batch_size": size,
             "versions": versions("torch", "transformer-lens", "transformers", "sae-probes"),
         }
-        folder = keyed_folder(self.context.cache.absolute(), ACTIVATIONS, key)
-        file = folder / f"model_activations_{_MODEL}" / f"{dataset}_{self.hook_name}.pt"
-        if is_complete(folder):
-            return file
+        folder = kept_folder(
+            self.context.cache.absolute(),
+            ACTIVATIONS,
+            key,
+            lambda folder: self._compute_activations(folder, dataset, size),
+        )
+        return self._activations_file(folder, dataset)
+
+    def _activations_file(self, folder: Path, dataset: str) -> Path:
+        return folder / f"model_activations_{_MODEL}" / f"{dataset}_{self.hook_name}.pt"
+
+    def _compute_activations(self, folder: Path, dataset: str, size: int) -> None:
         with _sides_restored(self.context.language_model.tokenizer):
             ensure_dataset_activations(
                 model_name=_MODEL,
@@ -156,16 +157,15 @@ class SaeProbesModelSide:
                 device=self.context.device,
                 max_seq_len=MAX_TOKENS,
                 batch_size=size,
-                model=_LastTokens(model),  # pyright: ignore[reportArgumentType] - as the model
+                model=_LastTokens(self.context.language_model.model),  # pyright: ignore[reportArgumentType]
             )
+        file = self._activations_file(folder, dataset)
         found: torch.Tensor = torch.load(file, weights_only=True)
         # numpy, where the probes are trained, has no bfloat16. Widening changes no value.
         found = found.float()
         if not bool(torch.isfinite(found).all()):
             raise RunFailure(f"activations at {self.hook_name} are NaN or infinite")
         torch.save(found, file)
-        mark_complete(folder, key)
-        return file
 
     def baseline(self, dataset: str) -> Path | None:
         """sae-probes' JSON of the probe on the model's activations, computed if need be."""
@@ -179,9 +179,11 @@ class SaeProbesModelSide:
             "method": self.method,
             "versions": versions("sae-probes", "scikit-learn", "xgboost", "numpy"),
         }
-        folder = keyed_folder(self.context.cache.absolute(), BASELINES, key)
-        if not is_complete(folder):
-            run_baseline_evals(
+        folder = kept_folder(
+            self.context.cache.absolute(),
+            BASELINES,
+            key,
+            lambda folder: run_baseline_evals(
                 model_name=_MODEL,
                 hook_name=self.hook_name,
                 setting="normal",
@@ -191,19 +193,15 @@ class SaeProbesModelSide:
                 datasets=[dataset],
                 device=self.context.device,
                 seed=self.seed,
-            )
-            mark_complete(folder, key)
+            ),
+        )
         name = f"{dataset}_{self.hook_name}_{self.method}.json"
         return folder / f"baseline_results_{_MODEL}" / "normal_setting" / name
 
     def _common(self, dataset: str) -> dict[str, Any]:
-        model = self.context.language_model.model
         return {
+            **self.context.key(),
             "format": FORMAT,
-            "model": self.context.weights_sha256,
-            "model_config": str(sorted(model.cfg.to_dict().items(), key=str)),
-            "dtype": self.context.dtype,
-            "device": self.context.device.split(":")[0],
             "hook": self.hook_name,
             "dataset": dataset,
             "table": files_sha256([dataset_file(dataset)]),
@@ -213,14 +211,7 @@ class SaeProbesModelSide:
 def lay_out(
     cache: Path, results: Path, model_name: str, files: Sequence[tuple[Path, Path | None]]
 ) -> None:
-    """Put activations and baselines where sae-probes looks for those of `model_name`.
-
-    Args:
-        cache: sae-probes' `model_cache_path`.
-        results: sae-probes' `results_path`.
-        model_name: What sae-probes is told.
-        files: For each dataset the activations and the baseline.
-    """
+    """Put activations and baselines where sae-probes looks for those of `model_name`."""
     for activations, baseline in files:
         _link(activations, cache / f"model_activations_{model_name}" / activations.name)
         if baseline is not None:
@@ -303,24 +294,21 @@ OFFLINE_SAE_PROBES_DATASETS = (
 
 MEASURES = ("accuracy", "auc", "f1")
 
-# Paths that SAEBench would be told; here they are always its own, in a folder made for one SAE.
-_PATHS = ("results_path", "model_cache_path")
-
 
 def run_sae_probes(
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs with SAEBench's sparse_probing_sae_probes.
 
     Args:
         context: The model. Whatever its dtype, probes see float32: numpy has no bfloat16.
         settings: Fields of SAEBench's SparseProbingSaeProbesEvalConfig.
-        subjects: The SAEs.
+        saes: The SAEs.
         seed: Of the split of every dataset and of the probes.
         output: Folder for SAEBench's JSON.
         report: Shows progress.
@@ -334,22 +322,18 @@ def run_sae_probes(
     config = _config(context, settings, seed)
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
-    outcomes: dict[str, Outcome] = {}
     with evaluation_environment(seed):
         files: dict[str, list[tuple[Path, Path | None]] | Exception] = {}
-        for hook in dict.fromkeys(subject.hook_name for subject in subjects):
+        for hook in dict.fromkeys(evaluated.hook_name for evaluated in saes):
             files[hook] = _model_side(context, config, hook, report)
-        for number, subject in enumerate(subjects):
-            report(f"sae-probes: {subject.name}", number, len(subjects))
-            try:
-                outcomes[subject.name] = _evaluate(
-                    context, config, subject, files[subject.hook_name], output
-                )
-            # Whatever one SAE raises is its own outcome: the others go on.
-            except Exception as error:
-                logger.info("sae-probes: %s failed", subject.name, exc_info=True)
-                outcomes[subject.name] = failure(error)
-    return outcomes
+        return evaluate_each(
+            "sae-probes",
+            saes,
+            lambda evaluated: _evaluate(
+                context, config, evaluated, files[evaluated.hook_name], output
+            ),
+            report,
+        )
 
 
 def missing_for_sae_probes(
@@ -358,79 +342,35 @@ def missing_for_sae_probes(
     cache: Path | None = None,
     d_model: int | None = None,
     runs: int = 1,
-) -> list[Missing]:
-    """What sae-probes with these settings lacks. Its data are inside its own package.
-
-    Args:
-        settings: Settings of `sparse_probing_sae_probes`.
-        cache: Where activations are stored; None to leave the disk unchecked.
-        d_model: Width of the activations.
-        runs: Number of hooks; seeds share the activations.
-    """
+) -> list[Problem]:
+    """Datasets and disk that sae-probes lacks; its data are inside its own package."""
     names: Sequence[str] = settings.get("dataset_names") or DATASETS
     unknown = [name for name in names if name not in DATASETS]
-    found = [Missing(f"sae-probes dataset {name!r}", _suggestion(name)) for name in unknown]
+    found = [Problem(f"sae-probes dataset {name!r}", _suggestion(name)) for name in unknown]
     if cache is not None and d_model is not None:
         sizes = get_dataset_sizes()
         texts = sum(sizes[name] for name in names if name in sizes)
-        found += missing_disk(cache, 4 * d_model * texts * runs)
+        needed = 4 * d_model * texts * runs
+        found += missing_disk(cache, needed, "fewer datasets or smaller probe sets")
     return found
 
 
 def known_ks() -> list[int]:
     """The values of k that SAEBench's result has fields for."""
-    names = [field.name for field in dataclasses.fields(SaeProbesSaeMetrics)]
-    found = [re.fullmatch(r"sae_top_(\d+)_test_accuracy", name) for name in names]
-    return [int(match.group(1)) for match in found if match is not None]
+    return reported_counts(SaeProbesSaeMetrics)
 
 
 def _suggestion(name: str) -> str:
-    near = get_close_matches(name, DATASETS, n=3)
-    return (
-        f"did you mean {', '.join(near)}?"
-        if near
-        else f"choose from sae_probes.DATASETS: {DATASETS}"
-    )
+    return did_you_mean(name, DATASETS, "choose from sae_probes.DATASETS: ", shown=str, n=3)
 
 
 def _config(
     context: ModelContext, settings: Mapping[str, Any], seed: int
 ) -> SparseProbingSaeProbesEvalConfig:
-    where = "sparse_probing_sae_probes"
-    for path in _PATHS:
-        if path in settings:
-            raise InputError(f"{where}.{path} is not taken: activations go to cache:")
     # SAEBench puts the name into paths.
     name = context.name if ".." not in Path(context.name).parts else Path(context.name).name
     given: dict[str, Any] = {**settings, "model_name": name, "random_seed": seed}
-    config = SparseProbingSaeProbesEvalConfig(**given)
-    names = config.dataset_names
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"{where}.dataset_names: name each dataset once, and at least one")
-    for dataset in names:
-        if dataset not in DATASETS:
-            raise InputError(f"{where}: unknown dataset {dataset!r}: {_suggestion(dataset)}")
-    unknown = [k for k in config.ks if k not in known_ks()]
-    if unknown or not config.ks:
-        raise InputError(
-            f"{where}.ks is {config.ks}: SAEBench's result has fields for "
-            f"{', '.join(map(str, known_ks()))} only"
-        )
-    if config.setting != "normal":
-        raise InputError(f"{where}.setting is {config.setting!r}: SAEBench collects 'normal' only")
-    if config.binarize:
-        raise InputError(
-            f"{where}.binarize is true: SAEBench 0.6 looks for the results under another name than "
-            "sae-probes writes them, and finds none"
-        )
-    if config.reg_type not in ("l1", "l2"):
-        raise InputError(f"{where}.reg_type is {config.reg_type!r}: use l1 or l2")
-    if config.baseline_method not in METHODS:
-        raise InputError(
-            f"{where}.baseline_method is {config.baseline_method!r}: "
-            f"use one of {', '.join(METHODS)}"
-        )
-    return config
+    return SparseProbingSaeProbesEvalConfig(**given)
 
 
 def _model_side(
@@ -456,38 +396,35 @@ def _model_side(
 def _evaluate(
     context: ModelContext,
     config: SparseProbingSaeProbesEvalConfig,
-    subject: Subject,
+    evaluated: EvaluatedSAE,
     files: list[tuple[Path, Path | None]] | Exception,
     output: Path,
-) -> Outcome:
+) -> ScoreResult:
     if isinstance(files, Exception):
         raise files
-    sae = subject.for_saebench(torch.float32, context.device)
+    sae = evaluated.for_saebench(torch.float32, context.device)
     if sae.cfg.metadata.model_name is None:
         sae.cfg.metadata.model_name = context.name
-    latents = CheckedLatents(sae, subject.name)
+    latents = CheckedLatents(sae, evaluated.name)
     with scratch_working_directory() as folder:
         cache = folder / str(config.model_cache_path)
         lay_out(cache, folder / config.results_path, config.model_name, files)
         result = sae_probes_main.run_eval(
-            config, [(subject.name, sae)], context.device, "results", force_rerun=True
-        )[f"{subject.name}_{SAEBENCH_ID}"]
+            config, [(evaluated.name, sae)], context.device, "results", force_rerun=True
+        )[f"{evaluated.name}_{SAEBENCH_ID}"]
         latents.require_active()
-        metrics = _metrics(result, config, subject)
-        file = result_file(output, subject)
-        temporary = file.with_name(f".incomplete-{file.name}")
-        shutil.copyfile(result_file(folder / "results", subject), temporary)
-        temporary.replace(file)
+        metrics = _metrics(result, config, evaluated)
+        file = keep_result(result_file(folder / "results", evaluated), evaluated, output)
     tables = {name: files_sha256([dataset_file(name)]) for name in config.dataset_names}
     # The seed splits each table anew.
     text = key_digest({"tables": tables, "seed": config.random_seed})
-    return Outcome("measured", metrics, file, facts={"text": text})
+    return ScoreResult("measured", metrics, file, facts={"text": text})
 
 
 def _metrics(
-    result: Mapping[str, Any], config: SparseProbingSaeProbesEvalConfig, subject: Subject
+    result: Mapping[str, Any], config: SparseProbingSaeProbesEvalConfig, evaluated: EvaluatedSAE
 ) -> dict[str, float]:
-    where = f"sae-probes of {subject.name}"
+    where = f"sae-probes of {evaluated.name}"
     details = len(result["eval_result_details"])
     if details != len(config.dataset_names):
         raise RunFailure(
@@ -505,41 +442,5 @@ def _metrics(
     return metrics
 
 
-_TEXTS = (
-    "the last token of each text (of at most 1024 tokens, cut on the left), whatever it is; up to "
-    "1024 training texts, test texts the rest, both classes equally often in each"
-)
-_MEASURE = {
-    "accuracy": "test accuracy",
-    "auc": "test area under the ROC curve",
-    "f1": "test F1, mean of both classes weighted by their size,",
-}
-_LLM = (
-    "{measure} of sae-probes' baseline (baseline_method, by default a logistic regression whose "
-    "regularisation is chosen on 100 training texts) on all residual stream channels; mean over "
-    "datasets"
-)
-_SAE = (
-    "{measure} of a logistic regression (penalty as reg_type says, its strength chosen on 100 "
-    "training texts) on the {k} SAE latents whose normalised means differ most between the classes "
-    "on the training texts; mean over datasets"
-)
-
-
-def _definitions() -> dict[str, MetricDefinition]:
-    found: dict[str, MetricDefinition] = {}
-    for measure, words in _MEASURE.items():
-        unit = "share" if measure == "accuracy" else "0 to 1"
-        # The model's own score is a reference, not a merit of the SAE.
-        found[f"llm_test_{measure}"] = MetricDefinition(
-            _LLM.format(measure=words), unit, _TEXTS, "saebench", None
-        )
-        for k in known_ks():
-            found[f"sae_top_{k}_test_{measure}"] = MetricDefinition(
-                _SAE.format(measure=words, k=k), unit, _TEXTS, "saebench", True
-            )
-    return found
-
-
-DEFINITIONS: dict[str, MetricDefinition] = _definitions()
+DEFINITIONS = definitions("sparse_probing_sae_probes", known_ks())
 """Every metric of `run_sae_probes`."""

@@ -17,8 +17,6 @@ import dataclasses
 import gc
 import hashlib
 import logging
-import re
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,32 +39,27 @@ from sae_bench.sae_bench_utils import (
     dataset_info,
     dataset_utils,
     general_utils,
-    get_eval_uuid,
-    get_sae_bench_version,
-    get_sae_lens_version,
 )
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import is_complete, key_digest, keyed_folder, mark_complete, versions
+from msae_plugin.common.files import kept_folder, key_digest
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, labelled_texts
 from msae_plugin.data.local_datasets import SAEBENCH_PROBING_SETS, LocalCopies
+from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
-    SAEBENCH_ID,
-    MetricDefinition,
     ModelContext,
-    Outcome,
     Reporter,
-    failure,
+    ScoreResult,
     require_real,
-    result_file,
 )
+from msae_plugin.evaluation.saebench.each_sae import evaluate_each, reported_counts, write_result
 from msae_plugin.evaluation.saebench.patching import (
     CheckedLatents,
     evaluation_environment,
     replaced,
 )
 from msae_plugin.models.packaged import PACKAGED_PREFIX
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 
 @dataclass(frozen=True)
@@ -96,13 +89,6 @@ def load_probing_texts(
     local_copies: Mapping[str, str | Path],
 ) -> ProbingTexts:
     """Load a probing set as SAEBench would.
-
-    Args:
-        name: SAEBench's name of the set, or `packaged:...`.
-        train_size: SAEBench's `probe_train_set_size`.
-        test_size: SAEBench's `probe_test_set_size`.
-        seed: Of the choice of texts.
-        local_copies: File or folder by hub name.
 
     Raises:
         InputError: There is no such set, or it cannot be had.
@@ -205,21 +191,12 @@ _FILES = "_activations.pt"
 def run_sparse_probing(
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs with SAEBench's sparse probing.
-
-    Args:
-        context: The model.
-        settings: Fields of SAEBench's SparseProbingEvalConfig, and `datasets`: the local copy of a
-            hub dataset by its name.
-        subjects: The SAEs.
-        seed: Of the choice of texts and of all probes.
-        output: Folder for SAEBench's JSON.
-        report: Shows progress.
 
     Returns:
         An outcome per SAE.
@@ -229,56 +206,35 @@ def run_sparse_probing(
     """
     config = _config(context, settings, seed)
     copies: Mapping[str, str | Path] = settings.get("datasets") or {}
-    hooks = {subject.hook_name: subject.layer for subject in subjects}
+    hooks = {evaluated.hook_name: evaluated.layer for evaluated in saes}
     with evaluation_environment(seed):
         side = _ModelSide(context, config, hooks, copies)
         side.prepare(report)
-        outcomes: dict[str, Outcome] = {}
         output.mkdir(parents=True, exist_ok=True)
-        for number, subject in enumerate(subjects):
-            report(f"sparse probing: {subject.name}", number, len(subjects))
-            try:
-                outcomes[subject.name] = _evaluate(side, subject, output)
-            # Whatever one SAE raises is its own outcome: the others go on.
-            except Exception as error:
-                logger.info("sparse probing: %s failed", subject.name, exc_info=True)
-                outcomes[subject.name] = failure(error)
-            finally:
-                side.model_back()
-    return outcomes
+        return evaluate_each(
+            "sparse probing",
+            saes,
+            lambda evaluated: _evaluate(side, evaluated, output),
+            report,
+            side.model_back,
+        )
 
 
 def known_k() -> list[int]:
     """The values of k that SAEBench's result has fields for."""
-    names = [field.name for field in dataclasses.fields(SparseProbingSaeMetrics)]
-    found = [re.fullmatch(r"sae_top_(\d+)_test_accuracy", name) for name in names]
-    return [int(match.group(1)) for match in found if match is not None]
+    return reported_counts(SparseProbingSaeMetrics)
 
 
 def _config(
     context: ModelContext, settings: Mapping[str, Any], seed: int
 ) -> SparseProbingEvalConfig:
     given: dict[str, Any] = {k: v for k, v in settings.items() if k not in _OWN_SETTINGS}
-    if given.get("llm_dtype") not in (None, "", context.dtype):
-        raise InputError(
-            f"sparse_probing.llm_dtype is {given['llm_dtype']}, but the model is in "
-            f"{context.dtype}: set model.dtype"
-        )
     if given.get("llm_batch_size") is None:
         given["llm_batch_size"] = activation_collection.LLM_NAME_TO_BATCH_SIZE.get(
             context.name, DEFAULT_LLM_BATCH_SIZE
         )
     given |= {"model_name": context.name, "random_seed": seed, "llm_dtype": context.dtype}
-    config = SparseProbingEvalConfig(**given)
-    unknown = [k for k in config.k_values if k not in known_k()]
-    if unknown or not config.k_values:
-        raise InputError(
-            f"sparse_probing.k_values is {config.k_values}: SAEBench's result has fields for "
-            f"{', '.join(map(str, known_k()))} only"
-        )
-    if not config.dataset_names or len(set(config.dataset_names)) < len(config.dataset_names):
-        raise InputError("sparse_probing.dataset_names: name each dataset once, and at least one")
-    return config
+    return SparseProbingEvalConfig(**given)
 
 
 class _ModelSide:
@@ -335,11 +291,7 @@ class _ModelSide:
         self.facts["text"] = key_digest(digests)
 
     def folder(self, name: str, hook: str) -> Path:
-        """Where the activations of a dataset lie.
-
-        Raises:
-            Exception: What computing them raised.
-        """
+        """Where the activations of a dataset lie."""
         if (name, hook) in self._failures:
             raise self._failures[name, hook]
         return self._folders[name, hook]
@@ -352,13 +304,10 @@ class _ModelSide:
     def _prepare(self, texts: ProbingTexts, tokens: str, hook: str) -> Path:
         config = dataclasses.replace(self.config, dataset_names=[texts.name])
         key = {
-            "format": FORMAT,
-            "model": self.context.weights_sha256,
-            "model_config": str(
-                sorted(self.context.language_model.model.cfg.to_dict().items(), key=str)
+            **self.context.key(
+                "torch", "transformer-lens", "transformers", "sae-bench", "scikit-learn"
             ),
-            "dtype": self.context.dtype,
-            "device": self.context.device,
+            "format": FORMAT,
             "hook": hook,
             "dataset": texts.name,
             "tokens": tokens,
@@ -366,13 +315,17 @@ class _ModelSide:
             "k_values": config.k_values,
             "llm_batch_size": config.llm_batch_size,
             "seed": config.random_seed,
-            "versions": versions(
-                "torch", "transformer-lens", "transformers", "sae-bench", "scikit-learn"
-            ),
         }
-        folder = keyed_folder(self.context.cache.absolute(), KIND, key)
-        if is_complete(folder):
-            return folder
+        return kept_folder(
+            self.context.cache.absolute(),
+            KIND,
+            key,
+            lambda folder: self._compute(texts, config, hook, folder),
+        )
+
+    def _compute(
+        self, texts: ProbingTexts, config: SparseProbingEvalConfig, hook: str, folder: Path
+    ) -> None:
         stand_in = _StandIn(self._hooks[hook], hook, self.context.torch_dtype)
         try:
             with served(texts):
@@ -389,8 +342,6 @@ class _ModelSide:
             self.model_back()
         if not any(file.name.endswith(_FILES) for file in folder.iterdir()):
             raise RunFailure("SAEBench stored no activations")
-        mark_complete(folder, key)
-        return folder
 
 
 class _ModelSideDone(Exception):
@@ -409,14 +360,14 @@ class _StandIn:
         raise _ModelSideDone
 
 
-def _evaluate(side: _ModelSide, subject: Subject, output: Path) -> Outcome:
+def _evaluate(side: _ModelSide, evaluated: EvaluatedSAE, output: Path) -> ScoreResult:
     context, config = side.context, side.config
-    folders = {name: side.folder(name, subject.hook_name) for name in config.dataset_names}
-    sae = subject.for_saebench(context.torch_dtype, context.device)
+    folders = {name: side.folder(name, evaluated.hook_name) for name in config.dataset_names}
+    sae = evaluated.for_saebench(context.torch_dtype, context.device)
     if sae.cfg.metadata.model_name is None:
         sae.cfg.metadata.model_name = context.name
-    general_utils.load_and_format_sae(subject.name, sae, context.device)
-    latents = CheckedLatents(sae, subject.name)
+    general_utils.load_and_format_sae(evaluated.name, sae, context.device)
+    latents = CheckedLatents(sae, evaluated.name)
     results: dict[str, dict[str, float]] = {}
     per_class: dict[str, Any] = {}
     for name, folder in folders.items():
@@ -440,13 +391,13 @@ def _evaluate(side: _ModelSide, subject: Subject, output: Path) -> Outcome:
         # SAEBench's marker -1: it did not train this probe.
         del metrics[NOT_TRAINED]
         facts[NOT_TRAINED] = "not measured: lower_vram_usage leaves the probe on all latents out"
-    require_real(metrics, f"sparse probing of {subject.name}")
-    file = result_file(output, subject)
-    temporary = file.with_name(f".incomplete-{file.name}")
-    SparseProbingEvalOutput(
-        eval_config=config,
-        eval_id=get_eval_uuid(),
-        datetime_epoch_millis=int(time.time() * 1000),
+    require_real(metrics, f"sparse probing of {evaluated.name}")
+    file = write_result(
+        SparseProbingEvalOutput,
+        config,
+        evaluated,
+        sae,
+        output,
         eval_result_metrics=SparseProbingMetricCategories(
             llm=SparseProbingLlmMetrics(
                 **{k: v for k, v in averages.items() if k.startswith("llm_")}
@@ -456,51 +407,14 @@ def _evaluate(side: _ModelSide, subject: Subject, output: Path) -> Outcome:
             ),
         ),
         eval_result_details=[
-            SparseProbingResultDetail(dataset_name=part, **result)
-            for part, result in results.items()
+            SparseProbingResultDetail(dataset_name=part, **values)
+            for part, values in results.items()
         ],
         eval_result_unstructured=per_class,
-        sae_bench_commit_hash=get_sae_bench_version(),
-        sae_lens_id=SAEBENCH_ID,
-        sae_lens_release_id=subject.name,
-        sae_lens_version=get_sae_lens_version(),
-        sae_cfg_dict=sae.cfg.to_dict(),
-    ).to_json_file(str(temporary), indent=2)
-    temporary.replace(file)
+    )
     gc.collect()
-    return Outcome("measured", metrics, file, facts=facts)
+    return ScoreResult("measured", metrics, file, facts=facts)
 
 
-_TEXTS = (
-    "the first context_length tokens of each text, BOS, EOS and PAD left out; one mean per text; "
-    "test texts, half of them of the class"
-)
-_ALL = (
-    "test accuracy of a linear probe on {what}, one class against as many texts of the others, "
-    "mean over classes, then over datasets; of up to 100 epochs the one that is best on the test "
-    "texts (SAEBench's choice: optimistic)"
-)
-_TOP = (
-    "test accuracy of a logistic regression on the {k} {what} whose means differ most between the "
-    "class and the others on the training texts; mean over classes, then over datasets"
-)
-
-
-def _definitions() -> dict[str, MetricDefinition]:
-    sides = {"llm": "residual stream channels", "sae": "SAE latents"}
-    texts: dict[str, str] = {}
-    for side, what in sides.items():
-        texts[f"{side}_test_accuracy"] = _ALL.format(what=f"all {what}")
-        for k in known_k():
-            texts[f"{side}_top_{k}_test_accuracy"] = _TOP.format(k=k, what=what)
-    return {
-        # The model's own accuracy is a reference, not a merit of the SAE.
-        name: MetricDefinition(
-            text, "share", _TEXTS, "saebench", None if name.startswith("llm_") else True
-        )
-        for name, text in texts.items()
-    }
-
-
-DEFINITIONS: dict[str, MetricDefinition] = _definitions()
+DEFINITIONS = definitions("sparse_probing", known_k())
 """Every metric of `run_sparse_probing`."""

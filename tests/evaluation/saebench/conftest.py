@@ -9,7 +9,7 @@ from evaluation_builders import make_subject, random_multiscale, random_standard
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def context(tiny_language_model: LanguageModel, tmp_path: Path) -> ModelContext:
 
 
 @pytest.fixture
-def subjects() -> list[Subject]:
+def subjects() -> list[EvaluatedSAE]:
     """Two SAEs of different architectures."""
     return [
         make_subject(random_standard(1), "standard"),

@@ -7,13 +7,13 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
 from msae_plugin import MultiScaleSAE, MultiScaleSAEConfig
 from msae_plugin.common.files import tensors_sha256
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 HOOK = "blocks.1.hook_resid_post"
 D_IN = 64
 
 
-def make_subject(sae: SAE[Any], name: str) -> Subject:
+def make_subject(sae: SAE[Any], name: str) -> EvaluatedSAE:
     """A subject around an SAE, its decoder norms folded."""
     sae.cfg.metadata.model_name = "tiny-model"
     sae.cfg.metadata.hook_name = HOOK
@@ -22,7 +22,7 @@ def make_subject(sae: SAE[Any], name: str) -> Subject:
     digest = tensors_sha256(sae.state_dict())
     sae.fold_W_dec_norm()
     sae.eval()
-    return Subject(name, name, sae, digest, "tiny-model", HOOK)
+    return EvaluatedSAE(name, name, sae, digest, "tiny-model", HOOK)
 
 
 def random_standard(seed: int, d_sae: int = 96) -> SAE[Any]:

@@ -11,7 +11,7 @@ from sae_bench.sae_bench_utils import activation_collection
 from sae_lens import SAE
 
 from msae_plugin.evaluation.saebench.patching import replaced
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 AG_NEWS = "fancyzhx/ag_news"
 TOPICS = ("garden", "kitchen", "harbour", "library")
@@ -53,7 +53,7 @@ def write_bios(folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def broken(subject: Subject, name: str, encode: Any) -> Subject:
+def broken(subject: EvaluatedSAE, name: str, encode: Any) -> EvaluatedSAE:
     """The same SAE with another `encode`."""
 
     class Broken(type(subject.sae)):  # type: ignore[misc]

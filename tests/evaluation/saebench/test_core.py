@@ -20,7 +20,7 @@ from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.saebench.core.adapter import run_core
 from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide, core_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 # Of metrics of size one, which average over tokens what is summed over the 512 tokens of the
 # vocabulary or over the model's width, which is less.
@@ -41,7 +41,11 @@ def rows_of(path: Path) -> list[str]:
 
 
 def direct(
-    context: ModelContext, subject: Subject, rows: list[str], output: Path, settings: dict[str, Any]
+    context: ModelContext,
+    subject: EvaluatedSAE,
+    rows: list[str],
+    output: Path,
+    settings: dict[str, Any],
 ) -> dict[str, float]:
     """SAEBench's `multiple_evals`, which loads models and text by name only: both are handed in."""
 
@@ -82,7 +86,7 @@ def direct(
 @pytest.mark.parametrize("exclude_special", [True, False])
 def test_the_numbers_are_saebenchs_own(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
     exclude_special: bool,
@@ -112,7 +116,7 @@ def test_the_numbers_are_saebenchs_own(
 
 
 def test_explained_variance_is_the_streaming_one(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
     outcomes = run_core(context, settings, subjects, 42, tmp_path / "ours", no_report)
@@ -139,13 +143,13 @@ def test_explained_variance_is_the_streaming_one(
 
 
 def _tokens_of(
-    context: ModelContext, settings: dict[str, Any], subject: Subject
+    context: ModelContext, settings: dict[str, Any], subject: EvaluatedSAE
 ) -> tuple[torch.Tensor, int]:
     return core_tokens(context, settings, subject, 42, 7), 2
 
 
 def test_kl_from_float32_log_probabilities(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
     outcomes = run_core(context, settings, subjects[:1], 42, tmp_path / "ours", no_report)
@@ -172,7 +176,7 @@ def test_kl_from_float32_log_probabilities(
 
 
 def test_the_model_runs_once_for_all_saes_and_not_at_all_from_the_cache(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
     first = run_core(context, settings, subjects[:1], 42, tmp_path / "a", no_report)
@@ -193,7 +197,7 @@ def test_the_model_runs_once_for_all_saes_and_not_at_all_from_the_cache(
 
 
 def test_other_text_model_or_dtype_is_another_cache(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     tokens, n = _tokens_of(context, {**SETTINGS, "dataset": str(text_file)}, subjects[0])
     folders = {
@@ -212,7 +216,7 @@ def test_other_text_model_or_dtype_is_another_cache(
 
 
 def test_an_interrupted_model_side_is_computed_again(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
     expected = run_core(context, settings, subjects[:1], 42, tmp_path / "a", no_report)
@@ -239,7 +243,7 @@ def test_hooks_inside_a_layer(
 
 
 def test_one_sae_that_fails_leaves_the_others(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     class Broken(StandardSAE):
         def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -272,7 +276,7 @@ def test_one_sae_that_fails_leaves_the_others(
 
 
 def test_seeds_shuffle_local_text_and_their_order_does_not_matter(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
     runs = {
@@ -289,7 +293,7 @@ def test_seeds_shuffle_local_text_and_their_order_does_not_matter(
 
 
 def test_too_little_text_is_refused_with_what_there_is(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {
         **SETTINGS,
@@ -301,7 +305,7 @@ def test_too_little_text_is_refused_with_what_there_is(
 
 
 def test_the_subjects_are_left_as_they_were(
-    context: ModelContext, subjects: list[Subject], text_file: Path, tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     before = [
         ({k: v.clone() for k, v in s.sae.state_dict().items()}, s.sae.cfg.to_dict())

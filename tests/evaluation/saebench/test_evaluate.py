@@ -17,7 +17,7 @@ from msae_plugin.evaluation.evaluate import evaluate, model_for
 from msae_plugin.evaluation.preflight import Finding
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 
 def config(text_file: Path, tmp_path: Path, **changes: Any) -> EvalConfig:
@@ -41,7 +41,7 @@ def config(text_file: Path, tmp_path: Path, **changes: Any) -> EvalConfig:
 
 def test_it_leaves_saebenchs_json_and_a_summary(
     tiny_language_model: LanguageModel,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
 ) -> None:
@@ -69,7 +69,7 @@ def test_it_leaves_saebenchs_json_and_a_summary(
 
 def test_what_was_measured_is_taken_up_and_never_overwritten(
     tiny_language_model: LanguageModel,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,7 +97,7 @@ def test_what_was_measured_is_taken_up_and_never_overwritten(
 
 def test_changed_text_under_the_same_path_is_not_the_same_evaluation(
     tiny_language_model: LanguageModel,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
 ) -> None:
@@ -111,7 +111,7 @@ def test_changed_text_under_the_same_path_is_not_the_same_evaluation(
 
 def test_a_failed_sae_makes_the_evaluation_incomplete_and_keeps_the_others(
     tiny_language_model: LanguageModel,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
 ) -> None:
@@ -130,7 +130,7 @@ def test_a_failed_sae_makes_the_evaluation_incomplete_and_keeps_the_others(
 
 def test_a_broken_sae_stands_in_the_summary_as_failed(
     tiny_language_model: LanguageModel,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
 ) -> None:
@@ -157,7 +157,7 @@ def test_a_broken_sae_stands_in_the_summary_as_failed(
 
 def test_what_is_missing_is_listed_or_skipped_by_name(
     tiny_language_model: LanguageModel,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -179,7 +179,7 @@ def test_what_is_missing_is_listed_or_skipped_by_name(
     assert result.summary["results"][0]["reason"] == "the moon is missing - buy one"
 
 
-def test_one_model_for_all(subjects: list[Subject]) -> None:
+def test_one_model_for_all(subjects: list[EvaluatedSAE]) -> None:
     other = dataclasses.replace(subjects[0], model_name="another")
     nameless = dataclasses.replace(subjects[0], model_name=None)
     assert model_for("asked", [other, nameless]) == "asked"
@@ -194,7 +194,7 @@ def test_one_model_for_all(subjects: list[Subject]) -> None:
 
 def test_a_folder_with_something_else_is_refused(
     tiny_language_model: LanguageModel,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
 ) -> None:

@@ -27,11 +27,11 @@ from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 from sae_bench.sae_bench_utils import dataset_utils
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.outcomes import ModelContext, Outcome, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report
 from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench.passthrough import RELIABILITY, definition, run_other
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 META = {"train_steps": 15, "train_batch_size": 32, "autocast": False}
 BIOS = "LabHC/bias_in_bios"
@@ -75,8 +75,8 @@ def settings_of(kind: str, bios: Path) -> dict[str, Any]:
 
 
 def run(
-    kind: str, context: ModelContext, settings: Any, subjects: list[Subject], output: Path
-) -> dict[str, Outcome]:
+    kind: str, context: ModelContext, settings: Any, subjects: list[EvaluatedSAE], output: Path
+) -> dict[str, ScoreResult]:
     here = Path.cwd()
     outcomes = run_other(kind, context, settings, subjects, 3, output, no_report)
     assert Path.cwd() == here
@@ -99,7 +99,7 @@ def loads(model: Any) -> Any:
 
 
 def test_meta_structure_is_saebenchs(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
     settings = check_settings("meta_structure", META)
     outcomes = run("meta_structure", context, settings, subjects, tmp_path / "ours")
@@ -135,7 +135,7 @@ def test_meta_structure_is_saebenchs(
 
 @pytest.mark.parametrize("kind", ["scr", "tpp"])
 def test_scr_and_tpp_are_saebenchs(
-    kind: str, context: ModelContext, subjects: list[Subject], bios: Path, tmp_path: Path
+    kind: str, context: ModelContext, subjects: list[EvaluatedSAE], bios: Path, tmp_path: Path
 ) -> None:
     settings = settings_of(kind, bios)
     outcomes = run(kind, context, settings, subjects, tmp_path / "ours")
@@ -182,7 +182,7 @@ def test_scr_and_tpp_are_saebenchs(
 
 
 def test_one_broken_sae_leaves_the_others(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
     broken = make_subject(random_standard(5), "broken")
     broken.sae.W_dec.data = torch.zeros(3)  # no matrix
@@ -200,7 +200,10 @@ def test_one_broken_sae_leaves_the_others(
 
 
 def test_another_model_than_the_loaded_one_is_refused(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: ModelContext,
+    subjects: list[EvaluatedSAE],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def asks_for_another(config: Any, *_: Any, **__: Any) -> None:
         scr_and_tpp_main.HookedTransformer.from_pretrained_no_processing(
@@ -217,7 +220,10 @@ def test_another_model_than_the_loaded_one_is_refused(
 
 
 def test_nan_and_nothing_are_no_results(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: ModelContext,
+    subjects: list[EvaluatedSAE],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def writes(value: float | None) -> Callable[..., None]:
         def run_eval(config: Any, selected_saes: Any, output_path: str, **_: Any) -> None:
@@ -243,7 +249,10 @@ def test_nan_and_nothing_are_no_results(
 
 
 def test_absorption_trains_its_probes_once_and_says_when_a_model_cannot_spell(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: ModelContext,
+    subjects: list[EvaluatedSAE],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained: list[Any] = []
     train = absorption_common.train_and_save_probes
@@ -285,7 +294,7 @@ def test_absorption_trains_its_probes_once_and_says_when_a_model_cannot_spell(
 
 def test_autointerp_with_a_judge_of_ours(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -332,7 +341,7 @@ def test_autointerp_with_a_judge_of_ours(
 
 def test_ravel_gets_model_prompts_and_paths_handed_in(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     tiny_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -28,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
+from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench import sae_probes
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sae_probes import (
@@ -42,7 +43,7 @@ from msae_plugin.evaluation.saebench.sae_probes import (
     tokenizer_sha256,
 )
 from msae_plugin.models.loading import load_language_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"
 SETTINGS: dict[str, Any] = {"dataset_names": [FLORIDA, BASEBALL], "ks": [1, 2]}
@@ -92,7 +93,7 @@ def last_token_activations(context: ModelContext, dataset: str) -> torch.Tensor:
 
 
 def direct(
-    context: ModelContext, subject: Subject, settings: dict[str, Any], folder: Path, seed: int
+    context: ModelContext, subject: EvaluatedSAE, settings: dict[str, Any], folder: Path, seed: int
 ) -> dict[str, Any]:
     """SAEBench's `run_eval` on activations that were put where it looks for its own."""
     config = SparseProbingSaeProbesEvalConfig(
@@ -122,7 +123,7 @@ def put_activations(context: ModelContext, names: list[str], folder: Path) -> No
 
 
 def test_the_numbers_are_saebenchs_own(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
     outcomes = run_sae_probes(context, SETTINGS, subjects, 7, tmp_path / "out", no_report)
     put_activations(context, SETTINGS["dataset_names"], tmp_path)
@@ -165,14 +166,14 @@ def test_activations_are_those_of_the_last_token(context: ModelContext) -> None:
 
 
 def test_a_direct_call_cannot_load_a_model_that_is_no_release(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="tiny-model not found"):
         direct(context, subjects[0], ONE, tmp_path, 7)
 
 
 def test_a_direct_call_believes_results_of_another_sae(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path, quick_baseline: None
+    context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path, quick_baseline: None
 ) -> None:
     put_activations(context, ONE["dataset_names"], tmp_path)
     first = direct(context, subjects[0], ONE, tmp_path, 7)
@@ -191,9 +192,9 @@ def test_a_direct_call_believes_results_of_another_sae(
 
 
 def test_neither_order_nor_company_changes_a_result(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path, quick_baseline: None
+    context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path, quick_baseline: None
 ) -> None:
-    def run(chosen: list[Subject], names: list[str], seed: int, place: str) -> dict[str, Any]:
+    def run(chosen: list[EvaluatedSAE], names: list[str], seed: int, place: str) -> dict[str, Any]:
         fresh = dataclasses.replace(context, cache=tmp_path / place)
         given = {"dataset_names": names, "ks": [1]}
         outcomes = run_sae_probes(fresh, given, chosen, seed, tmp_path / place, no_report)
@@ -219,7 +220,7 @@ def test_neither_order_nor_company_changes_a_result(
 
 def test_the_models_side_is_computed_once_and_never_stale(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     tmp_path: Path,
     tiny_model_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -270,7 +271,7 @@ def test_the_models_side_is_computed_once_and_never_stale(
 
 def test_what_a_killed_run_leaves_is_not_trusted(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     quick_baseline: None,
@@ -293,7 +294,7 @@ def test_what_a_killed_run_leaves_is_not_trusted(
 
 
 def test_one_failing_sae_stops_no_other(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path, quick_baseline: None
+    context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path, quick_baseline: None
 ) -> None:
     def raises(self: Any, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("no\nlatents today")
@@ -321,7 +322,7 @@ def test_one_failing_sae_stops_no_other(
 
 
 def test_nothing_stays_changed(
-    context: ModelContext, subjects: list[Subject], tmp_path: Path, quick_baseline: None
+    context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path, quick_baseline: None
 ) -> None:
     def state() -> tuple[Any, ...]:
         return (
@@ -363,25 +364,19 @@ def test_an_sae_at_another_hook_reads_that_hook(
     ("changes", "message"),
     [
         ({"dataset_names": ["117_us_state"]}, "did you mean 117_us_state_FL"),
-        ({"dataset_names": [FLORIDA, FLORIDA]}, "name each dataset once"),
-        ({"ks": [3]}, r"ks is \[3\].* 1, 2, 5, 10, 20, 50, 100 only"),
-        ({"setting": "scarcity"}, "collects 'normal' only"),
-        ({"binarize": True}, "finds none"),
-        ({"reg_type": "l3"}, "use l1 or l2"),
-        ({"baseline_method": "svm"}, "use one of logreg"),
-        ({"model_cache_path": "x"}, "activations go to cache:"),
-        ({"results_path": "x"}, "is not taken"),
+        ({"dataset_names": [FLORIDA, FLORIDA]}, "twice: give it once"),
+        ({"ks": [3]}, "no field for 3: choose from 1, 2, 5, 10, 20, 50, 100"),
+        ({"setting": "scarcity"}, "must be normal, not 'scarcity'"),
+        ({"binarize": True}, "does not find sae-probes' results of binarised latents"),
+        ({"reg_type": "l3"}, "must be l1 or l2"),
+        ({"baseline_method": "svm"}, "must be logreg or"),
+        ({"model_cache_path": "x"}, "caches are in cache"),
+        ({"results_path": "x"}, "is not to be set"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(
-    context: ModelContext,
-    subjects: list[Subject],
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
-) -> None:
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        run_sae_probes(context, {**ONE, **changes}, subjects, 7, tmp_path, no_report)
+        check_settings("sparse_probing_sae_probes", {**ONE, **changes})
 
 
 def test_attention_of_a_batch_is_bounded() -> None:

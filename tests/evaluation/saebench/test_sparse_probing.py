@@ -22,6 +22,7 @@ from msae_plugin.common.files import tensors_sha256
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
 from msae_plugin.data.local_datasets import LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
+from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sparse_probing import (
     DEFINITIONS,
@@ -30,7 +31,7 @@ from msae_plugin.evaluation.saebench.sparse_probing import (
     run_sparse_probing,
 )
 from msae_plugin.models.loading import load_language_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 PACKAGED = "packaged:tiny-topics"
 
@@ -86,7 +87,7 @@ def untrained_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def direct(
     context: ModelContext,
-    subject: Subject,
+    subject: EvaluatedSAE,
     settings: dict[str, Any],
     dataset: str,
     artifacts: Path,
@@ -133,7 +134,7 @@ def details_of(file: Path) -> dict[str, dict[str, float]]:
 
 
 def test_the_numbers_are_saebenchs_own(
-    context: ModelContext, subjects: list[Subject], settings: dict[str, Any], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     outcomes = run_sparse_probing(context, settings, subjects, 5, tmp_path / "out", no_report)
     # SAEBench's own first run, which trains the probes on the model: its latents' probes begin with
@@ -168,7 +169,7 @@ def test_the_numbers_are_saebenchs_own(
 
 def test_the_file_has_saebenchs_fields(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,
@@ -189,12 +190,12 @@ def test_the_file_has_saebenchs_fields(
 
 def test_neither_order_nor_company_changes_a_result(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     packaged: str,
     tmp_path: Path,
 ) -> None:
-    def run(chosen: list[Subject], names: list[str], place: str) -> dict[str, Any]:
+    def run(chosen: list[EvaluatedSAE], names: list[str], place: str) -> dict[str, Any]:
         fresh = dataclasses.replace(context, cache=tmp_path / place)
         given = {**small, "dataset_names": names}
         outcomes = run_sparse_probing(fresh, given, chosen, 5, tmp_path / place, no_report)
@@ -214,7 +215,7 @@ def test_neither_order_nor_company_changes_a_result(
 
 def test_the_models_side_is_computed_once_and_never_stale(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     tiny_model_dir: Path,
@@ -256,7 +257,7 @@ def test_the_models_side_is_computed_once_and_never_stale(
 
 def test_what_a_killed_run_leaves_is_not_trusted(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -280,7 +281,7 @@ def test_what_a_killed_run_leaves_is_not_trusted(
 
 
 def test_one_failing_sae_stops_no_other(
-    context: ModelContext, subjects: list[Subject], small: dict[str, Any], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], small: dict[str, Any], tmp_path: Path
 ) -> None:
     def raises(self: Any, x: torch.Tensor) -> torch.Tensor:
         raise ValueError("no\nlatents today")
@@ -320,7 +321,7 @@ def test_one_failing_sae_stops_no_other(
 
 
 def test_nothing_stays_patched_and_the_callers_sae_is_as_it_was(
-    context: ModelContext, subjects: list[Subject], small: dict[str, Any], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], small: dict[str, Any], tmp_path: Path
 ) -> None:
     def state() -> tuple[Any, ...]:
         return (
@@ -370,7 +371,7 @@ def test_saes_at_several_hooks_each_get_their_own_activations(
 
 def test_a_hook_that_does_not_exist_fails_its_saes_only(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,
@@ -386,7 +387,7 @@ def test_a_hook_that_does_not_exist_fails_its_saes_only(
 
 def test_lower_vram_usage_leaves_out_what_it_does_not_train(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,
@@ -405,7 +406,7 @@ def test_lower_vram_usage_leaves_out_what_it_does_not_train(
 
 
 def test_texts_without_a_token_fail_with_their_class(
-    context: ModelContext, subjects: list[Subject], small: dict[str, Any], tmp_path: Path
+    context: ModelContext, subjects: list[EvaluatedSAE], small: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = Path(small["datasets"][AG_NEWS])
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
@@ -421,7 +422,7 @@ def test_texts_without_a_token_fail_with_their_class(
 
 def test_pad_and_eos_may_be_the_same_token(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,
@@ -446,7 +447,7 @@ def test_pad_and_eos_may_be_the_same_token(
 
 def test_our_own_labelled_sets_have_names_of_their_own(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     packaged: str,
     tmp_path: Path,
@@ -470,27 +471,22 @@ def test_our_own_labelled_sets_have_names_of_their_own(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k_values": [1, 3]}, r"k_values is \[1, 3\].* 1, 2, 5, 10, 20, 50, 100 only"),
-        ({"k_values": []}, "k_values"),
-        ({"dataset_names": [AG_NEWS, AG_NEWS]}, "name each dataset once"),
-        ({"llm_dtype": "bfloat16"}, r"set model\.dtype"),
+        ({"k_values": [1, 3]}, "no field for 3: choose from 1, 2, 5, 10, 20, 50, 100"),
+        ({"k_values": []}, "k_values is empty"),
+        ({"dataset_names": [AG_NEWS, AG_NEWS]}, "twice: give it once"),
+        ({"llm_dtype": "bfloat16"}, r"the model's dtype is model\.dtype"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
-    context: ModelContext,
-    subjects: list[Subject],
-    small: dict[str, Any],
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
+    small: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        run_sparse_probing(context, {**small, **changes}, subjects, 5, tmp_path, no_report)
+        check_settings("sparse_probing", {**small, **changes})
 
 
 def test_the_default_batch_size_is_saebenchs_for_the_model(
     context: ModelContext,
-    subjects: list[Subject],
+    subjects: list[EvaluatedSAE],
     small: dict[str, Any],
     tmp_path: Path,
     untrained_probes: None,

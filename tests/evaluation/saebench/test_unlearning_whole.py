@@ -19,7 +19,7 @@ from toy_instruct.prepare import TOY_HOOK, ToyInstruct, prepare_toy_instruct
 from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
 from msae_plugin.common.files import tensors_sha256
-from msae_plugin.evaluation.outcomes import ModelContext, Outcome, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report
 from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
 from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
 from msae_plugin.evaluation.saebench.unlearning.model import (
@@ -28,7 +28,7 @@ from msae_plugin.evaluation.saebench.unlearning.model import (
     letter_tokens,
 )
 from msae_plugin.models.loading import LanguageModel, load_language_model
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 SEED = 42
 GEMMA = "gemma-2-2b-it"
@@ -61,12 +61,12 @@ def toy_context(toy_model: LanguageModel, tmp_path_factory: pytest.TempPathFacto
     )
 
 
-def as_subject(sae: SAE[Any], name: str) -> Subject:
-    return Subject(name, name, sae, tensors_sha256(sae.state_dict()), "toy-instruct", TOY_HOOK)
+def as_subject(sae: SAE[Any], name: str) -> EvaluatedSAE:
+    return EvaluatedSAE(name, name, sae, tensors_sha256(sae.state_dict()), "toy-instruct", TOY_HOOK)
 
 
 @pytest.fixture(scope="module")
-def toy_subjects(toy: ToyInstruct, toy_model: LanguageModel) -> list[Subject]:
+def toy_subjects(toy: ToyInstruct, toy_model: LanguageModel) -> list[EvaluatedSAE]:
     activations = toy_activations(toy, toy_model)
     return [
         as_subject(make(toy, toy_model, seed, activations=activations), f"{name}{seed}")
@@ -79,15 +79,15 @@ def toy_subjects(toy: ToyInstruct, toy_model: LanguageModel) -> list[Subject]:
 def outcomes(
     toy_context: ModelContext,
     settings: Mapping[str, Any],
-    toy_subjects: list[Subject],
+    toy_subjects: list[EvaluatedSAE],
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     output = tmp_path_factory.mktemp("out")
     return run_unlearning(toy_context, settings, toy_subjects, SEED, output, no_report)
 
 
 def test_a_trained_sae_takes_more_of_the_subject_away_than_an_untrained_one(
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, ScoreResult],
 ) -> None:
     assert {o.status for o in outcomes.values()} == {"measured"}
     # An SAE whose latents are all active on the text to retain has nothing to clamp, and no
@@ -103,7 +103,7 @@ def test_a_trained_sae_takes_more_of_the_subject_away_than_an_untrained_one(
 
 
 def test_a_trained_sae_scores_and_an_untrained_one_does_not(
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, ScoreResult],
 ) -> None:
     scores = {name: outcome.metrics["unlearning_score"] for name, outcome in outcomes.items()}
     # docs/evaluation.md has more seeds. A question is 1/24.
@@ -134,8 +134,8 @@ def test_the_score_is_saebenchs_own(
     toy: ToyInstruct,
     toy_model: LanguageModel,
     settings: Mapping[str, Any],
-    toy_subjects: list[Subject],
-    outcomes: Mapping[str, Outcome],
+    toy_subjects: list[EvaluatedSAE],
+    outcomes: Mapping[str, ScoreResult],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -178,7 +178,7 @@ def test_saebenchs_own_command_refuses_the_model(tmp_path: Path) -> None:
         unlearning_main.run_eval(config, [], "cpu", str(tmp_path))
 
 
-def test_the_json_says_what_was_really_asked(outcomes: Mapping[str, Outcome]) -> None:
+def test_the_json_says_what_was_really_asked(outcomes: Mapping[str, ScoreResult]) -> None:
     file = outcomes["trained0"].file
     assert file is not None
     stored = json.loads(file.read_text())
@@ -193,7 +193,7 @@ def test_the_json_says_what_was_really_asked(outcomes: Mapping[str, Outcome]) ->
 def test_a_model_that_knows_nothing_is_a_named_outcome(
     toy: ToyInstruct,
     settings: Mapping[str, Any],
-    toy_subjects: list[Subject],
+    toy_subjects: list[EvaluatedSAE],
     tmp_path: Path,
 ) -> None:
     ignorant = load_language_model(str(toy.folder), [TOY_HOOK])
@@ -215,7 +215,9 @@ def test_a_model_that_knows_nothing_is_a_named_outcome(
     assert outcome.reason.startswith("no answerable question: 0 of ")
 
 
-def test_nothing_stays_changed(outcomes: Mapping[str, Outcome], toy_model: LanguageModel) -> None:
+def test_nothing_stays_changed(
+    outcomes: Mapping[str, ScoreResult], toy_model: LanguageModel
+) -> None:
     assert outcomes
     assert torch.is_grad_enabled()
     assert metrics.GEMMA_INST_FORMAT == GEMMA_INST_FORMAT

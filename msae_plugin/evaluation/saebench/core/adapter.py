@@ -9,10 +9,9 @@ the mean squared error per token.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sae_bench.evals.core import main as core_main
@@ -27,13 +26,13 @@ from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
 
 from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.files import file_written_atomically
+from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
-    MetricDefinition,
     ModelContext,
-    Outcome,
     Reporter,
-    failure,
+    ScoreResult,
     require_real,
     result_file,
 )
@@ -47,10 +46,9 @@ from msae_plugin.evaluation.saebench.core.reconstruction import (
     measure_reconstruction,
     not_special,
 )
+from msae_plugin.evaluation.saebench.each_sae import evaluate_each
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
-from msae_plugin.saes.load import Subject
-
-logger = logging.getLogger(__name__)
+from msae_plugin.saes.load import EvaluatedSAE
 
 OWN_SETTINGS = ("heldout_documents",)
 # Without these two SAEBench 0.6 cannot write its results: fields that they fill are required ("7
@@ -72,20 +70,12 @@ COMPUTED = {
 def run_core(
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs with SAEBench's core evaluation.
-
-    Args:
-        context: The model.
-        settings: Fields of SAEBench's CoreEvalConfig, and `heldout_documents` for packaged text.
-        subjects: The SAEs.
-        seed: Of the shuffling of the text; SAEBench's own is 42.
-        output: Folder for SAEBench's JSON.
-        report: Shows progress.
 
     Returns:
         An outcome per SAE.
@@ -100,19 +90,19 @@ def run_core(
     given |= {**COMPUTED, **FEATUREWISE, "model_name": context.name, "llm_dtype": context.dtype}
     config = CoreEvalConfig(**given)
     filled = {**vars(config), **settings}
-    outcomes: dict[str, Outcome] = {}
-    for group in _groups(subjects):
+    outcomes: dict[str, ScoreResult] = {}
+    for group in _groups(saes):
         outcomes |= _run_group(context, config, filled, group, seed, output, report)
     return outcomes
 
 
-def _groups(subjects: Sequence[Subject]) -> list[list[Subject]]:
+def _groups(saes: Sequence[EvaluatedSAE]) -> list[list[EvaluatedSAE]]:
     """SAEs that share hook and token settings, hence the model's side."""
-    groups: dict[tuple[Any, ...], list[Subject]] = {}
-    for subject in subjects:
-        metadata = subject.sae.cfg.metadata
-        key = (subject.hook_name, metadata.prepend_bos, str(metadata.seqpos_slice))
-        groups.setdefault(key, []).append(subject)
+    groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
+    for evaluated in saes:
+        metadata = evaluated.sae.cfg.metadata
+        key = (evaluated.hook_name, metadata.prepend_bos, str(metadata.seqpos_slice))
+        groups.setdefault(key, []).append(evaluated)
     return list(groups.values())
 
 
@@ -120,62 +110,55 @@ def _run_group(
     context: ModelContext,
     config: CoreEvalConfig,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     n_batches = config.n_eval_reconstruction_batches + config.n_eval_sparsity_variance_batches
     report("core: reading text")
-    tokens = core_tokens(context, settings, subjects[0], seed, n_batches)
-    side = CoreModelSide(
-        context, subjects[0].hook_name, tokens, config.n_eval_reconstruction_batches
-    )
+    tokens = core_tokens(context, settings, saes[0], seed, n_batches)
+    side = CoreModelSide(context, saes[0].hook_name, tokens, config.n_eval_reconstruction_batches)
     ignored = ignored_tokens(context.language_model.tokenizer)
     with evaluation_environment(seed):
         side.prepare(report)
-        saes = {
-            subject.name: subject.for_saebench(context.torch_dtype, context.device)
-            for subject in subjects
+        copies = {
+            evaluated.name: evaluated.for_saebench(context.torch_dtype, context.device)
+            for evaluated in saes
         }
         # SAEBench switches hook_z's reshaping off around the whole evaluation.
-        for sae in saes.values():
+        for sae in copies.values():
             if sae.hook_z_reshaping_mode:
                 sae.turn_off_forward_pass_hook_z_reshaping()
         reconstruction, outcomes = measure_reconstruction(
             side,
-            saes,
+            copies,
             ignored,
             exclude_special_tokens=config.exclude_special_tokens_from_reconstruction,
             report=report,
         )
         output.mkdir(parents=True, exist_ok=True)
-        for number, subject in enumerate(subjects):
-            if subject.name in outcomes:
-                continue
-            report("core: sparsity and variance", number, len(subjects))
-            try:
-                outcomes[subject.name] = _evaluate(
-                    config, side, subject, saes[subject.name], ignored,
-                    reconstruction[subject.name], output,
-                )  # fmt: skip
-            # Whatever one SAE raises is its own outcome: the others go on.
-            except Exception as error:
-                logger.info("core: %s failed", subject.name, exc_info=True)
-                outcomes[subject.name] = failure(error)
-    return outcomes
+        return outcomes | evaluate_each(
+            "core: sparsity and variance",
+            [evaluated for evaluated in saes if evaluated.name not in outcomes],
+            lambda evaluated: _evaluate(
+                config, side, evaluated, copies[evaluated.name], ignored,
+                reconstruction[evaluated.name], output,
+            ),
+            report,
+        )  # fmt: skip
 
 
 def _evaluate(
     config: CoreEvalConfig,
     side: CoreModelSide,
-    subject: Subject,
+    evaluated: EvaluatedSAE,
     sae: SAE[Any],
     ignored: set[int],
     reconstruction: list[dict[str, torch.Tensor]],
     output: Path,
-) -> Outcome:
-    general_utils.load_and_format_sae(subject.name, sae, side.context.device)
+) -> ScoreResult:
+    general_utils.load_and_format_sae(evaluated.name, sae, side.context.device)
     served = _Served(side)
     observed = _Observed(sae, served, ignored)
     with replaced(core_main, "get_recons_loss", _serve(reconstruction)):
@@ -191,29 +174,28 @@ def _evaluate(
     flat |= observed.metrics() | _float32_divergences(reconstruction, side, ignored)
     if flat["l0"] == 0:
         raise RunFailure(
-            f"core of {subject.name}: no latent is active on any token (L0 is 0): is it trained, "
+            f"core of {evaluated.name}: no latent is active on any token (L0 is 0): is it trained, "
             "and is the hook the one it was trained on?"
         )
-    require_real(flat, f"core of {subject.name}")
-    file = result_file(output, subject)
-    temporary = file.with_name(f".incomplete-{file.name}")
+    require_real(flat, f"core of {evaluated.name}")
+    file = result_file(output, evaluated)
     result: dict[str, Any] = {
         "metrics": metrics,
         "eval_cfg": config,
-        "sae_set": subject.name,
+        "sae_set": evaluated.name,
         "sae_id": SAEBENCH_ID,
         "feature_metrics": features,
     }
-    core_main.save_single_eval_result(
-        core_main.replace_nans_with_negative_one(result),  # of latents that never fire
-        get_eval_uuid(),
-        get_sae_lens_version(),
-        get_sae_bench_version(),
-        str(temporary),
-        sae,
-    )
-    temporary.replace(file)
-    return Outcome("measured", flat, file, facts={"text": str(side.key["tokens"])})
+    with file_written_atomically(file) as temporary:
+        core_main.save_single_eval_result(
+            core_main.replace_nans_with_negative_one(result),  # of latents that never fire
+            get_eval_uuid(),
+            get_sae_lens_version(),
+            get_sae_bench_version(),
+            str(temporary),
+            sae,
+        )
+    return ScoreResult("measured", flat, file, facts={"text": str(side.key["tokens"])})
 
 
 def _serve(results: Sequence[Mapping[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
@@ -310,7 +292,7 @@ class _Observed:
         self._n_tokens += int(keep.sum())
 
     def metrics(self) -> dict[str, float]:
-        """What was measured."""
+        """The metrics measured so far."""
         return {
             "explained_variance_streaming": self._variance.compute(),
             "explained_variance_streaming_with_special": self._variance_with_special.compute(),
@@ -319,129 +301,5 @@ class _Observed:
         }
 
 
-_REST = "tokens of the sparsity and variance batches, BOS, EOS and PAD left out"
-_PREDICTIONS = "predictions made at tokens of the reconstruction batches, BOS, EOS and PAD left out"
-_SPECIAL = (
-    "; the SAE is left out at these tokens only with exclude_special_tokens_from_reconstruction, "
-    "zeros are put at every token"
-)
-
-
-def _theirs(
-    definition: str, unit: str, tokens: str, higher_is_better: bool | None
-) -> MetricDefinition:
-    return MetricDefinition(definition, unit, tokens, "saebench", higher_is_better)
-
-
-def _ours(
-    definition: str, unit: str, tokens: str, higher_is_better: bool | None
-) -> MetricDefinition:
-    return MetricDefinition(definition, unit, tokens, "msae", higher_is_better)
-
-
-_NATS: Literal["nats per token"] = "nats per token"
-
-DEFINITIONS: dict[str, MetricDefinition] = {
-    "ce_loss_score": _theirs(
-        "(CE_zero - CE_sae) / (CE_zero - CE_clean): loss recovered",
-        "share", _PREDICTIONS + _SPECIAL, True,
-    ),
-    "ce_loss_with_sae": _theirs(
-        "cross-entropy with the SAE's reconstruction in place of the activations",
-        _NATS, _PREDICTIONS + _SPECIAL, False,
-    ),
-    "ce_loss_without_sae": _theirs(
-        "cross-entropy of the model itself", _NATS, _PREDICTIONS, None
-    ),
-    "ce_loss_with_ablation": _theirs(
-        "cross-entropy with zeros in place of the activations", _NATS, _PREDICTIONS + _SPECIAL, None
-    ),
-    "kl_div_score": _theirs(
-        "(KL_zero - KL_sae) / KL_zero from SAEBench's two divergences",
-        "share", _PREDICTIONS + _SPECIAL, True,
-    ),
-    "kl_div_with_sae": _theirs(
-        "KL(clean || with the SAE) from logarithms of a softmax in the model's dtype: rounded in "
-        "bfloat16, infinite where a probability is 0",
-        _NATS, _PREDICTIONS + _SPECIAL, False,
-    ),
-    "kl_div_with_ablation": _theirs(
-        "KL(clean || with zeros), computed as kl_div_with_sae", _NATS, _PREDICTIONS + _SPECIAL, None
-    ),
-    "kl_div_with_sae_float32": _ours(
-        "KL(clean || with the SAE) from float32 log-probabilities",
-        _NATS, _PREDICTIONS + _SPECIAL, False,
-    ),
-    "kl_div_with_ablation_float32": _ours(
-        "KL(clean || with zeros) from float32 log-probabilities",
-        _NATS, _PREDICTIONS + _SPECIAL, None,
-    ),
-    "kl_div_score_float32": _ours(
-        "(KL_zero - KL_sae) / KL_zero from the two float32 divergences",
-        "share", _PREDICTIONS + _SPECIAL, True,
-    ),
-    "explained_variance": _theirs(
-        "SAEBench 0.6's formula, which subtracts the square of E[x^2] where E[x]^2 belongs and "
-        "mixes sums with per-dimension means: not an explained variance, kept for comparison",
-        "none", _REST, None,
-    ),
-    "explained_variance_legacy": _theirs(
-        "mean over tokens of 1 - |x - x_rec|^2 / |x - mean of its batch|^2, as in published tables",
-        "share", _REST, True,
-    ),
-    "explained_variance_streaming": _ours(
-        "1 - E|x - x_rec|^2 / (E|x|^2 - |E x|^2) over all tokens", "share", _REST, True
-    ),
-    "explained_variance_streaming_with_special": _ours(
-        "explained_variance_streaming with every token counted: BOS activations are up to 200 "
-        "times as long as others and dominate it",
-        "share", "all tokens of the sparsity and variance batches, BOS included", True,
-    ),
-    "mse": _theirs(
-        "mean over tokens of |x - x_rec|^2 / (tokens of the batch): depends on the batch size",
-        "squared activation / token", _REST, False,
-    ),
-    "squared_error_per_token": _ours(
-        "E|x - x_rec|^2, summed over dimensions, mean over tokens",
-        "squared activation", _REST, False,
-    ),
-    "cossim": _theirs("mean cosine of x and x_rec", "cosine", _REST, True),
-    "l2_norm_in": _theirs("mean |x|", "activation", _REST, None),
-    "l2_norm_out": _theirs("mean |x_rec|", "activation", _REST, None),
-    "l2_ratio": _theirs("mean |x_rec| / |x|; below 1 is shrinkage", "ratio", _REST, None),
-    "relative_reconstruction_bias": _theirs(
-        "mean over batches of E|x_rec|^2 / E[x . x_rec]; 1 is unbiased", "ratio", _REST, None
-    ),
-    "l0": _theirs("mean number of latents that are not 0", "latents per token", _REST, None),
-    "l1": _theirs("mean sum of the latents", "activation", _REST, None),
-    "frac_alive": _theirs(
-        "latents that fire on at least one token", "share of latents", _REST, True
-    ),
-    "freq_over_1_percent": _theirs(
-        "latents that fire on more than 1 % of the tokens", "share of latents", _REST, None
-    ),
-    "freq_over_10_percent": _theirs(
-        "latents that fire on more than 10 % of the tokens", "share of latents", _REST, None
-    ),
-    "normalized_freq_over_1_percent": _theirs(
-        "share of all activity that comes from latents above 1 %", "share", _REST, None
-    ),
-    "normalized_freq_over_10_percent": _theirs(
-        "share of all activity that comes from latents above 10 %", "share", _REST, None
-    ),
-    "average_max_encoder_cosine_sim": _theirs(
-        "mean over latents of the largest cosine to another encoder direction",
-        "cosine", "weights only", None,
-    ),
-    "average_max_decoder_cosine_sim": _theirs(
-        "mean over latents of the largest cosine to another decoder direction",
-        "cosine", "weights only", False,
-    ),
-    "total_tokens_eval_reconstruction": _theirs(
-        "tokens of the reconstruction batches", "tokens", "all, BOS included", None
-    ),
-    "total_tokens_eval_sparsity_variance": _theirs(
-        "tokens of the sparsity and variance batches", "tokens", "all, BOS included", None
-    ),
-    "n_tokens": _ours("tokens behind the sparsity and variance metrics", "tokens", _REST, None),
-}  # fmt: skip
+DEFINITIONS = definitions("core")
+"""Every metric of `run_core`."""

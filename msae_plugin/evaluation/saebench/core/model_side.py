@@ -21,13 +21,13 @@ from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file, save_file
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.common.files import is_complete, keyed_folder, mark_complete
 from msae_plugin.data.text import load_text, open_corpus
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
 from msae_plugin.evaluation.saebench.patching import quiet
 from msae_plugin.models.forward_pass import TAIL_TOLERANCE, tail_start
 from msae_plugin.models.packaged import PACKAGED_PREFIX
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 # Tokens whose logits are worked on at a time: rows stay in the processor's cache. 2048 tokens of a
 # 49k vocabulary: 1.9 s whole, 1.1 s in parts (one thread).
@@ -40,7 +40,7 @@ ALL_PROMPTS = slice(None)
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a batch's logits say, per position.
+    """Losses and divergences of a batch's logits, per position.
 
     Args:
         ce: (batch, seq - 1) loss of predicting the next token, in the model's dtype as in
@@ -147,7 +147,7 @@ def is_local(dataset: str) -> bool:
 
 
 def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
-    """What SAELens' ActivationsStore is given: a hub name as it is, local text as a table.
+    """The data set for SAELens' ActivationsStore: a hub name as it is, local text as a table.
 
     Packaged text is what training never sees (`heldout_documents`, as in a recipe). A table is
     shuffled by rows; a streamed hub data set, as in SAEBench, by shards only, so seeds of a
@@ -169,16 +169,13 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
 
 
 def core_tokens(
-    context: ModelContext, settings: Mapping[str, Any], subject: Subject, seed: int, n_batches: int
+    context: ModelContext,
+    settings: Mapping[str, Any],
+    evaluated: EvaluatedSAE,
+    seed: int,
+    n_batches: int,
 ) -> torch.Tensor:
     """The first batches of tokens that SAEBench would evaluate this SAE on.
-
-    Args:
-        context: The model.
-        settings: Settings of `core`.
-        subject: BOS and sequence settings come from its metadata, as in SAEBench.
-        seed: Seed of the shuffling; SAEBench's own is 42.
-        n_batches: How many.
 
     Returns:
         (n_batches, batch_size_prompts, context_size) long.
@@ -186,7 +183,7 @@ def core_tokens(
     Raises:
         InputError: The text is too short. SAEBench would begin it again and count tokens twice.
     """
-    sae = subject.for_saebench(context.torch_dtype, "cpu")
+    sae = evaluated.for_saebench(context.torch_dtype, "cpu")
     # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -208,8 +205,9 @@ def core_tokens(
                 raise InputError(
                     f"core: {settings['dataset']} holds only {len(batches)} batches of "
                     f"{settings['batch_size_prompts']} x {settings['context_size']} tokens and "
-                    f"{n_batches} are asked for: lower n_eval_reconstruction_batches and "
-                    "n_eval_sparsity_variance_batches, or raise heldout_documents"
+                    f"{n_batches} are asked for",
+                    "lower n_eval_reconstruction_batches and "
+                    "n_eval_sparsity_variance_batches, or raise heldout_documents",
                 ) from None
             batches.append(batch.cpu())
     return torch.stack(batches)
@@ -259,15 +257,11 @@ class CoreModelSide:
         self._start = tail_start(hook_name)
         self._ablated_logits: torch.Tensor | None = None
         self.key: Mapping[str, Any] = {
+            **context.key("torch", "transformer-lens", "sae-lens", "sae-bench"),
             "format": FORMAT,
-            "model": context.weights_sha256,
-            "model_config": str(sorted(self._model.cfg.to_dict().items(), key=str)),
-            "dtype": context.dtype,
-            "device": context.device.split(":")[0],
             "hook": hook_name,
             "tokens": tokens_sha256(tokens),
             "n_reconstruction": n_reconstruction,
-            "versions": versions("torch", "transformer-lens", "sae-lens", "sae-bench"),
         }
         self.folder: Path = keyed_folder(context.cache, KIND, self.key)
 
@@ -314,13 +308,7 @@ class CoreModelSide:
     def predictions_with(
         self, index: int, clean: CleanPredictions, values: torch.Tensor
     ) -> Predictions:
-        """What a batch's predictions become when the hook gives these values.
-
-        Args:
-            index: The batch.
-            clean: Its clean predictions.
-            values: (prompts, context, ...) in place of what the hook gives.
-        """
+        """Predictions of a batch when the hook gives these values."""
         return self._predictions(self.batch(index), clean, values)
 
     def batch(self, index: int) -> torch.Tensor:
@@ -409,7 +397,7 @@ class CoreModelSide:
     def _ablated(
         self, tokens: torch.Tensor, clean: CleanPredictions, zeros: torch.Tensor
     ) -> Predictions:
-        """What zeros at the hook do.
+        """Predictions with zeros at the hook.
 
         Where the residual stream is zero everywhere, the prompt is forgotten: one prompt's logits
         are those of every prompt of every batch. (In other dtypes than float32 other shapes round

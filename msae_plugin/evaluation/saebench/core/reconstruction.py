@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from msae_plugin.evaluation.outcomes import Outcome, Reporter, failure
+from msae_plugin.evaluation.outcomes import Reporter, ScoreResult, failure
 from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide, Predictions
 
 HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
@@ -25,7 +25,7 @@ def has_heads(hook_name: str) -> bool:
 
 
 def sae_input(activations: torch.Tensor, hook_name: str, head: int | None) -> torch.Tensor:
-    """What an SAE reads of a hook's activations, (batch, seq, d_in), as in SAEBench."""
+    """The SAE's input from a hook's activations, (batch, seq, d_in), as in SAEBench."""
     if head is not None:
         return activations[:, :, head]
     return activations.flatten(-2, -1) if has_heads(hook_name) else activations
@@ -70,22 +70,15 @@ def measure_reconstruction(
     *,
     exclude_special_tokens: bool,
     report: Reporter,
-) -> tuple[dict[str, list[dict[str, torch.Tensor]]], dict[str, Outcome]]:
-    """What `get_recons_loss` returns, for every batch and SAE.
-
-    Args:
-        side: The model's side, prepared.
-        saes: SAEs by name, as SAEBench casts them.
-        ignored: Special tokens.
-        exclude_special_tokens: Leave the model's own activations at special tokens.
-        report: Shows progress.
+) -> tuple[dict[str, list[dict[str, torch.Tensor]]], dict[str, ScoreResult]]:
+    """The results of `get_recons_loss` for every batch and SAE.
 
     Returns:
         By SAE a dictionary per batch, of (prompts, context) or (prompts, context - 1) tensors: the
         names of SAEBench, and `kl_..._float32`; and the SAEs that failed.
     """
     found: dict[str, list[dict[str, torch.Tensor]]] = {name: [] for name in saes}
-    failed: dict[str, Outcome] = {}
+    failed: dict[str, ScoreResult] = {}
     for index in range(side.n_reconstruction):
         clean, ce_clean, zeros = side.clean(index)
         activations = side.activations(index)

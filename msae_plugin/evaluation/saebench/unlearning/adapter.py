@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,28 +29,20 @@ from sae_bench.evals.unlearning.utils.feature_activation import (
     get_top_features,
     load_sparsity_data,
 )
-from sae_bench.sae_bench_utils import (
-    general_utils,
-    get_eval_uuid,
-    get_sae_bench_version,
-    get_sae_lens_version,
-)
-from sae_lens import SAE
+from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
 from transformers import AutoTokenizer
 
-from msae_plugin.common.errors import InputError, Missing, RunFailure
+from msae_plugin.common.errors import InputError, Problem, RunFailure
+from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
-    SAEBENCH_ID,
-    MetricDefinition,
     ModelContext,
-    Outcome,
     Reporter,
-    failure,
+    ScoreResult,
     no_report,
     require_real,
-    result_file,
 )
+from msae_plugin.evaluation.saebench.each_sae import evaluate_each, write_result
 from msae_plugin.evaluation.saebench.patching import evaluation_environment
 from msae_plugin.evaluation.saebench.unlearning.data import (
     FORGET_DATASET,
@@ -76,62 +66,13 @@ from msae_plugin.evaluation.saebench.unlearning.model import (
     find_knowledge,
     letter_tokens,
 )
-from msae_plugin.saes.load import Subject
+from msae_plugin.saes.load import EvaluatedSAE
 
 RETAINED = 0.99
 """The accuracy on the questions to retain below which SAEBench ignores an intervention."""
 
-_ANSWERABLE = "questions that the model answers right in all 24 orders of the choices"
-_WITH_FEATURES = "interventions of the sweep that clamp at least one feature"
-
-
-def _ours(
-    definition: str, unit: str, tokens: str, higher_is_better: bool | None = None
-) -> MetricDefinition:
-    return MetricDefinition(definition, unit, tokens, "msae", higher_is_better)
-
-
-DEFINITIONS: dict[str, MetricDefinition] = {
-    "unlearning_score": MetricDefinition(
-        "1 - the lowest accuracy on the questions to forget over interventions whose pooled "
-        "accuracy on the questions to retain is at least .99; 0 where none is. Published scores "
-        "on Gemma-2-2B are 0.00 to 0.20 and swing 15-fold inside one architecture: compare over "
-        "seeds and with the numbers beside it, and rank nothing by it",
-        "share of the questions",
-        f"{_ANSWERABLE}, in their own order; features are counted on all tokens of the two texts "
-        "but BOS, EOS and PAD, and clamped at every position but the first",
-        "saebench",
-        True,
-    ),
-    "n_answerable_forget": _ours("questions to forget behind the score", "questions", _ANSWERABLE),
-    "n_answerable_retain": _ours("questions to retain behind the score", "questions", _ANSWERABLE),
-    "n_forget_features": _ours(
-        "features active on the text to forget, and on the text to retain below the largest of "
-        "the retain thresholds",
-        "features",
-        "all tokens of the two texts but BOS, EOS and PAD",
-    ),
-    "n_interventions": _ours(_WITH_FEATURES, "interventions", _ANSWERABLE),
-    "n_qualifying_interventions": _ours(
-        f"{_WITH_FEATURES} and keep a pooled accuracy of at least .99 on the questions to retain",
-        "interventions",
-        _ANSWERABLE,
-        True,
-    ),
-    "best_retained_accuracy": _ours(
-        f"highest pooled accuracy on the questions to retain over {_WITH_FEATURES}",
-        "share of the questions",
-        _ANSWERABLE,
-        True,
-    ),
-    "lowest_forget_accuracy": _ours(
-        f"lowest accuracy on the questions to forget over {_WITH_FEATURES}, whatever it costs on "
-        "those to retain",
-        "share of the questions",
-        _ANSWERABLE,
-        False,
-    ),
-}
+DEFINITIONS = definitions("unlearning")
+"""Every metric of `run_unlearning`."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +119,6 @@ class Sweep:
 def read_sweep(artifacts: Path, name: str, config: UnlearningEvalConfig) -> Sweep:
     """Read what SAEBench's `run_eval_single_sae` has left.
 
-    Args:
-        artifacts: Its artifacts folder.
-        name: The SAE's name in it.
-        config: The settings it ran with.
-
     Raises:
         RunFailure: A feature's frequency is NaN: nothing qualifies then, and the score says 0.
     """
@@ -205,30 +141,18 @@ def read_sweep(artifacts: Path, name: str, config: UnlearningEvalConfig) -> Swee
     )
 
 
-logger = logging.getLogger(__name__)
-
 FORGET_CORPUS_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
 
 
 def run_unlearning(
     context: ModelContext,
     settings: Mapping[str, Any],
-    subjects: Sequence[Subject],
+    saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
     report: Reporter = no_report,
-) -> dict[str, Outcome]:
+) -> dict[str, ScoreResult]:
     """Evaluate SAEs with SAEBench's unlearning evaluation.
-
-    Args:
-        context: The instruct model.
-        settings: Fields of SAEBench's UnlearningEvalConfig; `forget_corpus` and `retain_corpus`,
-            files of text (`wikitext` for SAEBench's own); `questions`, a local path or hub name by
-            SAEBench's name of them.
-        subjects: The SAEs.
-        seed: Of the choice and order of the texts.
-        output: Folder for SAEBench's JSON.
-        report: Shows progress.
 
     Returns:
         An outcome per SAE; `not_measurable` for all where the model knows none of the questions
@@ -251,30 +175,20 @@ def run_unlearning(
         )
     reason = _nothing_to_measure(knowledge)
     if reason is not None:
-        return {subject.name: Outcome("not_measurable", reason=reason) for subject in subjects}
-    evaluation = _Evaluation(context, given, model, chat, answers, knowledge, forget, retain)
+        return {evaluated.name: ScoreResult("not_measurable", reason=reason) for evaluated in saes}
+    evaluation = _Evaluation(context, given.config, model, chat, answers, knowledge, forget, retain)
     output.mkdir(parents=True, exist_ok=True)
-    outcomes: dict[str, Outcome] = {}
-    for subject in subjects:
-        try:
-            outcomes[subject.name] = evaluation.run(subject, output, report)
-        # Whatever one SAE raises is its own outcome: the others go on.
-        except Exception as error:
-            logger.info("unlearning: %s failed", subject.name, exc_info=True)
-            outcomes[subject.name] = failure(error)
-    return outcomes
+    return evaluate_each(
+        "unlearning", saes, lambda evaluated: evaluation.run(evaluated, output, report), report
+    )
 
 
 def missing_for_unlearning(
     settings: Mapping[str, Any], tokenizer_folder: Path | None
-) -> list[Missing]:
-    """What the evaluation lacks, found without loading a model.
+) -> list[Problem]:
+    """List what the evaluation lacks, without loading a model.
 
     Questions and texts that are on the hub alone are fetched here: they are small.
-
-    Args:
-        settings: As for `run_unlearning`.
-        tokenizer_folder: Folder of the instruct model's tokenizer, None where it is not at hand.
 
     Raises:
         InputError: A setting is wrong.
@@ -289,17 +203,17 @@ def missing_for_unlearning(
                 "name a local copy (.json, .jsonl, .parquet or .csv with the columns question, "
                 f"choices, answer) as unlearning.questions.{name}"
             )
-            missing.append(Missing(str(error), how))
+            missing.append(Problem(error.what, how))
     if tokenizer_folder is not None:
         missing += _missing_in_tokenizer(tokenizer_folder)
     return missing
 
 
-def _missing_corpora(given: UnlearningSettings) -> list[Missing]:
-    missing: list[Missing] = []
+def _missing_corpora(given: UnlearningSettings) -> list[Problem]:
+    missing: list[Problem] = []
     if not given.forget_corpus:
         missing.append(
-            Missing(
+            Problem(
                 "unlearning.forget_corpus, the text on what is to be forgotten",
                 "SAEBench's, bio-forget-corpus.jsonl, is gated: request access as "
                 f"{FORGET_CORPUS_FORM} says, and give the path of the file; or give another text "
@@ -316,20 +230,20 @@ def _missing_corpora(given: UnlearningSettings) -> list[Missing]:
             elif source:
                 require_corpus_file(field, source)
         except InputError as error:
-            missing.append(Missing(str(error), f"correct unlearning.{field}"))
+            missing.append(Problem(error.what, f"correct unlearning.{field}"))
     return missing
 
 
-def _missing_in_tokenizer(folder: Path) -> list[Missing]:
+def _missing_in_tokenizer(folder: Path) -> list[Problem]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         chat_format(tokenizer, str(folder))
         letter_tokens(tokenizer, str(folder))
     except InputError as error:
-        return [Missing(str(error), "choose another instruct model as unlearning.model")]
+        return [Problem(error.what, "choose another instruct model as unlearning.model")]
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:150]
-        return [Missing(f"unlearning: {folder} has no usable tokenizer ({reason})", "save one")]
+        return [Problem(f"unlearning: {folder} has no usable tokenizer ({reason})", "save one")]
     return []
 
 
@@ -339,13 +253,14 @@ def _instruct_model(
     model = context.language_model.model
     if not isinstance(model, HookedTransformer):
         raise InputError(
-            "unlearning: SAEBench intervenes in a HookedTransformer: load the model with a hook "
-            "such as blocks.9.hook_resid_post"
+            "unlearning: SAEBench intervenes in a HookedTransformer",
+            "load the model with a hook such as blocks.9.hook_resid_post",
         )
     if given.config.seq_len > model.cfg.n_ctx:
         raise InputError(
             f"unlearning.seq_len is {given.config.seq_len}, longer than the model's context of "
-            f"{model.cfg.n_ctx}: lower it"
+            f"{model.cfg.n_ctx}",
+            "lower it",
         )
     tokenizer = context.language_model.tokenizer
     chat = chat_format(
@@ -371,95 +286,80 @@ def _nothing_to_measure(knowledge: Mapping[str, Knowledge]) -> str | None:
     )
 
 
+@dataclass(frozen=True)
 class _Evaluation:
-    """What is the same for all SAEs of one call."""
+    """The settings, texts and questions that all SAEs of one call share."""
 
-    def __init__(
-        self,
-        context: ModelContext,
-        given: UnlearningSettings,
-        model: HookedTransformer,
-        chat: ChatFormat,
-        answers: LetterAnswers,
-        knowledge: Mapping[str, Knowledge],
-        forget: Corpus,
-        retain: Corpus,
-    ) -> None:
-        self._context = context
-        self._config = given.config
-        self._model = model
-        self._chat = chat
-        self._answers = answers
-        self._knowledge = knowledge
-        self._forget = forget
-        self._retain = retain
-        known = [name for name, found in knowledge.items() if found.answerable]
-        # SAEBench's own code fails on a set without answerable questions; it would add nothing to
-        # the pooled accuracy.
-        self._asked = replace(self._config, dataset_names=known)
+    context: ModelContext
+    config: UnlearningEvalConfig
+    model: HookedTransformer
+    chat: ChatFormat
+    answers: LetterAnswers
+    knowledge: Mapping[str, Knowledge]
+    forget: Corpus
+    retain: Corpus
 
-    def run(self, subject: Subject, output: Path, report: Reporter) -> Outcome:
+    @property
+    def asked(self) -> UnlearningEvalConfig:
+        """The settings without questions of which none is answerable.
+
+        SAEBench's own code fails on such a set; it would add nothing to the pooled accuracy.
+        """
+        known = [name for name, found in self.knowledge.items() if found.answerable]
+        return replace(self.config, dataset_names=known)
+
+    def run(self, evaluated: EvaluatedSAE, output: Path, report: Reporter) -> ScoreResult:
         """Evaluate one SAE."""
-        _require_hook(subject, self._model)
-        _require_double_decode(subject)
-        config = self._config
-        sae = subject.for_saebench(self._context.torch_dtype, self._context.device)
-        general_utils.load_and_format_sae(subject.name, sae, self._context.device)
+        _require_hook(evaluated, self.model)
+        _require_double_decode(evaluated)
+        config = self.config
+        sae = evaluated.for_saebench(self.context.torch_dtype, self.context.device)
+        general_utils.load_and_format_sae(evaluated.name, sae, self.context.device)
         windows = _WindowsHash()
-        questions = {name: found.questions for name, found in self._knowledge.items()}
+        questions = {name: found.questions for name, found in self.knowledge.items()}
         with (
             tempfile.TemporaryDirectory(prefix="msae-unlearning-") as folder,
-            adapted(self._model, self._chat, self._answers, questions),
+            adapted(self.model, self.chat, self.answers, questions),
             corpora_and_sweep(
-                self._forget,
-                self._retain,
+                self.forget,
+                self.retain,
                 windows,
-                lambda done, total: report(f"unlearning: {subject.name}", done, total),
+                lambda done, total: report(f"unlearning: {evaluated.name}", done, total),
             ),
             evaluation_environment(config.random_seed),
         ):
             artifacts = Path(folder)
-            for found in self._knowledge.values():
+            for found in self.knowledge.values():
                 found.copy_to(artifacts)
             run_eval_single_sae(
-                self._model, sae, self._asked, folder, subject.name, force_rerun=False
+                self.model, sae, self.asked, folder, evaluated.name, force_rerun=False
             )
-            sweep = read_sweep(artifacts, subject.name, self._asked)
+            sweep = read_sweep(artifacts, evaluated.name, self.asked)
         metrics = {**sweep.metrics(), **self._answerable()}
-        require_real(metrics, f"unlearning of {subject.name}")
-        file = result_file(output, subject)
-        self._write(file, subject, sae, sweep)
-        return Outcome("measured", metrics, file, facts={"text": windows.sha256})
-
-    def _answerable(self) -> dict[str, float]:
-        retained = [f.answerable for n, f in self._knowledge.items() if n not in OUTSIDE_SCORE]
-        return {
-            "n_answerable_forget": float(self._knowledge[FORGET_DATASET].answerable),
-            "n_answerable_retain": float(sum(retained)),
-        }
-
-    def _write(self, file: Path, subject: Subject, sae: SAE[Any], sweep: Sweep) -> None:
-        result = UnlearningEvalOutput(
-            eval_config=self._config,
-            eval_id=get_eval_uuid(),
-            datetime_epoch_millis=int(datetime.now().timestamp() * 1000),
+        require_real(metrics, f"unlearning of {evaluated.name}")
+        file = write_result(
+            UnlearningEvalOutput,
+            config,
+            evaluated,
+            sae,
+            output,
             eval_result_metrics=UnlearningMetricCategories(
                 unlearning=UnlearningMetrics(unlearning_score=sweep.score)
             ),
             eval_result_details=[],
-            sae_bench_commit_hash=get_sae_bench_version(),
-            sae_lens_id=SAEBENCH_ID,
-            sae_lens_release_id=subject.name,
-            sae_lens_version=get_sae_lens_version(),
-            sae_cfg_dict=sae.cfg.to_dict(),
             eval_result_unstructured=self._what_was_used(sweep),
         )
-        temporary = file.with_name(f".incomplete-{file.name}")
-        result.to_json_file(str(temporary), indent=2)
-        temporary.replace(file)
+        return ScoreResult("measured", metrics, file, facts={"text": windows.sha256})
+
+    def _answerable(self) -> dict[str, float]:
+        retained = [f.answerable for n, f in self.knowledge.items() if n not in OUTSIDE_SCORE]
+        return {
+            "n_answerable_forget": float(self.knowledge[FORGET_DATASET].answerable),
+            "n_answerable_retain": float(sum(retained)),
+        }
 
     def _what_was_used(self, sweep: Sweep) -> dict[str, Any]:
-        """What SAEBench's schema has no field for: above all, that questions may not be WMDP's."""
+        """Facts that SAEBench's schema has no field for; the questions may not be WMDP's."""
         return {
             "questions": {
                 name: {
@@ -468,7 +368,7 @@ class _Evaluation:
                     "number": len(found.questions.rows),
                     "answerable": found.answerable,
                 }
-                for name, found in self._knowledge.items()
+                for name, found in self.knowledge.items()
             },
             "corpora": {
                 name: {
@@ -476,17 +376,17 @@ class _Evaluation:
                     "sha256": corpus.sha256,
                     "documents": len(corpus.documents),
                 }
-                for name, corpus in (("forget", self._forget), ("retain", self._retain))
+                for name, corpus in (("forget", self.forget), ("retain", self.retain))
             },
-            "prompt_format": self._chat.for_saebench,
+            "prompt_format": self.chat.for_saebench,
             "first_position": (
                 "BOS: never intervened at"
-                if self._chat.has_bos
+                if self.chat.has_bos
                 else "the first token of the prompt, for want of BOS: never intervened at"
             ),
             "qualifying_features": {str(k): count for k, count in sweep.features.items()},
             "interventions": sweep.interventions,
-            "notes": sweep.notes(self._config.n_features_list),
+            "notes": sweep.notes(self.config.n_features_list),
         }
 
 
@@ -502,14 +402,14 @@ class _WindowsHash:
         self.sha256 = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _require_hook(subject: Subject, model: HookedTransformer) -> None:
-    if subject.hook_name not in model.hook_dict:
-        raise RunFailure(f"the model has no hook {subject.hook_name!r}, where this SAE reads")
+def _require_hook(evaluated: EvaluatedSAE, model: HookedTransformer) -> None:
+    if evaluated.hook_name not in model.hook_dict:
+        raise RunFailure(f"the model has no hook {evaluated.hook_name!r}, where this SAE reads")
 
 
-def _require_double_decode(subject: Subject) -> None:
+def _require_double_decode(evaluated: EvaluatedSAE) -> None:
     """SAELens keeps these statistics of a token from `encode` to the first `decode` alone."""
-    normalisation = subject.sae.cfg.normalize_activations
+    normalisation = evaluated.sae.cfg.normalize_activations
     if normalisation in ("layer_norm", "constant_norm_rescale"):
         raise RunFailure(
             f"SAEBench decodes twice per encode, which SAELens' normalize_activations="

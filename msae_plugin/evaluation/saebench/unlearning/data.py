@@ -13,16 +13,19 @@ from typing import Any, cast
 
 import datasets
 import datasets.config
-import pandas as pd
-from datasets import DatasetDict, load_from_disk
-from pydantic import ValidationError
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.sae_bench_utils.activation_collection import LLM_NAME_TO_BATCH_SIZE
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.local_datasets import in_datasets_cache
-from msae_plugin.data.text_files import open_text, read_column
+from msae_plugin.data.text_files import (
+    is_saved_dataset,
+    open_text,
+    read_column,
+    read_rows,
+    saved_dataset,
+)
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.models.hub_access import require_repository
 
@@ -38,8 +41,6 @@ WIKITEXT = "wikitext"
 DEFAULT_BATCH_SIZE = 4
 """For models that SAEBench has no batch size for: what it takes for Gemma 2."""
 
-_OURS = frozenset({"model", "forget_corpus", "retain_corpus", "questions"})
-_NOT_TAKEN = frozenset({"model_name", "random_seed"})
 _DATASET_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 # `get_params` of SAEBench's main.py finds these in the names of its files.
 _THRESHOLD = re.compile(r"\d+(\.\d+)?")
@@ -71,47 +72,28 @@ class UnlearningSettings:
 def read_settings(
     settings: Mapping[str, Any], *, model_name: str = "", dtype: str = "float32", seed: int = 42
 ) -> UnlearningSettings:
-    """Check settings and fill them in.
-
-    Args:
-        settings: Fields of SAEBench's UnlearningEvalConfig and ours.
-        model_name: What SAEBench is to record as the model's name.
-        dtype: Of the loaded model.
-        seed: Of the choice and order of the texts.
+    """Fill in settings that `check_settings` has taken, and check what only this module knows.
 
     Raises:
-        InputError: A field is unknown, or has a value with which SAEBench's code cannot work.
+        InputError: A field has a value with which SAEBench's code cannot work.
     """
-    known = {field.name for field in fields(UnlearningEvalConfig)} - _NOT_TAKEN
-    for name in settings:
-        if name not in known | _OURS:
-            raise InputError(
-                f"unlearning.{name} is not a setting: known are {', '.join(sorted(known | _OURS))}"
-            )
+    known = {field.name for field in fields(UnlearningEvalConfig)}
     given = {name: value for name, value in settings.items() if name in known}
-    if given.get("llm_dtype") not in (None, "", dtype) and model_name:
-        raise InputError(
-            f"unlearning.llm_dtype is {given['llm_dtype']} but the model is loaded in {dtype}: set "
-            "model.dtype and leave llm_dtype out"
-        )
-    given["llm_dtype"] = dtype
+    given |= {"model_name": model_name, "random_seed": seed, "llm_dtype": dtype}
     if given.get("llm_batch_size") is None:
         given["llm_batch_size"] = _default_batch_size(model_name)
-    try:
-        config = UnlearningEvalConfig(model_name=model_name, random_seed=seed, **given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"unlearning.{field}: {first['msg']}, got {first.get('input')!r}"
-        ) from error
+    config = UnlearningEvalConfig(**given)
     _check_supported(config)
     _check_sweep(config)
+    questions: dict[str, str] = settings.get("questions") or {}
+    for name in questions:
+        if name not in config.dataset_names:
+            raise InputError(f"unlearning.questions has {name!r}, which is not in dataset_names")
     return UnlearningSettings(
         config=config,
         forget_corpus=settings.get("forget_corpus"),
         retain_corpus=settings.get("retain_corpus") or WIKITEXT,
-        questions=_questions(settings, config.dataset_names),
+        questions=questions,
     )
 
 
@@ -121,19 +103,8 @@ def _default_batch_size(model_name: str) -> int:
     return DEFAULT_BATCH_SIZE if known is None else known // 8
 
 
-def _questions(settings: Mapping[str, Any], names: list[str]) -> dict[str, str]:
-    questions: object = settings.get("questions") or {}
-    if not isinstance(questions, Mapping):
-        raise InputError("unlearning.questions must map names of questions to paths or hub names")
-    found = {str(key): str(value) for key, value in cast("Mapping[Any, Any]", questions).items()}
-    for name in found:
-        if name not in names:
-            raise InputError(f"unlearning.questions has {name!r}, which is not in dataset_names")
-    return found
-
-
 def _check_supported(config: UnlearningEvalConfig) -> None:
-    """What SAEBench's code offers but cannot do."""
+    """Refuse settings that SAEBench offers but cannot run with."""
     if config.target_metric != "correct":
         raise InputError(
             f"unlearning.target_metric must be correct, got {config.target_metric!r}: SAEBench "
@@ -172,20 +143,11 @@ def _check_sweep(config: UnlearningEvalConfig) -> None:
         if not _THRESHOLD.fullmatch(str(threshold)):
             raise InputError(
                 f"unlearning.retain_thresholds: {threshold} cannot be read back from SAEBench's "
-                "file names: use numbers of at least 0.0001"
+                "file names",
+                "use numbers of at least 0.0001",
             )
-    for name, least in (
-        ("retain_thresholds", 0),
-        ("n_features_list", 1),
-        ("multipliers", 0),
-        ("dataset_size", 1),
-        ("seq_len", 2),
-        ("llm_batch_size", 1),
-    ):
-        value = getattr(config, name)
-        values: list[float] = value if isinstance(value, list) else [value]
-        if not values or min(values) < least:
-            raise InputError(f"unlearning.{name} must be at least {least}, got {value}")
+    if config.seq_len < 2:
+        raise InputError(f"unlearning.seq_len must be at least 2, got {config.seq_len}")
 
 
 _COLUMNS = ("question", "choices", "answer")
@@ -333,7 +295,7 @@ def _downloaded(
         require_repository(repository, "dataset")
     except InputError as error:
         if not in_datasets_cache(repository):
-            raise InputError(f"unlearning.{field}: {error}") from error
+            raise InputError(f"unlearning.{field}: {error.what}", error.how) from error
         offline = True
     try:
         with replaced(datasets.config, "HF_HUB_OFFLINE", offline):
@@ -342,14 +304,15 @@ def _downloaded(
     except Exception as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"unlearning.{field}: {source} cannot be had from the hub ({reason}): name a local copy"
+            f"unlearning.{field}: {source} cannot be had from the hub ({reason})",
+            "name a local copy",
         ) from error
 
 
 def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return _saved_rows(path)
+        if is_saved_dataset(path):
+            return cast("Iterator[Mapping[str, Any]]", iter(saved_dataset(path, "test")))
         files = sorted(file for file in path.iterdir() if file.suffix in _FILE_SUFFIXES)
         if not files:
             raise InputError(f"unlearning.questions: folder {path} holds no questions")
@@ -363,34 +326,14 @@ def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
     return _file_rows(path)
 
 
-def _saved_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    saved = load_from_disk(str(path))
-    if isinstance(saved, DatasetDict):
-        if "test" not in saved:
-            raise InputError(f"unlearning.questions: {path} has no split test")
-        saved = saved["test"]
-    return (cast("Mapping[str, Any]", row) for row in saved)
-
-
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    if path.suffix != ".json":
+        return (row for _, row in read_rows(path, typed=True))
     try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        elif path.suffix == ".csv":
-            frame = pd.read_csv(path)
-        else:
-            text = path.read_text(encoding="utf-8")
-            lines = text.splitlines() if path.suffix == ".jsonl" else None
-            rows: list[Any] = (
-                json.loads(text)
-                if lines is None
-                else [json.loads(line) for line in lines if line.strip()]
-            )
-            return iter(rows)
+        return iter(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
         raise InputError(f"unlearning.questions: {path} cannot be read ({reason})") from error
-    return (cast("Mapping[str, Any]", row) for row in frame.to_dict("records"))
 
 
 def _checked(rows: Iterator[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:

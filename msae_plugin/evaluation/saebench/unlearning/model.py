@@ -29,7 +29,7 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers import PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import is_complete, keyed_folder, mark_complete, versions
+from msae_plugin.common.files import kept_folder
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.unlearning.data import Corpus, Questions
@@ -75,18 +75,13 @@ def chat_format(
     The template is filled with a mark in place of the question: templates trim the message, and
     SAEBench does not.
 
-    Args:
-        tokenizer: Of an instruct model.
-        name: The model's name, for messages.
-        default_prepend_bos: Whether the model expects BOS where the template has none.
-
     Raises:
         InputError: The tokenizer has no chat template, or one that cannot hold a question.
     """
     if not tokenizer.chat_template:
         raise InputError(
-            f"unlearning: the tokenizer of {name} has no chat template: give an instruct model as "
-            "unlearning.model, or save the template with the tokenizer"
+            f"unlearning: the tokenizer of {name} has no chat template",
+            "give an instruct model as unlearning.model, or save the template with the tokenizer",
         )
     try:
         text = tokenizer.apply_chat_template(
@@ -94,12 +89,12 @@ def chat_format(
         )
     except (TemplateError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"unlearning: the chat template of {name} fails ({error}): correct it"
+            f"unlearning: the chat template of {name} fails ({error})", "correct it"
         ) from error
     parts = str(text).split(_PLACE)
     if len(parts) != 2:
         raise InputError(
-            f"unlearning: the chat template of {name} repeats or drops the message: correct it"
+            f"unlearning: the chat template of {name} repeats or drops the message", "correct it"
         )
     prefix, suffix = parts
     bos = tokenizer.bos_token
@@ -118,10 +113,6 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[in
     Looked for are the letters alone and with a space before, which is what SAEBench counts for
     Gemma, and as they are cut after the `(` that ends the prompt: some tokenizers have another
     token for the start of a text.
-
-    Args:
-        tokenizer: Of an instruct model.
-        name: The model's name, for messages.
 
     Returns:
         One to three different lists of four token ids.
@@ -182,13 +173,6 @@ class LetterAnswers:
         verbose: bool = True,
     ) -> torch.Tensor:
         """Probabilities of the letters after each prompt, the larger of a letter's tokens.
-
-        Args:
-            model: The model of this object.
-            prompts: Texts, the turns included.
-            batch_size: Prompts at a time.
-            n_batches: Batches to answer.
-            verbose: SAEBench's switch for its progress bar.
 
         Returns:
             (prompts, 4) in the model's dtype.
@@ -261,7 +245,7 @@ _SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What the model knows of one set of questions.
+    """The model's knowledge of one set of questions.
 
     Args:
         questions: The questions.
@@ -288,29 +272,21 @@ def find_knowledge(
 ) -> dict[str, Knowledge]:
     """Ask all questions, or read what was answered before. SAEBench must be adapted already.
 
-    Args:
-        context: The model and the root of the caches.
-        model: The same model.
-        answers: What answers in SAEBench's place.
-        questions: By SAEBench's name.
-        batch_size: Prompts at a time.
-        report: Shows progress.
-
     Returns:
         By name, in the order of `questions`.
     """
     found: dict[str, Knowledge] = {}
     for name, asked in questions.items():
-        key = _key(context, asked, answers, batch_size)
-        folder = keyed_folder(context.cache, _KIND, key)
-        if not is_complete(folder):
-            answers.progress = partial(report, f"unlearning: asking {name} in all orders")
-            try:
-                with evaluation_environment(_SPLIT_SEED):
-                    _ask(model, folder, name, batch_size)
-            finally:
-                answers.progress = None
-            mark_complete(folder, key)
+        answers.progress = partial(report, f"unlearning: asking {name} in all orders")
+        try:
+            folder = kept_folder(
+                context.cache,
+                _KIND,
+                _key(context, asked, answers, batch_size),
+                partial(_ask, model, name, batch_size),
+            )
+        finally:
+            answers.progress = None
         found[name] = Knowledge(asked, len(_answerable(folder, name)), folder)
     return found
 
@@ -325,24 +301,22 @@ def _key(
         for row in questions.rows
     ]
     return {
-        "weights": context.weights_sha256,
-        "dtype": context.dtype,
-        "device": torch.device(context.device).type,
+        **context.key(*_VERSIONS),
         "name": questions.name,
         "questions": questions.sha256,
         "tokens": answers.fingerprint(prompts),
         "batch_size": batch_size,
-        "versions": versions(*_VERSIONS),
     }
 
 
-def _ask(model: HookedTransformer, folder: Path, name: str, batch_size: int) -> None:
-    metrics.save_target_question_ids(model, batch_size, str(folder), name)
-    # Without any answerable question SAEBench's baseline stacks an empty list.
-    if len(_answerable(folder, name)):
-        metrics.get_baseline_metrics(
-            model, batch_size, str(folder), name, {"target_metric": "correct"}
-        )
+def _ask(model: HookedTransformer, name: str, batch_size: int, folder: Path) -> None:
+    with evaluation_environment(_SPLIT_SEED):
+        metrics.save_target_question_ids(model, batch_size, str(folder), name)
+        # Without any answerable question SAEBench's baseline stacks an empty list.
+        if len(_answerable(folder, name)):
+            metrics.get_baseline_metrics(
+                model, batch_size, str(folder), name, {"target_metric": "correct"}
+            )
 
 
 def _answerable(folder: Path, name: str) -> list[int]:
@@ -475,8 +449,8 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
     backward = [(point, handle) for point in points for handle in point.bwd_hooks]
     if any(handle.is_permanent for _, handle in forward + backward):
         raise InputError(
-            "unlearning: the model has permanent hooks, with which it is another model: call "
-            "model.reset_hooks(including_permanent=True)"
+            "unlearning: the model has permanent hooks, with which it is another model",
+            "call model.reset_hooks(including_permanent=True)",
         )
     contexts = {name: dict(point.ctx) for name, point in model.hook_dict.items()}
     model.reset_hooks()
