@@ -110,11 +110,14 @@ def _page(text: str) -> str:
 
 
 def _terminal(lines: list[str]) -> list[str]:
-    """Tables on the terminal whose last column is a time."""
+    """Tables on the terminal whose last column is a time, which is as wide as its numbers."""
+    if not any(line.rstrip().endswith("ms/step") for line in lines):
+        return lines
     found: list[str] = []
     timed = False
     for line in lines:
         timed = timed and bool(line.strip())
-        found.append(_LAST_NUMBER.sub(MASK, line) if timed else line)
+        masked = _LAST_NUMBER.sub(MASK, line) if timed else line
+        found.append(re.sub(r"[ ─]+", " ", masked))
         timed = timed or line.rstrip().endswith("ms/step")
     return found
