@@ -20,7 +20,9 @@ _CELL = re.compile(r"<t[hd]\b.*?</t[hd]>", re.DOTALL)
 def without_clock(record: dict[str, Any]) -> dict[str, Any]:
     """A record of `Workplace.record` in which times, dates and versions are masked."""
     for command in record["commands"]:
-        command["stdout"] = _terminal(command["stdout"])
+        # A table pads its times, which are not equally long.
+        lines = [line.rstrip() if "TIME" in line else line for line in command["stdout"]]
+        command["stdout"] = _terminal(lines)
     for path, contents in record["files"].items():
         if not contents:
             continue
@@ -110,11 +112,14 @@ def _page(text: str) -> str:
 
 
 def _terminal(lines: list[str]) -> list[str]:
-    """Tables on the terminal whose last column is a time."""
+    """Tables on the terminal whose last column is a time, which is as wide as its numbers."""
+    if not any(line.rstrip().endswith("ms/step") for line in lines):
+        return lines
     found: list[str] = []
     timed = False
     for line in lines:
         timed = timed and bool(line.strip())
-        found.append(_LAST_NUMBER.sub(MASK, line) if timed else line)
+        masked = _LAST_NUMBER.sub(MASK, line) if timed else line
+        found.append(re.sub(r"[ ─]+", " ", masked))
         timed = timed or line.rstrip().endswith("ms/step")
     return found
