@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,12 +218,11 @@ class PublishOptions:
             raise InputError("--pr asks for a change of main: leave --revision out")
 
 
-def make_plan(run: Path, state: RepositoryState, options: PublishOptions) -> PublishPlan:
-    """Decide everything about publishing a run, the folder of one of its SAEs, or an export.
+def build_folders(run: Path, repo: str, options: PublishOptions) -> list[SAEFolder]:
+    """The SAEs of a run, the folder of one of its SAEs, or an export, as they will be uploaded.
 
     Raises:
         InputError: Something must not be published, or a name is wrong.
-        RunFailure: The Hub does not give what is in the repository.
     """
     evaluation, report = options.evaluation, options.report
     saes = find_saes(run)
@@ -233,19 +233,33 @@ def make_plan(run: Path, state: RepositoryState, options: PublishOptions) -> Pub
         )
     summary = None if evaluation is None else read_evaluation(evaluation)
     folders: list[SAEFolder] = []
-    for path, sae in zip(_paths(saes, options.folder), saes, strict=True):
+    with _only_expected_values(run):
+        paths = _paths(saes, options.folder)
+    for path, sae in zip(paths, saes, strict=True):
         measured = None
         if evaluation is not None and summary is not None:
-            measured = measured_of(sae, summary, evaluation, f"{state.repo}:{path}")
+            measured = measured_of(sae, summary, evaluation, f"{repo}:{path}")
         # Figures of the run and of the report compare SAEs: once is enough.
         pictures = [] if folders else [run, *([] if report is None else [report])]
         folders.append(build_folder(path, sae, measured, pictures))
-    paths = [sae.path for sae in folders]
-    new_entries = tuple(_entry(sae) for sae in folders)
-    entries = tuple(
-        sorted([*read_entries(state, leave_out=paths), *new_entries], key=lambda e: e.folder)
-    )
-    card = make_card(state.repo, entries, new_entries[0], read_card(state), options.licence)
+    return folders
+
+
+def make_plan(
+    run: Path, folders: Sequence[SAEFolder], state: RepositoryState, options: PublishOptions
+) -> PublishPlan:
+    """Decide everything about publishing the SAEs of a run.
+
+    Raises:
+        InputError: The card cannot be written.
+        RunFailure: The Hub does not give what is in the repository.
+    """
+    others = read_entries(state, leave_out=[sae.path for sae in folders])
+    existing = read_card(state)
+    with _only_expected_values(run):
+        new_entries = tuple(_entry(sae) for sae in folders)
+        entries = tuple(sorted([*others, *new_entries], key=lambda e: e.folder))
+        card = make_card(state.repo, entries, new_entries[0], existing, options.licence)
     additions = {path: content for sae in folders for path, content in sae.uploads()}
     additions[CARD_FILENAME] = card.encode()
     present = {path for sae in folders for path in state.files_in(sae.path)}
@@ -254,7 +268,7 @@ def make_plan(run: Path, state: RepositoryState, options: PublishOptions) -> Pub
         for sae in folders
         if state.files_in(sae.path)
     ]
-    if evaluation is None:
+    if options.evaluation is None:
         notes.append("no --evaluation: the card says that these SAEs were not evaluated")
     return PublishPlan(
         state=state,
@@ -265,6 +279,21 @@ def make_plan(run: Path, state: RepositoryState, options: PublishOptions) -> Pub
         new_entries=new_entries,
         notes=tuple(notes),
     )
+
+
+@contextmanager
+def _only_expected_values(run: Path) -> Generator[None]:
+    """Name the run where a value in one of its files is of a kind that nobody writes there."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{str(run)!r} (or what the repository holds already) cannot be described in a model "
+            f"card ({type(error).__name__}: {' '.join(str(error).split())}): a value in "
+            f"{SAE_CFG_FILENAME}, {REPORT_FILENAME} or {SUMMARY_FILENAME} is of the wrong kind"
+        ) from error
 
 
 def _paths(saes: list[LocalSAE], folder: str | None) -> list[str]:

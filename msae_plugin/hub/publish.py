@@ -22,10 +22,28 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.hub import remote
 from msae_plugin.hub.card_data import CardEntry, hub_dataset, hub_model
-from msae_plugin.hub.plan import PublishOptions, PublishPlan, make_plan, private_content
+from msae_plugin.hub.plan import (
+    PublishOptions,
+    PublishPlan,
+    build_folders,
+    make_plan,
+    private_content,
+)
 from msae_plugin.hub.remote import MAIN, Committed
-from msae_plugin.hub.verification import Verification, check_files, check_latents, describe
-from msae_plugin.models.hub_access import explained, hub_errors, require_token, status_of
+from msae_plugin.hub.verification import (
+    Verification,
+    check_build,
+    check_files,
+    check_latents,
+    describe,
+)
+from msae_plugin.models.hub_access import (
+    explained,
+    first_line,
+    hub_errors,
+    require_token,
+    status_of,
+)
 from msae_plugin.reporting import dashboards
 from msae_plugin.reporting.info import human_bytes
 from msae_plugin.saes.download import RepositoryState, read_state, require_repo_name
@@ -147,6 +165,9 @@ def publish(
             in the message; or the check after the upload failed, with the commit named.
     """
     require_repo_name(repo)
+    folders = build_folders(run, repo, options)
+    for folder in folders:
+        check_build(folder)
     notes: list[str] = []
     if options.dry_run:
         state = _state_if_reachable(repo, options.revision, notes)
@@ -154,7 +175,7 @@ def publish(
         _require_valid_token(require_token())
         state = read_state(repo, options.revision)
     _require_possible(state, options)
-    plan = make_plan(run, state, options)
+    plan = make_plan(run, folders, state, options)
     if not options.allow_negative_variance:
         _require_positive_variance(plan)
     traces = [line for sae in plan.folders for line in private_content(sae)]
@@ -176,7 +197,8 @@ def publish(
             remote.add_tag(repo, options.tag, committed.oid)
         except (InputError, RunFailure) as error:
             raise RunFailure(
-                f"published as commit {committed.oid} and checked, but without the tag: {error}"
+                f"published as commit {committed.oid} and checked, but without the tag: {error}; "
+                f"{_how_to_take_back(repo, committed)}"
             ) from error
     return _result(plan, options, notes, committed=committed, verifications=verifications)
 
@@ -319,11 +341,28 @@ def _verify(plan: PublishPlan, committed: Committed, on_main: bool) -> tuple[Ver
     try:
         check_files(repo, committed.oid, plan.additions)
         return tuple(check_latents(repo, committed.oid, on_main, folder) for folder in plan.folders)
-    except (InputError, RunFailure) as error:
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{repo} has the new commit {committed.oid}, which was not checked; "
+            f"{_how_to_take_back(repo, committed)}"
+        ) from None
+    # Whatever it is, the commit is there and must be named.
+    except Exception as error:
+        known = isinstance(error, InputError | RunFailure)
+        reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
         raise RunFailure(
-            f"{repo} has the new commit {committed.oid}, but the check of it failed: {error}; "
-            f"do not rely on it before you have looked at {committed.url}"
+            f"{repo} has the new commit {committed.oid}, but the check of it failed: {reason}; "
+            f"look at {committed.url}; {_how_to_take_back(repo, committed)}"
         ) from error
+
+
+def _how_to_take_back(repo: str, committed: Committed) -> str:
+    if committed.pull_request is not None:
+        return f"to take it back, close {committed.pull_request}"
+    return (
+        f"to take it back, run `git revert {committed.oid}` in a clone of "
+        f"{constants.ENDPOINT}/{repo} and push"
+    )
 
 
 def _result(

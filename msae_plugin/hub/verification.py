@@ -1,8 +1,9 @@
-"""Download a published SAE and compare it with the local one."""
+"""Load what is to be published and what was published, and compare both with the local SAE."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,17 +11,18 @@ from typing import Any, cast
 import torch
 from huggingface_hub import hf_hub_download
 from sae_lens import SAE
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from safetensors.torch import load_file
 
-from msae_plugin.common.errors import RunFailure
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256
 from msae_plugin.hub.plan import SAEFolder, content_sha256
-from msae_plugin.models.hub_access import hub_errors
+from msae_plugin.models.hub_access import first_line, hub_errors
 from msae_plugin.saes.agreement import Agreement, compare
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, TWIN_FOLDER
-from msae_plugin.saes.find import LocalSAE
+from msae_plugin.saes.find import LocalSAE, LocatedSAE
+from msae_plugin.saes.load import load_sae
 
 _RANDOM_TOKENS = 256
 
@@ -35,6 +37,38 @@ class Verification:
     # The downloaded twin against the local SAE; None without a twin.
     twin_agreement: Agreement | None
     activations: str  # what they were compared on
+
+
+def check_build(folder: SAEFolder) -> None:
+    """Load the files that would be uploaded, and compare their latents with the source's.
+
+    Raises:
+        InputError: They cannot be loaded, are silent, or compute something else.
+    """
+
+    def load(path: str) -> SAE[Any]:
+        return load_sae(LocatedSAE(path, folder.sae.name, root / path), "cpu")[0]
+
+    with tempfile.TemporaryDirectory(prefix="msae-publish-") as temporary:
+        root = Path(temporary)
+        for path, content in folder.uploads():
+            target = root / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                target.symlink_to(content.resolve())  # a copy may take gigabytes
+            else:
+                target.write_bytes(content)
+        try:
+            source = LocatedSAE(str(folder.sae.export), folder.sae.name, folder.sae.export)
+            _compare(folder, load_sae(source, "cpu")[0], load, "as it would be uploaded")
+        # What a loader raises on files that are wrong shares no base class but Exception.
+        except Exception as error:
+            known = isinstance(error, InputError | RunFailure)
+            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(
+                f"SAE {str(folder.sae.export)!r} must not be published, because nobody could use "
+                f"it ({reason}): export it again; nothing was published"
+            ) from error
 
 
 def check_files(repo: str, oid: str, files: dict[str, bytes | Path]) -> None:
@@ -64,7 +98,18 @@ def check_latents(repo: str, oid: str, on_main: bool, folder: SAEFolder) -> Veri
     Raises:
         RunFailure: It cannot be loaded, is silent, or computes something else.
     """
-    local = SAE.load_from_disk(folder.sae.export)
+
+    def load(path: str) -> SAE[Any]:
+        with hub_errors(f"loading {repo}:{path}"):
+            return _load(repo, oid, path, on_main)
+
+    return _compare(folder, SAE.load_from_disk(folder.sae.export), load, "on the Hub")
+
+
+def _compare(
+    folder: SAEFolder, local: SAE[Any], load: Callable[[str], SAE[Any]], where: str
+) -> Verification:
+    """Compare what `load` gives for a path in the repository with the local SAE."""
     activations, source = check_activations(folder.sae, local)
     with torch.no_grad():
         latents = local.encode(activations)
@@ -74,12 +119,10 @@ def check_latents(repo: str, oid: str, on_main: bool, folder: SAEFolder) -> Veri
         raise RunFailure(f"{folder.path}: no latent is on for {source}: nothing can be compared")
 
     def compared(path: str) -> Agreement:
-        with hub_errors(f"loading {repo}:{path}"):
-            loaded = _load(repo, oid, path, on_main)
-        agreement = compare(latents, reconstruction, loaded, activations)
+        agreement = compare(latents, reconstruction, load(path), activations)
         failure = agreement.failure()
         if failure is not None:
-            raise RunFailure(f"{path} on the Hub computes something else: {failure}")
+            raise RunFailure(f"{path} {where} computes something else: {failure}")
         return agreement
 
     return Verification(
@@ -116,7 +159,7 @@ class _AtRevision:
         del force_download  # `check_files` has just downloaded them
         files = [
             hf_hub_download(repo_id, f"{folder_name}/{name}", revision=self._revision)
-            for name in ("cfg.json", SAE_WEIGHTS_FILENAME)
+            for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
         ]
         config, state = sae_lens_disk_loader(Path(files[0]).parent, device, cfg_overrides)
         return config, state, None

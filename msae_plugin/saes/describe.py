@@ -136,6 +136,15 @@ def read_checkpoint(folder: Path) -> CheckpointInfo:
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
             raise InputError(f"{str(folder / SAE_CFG_FILENAME)!r} has no {key!r}: not an SAE")
+    for key in ("d_in", "d_sae"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise InputError(
+                f"{str(folder / SAE_CFG_FILENAME)!r}: {key} is {config[key]!r}, which is no width"
+            )
+    for part in (config, config.get("metadata") or {}):
+        for key in ("metadata", "training_architecture_details"):
+            if not isinstance(part, dict) or not isinstance(part.get(key) or {}, dict):
+                raise InputError(f"{str(folder / SAE_CFG_FILENAME)!r}: {key} is no mapping")
     parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
     metadata = cast("dict[str, Any]", config.get("metadata") or {})
     details = cast("dict[str, Any]", metadata.get("training_architecture_details") or {})

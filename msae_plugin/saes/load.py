@@ -81,6 +81,13 @@ def _load_folder(found: LocatedSAE, folder: Path, device: str) -> SAE[Any]:
         raise BrokenSAEError(
             f"{where} has zero training steps: there is nothing to evaluate; train it"
         )
+    # Before SAELens makes tensors of these sizes, which may not fit into memory.
+    if info.d_in * info.d_sae > info.parameters:
+        raise InputError(
+            f"{where}: {SAE_CFG_FILENAME} says {info.d_sae:,} latents of width {info.d_in:,}, and "
+            f"{SAE_WEIGHTS_FILENAME} holds only {info.parameters:,} numbers: they must belong "
+            "together"
+        )
     with _loading_errors(where, info.architecture):
         return SAE.load_from_disk(folder, device=device, dtype="float32")
 

@@ -90,6 +90,7 @@ def test_what_does_not_come_back_is_said_and_the_commit_named(hub, worker, run, 
     outcome = worker.run("publish", run=run / "batchtopk", repo=REPO, tag="v1")
     head = hub.repos[REPO].head().oid
     refused(outcome, "RunFailure", f"has the new commit {head}", "check of it failed")
+    assert f"to take it back, run `git revert {head}`" in outcome.message
     assert hub.repos[REPO].tags == {}
 
 
@@ -98,6 +99,7 @@ def test_a_tag_that_fails_is_said_and_the_commit_named(hub, worker, run):
     outcome = worker.run("publish", run=run / "batchtopk", repo=REPO, tag="v1")
     head = hub.repos[REPO].head().oid
     refused(outcome, "RunFailure", f"published as commit {head}", "without the tag")
+    assert f"`git revert {head}`" in outcome.message
 
 
 def test_a_full_disk_during_the_check(hub, worker, run):

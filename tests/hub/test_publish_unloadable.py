@@ -1,0 +1,83 @@
+"""What nobody could load, or is no file of the run, never reaches the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hub_process import REPO, refused
+from safetensors.torch import load_file, save_file
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.hub.plan import PublishOptions, build_folders
+from msae_plugin.hub.verification import check_build
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+def damage(export: Path, how: str) -> None:
+    weights, config = load_file(export / WEIGHTS), json.loads((export / "cfg.json").read_text())
+    if how == "no W_dec":
+        del weights["W_dec"]
+    elif how == "transposed":
+        weights["W_enc"] = weights["W_enc"].T.contiguous()
+    elif how == "another decoder":
+        weights["W_dec"] = weights["W_dec"].flip(0).contiguous()
+    elif how == "silent":
+        weights["threshold"] = weights["threshold"] + 1e30
+    else:
+        config |= json.loads(how)
+    save_file(weights, export / WEIGHTS)
+    (export / "cfg.json").write_text(json.dumps(config))
+
+
+def check(run: Path) -> None:
+    for folder in build_folders(run, REPO, PublishOptions()):
+        check_build(folder)
+
+
+def refusal(run: Path) -> str:
+    with pytest.raises(InputError) as error:
+        check(run)
+    assert "\n" not in str(error.value)
+    assert "Error:" not in str(error.value), "a library's own words"
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no W_dec", "W_dec"),
+        ("transposed", "W_enc"),
+        ("silent", "no latent is on"),
+        ('{"architecture": "evil"}', "knows no architecture 'evil'"),
+        ('{"d_sae": 1000000000}', "1,000,000,000 latents"),
+        ('{"d_sae": "many"}', "d_sae is 'many', which is no width"),
+        ('{"d_sae": 95}', "must belong together"),
+        ('{"metadata": ["x"]}', "metadata is no mapping"),
+    ],
+)
+def test_an_export_that_cannot_be_loaded_is_refused(run, how, words):
+    damage(run / "batchtopk" / "sae", how)
+    assert words in refusal(run / "batchtopk")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("no W_dec", "W_dec"), ("another decoder", "computes something else")]
+)
+def test_a_jumprelu_copy_that_is_another_sae_is_refused(run, how, words):
+    damage(run / "multiscale" / "jumprelu", how)
+    assert words in refusal(run / "multiscale")
+
+
+def test_whole_saes_pass(run):
+    check(run)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_hub_is_not_asked(hub, worker, run, dry_run):
+    damage(run / "multiscale" / "sae", "no W_dec")
+    outcome = worker.run("publish", run=run / "multiscale", repo=REPO, dry_run=dry_run)
+    refused(outcome, "InputError", "W_dec", "nothing was published")
+    assert hub.repos == {}
