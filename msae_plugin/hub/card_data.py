@@ -24,7 +24,7 @@ from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.reporting.evaluation_tables import columns_of
-from msae_plugin.saes.clean_config import clean_run_config
+from msae_plugin.saes.clean_config import clean_run_config, require_inside
 from msae_plugin.saes.describe import mechanisms_on
 from msae_plugin.saes.export import REPORT_FILENAME
 from msae_plugin.saes.find import LocalSAE
@@ -47,6 +47,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         InputError: There is none that can be read.
     """
     path = folder / SUMMARY_FILENAME
+    require_inside(folder, path)
     try:
         summary: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -122,6 +123,7 @@ def _result_files(rows: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[t
                 raise InputError(
                     f"{str(folder)!r}: its summary lists {name!r}, which is missing; evaluate again"
                 )
+            require_inside(folder, folder / path)
             yield name, folder / path
 
 

@@ -31,7 +31,7 @@ from msae_plugin.hub.card_data import (
     read_evaluation,
 )
 from msae_plugin.hub.remote import CARD_FILENAME, read_card, read_entries
-from msae_plugin.saes.clean_config import clean_run_config, private_traces
+from msae_plugin.saes.clean_config import clean_run_config, private_traces, require_inside
 from msae_plugin.saes.download import RepositoryState, require_folder
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
 from msae_plugin.saes.find import LocalSAE, find_saes
@@ -93,19 +93,25 @@ def default_paths(saes: list[LocalSAE]) -> list[str]:
 def build_folder(
     path: str, sae: LocalSAE, measured: Measured | None, pictures: Sequence[Path] = ()
 ) -> SAEFolder:
-    """Collect the files of one SAE."""
-    files: dict[str, bytes | Path] = {SAE_CFG_FILENAME: _cleaned(sae.export / SAE_CFG_FILENAME)}
-    files[SAE_WEIGHTS_FILENAME] = sae.export / SAE_WEIGHTS_FILENAME
-    if (sae.export / SPARSITY_FILENAME).is_file():
-        files[SPARSITY_FILENAME] = sae.export / SPARSITY_FILENAME
-    if (sae.export / RUNNER_CFG_FILENAME).is_file():
-        files[RUNNER_CFG_FILENAME] = _cleaned(sae.export / RUNNER_CFG_FILENAME)
+    """Collect the files of one SAE.
+
+    Raises:
+        InputError: One is a link that leads out of the SAE's folder.
+    """
+    sources = {
+        name: sae.export / name
+        for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
+    }
     if sae.twin is not None:
-        files[f"{TWIN_FOLDER}/{SAE_CFG_FILENAME}"] = _cleaned(sae.twin / SAE_CFG_FILENAME)
-        files[f"{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}"] = sae.twin / SAE_WEIGHTS_FILENAME
-    for name in (REPORT_FILENAME, METRICS_FILE):
-        if (sae.root / name).is_file():
-            files[name] = sae.root / name
+        for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+            sources[f"{TWIN_FOLDER}/{name}"] = sae.twin / name
+    sources |= {name: sae.root / name for name in (REPORT_FILENAME, METRICS_FILE)}
+    files: dict[str, bytes | Path] = {}
+    for name, source in sources.items():
+        if source.is_file():
+            require_inside(sae.root, source)
+            cleaned = source.name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME)
+            files[name] = _cleaned(source) if cleaned else source
     if measured is not None:
         files[SUMMARY_FILENAME] = _as_json(measured.summary)
         files.update(measured.files)
@@ -116,8 +122,12 @@ def build_folder(
 
 def _figures(places: Sequence[Path]) -> Iterator[Path]:
     for place in dict.fromkeys(places):
-        yield from sorted(place.glob("*.png"))
-        yield from sorted((place / FIGURES_FOLDER).glob("*.png"))
+        for picture in (
+            *sorted(place.glob("*.png")),
+            *sorted(place.glob(f"{FIGURES_FOLDER}/*.png")),
+        ):
+            require_inside(place, picture)
+            yield picture
 
 
 def _cleaned(path: Path) -> bytes:
@@ -236,6 +246,8 @@ def build_folders(run: Path, repo: str, options: PublishOptions) -> list[SAEFold
     with _only_expected_values(run):
         paths = _paths(saes, options.folder)
     for path, sae in zip(paths, saes, strict=True):
+        if sae.root.is_relative_to(run):  # it is the folder above where one export is named
+            require_inside(run, sae.root)
         measured = None
         if evaluation is not None and summary is not None:
             measured = measured_of(sae, summary, evaluation, f"{repo}:{path}")

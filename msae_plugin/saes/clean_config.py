@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from msae_plugin.common.errors import InputError
+
 # Fields whose value is a place on the user's disk, an account or a machine, by their last word.
 _PRIVATE_FIELDS = frozenset(
     {
@@ -63,6 +65,20 @@ def _names_something_on_disk(value: str) -> bool:
         return Path(value).exists()
     except (OSError, ValueError):
         return False  # too long for a path, or no path at all
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """Refuse a link that leads out of the folder whose files are to be published.
+
+    Raises:
+        InputError: The path, with every link followed, is elsewhere.
+    """
+    target = path.resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise InputError(
+            f"{str(path)!r} leads out of {str(folder)!r}, to {str(target)!r}: only what is in the "
+            "folder is published; put the file itself there, or remove the link"
+        )
 
 
 def private_traces(text: str) -> list[str]:

@@ -81,3 +81,51 @@ def test_the_hub_is_not_asked(hub, worker, run, dry_run):
     outcome = worker.run("publish", run=run / "multiscale", repo=REPO, dry_run=dry_run)
     refused(outcome, "InputError", "W_dec", "nothing was published")
     assert hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sae/cfg.json",
+        "sae/sae_weights.safetensors",
+        "sae/runner_cfg.json",
+        "jumprelu/cfg.json",
+        "export.json",
+        "metrics.jsonl",
+        "notes.png",
+        "figures/notes.png",
+        "sae",
+        "jumprelu",
+        ".",
+    ],
+)
+def test_a_link_that_leads_out_of_the_run_is_refused(run, tmp_path, name):
+    link = run / "multiscale" / name
+    elsewhere = tmp_path / "elsewhere"
+    if link.exists():
+        link.rename(elsewhere)
+    else:
+        link.parent.mkdir(exist_ok=True)
+        elsewhere.write_text("anything of this machine")
+    (run / "multiscale" if name == "." else link).symlink_to(elsewhere)
+    message = refusal(run)
+    assert "leads out of" in message
+    assert str(elsewhere) in message
+
+
+def test_a_link_inside_the_run_is_followed(run):
+    weights = run / "batchtopk" / "sae" / WEIGHTS
+    weights.rename(run / "batchtopk" / "weights")
+    weights.symlink_to("../weights")
+    check(run / "batchtopk")
+    (run.parent / "link").symlink_to(run)  # the user's own word for the run
+    check(run.parent / "link" / "batchtopk")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "core/seed_42/batchtopk_eval_results.json"])
+def test_a_link_that_leads_out_of_an_evaluation_is_refused(run, evaluate, tmp_path, name):
+    evaluation = evaluate(run / "batchtopk" / "sae")
+    (evaluation / name).rename(tmp_path / "elsewhere")
+    (evaluation / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="leads out of"):
+        build_folders(run / "batchtopk", REPO, PublishOptions(evaluation=evaluation))
