@@ -107,6 +107,24 @@ def markdown_rows(
     return "\n".join(shown)
 
 
+_FORMULA = re.compile(r"\s*[=+\-@]")
+
+
+def csv_cell(value: object) -> object:
+    """A value as a CSV file holds it.
+
+    A spreadsheet executes text that begins with =, +, - or @; an apostrophe before it says that it
+    is text. Numbers are left as they are, also those that are text already.
+    """
+    if not isinstance(value, str) or not _FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 CellValue = str | float | int | Spread | None
 
 
@@ -217,7 +235,7 @@ class Table:
         for column, has_spread in zip(self.columns, spreads, strict=True):
             key = column.key
             header += [key, f"{key} std", f"{key} n"] if has_spread else [key]
-        writer.writerow(header)
+        writer.writerow(map(csv_cell, header))
         for row in self.rows:
             cells: list[object] = []
             for value, has_spread in zip(row, spreads, strict=True):
@@ -225,7 +243,7 @@ class Table:
                     cells += [value.mean, value.std, value.n]
                 else:
                     cells += [value, None, None] if has_spread else [value]
-            writer.writerow(cells)  # None is an empty cell
+            writer.writerow(map(csv_cell, cells))  # None is an empty cell
         return stream.getvalue()
 
     def terminal(self, *, title: str | Text | None = None, dense: bool = False) -> RichTable:

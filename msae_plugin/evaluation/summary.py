@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from msae_plugin.common.files import versions, write_json_atomic, write_text_atomic
+from msae_plugin.common.table import csv_cell
 from msae_plugin.evaluation.metrics import MetricDefinition
 from msae_plugin.evaluation.outcomes import ScoreResult
 
@@ -123,7 +124,7 @@ def summary_csv(contents: Mapping[str, Any]) -> str:
     writer: csv.DictWriter[str] = csv.DictWriter(stream, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for entry in contents["results"]:
-        common = {key: entry[key] for key in ("sae", "evaluation", "status", "reason")}
+        common = {key: csv_cell(entry[key]) for key in ("sae", "evaluation", "status", "reason")}
         if not entry["metrics"]:
             writer.writerow(common)
         for name, value in entry["metrics"].items():
@@ -131,11 +132,11 @@ def summary_csv(contents: Mapping[str, Any]) -> str:
             writer.writerow(
                 common
                 | {
-                    "metric": name,
+                    "metric": csv_cell(name),
                     "mean": value["mean"],
                     "std": value["std"],
                     "n_seeds": len(value["per_seed"]),
-                    **{key: definition[key] for key in ("unit", "source", "definition")},
+                    **{key: csv_cell(definition[key]) for key in ("unit", "source", "definition")},
                 }
             )
     return stream.getvalue()

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import CardData, RepoCard
@@ -27,6 +28,9 @@ from msae_plugin.hub.card_data import (
 )
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
+# What Markdown reads inside a line; an underscore inside a word and a pipe outside a table (see
+# `_table`) mean nothing, and "<" is `_inert`'s.
+_MARKUP = re.compile(r"[\\`*\[\]#~]|(?<!\w)_|_(?!\w)")
 # The letter of docs/method.md in front of a mechanism, which says nothing to a reader of the card.
 _LETTER = re.compile(r"^\[\w\] ")
 
@@ -38,7 +42,7 @@ def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: s
     named = labels([entry.folder for entry in entries])
     hook, model = shown.recorded("hook_name"), hub_model(shown.recorded("model_name"))
     # TransformerLens' own names only; a hook of the original model has none in its cache.
-    readable = model is not None and ".hook_" in hook
+    readable = model is not None and re.fullmatch(r"[\w.]+", hook) and ".hook_" in hook
     text = _TEMPLATES.get_template("card.md.j2").render(
         repo=repo,
         entries=entries,
@@ -55,15 +59,17 @@ def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: s
         figures=[
             {
                 "sae": named[entry.folder],
-                "title": re.sub(r"[-_]+", " ", path.rsplit("/", 1)[-1].removesuffix(".png")),
-                "path": path,
+                "title": plain(re.sub(r"[-_]+", " ", path.rsplit("/", 1)[-1].removesuffix(".png"))),
+                "path": quote(path),
             }
             for entry in entries
             for path in entry.figures
         ],
         training_rows=[_training_row(entry, named) for entry in entries],
         texts=list(
-            dict.fromkeys(f"{e.recorded('training_tokens')} tokens of {_text(e)}" for e in entries)
+            dict.fromkeys(
+                f"{plain(e.recorded('training_tokens'))} tokens of {_text(e)}" for e in entries
+            )
         ),
         base_models=list(dict.fromkeys(hub_model(e.recorded("model_name")) for e in entries)),
         sources=list(
@@ -84,9 +90,19 @@ def labels(folders: Sequence[str]) -> Labels:
     """Short names for folders: the last part of the path where no other has the same."""
     short = [folder.rsplit("/", 1)[-1] for folder in folders]
     return {
-        folder: f"`{name}`" if short.count(name) == 1 else f"`{folder}`"
+        folder: code(name) if short.count(name) == 1 else code(folder)
         for folder, name in zip(folders, short, strict=True)
     }
+
+
+def plain(value: object) -> str:
+    """A name or sentence from a file, which Markdown shows literally, on one line."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(str(value).split()))
+
+
+def code(value: object) -> str:
+    """A name from a file as code: on one line, no backtick that would end the code."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def _linked(text: str) -> str:
@@ -95,7 +111,7 @@ def _linked(text: str) -> str:
 
 
 def _mechanism(name: str) -> str:
-    return f"`{_LETTER.sub('', name)}`"
+    return code(_LETTER.sub("", name))
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -144,7 +160,9 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-cast("dict[str, Any]", _TEMPLATES.filters).update(linked=_linked, mechanism=_mechanism)
+cast("dict[str, Any]", _TEMPLATES.filters).update(
+    code=code, linked=_linked, mechanism=_mechanism, plain=plain
+)
 cast("dict[str, Any]", _TEMPLATES.globals).update(
     base_terms=base_terms, loading_snippet=loading_snippet, python=_python, table=_table
 )
@@ -154,19 +172,19 @@ def _linked_model(entry: CardEntry) -> str:
     name = entry.recorded("model_name")
     found = hub_model(name)
     if found is None:
-        return f"`{name}` (a local model)"
+        return f"{code(name)} (a local model)"
     return f"[{found}](https://huggingface.co/{found})"
 
 
 def _sae_row(entry: CardEntry) -> Sequence[object]:
     return (
-        f"`{entry.folder}`",
-        entry.trained_as,
+        code(entry.folder),
+        plain(entry.trained_as),
         "yes" if entry.has_twin else "no" if entry.needs_plugin else "-",
         f"{entry.config['d_sae']:,}",
         "not recorded" if entry.l0 is None else f"{entry.l0:.1f}",
-        entry.recorded("seed"),
-        f"`{entry.recorded('hook_name')}`",
+        plain(entry.recorded("seed")),
+        code(entry.recorded("hook_name")),
         f"{entry.config['d_in']:,}",
     )
 
@@ -196,7 +214,7 @@ def _evaluation(evaluation: str, members: Sequence[CardEntry], named: Labels) ->
         "name": evaluation,
         "members": members,
         "protocol": _protocol(evaluation, members[0]),
-        "headings": ["SAE", *(f"`{name}`" for name in names), "seeds"],
+        "headings": ["SAE", *map(code, names), "seeds"],
         "rows": rows,
         "definitions": list(_definitions(evaluation, names, members[0])),
         "remark": FACTS["notes"].get(evaluation, ""),
@@ -207,16 +225,16 @@ def _protocol(evaluation: str, member: CardEntry) -> list[str]:
     summary = member.summary or {}
     model = summary.get("model") or {}
     versions = summary.get("versions") or {}
-    facts = [f"data: {evaluated_on(evaluation, member.settings(evaluation))}"]
+    facts = [f"data: {plain(evaluated_on(evaluation, member.settings(evaluation)))}"]
     if model:
-        facts.append(f"model: {model.get('name')} in {model.get('dtype')}")
+        facts.append(plain(f"model: {model.get('name')} in {model.get('dtype')}"))
     facts += [
-        f"`{name}: {value}`"
+        code(f"{name}: {value}")
         for name, value in member.settings(evaluation).items()
         if name not in ("dataset", "dataset_names") and isinstance(value, bool | int | float | str)
     ]
     packages = ("sae-bench", "sae-probes", "sae-lens", "msae-plugin")
-    return facts + [f"{name} {versions[name]}" for name in packages if versions.get(name)]
+    return facts + [plain(f"{name} {versions[name]}") for name in packages if versions.get(name)]
 
 
 def _definitions(evaluation: str, names: Sequence[str], member: CardEntry) -> Iterator[str]:
@@ -227,13 +245,14 @@ def _definitions(evaluation: str, names: Sequence[str], member: CardEntry) -> It
             facts = [f"unit: {meaning.get('unit')}", str(meaning.get("tokens") or "")]
             facts += [better or "", f"computed by {meaning.get('source')}"]
             told = "; ".join(fact for fact in facts if fact)
-            yield f"`{name}`: {str(meaning.get('definition')).rstrip('.')} ({told})"
+            sentence = str(meaning.get("definition")).rstrip(".")
+            yield f"{code(name)}: {plain(f'{sentence} ({told})')}"
 
 
 def _text(entry: CardEntry) -> str:
     recorded = entry.recorded("dataset_path")
     on_hub = hub_dataset(recorded)
-    return recorded if on_hub in (None, recorded) else f"{recorded} ({on_hub})"
+    return plain(recorded if on_hub in (None, recorded) else f"{recorded} ({on_hub})")
 
 
 def _batch(entry: CardEntry) -> str:
@@ -248,13 +267,11 @@ def _training_row(entry: CardEntry, named: Labels) -> Sequence[object]:
     return (
         named[entry.folder],
         _text(entry),
-        entry.recorded("training_tokens"),
-        entry.recorded("training_steps"),
-        entry.recorded("context_size"),
+        *map(plain, map(entry.recorded, ("training_tokens", "training_steps", "context_size"))),
         _batch(entry),
         f"{entry.run['lr']:g}" if entry.run.get("lr") is not None else "not recorded",
         f"{entry.details['k']:g}" if "k" in entry.details else "-",
-        entry.recorded("sae_lens_training_version"),
+        plain(entry.recorded("sae_lens_training_version")),
     )
 
 

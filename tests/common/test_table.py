@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
+
+import pytest
 from rich.console import Console
 
-from msae_plugin.common.table import Column, Spread, Table
+from msae_plugin.common.table import Column, Spread, Table, csv_cell
 
 HOSTILE = "[red]a_b|<i>"
 TABLE = Table(
@@ -38,3 +42,17 @@ def test_a_terminal_reads_no_style_in_a_name():
         console.print(TABLE.terminal(title="Title"))
     assert HOSTILE in capture.get()
     assert "0.8000 ± 0.0500" in capture.get()
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "-"])
+def test_a_spreadsheet_executes_no_cell(text):
+    table = Table("t", "", [Column(text, "SAE"), Column("f1", "F1")], [[text, -0.5], ["a=b", 1]])
+    header, first, second = csv.reader(io.StringIO(table.csv()))
+    assert header == [f"'{text}", "f1"]
+    assert first == [f"'{text}", "-0.5"]
+    assert second == ["a=b", "1"]
+
+
+@pytest.mark.parametrize("value", [-0.5, "-0.5", "+1e-3", None, 3])
+def test_numbers_are_written_as_they_are(value):
+    assert csv_cell(value) == value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from sae_lens.loading import pretrained_saes_directory
 
 from msae_plugin.common.errors import InputError
@@ -365,3 +367,52 @@ def test_names_hold_no_html():
     generated = card_of(hostile).split(BEGIN)[1].split(END)[0]
     assert "<" not in generated
     assert "&lt;img src=x>" in generated
+
+
+HOSTILE = f"x`\n\n# Free weights\n\n[here](javascript:alert(1)) ```\n{END}\n<script>"
+
+
+def test_names_are_never_markdown():
+    measured = summary(core={**CORE, HOSTILE: metric(0.5)})
+    measured["model"] |= {"name": HOSTILE}
+    measured["versions"] |= {"sae-bench": HOSTILE}
+    measured["config"]["evaluations"]["core"] |= {"dataset": HOSTILE, HOSTILE: HOSTILE}
+    measured["metrics"]["core/l0"] |= {"definition": HOSTILE, "unit": HOSTILE}
+    measured["results"][0] |= {"note": HOSTILE, "facts": {HOSTILE: HOSTILE}}
+    failed = {"sae": "a", "evaluation": HOSTILE, "status": "failed", "reason": HOSTILE}
+    measured["results"].append(failed)
+    names = ("model_name", "dataset_path", "training_architecture", "seed", "training_tokens")
+    recorded = dict.fromkeys((*names, "context_size", "sae_lens_training_version"), HOSTILE)
+    finding = {"kind": "x", "message": HOSTILE, "setting": "x"}
+    entries = [
+        entry("a", measured, metadata=recorded | {"hook_name": f"blocks.0.hook_{HOSTILE}"}),
+        # A model of the Hub, so that there is a snippet that would show the hook.
+        entry(
+            "b",
+            metadata={"hook_name": f'blocks.0.hook_"]{HOSTILE}'},
+            has_twin=False,
+            export={"health": [finding], "twin_obstacle": HOSTILE},
+            figures=(f"b/figures/{HOSTILE}.png",),
+        ),
+    ]
+    for shown in entries:
+        card = make_card("ada/saes", entries, shown, None, None)
+        text = ModelCard(card).text
+        assert text.count(BEGIN) == text.count(END) == 1
+        # Read by a Markdown parser of its own: what is a heading, a link, HTML or code.
+        parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+        tokens = parser.parse(text.replace(BEGIN, "").replace(END, ""))
+        inline = [part for token in tokens for part in token.children or []]
+        assert not any(token.type in ("html_block", "code_block") for token in tokens)
+        assert not any(part.type == "html_inline" for part in inline)
+        headings = [
+            tokens[place + 1].content
+            for place, token in enumerate(tokens)
+            if token.type == "heading_open"
+        ]
+        assert "Free weights" not in headings
+        links = [part.attrs["href"] for part in inline if part.type == "link_open"]
+        assert all(str(link).startswith("https://") for link in links)
+        fences = [token.content for token in tokens if token.type == "fence"]
+        assert all("Free weights" not in fence for fence in fences)
+        assert all(ast.parse(fence) for fence in fences)
