@@ -96,7 +96,7 @@ def _status_and_message(error: Exception) -> tuple[int, str]:
         return EXIT_INPUT, f"error: {error}"
     if isinstance(error, RunFailure):
         return EXIT_FAILED, f"failed: {error}"
-    first_line = next(iter(str(error).splitlines()), "")
+    first_line = next(iter(str(error).strip().splitlines()), "")
     return EXIT_FAILED, f"failed: {type(error).__name__}: {first_line} (--debug shows where)"
 
 
@@ -249,6 +249,8 @@ def evaluate_command(
         )
     results.print(summary_for_terminal(result.summary))
     results.print(Text(f"summary: {output / 'summary.json'}, {output / 'summary.csv'}"))
+    if not any(entry["status"] == "measured" for entry in result.summary["results"]):
+        raise RunFailure("nothing was measured: see the lines above")
     if not result.complete:
         raise RunFailure("not everything was measured: see the lines above")
 

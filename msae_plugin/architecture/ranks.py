@@ -162,7 +162,7 @@ class ProcessRanks(Ranks):
             return collective()
         # gloo and NCCL raise subclasses of it when a connection breaks or times out.
         except RuntimeError as error:
-            reason = str(error).splitlines()[0][:200]
+            reason = str(error).strip().splitlines()[0][:200]
             raise RunFailure(
                 f"rank {self.rank} of {self.count} has lost another rank, whose own message says "
                 f"why ({reason})"

@@ -56,11 +56,13 @@ class Problem:
         what: What is missing, and which setting asks for it.
         how: How to get it.
         evaluation: Which evaluation needs it; `all` where every one does.
+        sae: The SAE whose fault it is, which the others do not share; None for none.
     """
 
     what: str
     how: str
     evaluation: str = "all"
+    sae: str | None = None
 
     @classmethod
     def of(cls, error: InputError, otherwise: str) -> Problem:

@@ -146,7 +146,7 @@ def _executor(folder: Path, executor: str, parameters: Mapping[str, Any]) -> sub
         made.update_parameters(**{"timeout_min": _DEFAULT_MINUTES, "name": "msae", **parameters})
     # submitit raises any of these for an unknown parameter, a wrong type, or a missing Slurm.
     except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise InputError(f"--executor {executor} cannot start jobs: {reason}") from error
     return made
 

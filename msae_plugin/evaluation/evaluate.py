@@ -167,7 +167,8 @@ def evaluate(
         output: Folder for the results. One that holds results of the same config and other SAEs is
             added to; results of another config are never overwritten.
         language_model: A model that is loaded already, in the config's dtype.
-        skip_missing: Leave evaluations out whose data, keys or packages are missing, and say so.
+        skip_missing: Leave evaluations out whose data, keys or packages are missing, and SAEs that
+            do not fit the model, and say so.
         broken: SAEs that have no numbers (`load_subjects`' `on_broken`), by name with the reason:
             they stand in the summary as failed.
         report: Shows progress.
@@ -187,7 +188,10 @@ def evaluate(
     output = output.resolve()  # some evaluations work in a directory of their own
     device = default_device(config.model.device)
     name = model_for(config.model.name, saes)
-    missing = _missing(config, saes, name, language_model is not None, skip_missing)
+    missing, unfit = _missing(config, saes, name, language_model is not None, skip_missing)
+    saes = [evaluated for evaluated in saes if evaluated.name not in unfit]
+    left_out = {sae: ScoreResult("skipped", reason=reason) for sae, reason in unfit.items()}
+    left_out |= {sae: ScoreResult("failed", reason=why) for sae, why in (broken or {}).items()}
     _check_output(output, config)
     output.mkdir(parents=True, exist_ok=True)
     if language_model is None and len(missing) < len(config.evaluations):
@@ -213,13 +217,8 @@ def evaluate(
             result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
         ]
         entries += [
-            result_entry(
-                sae,
-                evaluation,
-                dict.fromkeys(config.seeds, ScoreResult("failed", reason=reason)),
-                output,
-            )
-            for sae, reason in (broken or {}).items()
+            result_entry(sae, evaluation, dict.fromkeys(config.seeds, outcome), output)
+            for sae, outcome in left_out.items()
         ]
         contents = summary(
             model=_model_record(context, name, config),
@@ -265,19 +264,22 @@ def model_for(asked: str | None, saes: Sequence[EvaluatedSAE]) -> str:
 
 def _missing(
     config: EvalConfig, saes: Sequence[EvaluatedSAE], model: str, loaded: bool, skip: bool
-) -> dict[str, str]:
-    """Why evaluations cannot run, by evaluation."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Why evaluations cannot run, by evaluation, and why SAEs cannot be measured, by SAE."""
     problems = preflight(config, saes, model_name=None if loaded else model)
-    if not skip:
+    unfit = {p.sae: f"{p.what} - {p.how}" for p in problems if p.sae is not None}
+    if not skip or len(unfit) == len(saes):
         refuse_missing(problems)
     found: dict[str, list[str]] = {}
     for problem in problems:
+        if problem.sae is not None:
+            continue
         found.setdefault(problem.evaluation, []).append(f"{problem.what} - {problem.how}")
     # What every evaluation needs, such as the model, is under the name "all".
     common = found.pop("all", [])
     if common:
-        return {name: "; ".join(common) for name in config.evaluations}
-    return {name: "; ".join(reasons) for name, reasons in found.items()}
+        return {name: "; ".join(common) for name in config.evaluations}, unfit
+    return {name: "; ".join(reasons) for name, reasons in found.items()}, unfit
 
 
 def _check_output(output: Path, config: EvalConfig) -> None:

@@ -105,6 +105,7 @@ def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
                 Problem(
                     f"SAE {evaluated.name!r} does not fit model {name}: {problem}",
                     "leave it out, or give the model that it was trained on (--model)",
+                    sae=evaluated.name,
                 )
             )
     return found

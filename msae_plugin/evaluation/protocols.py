@@ -71,7 +71,7 @@ SCHEMAS = {
     "core": EvaluationSchema(
         "core",
         "CoreEvalConfig",
-        own={"heldout_documents": int},
+        own={"heldout_documents": int, "trust_remote_code": bool},
         fixed={
             **{
                 f"compute_{name}": "core always computes it"

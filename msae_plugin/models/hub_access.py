@@ -290,7 +290,7 @@ def _recognised(error: BaseException, doing: str) -> InputError | RunFailure | N
 def _said(error: BaseException) -> str:
     """The server's own words where the error keeps them."""
     said = getattr(error, "server_message", None) if isinstance(error, HfHubHTTPError) else None
-    return str(said).splitlines()[0] if said else first_line(error)
+    return str(said).strip().splitlines()[0] if said else first_line(error)
 
 
 @contextmanager

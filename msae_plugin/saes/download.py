@@ -79,7 +79,7 @@ def require_repo_name(repo: str) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise InputError(f"repository {repo!r}: {reason}") from error
     if repo.count("/") != 1:
         raise InputError(f"repository {repo!r}: give the owner too, as in user/name")

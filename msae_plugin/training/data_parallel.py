@@ -79,7 +79,7 @@ def launched_ranks(device: str) -> Generator[Ranks]:
     try:
         distributed.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise RunFailure(f"the processes of torchrun do not find each other: {reason}") from error
     try:
         yield ProcessRanks()

@@ -17,6 +17,8 @@ from tolerance import rounding_tolerance
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
+from msae_plugin.evaluation.protocols import check_settings
+from msae_plugin.evaluation.saebench.core import model_side
 from msae_plugin.evaluation.saebench.core.adapter import run_core
 from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide, core_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
@@ -317,3 +319,85 @@ def test_the_subjects_are_left_as_they_were(
         for name, tensor in subject.sae.state_dict().items():
             assert torch.equal(tensor, weights[name])
     assert core_main.get_recons_loss.__module__ == core_main.__name__
+
+
+def test_the_last_layer_beside_another(
+    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
+) -> None:
+    last = dataclasses.replace(
+        make_subject(random_standard(3), "last"), hook_name="blocks.2.hook_resid_post"
+    )
+    assert context.language_model.model.cfg.n_layers == 3
+    settings = {**SETTINGS, "dataset": str(text_file)}
+    outcomes = run_core(context, settings, [last, *subjects], 42, tmp_path / "ours", no_report)
+    assert {outcome.status for outcome in outcomes.values()} == {"measured"}
+    expected = direct(context, last, rows_of(text_file), tmp_path / "theirs", settings)
+    for name, value in expected.items():
+        found = outcomes["last"].metrics[name]
+        assert found == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), name
+
+
+def test_what_one_hook_raises_leaves_the_other_hooks(
+    context: ModelContext,
+    subjects: list[EvaluatedSAE],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inner = dataclasses.replace(subjects[0], name="inner", hook_name="blocks.1.hook_mlp_out")
+    prepare = CoreModelSide.prepare
+
+    def fail_at_one(self: CoreModelSide, report: Any) -> bool:
+        if self.hook_name == inner.hook_name:
+            raise RuntimeError("\n  Some tensors share memory.\nTry again.")
+        return prepare(self, report)
+
+    monkeypatch.setattr(CoreModelSide, "prepare", fail_at_one)
+    settings = {**SETTINGS, "dataset": str(text_file)}
+    outcomes = run_core(context, settings, [inner, *subjects], 42, tmp_path, no_report)
+    assert outcomes["inner"].status == "failed"
+    assert outcomes["inner"].reason == "Some tensors share memory. Try again."
+    assert {outcomes[subject.name].status for subject in subjects} == {"measured"}
+
+
+SCRIPT = """
+import datasets
+import pathlib
+pathlib.Path({trace!r}).touch()
+
+class Evil(datasets.GeneratorBasedBuilder):
+    def _info(self):
+        text = datasets.Features({{"text": datasets.Value("string")}})
+        return datasets.DatasetInfo(features=text)
+
+    def _split_generators(self, manager):
+        return [datasets.SplitGenerator("train")]
+
+    def _generate_examples(self):
+        for row in range(400):
+            yield row, {{"text": "one two three " * 20}}
+"""
+
+
+def test_a_loading_script_runs_only_where_the_user_says_so(
+    context: ModelContext,
+    subjects: list[EvaluatedSAE],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trace = tmp_path / "was executed"
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text(SCRIPT.format(trace=str(trace)))
+    # As a data set of the hub, whose scripts `datasets` treats as those of a folder.
+    monkeypatch.setattr(model_side, "is_local", lambda _: False)
+    settings = check_settings("core", {"dataset": str(folder)})
+    settings |= {"context_size": 32, "batch_size_prompts": 4}
+    with pytest.raises(InputError, match="loading script") as refused:
+        core_tokens(context, settings, subjects[0], 42, 2)
+    assert "evaluations.core.trust_remote_code: true" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not trace.exists()
+    settings |= check_settings("core", {"trust_remote_code": True})
+    assert core_tokens(context, settings, subjects[0], 42, 2).shape == (2, 4, 32)
+    assert trace.exists()

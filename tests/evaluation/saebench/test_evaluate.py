@@ -244,3 +244,47 @@ def test_seeds_are_written_as_people_write_them() -> None:
     words = ["msae", "eval", "run", "--seeds", "0", "1", "2", "--output", "9"]
     assert joined_seeds(words) == ["msae", "eval", "run", "--seeds", "0,1,2", "--output", "9"]
     assert joined_seeds(["msae", "info", "3"]) == ["msae", "info", "3"]
+
+
+def test_an_sae_that_does_not_fit_is_left_out_and_the_others_are_measured(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    folders: list[str] = []
+    for number, layer in enumerate((1, 7)):
+        subject = make_subject(random_multiscale(number), f"layer_{layer}")
+        subject.sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
+        subject.sae.cfg.metadata.model_name = str(tiny_model_dir)
+        folders.append(str(tmp_path / subject.name))
+        subject.sae.save_model(folders[-1])
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(json.dumps(config(text_file, tmp_path).to_dict()))
+    words = ["--config", str(protocol), "--skip-missing", "--output"]
+    ran = CliRunner().invoke(app, ["eval", *folders, *words, str(tmp_path / "both")])
+    assert ran.exit_code == 0, ran.output
+    stored = json.loads((tmp_path / "both" / "summary.json").read_text())
+    rows = {row["sae"]: row for row in stored["results"]}
+    assert rows["layer_1"]["status"] == "measured"
+    assert rows["layer_7"]["status"] == "skipped"
+    assert "does not fit model" in rows["layer_7"]["reason"]
+    alone = CliRunner().invoke(app, ["eval", folders[1], *words, str(tmp_path / "alone")])
+    assert alone.exit_code == 2
+    assert "does not fit model" in alone.output
+
+
+def test_nothing_measured_is_no_success(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        evaluate_module,
+        "preflight",
+        lambda *_, **__: [Finding("core", "the moon is missing", "buy one")],
+    )
+    subject = make_subject(random_multiscale(4), "exported")
+    subject.sae.cfg.metadata.model_name = str(tiny_model_dir)
+    subject.sae.save_model(tmp_path / "exported")
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text(json.dumps(config(text_file, tmp_path).to_dict()))
+    words = ["eval", str(tmp_path / "exported"), "--config", str(protocol), "--skip-missing"]
+    ran = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "out")])
+    assert ran.exit_code == 1
+    assert "nothing was measured" in ran.output

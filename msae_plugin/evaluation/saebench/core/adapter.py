@@ -9,6 +9,7 @@ the mean squared error per token.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from msae_plugin.evaluation.outcomes import (
     ModelContext,
     Reporter,
     ScoreResult,
+    failure,
     require_real,
     result_file,
 )
@@ -50,7 +52,9 @@ from msae_plugin.evaluation.saebench.each_sae import evaluate_each
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.saes.load import EvaluatedSAE
 
-OWN_SETTINGS = ("heldout_documents",)
+logger = logging.getLogger(__name__)
+
+OWN_SETTINGS = ("heldout_documents", "trust_remote_code")
 # Without these two SAEBench 0.6 cannot write its results: fields that they fill are required ("7
 # validation errors for MiscMetrics").
 FEATUREWISE = {
@@ -91,8 +95,18 @@ def run_core(
     config = CoreEvalConfig(**given)
     filled = {**vars(config), **settings}
     outcomes: dict[str, ScoreResult] = {}
-    for group in _groups(saes):
-        outcomes |= _run_group(context, config, filled, group, seed, output, report)
+    refusals: list[InputError] = []
+    groups = _groups(saes)
+    for group in groups:
+        try:
+            outcomes |= _run_group(context, config, filled, group, seed, output, report)
+        # Whatever one hook raises is the outcome of its SAEs: the other hooks go on.
+        except Exception as error:
+            logger.info("core: hook %s failed", group[0].hook_name, exc_info=True)
+            outcomes |= {evaluated.name: failure(error) for evaluated in group}
+            refusals += [error] if isinstance(error, InputError) else []
+    if len(refusals) == len(groups):
+        raise refusals[0]  # the text's fault or a setting's
     return outcomes
 
 

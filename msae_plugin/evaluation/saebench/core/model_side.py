@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,23 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
     return Dataset.from_dict({"text": documents})
 
 
+@contextmanager
+def _loading_script_refused(settings: Mapping[str, Any]) -> Generator[None]:
+    """Say which setting allows a data set to run its own code here."""
+    try:
+        yield
+    except ValueError as error:  # from `datasets`, which has no class of its own for it
+        if "trust_remote_code" not in str(error):
+            raise
+        name = settings["dataset"]
+        raise InputError(
+            f"core: data set {name} comes with a loading script, a program that would run on this "
+            "machine",
+            f"read it on https://huggingface.co/datasets/{name}/tree/main and, where you trust it, "
+            "set evaluations.core.trust_remote_code: true, or choose another data set",
+        ) from error
+
+
 def core_tokens(
     context: ModelContext,
     settings: Mapping[str, Any],
@@ -187,13 +205,14 @@ def core_tokens(
     # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        store = ActivationsStore.from_sae(
-            context.language_model.model,
-            sae,
-            context_size=int(settings["context_size"]),
-            dataset=core_dataset(settings),
-            dataset_trust_remote_code=True,
-        )
+        with _loading_script_refused(settings):
+            store = ActivationsStore.from_sae(
+                context.language_model.model,
+                sae,
+                context_size=int(settings["context_size"]),
+                dataset=core_dataset(settings),
+                dataset_trust_remote_code=bool(settings.get("trust_remote_code")),
+            )
         store.shuffle_input_dataset(seed=seed)
         batches: list[torch.Tensor] = []
         while len(batches) < n_batches:
@@ -357,7 +376,8 @@ class CoreModelSide:
         zeros = self._ablated(tokens, clean, torch.zeros_like(activations))
         return {
             "activations": activations,
-            "final_residual": seen[final],
+            # One tensor where the SAEs read the last layer: a file holds no tensor under two names.
+            "final_residual": seen[final].clone(),
             "ce_clean": loss,
             "ce_zero": zeros.ce,
             "kl_zero": zeros.kl,
