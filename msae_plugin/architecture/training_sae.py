@@ -188,12 +188,15 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         results = replayed_step(self, self.take_step, given, schedule)
         if results is None:
             results = self.take_step(given, schedule)
-        unit = self.latent_unit()
+        # The copies cost a pass over (n_tokens, d_sae) each: none without a training unit.
+        latents, hidden_pre = results.feature_acts, results.hidden_pre
+        if self.input_units is not None:
+            latents, hidden_pre = latents * self.latent_unit(), hidden_pre * self.latent_unit()
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=self.from_units(results.sae_out).reshape(shape),
-            feature_acts=(results.feature_acts * unit).reshape(*shape[:-1], self.cfg.d_sae),
-            hidden_pre=(results.hidden_pre * unit).reshape(*shape[:-1], self.cfg.d_sae),
+            feature_acts=latents.reshape(*shape[:-1], self.cfg.d_sae),
+            hidden_pre=hidden_pre.reshape(*shape[:-1], self.cfg.d_sae),
             loss=results.loss,
             losses=results.terms,
             metrics=self._metrics(step_input),

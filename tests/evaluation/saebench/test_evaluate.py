@@ -11,10 +11,9 @@ from evaluation_builders import HOOK, make_subject, random_multiscale, random_st
 from typer.testing import CliRunner
 
 from msae_cli.app import app, joined_seeds
-from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, Problem, RunFailure
 from msae_plugin.evaluation import evaluate as evaluate_module
 from msae_plugin.evaluation.evaluate import evaluate, model_for
-from msae_plugin.evaluation.preflight import Finding
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.load import EvaluatedSAE
@@ -165,7 +164,7 @@ def test_what_is_missing_is_listed_or_skipped_by_name(
     monkeypatch.setattr(
         evaluate_module,
         "preflight",
-        lambda *_, **__: [Finding("core", "the moon is missing", "buy one")],
+        lambda *_, **__: [Problem("the moon is missing", "buy one", "core")],
     )
     protocol = config(text_file, tmp_path)
     with pytest.raises(InputError, match=r"core: the moon is missing - buy one\); --skip-missing"):
