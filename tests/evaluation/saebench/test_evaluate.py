@@ -276,7 +276,7 @@ def test_nothing_measured_is_no_success(
     monkeypatch.setattr(
         evaluate_module,
         "preflight",
-        lambda *_, **__: [Finding("core", "the moon is missing", "buy one")],
+        lambda *_, **__: [Problem("the moon is missing", "buy one", "core")],
     )
     subject = make_subject(random_multiscale(4), "exported")
     subject.sae.cfg.metadata.model_name = str(tiny_model_dir)
