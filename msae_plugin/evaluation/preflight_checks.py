@@ -88,7 +88,7 @@ def missing_model(name: str) -> list[Problem]:
                         "save the whole model with save_pretrained",
                     )
                 ]
-        require_supported(folder, transformer_lens_name(read_config(folder), hub_name))
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
     except InputError as error:
         return [Problem.of(error, otherwise)]
     return []

@@ -155,8 +155,8 @@ def load_language_model(
     if model_class_name == HOOKED_TRANSFORMER:
         if source.hub_name is not None and name.startswith(PACKAGED_PREFIX):
             register_transformer_lens_name(source.hub_name)
-        lens_name = transformer_lens_name(config, source.hub_name)
-        require_supported(source.folder, lens_name)
+        lens_name = transformer_lens_name(source.hub_name)
+        require_supported(source.folder, config, lens_name)
         hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, remote_code)
         model = hooked_transformer(
             hf_model, tokenizer, source.folder, lens_name, device=device, options=options
