@@ -156,6 +156,50 @@ class DatasetCorpus:
 
 
 @dataclass(frozen=True)
+class KnownTokens:
+    """A tokenised corpus whose ids are checked against a vocabulary as they are read.
+
+    Attributes:
+        corpus: The corpus.
+        vocabulary: Number of tokens that the model knows.
+    """
+
+    corpus: Corpus
+    vocabulary: int
+
+    @property
+    def name(self) -> str:
+        """The corpus's."""
+        return self.corpus.name
+
+    @property
+    def small(self) -> bool:
+        """The corpus's."""
+        return self.corpus.small
+
+    @property
+    def tokenised(self) -> bool:
+        """It is."""
+        return True
+
+    def documents(self, seed: int = 0) -> Iterator[Document]:
+        """Read the corpus.
+
+        Raises:
+            InputError: An id is none of the vocabulary's.
+        """
+        for number, document in enumerate(self.corpus.documents(seed), start=1):
+            for token in () if isinstance(document, str) else (min(document), max(document)):
+                if not 0 <= int(token) < self.vocabulary:
+                    raise InputError(
+                        f"{self.name}, document {number}: token id {token} is none of the model's, "
+                        f"0 to {self.vocabulary - 1}",
+                        "tokenise the text with the model's own tokenizer",
+                    )
+            yield document
+
+
+@dataclass(frozen=True)
 class PackagedText:
     """A file of text inside an installed package.
 
@@ -350,6 +394,7 @@ def load_text(
     streaming: bool = True,
     max_documents: int | None = None,
     shuffle_buffer: ShuffleBuffer | None = None,
+    vocabulary: int | None = None,
 ) -> TextData:
     """Find, check and split the text of a run.
 
@@ -367,6 +412,7 @@ def load_text(
         streaming: False reads the training documents into memory.
         max_documents: Train on this many documents, the first in the shuffled order.
         shuffle_buffer: How much is mixed at once; chosen by the kind of source if None.
+        vocabulary: Number of tokens that the model knows; token ids are not checked if None.
 
     Raises:
         InputError: If the source does not exist, cannot be read, or has no such column or split.
@@ -376,8 +422,10 @@ def load_text(
     if max_documents is not None and max_documents < 1:
         raise InputError(f"max_documents must be at least 1, but is {max_documents}")
     corpus = open_corpus(str(source), split, text_column)
+    remote = isinstance(corpus, DatasetCorpus) and corpus.folder is None
+    if vocabulary is not None and corpus.tokenised:
+        corpus = KnownTokens(corpus, vocabulary)
     if shuffle_buffer is None:
-        remote = isinstance(corpus, DatasetCorpus) and corpus.folder is None
         shuffle_buffer = ShuffleBuffer(REMOTE_BUFFER_CHARACTERS) if remote else ShuffleBuffer()
     limit = None if corpus.small else heldout_documents * SCANNED_PER_HELDOUT_DOCUMENT
     heldout, threshold, scanned = choose_heldout(

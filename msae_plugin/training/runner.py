@@ -8,7 +8,7 @@ revivals.jsonl
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ from msae_plugin.training.log import (
     tensorboard_wanted,
 )
 from msae_plugin.training.passes import CachedPass, RecipeSession, SharedPassRunner
-from msae_plugin.training.plans import build_sae, default_device
+from msae_plugin.training.plans import SAEPlan, build_sae, default_device
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import FinishedSAE, SessionSettings, sae_record
 
@@ -207,6 +207,7 @@ class MultiScaleRunner:
         self.plans = config.validate(shape)
         if self._inputs is not None:
             check_cache(self._inputs.cache, config, self.plans)
+            self.plans = self._inputs.fitted(self.plans)
         own_batch_size(config.training.batch_size_tokens, ranks)
         self.device = default_device(config.model.device)
         self._tensorboard = tensorboard_wanted(config.logging.tensorboard)
@@ -232,19 +233,19 @@ class MultiScaleRunner:
         """
         seed_everything(self.config.training.seed)
         # Before the language model: an architecture may refuse its configuration here.
-        self._saes = {
-            plan.name: build_sae(plan, self.config.training.seed, self.device)
-            for plan in self.plans
-        }
+        self._saes = self._built(self.plans)
         inputs = self._inputs or load_model_and_text(
             self.config,
-            self.plans,
             self.device,
             self._progress,
             language_model=self._language_model,
             text=self._text,
             ranks=self.ranks,
         )
+        fitted = inputs.fitted(self.plans)
+        changed = [plan for plan in fitted if plan not in self.plans]
+        self.plans = fitted
+        self._saes |= self._built(changed)
         record = self._start_record(inputs)
         metrics = MetricsLog(self._sinks())
         try:
@@ -266,6 +267,10 @@ class MultiScaleRunner:
             raise
         finally:
             metrics.close()
+
+    def _built(self, plans: Sequence[SAEPlan]) -> dict[str, TrainingSAE[Any]]:
+        seed = self.config.training.seed
+        return {plan.name: build_sae(plan, seed, self.device) for plan in plans}
 
     def _begin(
         self, inputs: Inputs, guard: InterruptionGuard, metrics: MetricsLog
