@@ -6,7 +6,7 @@ fails `tests/test_upstream_canary.py` loudly instead of a training run quietly.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -16,6 +16,7 @@ from sae_lens.multi_sae_training_runner import (
 )
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from transformer_lens import loading_from_pretrained
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
@@ -53,6 +54,26 @@ def transformer_lens_name_registered(name: str) -> Generator[None, None, None]:
     finally:
         if not known:
             OFFICIAL_MODEL_NAMES.remove(name)
+
+
+@contextmanager
+def transformer_lens_config_given(fields: Mapping[str, Any] | None) -> Generator[None, None, None]:
+    """Let TransformerLens take a model's configuration from `fields`, not from the model's name.
+
+    Replaces `transformer_lens.loading_from_pretrained.convert_hf_model_config` inside the `with`
+    block: `from_pretrained` has no argument for it. None leaves TransformerLens' own.
+    """
+    own = loading_from_pretrained.convert_hf_model_config
+
+    def given(model_name: str, **_: Any) -> dict[str, Any]:
+        return {**(fields or {}), "tokenizer_name": model_name}
+
+    if fields is not None:
+        loading_from_pretrained.convert_hf_model_config = given
+    try:
+        yield
+    finally:
+        loading_from_pretrained.convert_hf_model_config = own
 
 
 def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:

@@ -22,6 +22,14 @@ def test_transformer_lens_reads_its_list_of_names_at_every_call() -> None:
     assert supported_models.OFFICIAL_MODEL_NAMES.count(known) == 1
 
 
+def test_a_given_config_replaces_that_of_the_name() -> None:
+    own = loading_from_pretrained.convert_hf_model_config
+    listed = dict(own("google/gemma-2-2b"))
+    with upstream.transformer_lens_config_given({**listed, "eps": 0.5}):
+        assert loading_from_pretrained.get_pretrained_model_config("google/gemma-2-2b").eps == 0.5
+    assert loading_from_pretrained.convert_hf_model_config is own
+
+
 def test_aliases_of_transformer_lens() -> None:
     assert upstream.official_transformer_lens_name("gpt2-small") == "gpt2"
 

@@ -8,6 +8,7 @@ never trusted. Delete the root at any time: it is computed again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -23,8 +24,10 @@ from typing import Any, cast
 
 import torch
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.claims import claim_when_free, release
+from msae_plugin.common.errors import InputError, RunFailure
 
 _READ_BYTES = 1 << 20
 
@@ -34,6 +37,9 @@ CACHE_VARIABLE = "MSAE_CACHE"
 
 
 TEMPORARY_PREFIX = ".incomplete-"
+
+# A disk or quota that is full, a file larger than allowed, a failing or read-only disk.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -53,6 +59,37 @@ def _sync_file(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
+@contextmanager
+def disk_errors_told(target: Path) -> Generator[None]:
+    """Tell what a full or failing disk does to a file or folder in one line.
+
+    Raises:
+        RunFailure: The disk refused a write inside the block.
+    """
+    try:
+        yield
+    except RunFailure:  # a RuntimeError, which has told it
+        raise
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise RunFailure(_not_written(target, str(error.strerror))) from error
+    except (RuntimeError, SafetensorError) as error:
+        # torch.save and safetensors say it in words of their own.
+        text = str(error).strip()
+        if not any(word in text for word in ("inline_container", "StreamWriter", "I/O error")):
+            raise
+        raise RunFailure(_not_written(target, text.splitlines()[0])) from error
+
+
+def _not_written(target: Path, reason: str) -> str:
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return f"{target} cannot be written ({reason}); {free / 1e6:,.0f} MB are free there"
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     with file_written_atomically(path) as temporary:
@@ -64,8 +101,9 @@ def file_written_atomically(target: Path) -> Generator[Path]:
     """Give a temporary path whose file becomes `target` when the block ends well."""
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}")
     try:
-        yield temporary
-        _sync_file(temporary)
+        with disk_errors_told(target):
+            yield temporary
+            _sync_file(temporary)
         temporary.replace(target)
         _sync_folder(target.parent)
     finally:
@@ -117,11 +155,12 @@ def folder_written_atomically(target: Path) -> Generator[Path]:
     temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
-        yield temporary
-        for folder, _, files in os.walk(temporary, topdown=False):
-            for file in files:
-                _sync_file(Path(folder) / file)
-            _sync_folder(Path(folder))
+        with disk_errors_told(target):
+            yield temporary
+            for folder, _, files in os.walk(temporary, topdown=False):
+                for file in files:
+                    _sync_file(Path(folder) / file)
+                _sync_folder(Path(folder))
         replaced: Path | None = None
         if target.exists():
             # A folder cannot be renamed onto a filled one: move the old one aside first.
@@ -193,6 +232,8 @@ def key_digest(key: Mapping[str, Any]) -> str:
 def keyed_folder(root: Path, kind: str, key: Mapping[str, Any]) -> Path:
     """The folder of a key, created when missing; emptied when a killed run left it unfinished.
 
+    Until it is complete it belongs to this process; another one that asks for it waits.
+
     Args:
         root: Root of the caches.
         kind: What it holds; the name of the folder above.
@@ -205,9 +246,14 @@ def keyed_folder(root: Path, kind: str, key: Mapping[str, Any]) -> Path:
         InputError: The folder cannot be made.
     """
     folder = root / kind / key_digest(key)
-    if folder.is_dir() and not is_complete(folder):
-        shutil.rmtree(folder)
     try:
+        if not is_complete(folder):
+            # Another process may be filling it at this moment.
+            claim_when_free(folder)
+        if is_complete(folder):
+            release(folder)
+        elif folder.is_dir():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
@@ -224,6 +270,7 @@ def is_complete(folder: Path) -> bool:
 def mark_complete(folder: Path, key: Mapping[str, Any]) -> None:
     """Declare the contents finished, and write the key beside them for people to read."""
     write_json_atomic(folder / MARKER, dict(key))
+    release(folder)
 
 
 def kept_folder(
@@ -239,8 +286,11 @@ def kept_folder(
     """
     folder = keyed_folder(root, kind, key)
     if not is_complete(folder):
-        compute(folder)
-        mark_complete(folder, key)
+        try:
+            compute(folder)
+            mark_complete(folder, key)
+        finally:
+            release(folder)
     return folder
 
 

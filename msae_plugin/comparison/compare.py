@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import TEMPORARY_PREFIX, write_json_atomic
 from msae_plugin.common.interruption import InterruptionGuard
@@ -96,12 +97,26 @@ def compare(
         skip_missing: Leave evaluations out whose data or packages are missing.
 
     Raises:
-        InputError: The recipe or the folder cannot work.
+        InputError: The recipe or the folder cannot work, or another process writes into it.
         RunFailure: A number could not be measured, or nothing could be trained.
         InterruptedBySignalError: While training; everything finished is kept.
     """
     check_comparison_folder(output)
     shard = shard or Shard()
+    share = None if shard.of == 1 else f"part-{shard.number}-of-{shard.of}"
+    with claimed_output(output, share):
+        return _compare(config, output, report, language_model, shard, skip_missing=skip_missing)
+
+
+def _compare(
+    config: CompareConfig,
+    output: Path,
+    report: Reporter,
+    language_model: LanguageModel | None,
+    shard: Shard,
+    *,
+    skip_missing: bool,
+) -> Comparison:
     testbed: LanguageModelTestbed | GroundTruthTestbed
     if config.synthetic is None:
         testbed = LanguageModelTestbed(
@@ -113,7 +128,6 @@ def compare(
     expansion = expand(config, testbed.widths())
     missing = missing_entries(expansion.entries, config, output)
     _require_activations(config, output, shard, missing)
-    output.mkdir(parents=True, exist_ok=True)
     write_json_atomic(output / RECIPE_FILE, {"kind": config.kind, "config": config.to_dict()})
     record, failures = None, dict[str, str]()
     if missing or config.synthetic is not None:

@@ -427,5 +427,10 @@ class LanguageModelTestbed:
 
     def _loaded_text(self) -> TextData:
         if self._text is None:
-            self._text = load_data(self.config.data, self.config.training.seed, self._report)
+            self._text = load_data(
+                self.config.data,
+                self.config.training.seed,
+                self._report,
+                vocabulary=self._shape().vocabulary,
+            )
         return self._text

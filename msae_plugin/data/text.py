@@ -20,8 +20,9 @@ import logging
 import random
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
@@ -40,11 +41,15 @@ from transformers import PreTrainedTokenizerBase
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import package_folder
 from msae_plugin.data.text_files import (
+    WRITE_ONE_COLUMN,
     as_document,
     column_names,
     find_text_files,
+    first_row,
+    is_plain_text,
     is_saved_dataset,
     is_text_file,
+    nested_kind,
     read_column,
     saved_dataset,
 )
@@ -156,6 +161,41 @@ class DatasetCorpus:
 
 
 @dataclass(frozen=True)
+class KnownTokens:
+    """A tokenised corpus whose ids are checked against a vocabulary as they are read.
+
+    Attributes:
+        corpus: The corpus.
+        vocabulary: Number of tokens that the model knows.
+        name: The corpus's.
+        small: The corpus's.
+        tokenised: It is.
+    """
+
+    corpus: Corpus
+    vocabulary: int
+    name: str
+    small: bool
+    tokenised: bool = True
+
+    def documents(self, seed: int = 0) -> Iterator[Document]:
+        """Read the corpus.
+
+        Raises:
+            InputError: An id is none of the vocabulary's.
+        """
+        for number, document in enumerate(self.corpus.documents(seed), start=1):
+            for token in () if isinstance(document, str) else (min(document), max(document)):
+                if not 0 <= int(token) < self.vocabulary:
+                    raise InputError(
+                        f"{self.name}, document {number}: token id {token} is none of the model's, "
+                        f"0 to {self.vocabulary - 1}",
+                        "tokenise the text with the model's own tokenizer",
+                    )
+            yield document
+
+
+@dataclass(frozen=True)
 class PackagedText:
     """A file of text inside an installed package.
 
@@ -209,7 +249,8 @@ def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
         if is_saved_dataset(path):
             folder = path.resolve()
             rows = saved_dataset(folder, split)
-            column, tokenised = choose_column(rows.column_names or [], text_column, str(path))
+            columns = rows.column_names or []
+            column, tokenised = choose_column(columns, text_column, str(path), _first(rows))
             small = (rows.dataset_size or 0) <= FULL_SCAN_BYTES
             return DatasetCorpus(str(path), split, column, tokenised, small, folder)
         return _file_corpus(str(path), tuple(find_text_files(path.resolve(), split)), text_column)
@@ -218,13 +259,25 @@ def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
     name, _, config = source.partition(":")
     require_repository(name, "dataset")
     rows = _hub_dataset(name, config or None, split)
-    columns = rows.column_names or list(next(iter(rows), {}))
-    column, tokenised = choose_column(columns, text_column, source)
+    columns = rows.column_names or list(_first(rows)())
+    column, tokenised = choose_column(columns, text_column, source, _first(rows))
     return DatasetCorpus(name, split, column, tokenised, small=False, config=config or None)
 
 
-def choose_column(columns: list[str], wanted: str | None, place: str) -> tuple[str, bool]:
+def _first(rows: Dataset | IterableDataset) -> Callable[[], Mapping[str, Any]]:
+    return lambda: cast("Mapping[str, Any]", next(iter(rows), {}))
+
+
+def choose_column(
+    columns: list[str], wanted: str | None, place: str, first: Callable[[], Mapping[str, Any]]
+) -> tuple[str, bool]:
     """The column to read, and whether it holds token ids.
+
+    Args:
+        columns: All columns.
+        wanted: The one that the user names.
+        place: Of the columns, for messages.
+        first: Reads the first row, which shows what can be used.
 
     Raises:
         InputError: If the column is not there.
@@ -233,9 +286,15 @@ def choose_column(columns: list[str], wanted: str | None, place: str) -> tuple[s
     for candidate in candidates:
         if candidate in columns:
             return candidate, candidate in _TOKEN_COLUMNS
+    row = first()
+    nested = {name: kind for name in columns if (kind := nested_kind(row.get(name)))}
+    held = "".join(f"; {name!r} holds {kind}" for name, kind in nested.items())
+    readable = [name for name in columns if name not in nested]
+    advice = [f"set text_column to one of {', '.join(readable)}"] if readable else []
+    if nested:
+        advice.append(WRITE_ONE_COLUMN)
     raise InputError(
-        f"{place} has no column {wanted or _TEXT_COLUMN!r}",
-        f"set text_column to one of {', '.join(columns)}",
+        f"{place} has no column {wanted or _TEXT_COLUMN!r}{held}", ", or ".join(advice)
     )
 
 
@@ -244,7 +303,7 @@ def _file_corpus(name: str, paths: tuple[Path, ...], text_column: str | None) ->
         columns = column_names(path)
         if columns:
             wanted = None if columns == [_TEXT_COLUMN] else text_column
-            column, tokenised = choose_column(columns, wanted, str(path))
+            column, tokenised = choose_column(columns, wanted, str(path), partial(first_row, path))
             size = sum(path.stat().st_size for path in paths)
             return FileCorpus(name, paths, column, tokenised, small=size <= FULL_SCAN_BYTES)
     raise InputError(
@@ -350,6 +409,7 @@ def load_text(
     streaming: bool = True,
     max_documents: int | None = None,
     shuffle_buffer: ShuffleBuffer | None = None,
+    vocabulary: int | None = None,
 ) -> TextData:
     """Find, check and split the text of a run.
 
@@ -367,6 +427,7 @@ def load_text(
         streaming: False reads the training documents into memory.
         max_documents: Train on this many documents, the first in the shuffled order.
         shuffle_buffer: How much is mixed at once; chosen by the kind of source if None.
+        vocabulary: Number of tokens that the model knows; token ids are not checked if None.
 
     Raises:
         InputError: If the source does not exist, cannot be read, or has no such column or split.
@@ -376,12 +437,14 @@ def load_text(
     if max_documents is not None and max_documents < 1:
         raise InputError(f"max_documents must be at least 1, but is {max_documents}")
     corpus = open_corpus(str(source), split, text_column)
+    remote = isinstance(corpus, DatasetCorpus) and corpus.folder is None
+    if vocabulary is not None and corpus.tokenised:
+        corpus = KnownTokens(corpus, vocabulary, corpus.name, corpus.small)
     if shuffle_buffer is None:
-        remote = isinstance(corpus, DatasetCorpus) and corpus.folder is None
         shuffle_buffer = ShuffleBuffer(REMOTE_BUFFER_CHARACTERS) if remote else ShuffleBuffer()
     limit = None if corpus.small else heldout_documents * SCANNED_PER_HELDOUT_DOCUMENT
     heldout, threshold, scanned = choose_heldout(
-        corpus.documents(), heldout_documents, limit, corpus.name
+        corpus.documents(), heldout_documents, limit, corpus.name, _more_documents(corpus)
     )
     row_stream: dict[str, Any] = {
         "corpus": corpus,
@@ -414,10 +477,28 @@ def load_text(
     )
 
 
+def _more_documents(corpus: Corpus) -> str:
+    """How a corpus of too few documents gets more."""
+    if isinstance(corpus, FileCorpus) and all(is_plain_text(path) for path in corpus.paths):
+        return "separate the documents of a plain text by blank lines, give more text"
+    return "give more text"
+
+
 def choose_heldout(
-    documents: Iterable[Document], wanted: int, limit: int | None, name: str
+    documents: Iterable[Document],
+    wanted: int,
+    limit: int | None,
+    name: str,
+    more: str = "give more text",
 ) -> tuple[list[Document], int, int]:
     """Find the documents with the smallest hashes.
+
+    Args:
+        documents: The corpus.
+        wanted: How many to hold out.
+        limit: How many to read; None reads all.
+        name: Of the corpus.
+        more: How it gets more documents, for the message that there are too few.
 
     Returns:
         The chosen documents, by rising hash; the largest hash among them (-1 for none), which is
@@ -453,7 +534,7 @@ def choose_heldout(
     if chosen == 0:
         raise InputError(
             f"{name} has only {distinct} distinct documents, too few to hold any out",
-            "give more text, or set heldout_documents to 0",
+            f"{more}, or set heldout_documents to 0",
         )
     if chosen < wanted:
         logger.warning(

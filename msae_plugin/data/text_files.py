@@ -14,7 +14,7 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -60,6 +60,9 @@ _SPLIT_ALIASES = {
 }
 
 
+WRITE_ONE_COLUMN = "write their text into a column of its own and name it as text_column"
+
+
 def is_text_file(path: Path) -> bool:
     """Whether the name of a file is that of a readable format."""
     return _format(path) is not None
@@ -97,6 +100,20 @@ def find_text_files(folder: Path, split: str) -> list[Path]:
             f"folder {folder} has no split {split!r}: its files are of {', '.join(named)}"
         )
     return unnamed
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether the documents of a file are its paragraphs."""
+    return _format(path) == "text"
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    """The first row of a file, value by column; empty where there is none.
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
+    return next(read_rows(path), (0, dict[str, Any]()))[1]
 
 
 def column_names(path: Path) -> list[str]:
@@ -210,12 +227,40 @@ def as_document(value: object, place: str) -> str | list[int] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return value if value.strip() else None
+        return _encodable(value) if value.strip() else None
     if isinstance(value, Sequence):
         ids = cast("Sequence[object]", value)
         if all(isinstance(token, int) for token in ids):
             return [int(cast("int", token)) for token in ids]
-    raise InputError(f"{place}: expected text or a list of token ids, not {type(value).__name__}")
+    kind = nested_kind(value)
+    raise InputError(
+        f"{place}: expected text or a list of token ids, not {kind or type(value).__name__}",
+        None if kind is None else WRITE_ONE_COLUMN,
+    )
+
+
+def nested_kind(value: object) -> str | None:
+    """What a cell holds that has text somewhere inside; None for anything else."""
+    if isinstance(value, Mapping):
+        return f"fields ({', '.join(map(str, cast('Mapping[object, object]', value)))})"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        first = next(iter(cast("Sequence[object]", value)), None)
+        if isinstance(first, Mapping):
+            names = [str(name) for name in cast("Mapping[object, object]", first)]
+            chat = {"content", "value"} & set(names)
+            return f"a list of {'messages' if chat else 'records'} ({', '.join(names)})"
+        if isinstance(first, str):
+            return "a list of texts"
+    return None
+
+
+def _encodable(text: str) -> str:
+    """Half a pair of UTF-16, which JSON can escape and UTF-8 cannot hold, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _format(path: Path) -> str | None:
@@ -266,10 +311,11 @@ def _open_zstandard(path: Path) -> IO[bytes]:
     return cast("IO[bytes]", zstandard.open(path, "rb"))
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, longest: int = -1) -> Iterator[str]:
+    """The lines of a file; `longest` cuts those that are longer, so that none fills the memory."""
     try:
         with open_text(path) as stream:
-            yield from stream
+            yield from iter(lambda: stream.readline(longest), "")
     # What a damaged or wrongly named compressed file gives: EOFError, lzma's and zlib's own
     # errors are no OSErrors.
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
@@ -279,7 +325,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _paragraphs(path: Path) -> Iterator[str]:
     lines: list[str] = []
     length = 0
-    for line in _lines(path):
+    for line in _lines(path, MAX_PARAGRAPH_CHARACTERS):
         if not line.strip() or length + len(line) > MAX_PARAGRAPH_CHARACTERS:
             if lines:
                 yield "".join(lines).strip()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from msae_plugin.common.claims import CLAIM, claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     default_cache,
@@ -178,7 +179,7 @@ def evaluate(
 
     Raises:
         InputError: Something is missing, the SAEs are of different models, or the folder holds
-            other results.
+            other results or is written by another process.
         RunFailure: All SAEs are broken.
     """
     if broken and not saes:
@@ -193,44 +194,44 @@ def evaluate(
     left_out = {sae: ScoreResult("skipped", reason=reason) for sae, reason in unfit.items()}
     left_out |= {sae: ScoreResult("failed", reason=why) for sae, why in (broken or {}).items()}
     _check_output(output, config)
-    output.mkdir(parents=True, exist_ok=True)
-    if language_model is None and len(missing) < len(config.evaluations):
-        report(f"loading {name}")
-        hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))
-        language_model = load_language_model(
-            name, hooks, device=device, dtype=config.model.dtype, report=report
-        )
-    context = None if language_model is None else _context(config, language_model, device)
-    entries: list[dict[str, Any]] = []
-    definitions: dict[str, Mapping[str, MetricDefinition]] = {}
-    contents: dict[str, Any] = {}
-    for evaluation, settings in config.evaluations.items():
-        if evaluation in missing or context is None:
-            skipped = ScoreResult("skipped", reason=missing[evaluation])
-            found = {s.name: dict.fromkeys(config.seeds, skipped) for s in saes}
-        else:
-            own_model: str | None = settings.get("model")
-            at = context if own_model is None else _other(own_model, config, context, saes)
-            found = _run(evaluation, config, settings, at, saes, output, report)
-            definitions[evaluation] = _definitions(evaluation, found)
-        entries += [
-            result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
-        ]
-        entries += [
-            result_entry(sae, evaluation, dict.fromkeys(config.seeds, outcome), output)
-            for sae, outcome in left_out.items()
-        ]
-        contents = summary(
-            model=_model_record(context, name, config),
-            seeds=config.seeds,
-            config=config.to_dict(),
-            saes={evaluated.name: sae_record(evaluated) for evaluated in saes},
-            results=entries,
-            definitions=definitions,
-        )
-        write_summary(contents, output)
-    complete = all(entry["status"] in ("measured", "skipped") for entry in entries)
-    return EvaluationResult(contents, output, complete)
+    with claimed_output(output):
+        if language_model is None and len(missing) < len(config.evaluations):
+            report(f"loading {name}")
+            hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))
+            language_model = load_language_model(
+                name, hooks, device=device, dtype=config.model.dtype, report=report
+            )
+        context = None if language_model is None else _context(config, language_model, device)
+        entries: list[dict[str, Any]] = []
+        definitions: dict[str, Mapping[str, MetricDefinition]] = {}
+        contents: dict[str, Any] = {}
+        for evaluation, settings in config.evaluations.items():
+            if evaluation in missing or context is None:
+                skipped = ScoreResult("skipped", reason=missing[evaluation])
+                found = {s.name: dict.fromkeys(config.seeds, skipped) for s in saes}
+            else:
+                own_model: str | None = settings.get("model")
+                at = context if own_model is None else _other(own_model, config, context, saes)
+                found = _run(evaluation, config, settings, at, saes, output, report)
+                definitions[evaluation] = _definitions(evaluation, found)
+            entries += [
+                result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
+            ]
+            entries += [
+                result_entry(sae, evaluation, dict.fromkeys(config.seeds, outcome), output)
+                for sae, outcome in left_out.items()
+            ]
+            contents = summary(
+                model=_model_record(context, name, config),
+                seeds=config.seeds,
+                config=config.to_dict(),
+                saes={evaluated.name: sae_record(evaluated) for evaluated in saes},
+                results=entries,
+                definitions=definitions,
+            )
+            write_summary(contents, output)
+        complete = all(entry["status"] in ("measured", "skipped") for entry in entries)
+        return EvaluationResult(contents, output, complete)
 
 
 def model_for(asked: str | None, saes: Sequence[EvaluatedSAE]) -> str:
@@ -287,7 +288,8 @@ def _check_output(output: Path, config: EvalConfig) -> None:
         raise InputError(f"--output {output} is a file: give a folder")
     if not output.is_dir() or (output / JSON_FILE).exists():
         return
-    strange = [p.name for p in output.iterdir() if p.name not in config.evaluations]
+    names = [path.name for path in output.iterdir() if not path.name.startswith(CLAIM)]
+    strange = [name for name in names if name not in config.evaluations]
     if strange:
         raise InputError(
             f"--output {output} holds {strange[0]!r} and no evaluation: give a new or empty folder"

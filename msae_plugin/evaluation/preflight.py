@@ -30,6 +30,7 @@ from msae_plugin.evaluation.preflight_checks import (
     missing_for_ravel,
     missing_model,
     tokenizer_folder,
+    too_long,
 )
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hub_access import hub_asked_once
@@ -157,7 +158,11 @@ def _problems(
         found += [
             # Some of the messages begin with the evaluation's name themselves.
             Problem(problem.what.removeprefix(f"{evaluation}: "), problem.how, evaluation)
-            for problem in missing_packages(evaluation) + check.run(evaluation, settings)
+            for problem in [
+                *missing_packages(evaluation),
+                *check.run(evaluation, settings),
+                *too_long(evaluation, settings, model_name if d_model is not None else None),
+            ]
         ]
     return list(dict.fromkeys(found))
 

@@ -27,7 +27,7 @@ from msae_plugin.data.local_datasets import (
     in_datasets_cache,
 )
 from msae_plugin.data.text import open_corpus
-from msae_plugin.evaluation.protocols import default_of
+from msae_plugin.evaluation.protocols import config_class, default_of
 from msae_plugin.evaluation.recipe import datasets_of
 from msae_plugin.models.hook_names import validate_hook
 from msae_plugin.models.hub_access import (
@@ -50,6 +50,8 @@ from msae_plugin.models.transformer_lens import require_supported, transformer_l
 from msae_plugin.saes.load import EvaluatedSAE
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# What evaluations call the tokens of a text.
+_LENGTHS = ("context_size", "context_length", "llm_context_size")
 _TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -88,7 +90,7 @@ def missing_model(name: str) -> list[Problem]:
                         "save the whole model with save_pretrained",
                     )
                 ]
-        require_supported(folder, transformer_lens_name(read_config(folder), hub_name))
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
     except InputError as error:
         return [Problem.of(error, otherwise)]
     return []
@@ -109,6 +111,32 @@ def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
                 )
             )
     return found
+
+
+def too_long(evaluation: str, settings: Mapping[str, Any], model_name: str | None) -> list[Problem]:
+    """A length of text that the model has not the positions for.
+
+    Args:
+        evaluation: Name of the evaluation.
+        settings: Its settings.
+        model_name: The model that reads it; None leaves it unchecked.
+    """
+    own_model: str | None = settings.get("model")
+    if own_model is not None or model_name is None:
+        return []
+    shape = describe_model(model_name)
+    defaults: Any = config_class(evaluation)
+    # `seq_len` of unlearning is a limit, whose default few texts reach.
+    given = ("seq_len",) if "seq_len" in settings else ()
+    for key in (*_LENGTHS, *given):
+        length: int | None = settings.get(key) or getattr(defaults, key, None)
+        if length is None:
+            continue  # not a setting of this evaluation
+        try:
+            shape.require_positions(length, f"evaluations.{evaluation}.{key}")
+        except InputError as error:
+            return [Problem.of(error, "shorten it")]
+    return []
 
 
 def tokenizer_folder(name: str) -> Path | None:

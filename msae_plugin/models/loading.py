@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,30 @@ class ModelShape:
         d_model: Width of the residual stream.
         n_layers: Number of layers.
         vocabulary: Number of rows of the embedding.
+        positions: Longest text in tokens; None where it is not known.
     """
 
     d_model: int
     n_layers: int
     vocabulary: int
+    # Not compared: a cache, made with the same model, does not know it.
+    positions: int | None = field(default=None, compare=False)
+
+    def require_positions(self, tokens: int, setting: str) -> None:
+        """Refuse texts that are longer than the model can read.
+
+        Args:
+            tokens: Length of the texts.
+            setting: The setting that says so.
+
+        Raises:
+            InputError: The model has fewer positions.
+        """
+        if self.positions is not None and tokens > self.positions:
+            raise InputError(
+                f"'{setting}' is {tokens} but the model has {self.positions} positions",
+                f"set it to {self.positions} or less",
+            )
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,11 @@ class LanguageModel:
     @property
     def shape(self) -> ModelShape:
         """Its sizes."""
-        return ModelShape(self.d_model, self.n_layers, self.vocabulary)
+        config: Any = getattr(self.model, "cfg", None)
+        # Rotations go on beyond the table; learned positions end.
+        learned = getattr(config, "positional_embedding_type", None) == "standard"
+        positions = config.n_ctx if learned else None
+        return ModelShape(self.d_model, self.n_layers, self.vocabulary, positions)
 
 
 def load_language_model(
@@ -155,8 +178,8 @@ def load_language_model(
     if model_class_name == HOOKED_TRANSFORMER:
         if source.hub_name is not None and name.startswith(PACKAGED_PREFIX):
             register_transformer_lens_name(source.hub_name)
-        lens_name = transformer_lens_name(config, source.hub_name)
-        require_supported(source.folder, lens_name)
+        lens_name = transformer_lens_name(source.hub_name)
+        require_supported(source.folder, config, lens_name)
         hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, remote_code)
         model = hooked_transformer(
             hf_model, tokenizer, source.folder, lens_name, device=device, options=options
@@ -191,7 +214,12 @@ def describe_model(name: str) -> ModelShape:
         folder = model_config_folder(hub_name_of(name))
     config = read_config(folder).get_text_config()
     try:
-        return ModelShape(config.hidden_size, config.num_hidden_layers, config.vocab_size)
+        return ModelShape(
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.vocab_size,
+            getattr(config, "max_position_embeddings", None),
+        )
     except AttributeError as error:
         raise InputError(
             f"the config of {name!r} does not describe a language model ({error})",

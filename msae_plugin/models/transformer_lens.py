@@ -3,8 +3,9 @@
 TransformerLens loads by name: it wants a name of its own list, takes the shape of some models
 (Gemma, Llama 2) from the name and reads the config of all others from the hub, even when the
 loaded model is handed to it. Here it is given the loaded model and tokenizer, a name that it
-knows, and a private look-alike of the hub's cache that holds this folder's config.json alone: no
-network, and the user's own cache stays untouched.
+accepts, and a private look-alike of the hub's cache that holds this folder's config.json alone: no
+network, and the user's own cache stays untouched. What comes out is compared with the model that
+went in: its configuration, and its logits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.upstream import known_transformer_lens_names, transformer_lens_name_registered
+from msae_plugin.models.transformer_lens_config import difference, own_config, window_of
+from msae_plugin.upstream import (
+    known_transformer_lens_names,
+    transformer_lens_config_given,
+    transformer_lens_name_registered,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,51 +42,32 @@ A neutral text on purpose: TransformerLens takes anything with `llama` or `gemma
 path included, for that architecture. The config then decides alone.
 """
 
-_LOGIT_CHECK_TOKENS = 16
+# Compared are at least so many positions, more where a window is longer, as far as the model's size
+# allows: 2 * parameters * tokens operations, some ten seconds on a CPU.
+_LOGIT_CHECK_TOKENS = 64
+_LOGIT_CHECK_OPERATIONS = 1e12
 # Relative errors measured between the two implementations: 1e-6 in float32, 1e-2 in bfloat16 on a
 # random model. A wrong rotary base or head size gives more than 0.2.
-_LOGIT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}
+_LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 
-def transformer_lens_name(config: PretrainedConfig, hub_name: str | None) -> str:
+def transformer_lens_name(hub_name: str | None) -> str:
     """The name under which TransformerLens converts a model.
 
     Returns:
-        The hub name where TransformerLens lists it; for a Gemma of unknown name, whose shape
-        TransformerLens takes from the name alone, a listed name with the same shape; otherwise
+        The hub name where TransformerLens lists it, otherwise
         [`UNNAMED_MODEL`][msae_plugin.models.transformer_lens.UNNAMED_MODEL].
     """
-    names = known_transformer_lens_names()
-    if hub_name in names:
-        return hub_name
-    architectures: list[str] = config.architectures or []
-    if any(architecture.startswith("Gemma") for architecture in architectures):
-        for name in names:
-            if "gemma" in name and _same_shape(name, config):
-                return name
-    return UNNAMED_MODEL
+    return hub_name if hub_name in known_transformer_lens_names() else UNNAMED_MODEL
 
 
-def _same_shape(name: str, config: PretrainedConfig) -> bool:
-    candidate = get_pretrained_model_config(name)
-    text = config.get_text_config()
-    return (
-        [candidate.original_architecture] == config.architectures
-        and candidate.d_model == text.hidden_size
-        and candidate.n_layers == text.num_hidden_layers
-        and candidate.n_heads == text.num_attention_heads
-        and candidate.d_mlp == text.intermediate_size
-        and candidate.d_vocab == text.vocab_size
-    )
-
-
-def require_supported(folder: Path, name: str) -> None:
+def require_supported(folder: Path, config: PretrainedConfig, name: str) -> None:
     """Refuse an architecture that TransformerLens cannot convert, before weights are read.
 
     Raises:
         InputError: If the architecture is not one of TransformerLens'.
     """
-    with _config_by_name(folder, name) as lookup:
+    with _config_by_name(folder, config, name) as lookup:
         try:
             get_pretrained_model_config(name, **lookup)
         # TransformerLens raises NotImplementedError for an architecture that it does not list,
@@ -105,11 +92,11 @@ def hooked_transformer(
 
     Raises:
         InputError: If the conversion fails, or the converted model's logits are not those of the
-            Hugging Face model (checked where TransformerLens has no name for the model).
+            Hugging Face model.
     """
     printed = io.StringIO()
     with (
-        _config_by_name(folder, name) as lookup,
+        _config_by_name(folder, hf_model.config, name) as lookup,
         # TransformerLens prints a line on standard output, which belongs to the command's result,
         # and warns that HookedTransformer goes away in version 4 (this package requires 3).
         redirect_stdout(printed),
@@ -137,35 +124,73 @@ def hooked_transformer(
     model.eval()
     if name == UNNAMED_MODEL:
         model.cfg.model_name = folder.name
-        _require_same_logits(model, hf_model, folder)
+    _require_same_model(model, hf_model, tokenizer, folder)
     return model
 
 
-@torch.no_grad()
-def _require_same_logits(model: HookedTransformer, hf_model: PreTrainedModel, folder: Path) -> None:
-    """Compare a conversion that nobody else has tested with its source on a few tokens."""
+def _require_same_model(
+    model: HookedTransformer,
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Compare a converted model with its source: configuration, and logits on a text."""
+    config = hf_model.config
+    if model.cfg.n_layers != config.get_text_config().num_hidden_layers:
+        return  # from_pretrained_kwargs asked for the first layers alone
+    field = difference(config, model.cfg)
+    tokens = _tokens_for_check(model, hf_model, tokenizer)
+    error = _logit_error(model, hf_model, tokens)
+    reason = f"relative error {error:.2g}"
+    if error <= _LOGIT_TOLERANCE.get(hf_model.dtype, 1e-1):
+        if field is None:
+            return
+        # A window or scaling that begins behind the compared tokens.
+        reason = f"later than {tokens.shape[1]} tokens into a text"
+    raise InputError(
+        f"TransformerLens converts the model in {folder} to one with other logits ({reason}"
+        + (")" if field is None else f"; {field})"),
+        "use module hooks such as model.layers.9",
+    )
+
+
+def _tokens_for_check(
+    model: HookedTransformer, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor:
+    """A text of random tokens, (1, seq), if possible longer than the model's window."""
+    parameters = sum(parameter.numel() for parameter in hf_model.parameters())
+    affordable = int(_LOGIT_CHECK_OPERATIONS / (2 * parameters))
+    wanted = max(_LOGIT_CHECK_TOKENS, min(affordable, 2 * (window_of(hf_model.config) or 0)))
     vocabulary = int(hf_model.config.get_text_config().vocab_size)
-    tokens = torch.linspace(0, vocabulary - 1, _LOGIT_CHECK_TOKENS).long().unsqueeze(0)
+    # TransformerLens masks padding.
+    special = set(tokenizer.all_special_ids)
+    usual = [token for token in range(vocabulary) if token not in special] or [0]
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(usual), (1, min(wanted, model.cfg.n_ctx)), generator=generator)
+    return torch.tensor(usual)[chosen]
+
+
+@torch.no_grad()
+def _logit_error(
+    model: HookedTransformer, hf_model: PreTrainedModel, tokens: torch.Tensor
+) -> float:
     expected = hf_model(tokens.to(hf_model.device)).logits.float().cpu()
     logits = model(tokens.to(model.cfg.device)).float().cpu()
     # A softmax does not see a constant per token, and some conversions add one.
     expected = expected - expected.mean(-1, keepdim=True)
     logits = logits - logits.mean(-1, keepdim=True)
-    error = ((logits - expected).norm() / expected.norm()).item()
-    if not error <= _LOGIT_TOLERANCE.get(hf_model.dtype, 1e-1):
-        raise InputError(
-            f"TransformerLens converts the model in {folder} to one with other logits "
-            f"(relative error {error:.2g})",
-            "use module hooks such as model.layers.9",
-        )
+    return ((logits - expected).norm() / expected.norm()).item()
 
 
 @contextmanager
-def _config_by_name(folder: Path, name: str) -> Generator[dict[str, Any], None, None]:
+def _config_by_name(
+    folder: Path, config: PretrainedConfig, name: str
+) -> Generator[dict[str, Any], None, None]:
     """Make a folder's config.json loadable under a hub name, for the time of one call."""
     with (
         tempfile.TemporaryDirectory(prefix="msae-config-") as cache,
         transformer_lens_name_registered(name),
+        transformer_lens_config_given(own_config(config)),
     ):
         # The layout is that of the hub's cache, see
         # https://huggingface.co/docs/huggingface_hub/guides/manage-cache

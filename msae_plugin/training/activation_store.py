@@ -180,6 +180,10 @@ class CachedInputs:
         model = self.cache.manifest["model"]
         return ModelShape(int(model["d_model"]), int(model["n_layers"]), int(model["vocabulary"]))
 
+    def fitted(self, plans: Sequence[SAEPlan]) -> list[SAEPlan]:
+        """As `ModelAndText.fitted`."""
+        return [plan.fitted(self.cache.tensors[plan.hook].shape[1]) for plan in plans]
+
     def record(self) -> dict[str, Any]:
         """`model` and `data` of a `run.json`."""
         manifest = self.cache.manifest
@@ -235,7 +239,6 @@ def check_cache(cache: CachedActivations, config: RunConfig, plans: list[SAEPlan
                 f"{where} has no hook {plan.hook!r}, only {', '.join(cache.tensors)}: change the "
                 "recipe, or make another cache"
             )
-        plan.require_width(cache.tensors[plan.hook].shape[1])
     needed = rows_needed(config, plans)
     if needed > cache.rows:
         raise InputError(

@@ -61,9 +61,8 @@ def make_cache(
     check_new_cache(output)
     device = default_device(config.model.device)
     seed_everything(config.training.seed)
-    inputs = load_model_and_text(
-        config, plans, device, progress, language_model=language_model, text=text
-    )
+    inputs = load_model_and_text(config, device, progress, language_model=language_model, text=text)
+    inputs.fitted(plans)
     started = time.perf_counter()
     with InterruptionGuard() as guard:
         runner = reading_runner(

@@ -13,7 +13,12 @@ from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import derive_seed
 from msae_plugin.data.text import TextData, load_text
 from msae_plugin.models.forward_pass import faster_in_bfloat16
-from msae_plugin.models.loading import LanguageModel, hook_widths, load_language_model
+from msae_plugin.models.loading import (
+    LanguageModel,
+    describe_model,
+    hook_widths,
+    load_language_model,
+)
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.settings import DataSettings, ModelSettings
@@ -32,6 +37,15 @@ class ModelAndText:
     language_model: LanguageModel
     text: TextData
     autocast: bool
+
+    def fitted(self, plans: Sequence[SAEPlan]) -> list[SAEPlan]:
+        """The plans for the widths that the model has at their hooks.
+
+        Raises:
+            InputError: A recipe gives another.
+        """
+        widths = hook_widths(self.language_model, list({plan.hook: None for plan in plans}))
+        return [plan.fitted(widths[plan.hook]) for plan in plans]
 
     def record(self) -> dict[str, Any]:
         """`model` and `data` of a `run.json`."""
@@ -57,7 +71,6 @@ class ModelAndText:
 
 def load_model_and_text(
     config: RunConfig,
-    plans: list[SAEPlan],
     device: str,
     progress: ProgressDisplay,
     *,
@@ -68,16 +81,17 @@ def load_model_and_text(
     """Load what is not given.
 
     Raises:
-        InputError: The model or the text cannot be read, or an SAE does not fit the activations.
+        InputError: The model or the text cannot be read, or the text does not fit the model.
     """
     # The text first: a wrong path must not cost the minutes that a large model takes.
     if text is None:
-        text = load_data(config.data, config.training.seed, progress.message)
+        shape = language_model.shape if language_model else describe_model(config.model.name)
+        text = load_data(
+            config.data, config.training.seed, progress.message, vocabulary=shape.vocabulary
+        )
     if language_model is None:
         language_model = load_model(config.model, config.hooks, device, progress.message)
-    widths = hook_widths(language_model, config.hooks)
-    for plan in plans:
-        plan.require_width(widths[plan.hook])
+    language_model.shape.require_positions(config.data.context_size, "data.context_size")
     return ModelAndText(
         language_model,
         text,
@@ -95,7 +109,9 @@ def load_model(
     return load_language_model(model.name, hooks, device=device, dtype=model.dtype, report=say)
 
 
-def load_data(data: DataSettings, seed: int, say: Callable[[str], object]) -> TextData:
+def load_data(
+    data: DataSettings, seed: int, say: Callable[[str], object], *, vocabulary: int | None = None
+) -> TextData:
     """Load the text of a recipe; `training.seed` decides which documents are held out."""
     say(f"reading {data.source}")
     return load_text(
@@ -105,6 +121,7 @@ def load_data(data: DataSettings, seed: int, say: Callable[[str], object]) -> Te
         heldout_documents=data.heldout_documents,
         seed=derive_seed(seed, "text"),
         streaming=data.streaming,
+        vocabulary=vocabulary,
     )
 
 

@@ -74,6 +74,8 @@ class SAEPlan:
         gradient_lr: Its own gradient-driven rule; None for the run's.
         centres_inputs: Whether the trainer centres and scales its activations.
         alone: Whether it is the only SAE of the run, and so owns the run's folder.
+        width_given: Whether the recipe gives `d_in`; else it is the width that the hook turns out
+            to have.
     """
 
     name: str
@@ -85,25 +87,26 @@ class SAEPlan:
     gradient_lr: GradientRateConfig | None
     centres_inputs: bool
     alone: bool
+    width_given: bool
 
     def folder(self, output: Path) -> Path:
         """Where the SAE's results go in the run's folder."""
         return output if self.alone else output / self.name
 
-    def require_width(self, width: int) -> None:
-        """Refuse activations that the SAE does not fit.
-
-        Args:
-            width: Of the activations at the SAE's hook.
+    def fitted(self, width: int) -> SAEPlan:
+        """The same for activations of the width that was measured at the hook.
 
         Raises:
-            InputError: `d_in` is another.
+            InputError: The recipe gives another `d_in`.
         """
-        if self.config.d_in != width:
+        if self.config.d_in == width:
+            return self
+        if self.width_given:
             raise InputError(
                 f"SAE {self.name!r} has d_in {self.config.d_in} but the activations at "
-                f"{self.hook!r} have width {width}: set its d_in to that"
+                f"{self.hook!r} have width {width}: leave d_in out"
             )
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, d_in=width))
 
 
 def plan_saes(
@@ -148,6 +151,7 @@ def plan_saes(
                     **rates,
                     centres_inputs=centres_inputs,
                     alone=alone,
+                    width_given=own.get("d_in") is not None,
                 )
             )
     by_name = {plan.name: plan for plan in plans}

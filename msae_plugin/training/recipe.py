@@ -122,6 +122,7 @@ class RunConfig:
         for hook in self.hooks:
             parse_hook_name(hook)
         model = shape or describe_model(self.model.name)
+        model.require_positions(self.data.context_size, "data.context_size")
         for hook in self.hooks:
             validate_hook(hook, model.n_layers)
         return plan_saes(

@@ -8,7 +8,8 @@ revivals.jsonl
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,9 @@ from sae_lens.saes.sae import TrainingSAE
 
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.common.claims import CLAIM, claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import TEMPORARY_PREFIX
+from msae_plugin.common.files import TEMPORARY_PREFIX, disk_errors_told
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
@@ -52,7 +54,7 @@ from msae_plugin.training.log import (
     tensorboard_wanted,
 )
 from msae_plugin.training.passes import CachedPass, RecipeSession, SharedPassRunner
-from msae_plugin.training.plans import build_sae, default_device
+from msae_plugin.training.plans import SAEPlan, build_sae, default_device
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import FinishedSAE, SessionSettings, sae_record
 
@@ -78,7 +80,7 @@ def check_output(output: Path, resume: str | None) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {str(output)!r} is a file: give a folder")
     contents = [] if not output.exists() else [path.name for path in output.iterdir()]
-    if not any(not name.startswith(TEMPORARY_PREFIX) for name in contents):
+    if all(name.startswith((TEMPORARY_PREFIX, CLAIM)) for name in contents):
         return
     record = read_run_record(output)
     if resume is None:
@@ -207,14 +209,15 @@ class MultiScaleRunner:
         self.plans = config.validate(shape)
         if self._inputs is not None:
             check_cache(self._inputs.cache, config, self.plans)
+            self.plans = self._inputs.fitted(self.plans)
         own_batch_size(config.training.batch_size_tokens, ranks)
         self.device = default_device(config.model.device)
         self._tensorboard = tensorboard_wanted(config.logging.tensorboard)
         if self._leads:
             check_output(output, resume)
-        self._store = CheckpointStore(
-            output / CHECKPOINTS_FOLDER, config.training.keep_checkpoints, writes=self._leads
-        )
+        # Reads alone until the folder is claimed.
+        self._store = self._checkpoints(writes=False)
+        self._resume = resume
         self.checkpoint: Checkpoint | None = None
         if resume is not None:
             self.checkpoint = self._store.resolve(resume)
@@ -222,33 +225,49 @@ class MultiScaleRunner:
             check_same_run(self.checkpoint, config)
         self.folders = {plan.name: plan.folder(output) for plan in self.plans}
 
+    def _checkpoints(self, *, writes: bool) -> CheckpointStore:
+        folder = self.output / CHECKPOINTS_FOLDER
+        return CheckpointStore(folder, self.config.training.keep_checkpoints, writes=writes)
+
     def run(self) -> RunResult:
         """Run to the end.
 
         Raises:
-            InputError: For what only the loaded model or text can show.
-            RunFailure: If training diverges or an export does not agree with what was trained.
+            InputError: For what only the loaded model or text can show, or if another process
+                writes into the folder, or it cannot be written.
+            RunFailure: If training diverges, an export does not agree with what was trained, or the
+                disk is full.
             InterruptedBySignalError: On SIGINT or SIGTERM, once a checkpoint is written.
         """
+        if not self._leads:
+            return self._run()
+        with claimed_output(self.output), disk_errors_told(self.output):
+            # Another process may have finished there since this one began.
+            check_output(self.output, self._resume)
+            self._store = self._checkpoints(writes=True)
+            return self._run()
+
+    def _run(self) -> RunResult:
         seed_everything(self.config.training.seed)
         # Before the language model: an architecture may refuse its configuration here.
-        self._saes = {
-            plan.name: build_sae(plan, self.config.training.seed, self.device)
-            for plan in self.plans
-        }
+        self._saes = self._built(self.plans)
+        self._require_disk()
         inputs = self._inputs or load_model_and_text(
             self.config,
-            self.plans,
             self.device,
             self._progress,
             language_model=self._language_model,
             text=self._text,
             ranks=self.ranks,
         )
+        fitted = inputs.fitted(self.plans)
+        changed = [plan for plan in fitted if plan not in self.plans]
+        self.plans = fitted
+        self._saes |= self._built(changed)
         record = self._start_record(inputs)
         metrics = MetricsLog(self._sinks())
         try:
-            with InterruptionGuard() as guard:
+            with disk_errors_told(self.output), InterruptionGuard() as guard:
                 session = self._begin(inputs, guard, metrics)
                 if self.checkpoint is not None:
                     self._progress.message(f"resuming from {self.checkpoint.path}")
@@ -266,6 +285,21 @@ class MultiScaleRunner:
             raise
         finally:
             metrics.close()
+
+    def _built(self, plans: Sequence[SAEPlan]) -> dict[str, TrainingSAE[Any]]:
+        seed = self.config.training.seed
+        return {plan.name: build_sae(plan, seed, self.device) for plan in plans}
+
+    def _require_disk(self) -> None:
+        """Refuse a disk that has no room for one checkpoint: weights and two moments of Adam."""
+        parameters = [p for sae in self._saes.values() for p in sae.parameters()]
+        needed = 3 * sum(p.numel() * p.element_size() for p in parameters)
+        free = shutil.disk_usage(self.output).free if self._leads else needed
+        if needed > free:
+            raise InputError(
+                f"--output {str(self.output)!r}: a checkpoint takes {needed / 1e6:,.0f} MB and "
+                f"{free / 1e6:,.0f} MB are free there: choose another --output"
+            )
 
     def _begin(
         self, inputs: Inputs, guard: InterruptionGuard, metrics: MetricsLog

