@@ -195,3 +195,21 @@ def test_presets_bring_the_normalisation() -> None:
     for name in preset_names():
         cfg = preset(name, d_in=4, d_sae=8, k=2, training_steps=5)
         assert cfg.input_normalization == ("first_batch" if name in PRESETS else "none"), name
+
+
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+def test_units_fold_before_a_whitening(apply_b_dec: bool) -> None:
+    """Whitened activations: the SAE that takes raw ones gives the same reconstructions."""
+    sae, _ = trained(
+        "reconstruction", 3.0, torch.ones(D_IN, dtype=_DOUBLE), apply_b_dec_to_input=apply_b_dec
+    )
+    sae.eval()
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(D_IN, D_IN, generator=generator, dtype=_DOUBLE)
+    mean = torch.randn(D_IN, generator=generator, dtype=_DOUBLE)
+    inverse = torch.linalg.inv(matrix)
+    white = 3.0 * structured(300) + 1.0
+    raw = white @ inverse + mean
+    expected = sae(white) @ inverse + mean
+    sae.fold_activation_whitening(mean, matrix, inverse)
+    torch.testing.assert_close(sae(raw), expected, rtol=1e-6, atol=1e-6)
