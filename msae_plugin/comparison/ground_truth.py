@@ -41,6 +41,7 @@ from msae_plugin.comparison.results import Measured, store_metrics, stored_metri
 from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
 from msae_plugin.evaluation.outcomes import Reporter, require_real
 from msae_plugin.saes.export import SAE_FOLDER
+from msae_plugin.saes.latents import encoder_decoder_alignment
 from msae_plugin.training.plans import default_device
 
 
@@ -297,6 +298,9 @@ def judge(
         "true_l0": result.true_l0,
         "mean_max_decoder_cosine": mean_max_decoder_cosine(sae.W_dec),
     }
+    alignment = encoder_decoder_alignment(sae, torch.ones(sae.cfg.d_sae, dtype=torch.bool))
+    if alignment is not None:
+        values["encoder_decoder_alignment"] = alignment
     return {f"ground_truth/{name}": float(value) for name, value in values.items()}
 
 

@@ -185,6 +185,9 @@ _COLUMNS = {
         ("loss rec.", "heldout/loss_recovered", 4),
         ("dead", "heldout/dead_latents", 0),
         ("cosine", "heldout/mean_max_decoder_cosine", 3),
+        ("dense", "heldout/dense_share", 3),
+        ("align.", "heldout/encoder_decoder_alignment", 3),
+        ("1 word", "heldout/single_word_share", 3),
     ),
     "ground_truth": (
         ("L0", "ground_truth/l0", 1),

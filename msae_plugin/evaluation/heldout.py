@@ -29,12 +29,14 @@ from sae_lens.util import get_special_token_ids
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.windows import Window, batched_windows, iterate_windows, require_texts
+from msae_plugin.evaluation.words import ActivationByWord, Words
 from msae_plugin.models.forward_pass import (
     ModelWithTokenizer,
     Tail,
     activations_at,
     logits_and_activations,
 )
+from msae_plugin.saes.latents import dense_share, encoder_decoder_alignment
 
 # A block of log-probabilities holds at most this many float32 values: 64 MiB.
 BLOCK_ELEMENTS = 2**24
@@ -157,6 +159,11 @@ class HeldoutMetrics:
         dead_latents: Latents that fire on none of the tokens.
         d_sae: All latents.
         mean_max_decoder_cosine: Mean cosine of a decoder direction to its nearest other one.
+        dense_share: Share of the L0 on latents that fire on more than a tenth of the tokens.
+        log10_median_firing_rate: Of the latents that fire at all; None where none does.
+        encoder_decoder_alignment: Mean cosine of a latent's encoder and decoder direction, of those
+            that fire; None for an SAE without W_enc.
+        single_word_share: See `words.ActivationByWord`; None where no latent fires often enough.
         n_tokens: Tokens behind explained variance, L0 and dead latents.
         n_loss_tokens: Predicted tokens behind the losses and the KL.
         firing_frequency: (d_sae,) float32, share of the tokens on which each latent fires.
@@ -172,6 +179,10 @@ class HeldoutMetrics:
     dead_latents: int
     d_sae: int
     mean_max_decoder_cosine: float
+    dense_share: float
+    log10_median_firing_rate: float | None
+    encoder_decoder_alignment: float | None
+    single_word_share: float | None
     n_tokens: int
     n_loss_tokens: int
     firing_frequency: torch.Tensor = field(repr=False, compare=False)
@@ -206,10 +217,18 @@ class _Totals:
     def __init__(self, d_sae: int) -> None:
         self.variance = ExplainedVarianceCalculator()
         self.fired = torch.zeros(d_sae, dtype=torch.int64)
+        self.by_word = ActivationByWord()
         self.ce_sae = 0.0
         self.kl = 0.0
 
-    def add(self, activations: torch.Tensor, recon: torch.Tensor, latents: torch.Tensor) -> None:
+    def add(
+        self,
+        activations: torch.Tensor,
+        recon: torch.Tensor,
+        latents: torch.Tensor,
+        words: torch.Tensor,
+    ) -> None:
+        self.by_word.add(latents, words)
         self.variance.add_batch(recon.float().cpu(), activations.float().cpu())
         # != 0: architectures with signed latents count too, as in SAELens' own L0.
         self.fired += (latents != 0).sum(0).cpu()
@@ -283,6 +302,7 @@ def evaluate_many(
     special = torch.tensor(get_special_token_ids(tokenizer) if exclude_special else [])
     totals = {name: _Totals(sae.cfg.d_sae) for name, sae in saes.items()}
     tails = {hook: Tail(model, hook, autocast=autocast) for hook in distinct_hooks}
+    words = Words(tokenizer)
     ce_clean, ce_zero = 0.0, dict.fromkeys(distinct_hooks, 0.0)
     n_tokens = n_loss_tokens = tokens_seen = windows_seen = 0
     loss_budget = float("inf") if max_loss_tokens is None else max_loss_tokens
@@ -303,12 +323,14 @@ def evaluate_many(
             )
         else:
             activations = activations_at(model, tokens, distinct_hooks, autocast=autocast)
+        words_kept = words.of(tokens[kept])
         reconstructions = {
             name: _run_sae(
-                name, sae, activations[hooks[name]], kept, batch, windows_seen, totals, observer
+                name, sae, activations[hooks[name]], kept, words_kept, batch, windows_seen, totals,
+                observer,
             )
             for name, sae in saes.items()
-        }
+        }  # fmt: skip
         n_tokens += int(kept.sum())
         if clean_logits is not None:
             positions = predicting_positions(kept)
@@ -346,6 +368,7 @@ def _run_sae(
     sae: SAE[Any],
     activations: torch.Tensor,
     kept: torch.Tensor,
+    words: torch.Tensor,
     batch: Sequence[Window],
     first_window: int,
     totals: Mapping[str, _Totals],
@@ -366,7 +389,7 @@ def _run_sae(
         for part in torch.arange(window_index.numel()).split(rows):
             at = (window_index[part], position[part])
             latents, recon = _apply(sae, activations[at])
-            totals[name].add(activations[at], recon, latents)
+            totals[name].add(activations[at], recon, latents, words[part])
             reconstruction[at] = recon.to(reconstruction.device, reconstruction.dtype)
             if observer is not None:
                 observer(LatentBatch(name, latents, at[0] + first_window, at[1], documents[at]))
@@ -387,6 +410,8 @@ def _metrics(
     ce_clean, ce_zero = ce_clean_sum / n_loss_tokens, ce_zero_sum / n_loss_tokens
     ce_sae = totals.ce_sae / n_loss_tokens
     effect = ce_zero - ce_clean
+    fired = totals.fired > 0
+    rates = totals.fired[fired].double() / n_tokens
     return HeldoutMetrics(
         explained_variance=totals.variance.compute(),
         l0=totals.fired.sum().item() / n_tokens,
@@ -400,6 +425,10 @@ def _metrics(
         dead_latents=int((totals.fired == 0).sum()),
         d_sae=sae.cfg.d_sae,
         mean_max_decoder_cosine=mean_max_decoder_cosine(sae.W_dec),
+        dense_share=float(dense_share(totals.fired, n_tokens)),
+        log10_median_firing_rate=float(rates.median().log10()) if fired.any() else None,
+        encoder_decoder_alignment=encoder_decoder_alignment(sae, fired),
+        single_word_share=totals.by_word.single_word_share(totals.fired),
         n_tokens=n_tokens,
         n_loss_tokens=n_loss_tokens,
         firing_frequency=(totals.fired.double() / n_tokens).float(),

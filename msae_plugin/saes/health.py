@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from msae_plugin.saes.latents import DENSE_RATE
+
 FindingKind = Literal[
     "negative_explained_variance",
     "low_explained_variance",
@@ -20,8 +22,6 @@ FindingKind = Literal[
 ]
 Row = Mapping[str, Any]
 
-# A latent that fires on more tokens than this is dense. The usual bound of the field.
-DENSE_RATE = 0.1
 # SAEs that are of use keep more: at L0 32 the shipped presets reach .7 to .8 on language models,
 # .5 to .6 on synthetic data. Runs that had only begun to learn ended at .08 to .25.
 LOW_EXPLAINED_VARIANCE = 0.3

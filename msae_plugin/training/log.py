@@ -21,13 +21,11 @@ from sae_lens.saes.sae import TrainStepOutput
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, write_text_atomic
-from msae_plugin.saes.health import DENSE_RATE, SILENT_LOG10_RATE
+from msae_plugin.saes.health import SILENT_LOG10_RATE
+from msae_plugin.saes.latents import dense_share, encoder_decoder_alignment
 from msae_plugin.saes.run_record import METRICS_FILE
 
 REVIVALS_FILE = "revivals.jsonl"
-# Their mean cosine has a standard error below .01. All of 16,384 latents of a model of width 2304
-# would take as long as a training step: one of two matrices is read against its memory order.
-ALIGNED_LATENTS = 2048
 
 MetricValue = torch.Tensor | float | int | Callable[[], torch.Tensor | float | int]
 
@@ -114,26 +112,21 @@ def latent_statistics(
 
     Returns:
         `dead_share` of the latents; `dense_share` of the L0, on latents that fire on more than
-        `DENSE_RATE` of the tokens; quantiles of log10 firing rates, -10 for a latent that never
+        a tenth of the tokens; quantiles of log10 firing rates, -10 for a latent that never
         fired; and, for an SAE with W_enc and W_dec, `encoder_decoder_alignment`, the mean cosine
         of a latent's encoder and decoder direction over those that are not dead, evenly sampled
         where they are many.
     """
     rates = firings / max(n_tokens, 1)
-    dense = firings[rates > DENSE_RATE].sum() / firings.sum().clamp(min=1)
-    share = dead.float().mean()
     quantiles = torch.quantile(rates.float(), rates.new_tensor([0.05, 0.5, 0.95]).float())
     logs = torch.log10(quantiles).clamp(min=SILENT_LOG10_RATE)
     # One transfer from the device.
-    values = torch.stack([share, dense, *logs]).tolist()
+    values = torch.stack([dead.float().mean(), dense_share(firings, n_tokens), *logs]).tolist()
     names = ("dead_share", "dense_share", *(f"log10_firing_rate_p{q}" for q in ("05", "50", "95")))
     found = dict(zip(names, values, strict=True))
-    w_enc, w_dec = getattr(sae, "W_enc", None), getattr(sae, "W_dec", None)
-    if isinstance(w_enc, torch.Tensor) and isinstance(w_dec, torch.Tensor) and not dead.all():
-        live = (~dead).nonzero().squeeze(1)
-        live = live[:: -(-len(live) // ALIGNED_LATENTS)]
-        cosines = torch.cosine_similarity(w_enc[:, live], w_dec[live].T, dim=0)
-        found["encoder_decoder_alignment"] = float(cosines.mean())
+    alignment = encoder_decoder_alignment(sae, ~dead)
+    if alignment is not None:
+        found["encoder_decoder_alignment"] = alignment
     return found
 
 
