@@ -149,6 +149,8 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
             reconstructed samples, or leading directions of the reconstruction error.
         revival_survival_steps (int): [R] Steps after which the after-life of a revived latent is
             judged.
+        aligned_encoder (bool): [E] The encoder is moved before every step so that the product of a
+            latent's encoder and decoder direction is 1.
         importance_power (float): [G] Gradients of a latent are multiplied by its relative
             contribution |f| |d| to this power, and its L1 weight by the inverse. 0 disables.
         norm_scales (list[float]): [N] See MultiScaleSAEConfig. Empty: no normalisation.
@@ -224,6 +226,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     revival_source: Literal["error_samples", "error_svd"] = "error_samples"
     revival_survival_steps: int = 1000
 
+    aligned_encoder: bool = False
     importance_power: float = 0.0
 
     norm_scales: list[float] = field(default_factory=list)
@@ -305,6 +308,7 @@ def mechanisms_off() -> dict[str, Any]:
         "orthogonality_coefficient": 0.0,
         "sketch_rank": 0,
         "revival_every": 0,
+        "aligned_encoder": False,
         "importance_power": 0.0,
         "norm_scales": [],
         "norm_attention": False,

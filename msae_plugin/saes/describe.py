@@ -33,6 +33,7 @@ _LETTERS = {
     "orthogonality_coefficient": "O",
     "sketch_rank": "C",
     "revival_every": "R",
+    "aligned_encoder": "E",
     "importance_power": "G",
 }
 

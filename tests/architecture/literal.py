@@ -197,6 +197,10 @@ class LiteralSAE:
             if cfg.unit_norm_decoder:
                 for i in range(cfg.d_sae):
                     p["W_dec"][i] /= p["W_dec"][i].norm()
+            if cfg.aligned_encoder:
+                for i in range(cfg.d_sae):
+                    missing = 1 - p["W_enc"][:, i] @ p["W_dec"][i]
+                    p["W_enc"][:, i] += missing * p["W_dec"][i] / (p["W_dec"][i] ** 2).sum()
             variances = [(self.centred(t) ** 2).mean() for t in x - p["b_dec"]]
             rate = running_rate(cfg.firing_rate_decay, step)
             batch_variance = float(sum(variances) / n_tokens)

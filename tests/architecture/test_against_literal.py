@@ -139,6 +139,12 @@ FLOAT32_CASES: dict[str, dict[str, Any]] = {
         "neighbour_refresh_every": 99,
         "orthogonality_tau": 0.02,
     },
+    "aligned encoder": {"aligned_encoder": True},
+    "aligned encoder not rescaled": {
+        "aligned_encoder": True,
+        "unit_norm_decoder": True,
+        "rescale_acts_by_decoder_norm": False,
+    },
     "importance": {"importance_power": 0.5, "l1_coefficient": 0.2},
     "importance not rescaled": {
         "importance_power": 1.0,
@@ -218,6 +224,7 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
         "detach_inner_prefixes": draw(st.booleans()),
         "prefix_weight": draw(st.sampled_from([0.25, 1.0])),
         "l1_coefficient": draw(st.sampled_from([0.0, 0.2])),
+        "aligned_encoder": draw(st.booleans()),
         "importance_power": draw(st.sampled_from([0.0, 0.5])),
         "skip_scale": draw(st.sampled_from([0.0, 0.1])),
         "token_loss_weight": draw(st.sampled_from(["none", "inverse_norm"])),

@@ -246,6 +246,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "revival_max_fraction": (REVIVED, 0.01),
     "revival_source": (REVIVED, "error_svd"),
     "revival_survival_steps": (REVIVED, 2),
+    "aligned_encoder": ({}, True),
     "importance_power": ({}, 0.5),
     "norm_scales": ({}, [1.0]),
     "norm_centre": (SCALES, False),

@@ -96,6 +96,53 @@ def test_ortsae_is_the_mean_squared_maximum_cosine_of_chunks() -> None:
     assert float(output.losses["orthogonality_loss"].detach()) == pytest.approx(expected, rel=1e-4)
 
 
+def from_peer(name: str, k: float) -> MultiScaleTrainingSAE:
+    """A peer that is a set of settings, with generic weights, in the raw unit."""
+    section = peer_section(name, 10)
+    del section["architecture"]
+    recipe = section.pop("preset")
+    section["input_normalization"] = "none"
+    cfg = preset(recipe, d_in=D_IN, d_sae=D_SAE, k=k, training_steps=10, **section)
+    sae = MultiScaleTrainingSAE(cfg)
+    randomised(sae)
+    return sae
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("multi_topk", {1.0: 1.0, 4.0: 1 / 8}),
+        ("hierarchical_topk", {n / 8: 1.0 for n in range(1, 9)}),
+    ],
+)
+def test_a_loss_at_several_budgets_is_the_weighted_sum_of_their_errors(
+    name: str, weights: dict[float, float]
+) -> None:
+    sae, x = from_peer(name, k=2), activations()
+    output = step(sae, x)
+    W_enc, b_enc, W_dec, b_dec = (
+        p.detach().double() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    )
+    pre = ((x.double() - b_dec) @ W_enc + b_enc) * W_dec.norm(dim=1)
+    expected = 0.0
+    for budget, weight in weights.items():
+        f = literal_batchtopk(pre, 2 * budget)
+        errors = (x - (f / W_dec.norm(dim=1)) @ W_dec - b_dec).pow(2).sum(dim=-1)
+        expected += weight * float(errors.mean())
+    assert float(output.loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_aligned_training_makes_every_product_one_by_the_smallest_change() -> None:
+    sae, x = from_peer("aligned", k=2), activations()
+    before = sae.W_enc.detach().double().clone()
+    step(sae, x)
+    W_enc, W_dec = sae.W_enc.detach().double(), sae.W_dec.detach().double()
+    for i in range(D_SAE):
+        assert float(W_enc[:, i] @ W_dec[i]) == pytest.approx(1, abs=1e-5)
+        change = W_enc[:, i] - before[:, i]
+        assert abs(cosine(change, W_dec[i])) == pytest.approx(1, abs=1e-5)
+
+
 def literal_c2r(f: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
     """The equation with loops; differentiable, all pairs."""
     d_sae = W_dec.shape[0]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.mechanisms.alignment import AlignedEncoder
 from msae_plugin.architecture.mechanisms.base import Mechanism
 from msae_plugin.architecture.mechanisms.firing_floor import FiringFloor
 from msae_plugin.architecture.mechanisms.importance import FeatureImportance
@@ -21,6 +22,7 @@ from msae_plugin.architecture.mechanisms.zscore import PreActivationStatistics
 # revived before the normalisation follows the batch that they are judged by.
 MECHANISMS: dict[str, type[Mechanism]] = {
     "revivals": RevivalRecord,
+    "alignment": AlignedEncoder,
     "normalisation": MultiScaleNormalisation,
     "statistics": PreActivationStatistics,
     "firing_floor": FiringFloor,

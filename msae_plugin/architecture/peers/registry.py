@@ -62,6 +62,20 @@ def _c2r(_steps: int) -> Section:
     return {"architecture": c2r.ARCHITECTURE}
 
 
+def _aligned(_steps: int) -> Section:
+    # With rows of norm .1, SAELens' start, an encoder of norm 10 would meet a decoder of norm .1.
+    return {**batchtopk_section(), "aligned_encoder": True, "decoder_init_norm": 1.0}
+
+
+def _multi_topk(_steps: int) -> Section:
+    return {**batchtopk_section(), "sparsity_scales": [4.0], "sparsity_scale_weight": 1 / 8}
+
+
+def _hierarchical_topk(_steps: int) -> Section:
+    budgets = [n / 8 for n in range(1, 8)]
+    return {**batchtopk_section(), "sparsity_scales": budgets, "sparsity_scale_weight": 1.0}
+
+
 def _whitened(_steps: int) -> Section:
     whitening = {"normalize_activations": "covariance_whitening", "input_normalization": "none"}
     return {"architecture": "batchtopk", **whitening}
@@ -83,6 +97,22 @@ PEERS: Mapping[str, Peer] = {
         "BatchTopK with 5 times the co-activation of nearest decoder neighbours, every fifth step",
         "arXiv 2606.30609",
         _c2r,
+    ),
+    "aligned": Peer(
+        "BatchTopK whose encoder is moved before every step so that <e_i, d_i> = 1",
+        "arXiv 2605.18629",
+        _aligned,
+    ),
+    "multi_topk": Peer(
+        "BatchTopK with an eighth of the loss at 4 k; the paper ranks each token by itself",
+        "arXiv 2406.04093",
+        _multi_topk,
+    ),
+    "hierarchical_topk": Peer(
+        "BatchTopK with the loss at eight budgets up to k, equally; the paper takes every budget "
+        "of each token",
+        "arXiv 2505.24473",
+        _hierarchical_topk,
     ),
     "whitened_batchtopk": Peer(
         "SAELens' BatchTopK on activations whitened by their covariance, folded after training",
