@@ -14,7 +14,6 @@ def auxk_loss(
     b_enc: torch.Tensor,
     W_dec: torch.Tensor,
     dead: DeadLatents,
-    token_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Squared error of the k_aux = d_in // 2 strongest dead latents on the residual.
 
@@ -38,16 +37,7 @@ def auxk_loss(
         acts = acts.masked_fill(padding, 0)
     if given.token_scale is not None:
         acts = acts * given.token_scale
-    error = _mean_error(acts @ W_dec[latents], residual.detach(), token_weight)
+    error = (acts @ W_dec[latents] - residual.detach()).pow(2).sum(dim=-1).mean()
     if dead.count is not None:
         return (dead.count / most).clamp(max=1.0).to(error.dtype) * error
     return min(latents.numel() / most, 1.0) * error
-
-
-def _mean_error(
-    decoded: torch.Tensor, residual: torch.Tensor, token_weight: torch.Tensor | None
-) -> torch.Tensor:
-    errors = (decoded - residual).pow(2).sum(dim=-1)
-    if token_weight is not None:
-        errors = errors * token_weight
-    return errors.mean()

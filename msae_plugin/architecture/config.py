@@ -18,6 +18,13 @@ from msae_plugin.common.errors import InputError
 
 ARCHITECTURE = "multiscale"
 
+_REMOVED = {
+    "token_loss_weight": "inverse_norm",
+    "orthogonality_weighting": "correlation",
+    "revival_source": "error_svd",
+}
+"""Options of earlier versions."""
+
 InputNormalization = Literal["none", "first_batch"]
 NormEpsMode = Literal["absolute", "relative"]
 
@@ -101,8 +108,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         aux_loss_coefficient (float): AuxK: dead latents reconstruct the residual. 0 disables.
         l1_coefficient (float): Weight of the L1 penalty on the latents. 0 disables.
         l1_warm_up_steps (int): Steps over which the L1 weight rises linearly to its value.
-        token_loss_weight (Literal["none", "inverse_norm"]): Weight of each token in the losses:
-            equal, or 1 / |x - b_dec| (mean 1 over the batch), for activations whose norms vary.
         sparsity_scales (list[float]): [S] Further sparsity budgets s * k at which the same
             pre-activations must reconstruct. Empty disables.
         sparsity_scale_weight (float): [S] Weight of the loss at each further budget.
@@ -129,9 +134,9 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
             running variance of the activations. 0 disables.
         orthogonality_pairs (Literal["chunks", "neighbours"]): [O] Pairs of latents that are
             compared: random chunks, drawn anew each time, or lists of nearest decoder neighbours.
-        orthogonality_weighting (Literal["none", "coactivation", "correlation"]): [O] Weight of a
-            pair: OrtSAE's unweighted maximum, the excess of the co-activation cosine over
-            `orthogonality_tau`, or of the correlation (excess over independence).
+        orthogonality_weighting (Literal["none", "coactivation"]): [O] Weight of a pair: OrtSAE's
+            unweighted maximum, or the excess of the co-activation cosine over
+            `orthogonality_tau`.
         orthogonality_tau (float): [O] Co-activation below which a pair is free.
         orthogonality_chunk_size (int): [O] Latents per chunk; also the rows handled at a time when
             neighbours are searched.
@@ -145,8 +150,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
         revival_min_cosine (float): [R] Only latents whose largest cosine to a live latent is at
             least this are revived: the interference criterion. 0 revives any dead latent.
         revival_max_fraction (float): [R] Largest share of the dictionary revived at once.
-        revival_source (Literal["error_samples", "error_svd"]): [R] New directions: badly
-            reconstructed samples, or leading directions of the reconstruction error.
         revival_survival_steps (int): [R] Steps after which the after-life of a revived latent is
             judged.
         aligned_encoder (bool): [E] The encoder is moved before every step so that the product of a
@@ -188,7 +191,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     aux_loss_coefficient: float = 1.0
     l1_coefficient: float = 0.0
     l1_warm_up_steps: int = 0
-    token_loss_weight: Literal["none", "inverse_norm"] = "none"
 
     sparsity_scales: list[float] = field(default_factory=lambda: [2.0])
     sparsity_scale_weight: float = 0.25
@@ -210,7 +212,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
 
     orthogonality_coefficient: float = 0.1
     orthogonality_pairs: Literal["chunks", "neighbours"] = "chunks"
-    orthogonality_weighting: Literal["none", "coactivation", "correlation"] = "none"
+    orthogonality_weighting: Literal["none", "coactivation"] = "none"
     orthogonality_tau: float = 0.1
     orthogonality_chunk_size: int = 512
     orthogonality_every: int = 1
@@ -223,7 +225,6 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     revival_dead_steps: int = 200
     revival_min_cosine: float = 0.0
     revival_max_fraction: float = 0.05
-    revival_source: Literal["error_samples", "error_svd"] = "error_samples"
     revival_survival_steps: int = 1000
 
     aligned_encoder: bool = False
@@ -247,7 +248,15 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "MultiScaleTrainingSAEConfig":
-        """Configuration from a saved one; before `input_normalization` all trained without."""
+        """Configuration from a saved one; before `input_normalization` all trained without.
+
+        Raises:
+            InputError: It has an option that was removed, because nothing measured spoke for it.
+        """
+        for name, value in _REMOVED.items():
+            require(
+                config_dict.get(name) != value, name, value, "be left out: it was removed in 0.2"
+            )
         return super().from_dict({"input_normalization": "none", **config_dict})
 
     @override
@@ -315,7 +324,6 @@ def mechanisms_off() -> dict[str, Any]:
         "norm_gate": False,
         "skip_scale": 0.0,
         "l1_coefficient": 0.0,
-        "token_loss_weight": "none",
         "input_normalization": "none",
     }
 
@@ -407,7 +415,6 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
         cfg.input_normalization == "none" or cfg.apply_b_dec_to_input or not cfg.norm_scales,
         "be 'none' with norm_scales unless apply_b_dec_to_input: the shift folds into b_dec",
     )
-    _check_choice(cfg, "token_loss_weight", ("none", "inverse_norm"))
     for name in (
         "aux_loss_coefficient",
         "l1_coefficient",
@@ -481,7 +488,7 @@ def _validate_scales(cfg: MultiScaleTrainingSAEConfig) -> None:
 def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:
     check = partial(_check, cfg)
     _check_choice(cfg, "orthogonality_pairs", ("chunks", "neighbours"))
-    _check_choice(cfg, "orthogonality_weighting", ("none", "coactivation", "correlation"))
+    _check_choice(cfg, "orthogonality_weighting", ("none", "coactivation"))
     for name in (
         "orthogonality_chunk_size",
         "orthogonality_every",
@@ -493,11 +500,6 @@ def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:
     if cfg.orthogonality_coefficient == 0 or cfg.orthogonality_pairs == "neighbours":
         return
     check(
-        "orthogonality_weighting",
-        cfg.orthogonality_weighting != "correlation",
-        "be 'none' or 'coactivation' with orthogonality_pairs='chunks': the sketch holds no means",
-    )
-    check(
         "sketch_rank",
         cfg.orthogonality_weighting == "none" or cfg.sketch_rank > 0,
         "be positive when chunks are weighted by co-activation, which comes from the sketch",
@@ -506,7 +508,6 @@ def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:
 
 def _validate_revival(cfg: MultiScaleTrainingSAEConfig) -> None:
     check = partial(_check, cfg)
-    _check_choice(cfg, "revival_source", ("error_samples", "error_svd"))
     check("revival_dead_steps", cfg.revival_dead_steps >= 1, "be at least 1")
     check("revival_survival_steps", cfg.revival_survival_steps >= 1, "be at least 1")
     check("revival_min_cosine", -1 <= cfg.revival_min_cosine <= 1, "be a cosine in [-1, 1]")

@@ -15,7 +15,6 @@ import torch
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.kernels.decoding import DecodeKernel, bag_sum
 from msae_plugin.architecture.kernels.static_selection import needs_static_shapes
-from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.architecture.selection import Selection
 
 
@@ -125,44 +124,26 @@ def decode_nested(
     return Reconstructions(prefixes=prefixes, scales=scales)
 
 
-@torch.no_grad()
-def token_weight(x_c: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
-    """(n_tokens,) weight 1 / |x_c| of each token, mean 1 over the batch.
-
-    A token at b_dec itself weighs as much as the heaviest other one; if all are there, all weigh 1.
-    """
-    norms = x_c.float().norm(dim=-1)
-    present = norms > 0
-    inverse = torch.where(present, 1 / norms.clamp(min=1e-30), 0.0)
-    inverse = torch.where(present, inverse, ranks.largest(inverse.max()))
-    mean = ranks.mean(inverse.mean())
-    return torch.where(mean > 0, inverse / mean.clamp(min=1e-30), torch.ones_like(inverse))
-
-
-def squared_error(
-    reconstruction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
-) -> torch.Tensor:
+def squared_error(reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean over tokens of the squared error, summed over d_in.
 
     Of a reconstruction (n_tokens, d_in), or of several at once (n_tokens, n, d_in).
     """
     if reconstruction.dim() == 3:
         target = target[:, None]
-        weight = None if weight is None else weight[:, None]
-    errors = (reconstruction - target).pow(2).sum(dim=-1)
-    return (errors if weight is None else errors * weight).mean(dim=0)
+    return (reconstruction - target).pow(2).sum(dim=-1).mean(dim=0)
 
 
 def _squared_errors(
-    reconstructions: Reconstructions, target: torch.Tensor, weight: torch.Tensor | None
+    reconstructions: Reconstructions, target: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Those of the prefixes and those of the further budgets."""
     n_prefixes = len(reconstructions.prefixes)
     if reconstructions.stacked is None:
         each = [*reconstructions.prefixes, *reconstructions.scales]
-        errors = [squared_error(one, target, weight) for one in each]
+        errors = [squared_error(one, target) for one in each]
     else:
-        errors = list(squared_error(reconstructions.stacked, target, weight).unbind())
+        errors = list(squared_error(reconstructions.stacked, target).unbind())
     return errors[:n_prefixes], errors[n_prefixes:]
 
 
@@ -170,13 +151,12 @@ def reconstruction_losses(
     cfg: MultiScaleTrainingSAEConfig,
     reconstructions: Reconstructions,
     target: torch.Tensor,
-    weight: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """[S]: weighted losses of the whole dictionary, each nested prefix, each further budget.
 
-    Prefix terms carry SAELens' name `inner_mse_loss_<width>`. `weight` (n_tokens,) is each token's.
+    Prefix terms carry SAELens' name `inner_mse_loss_<width>`.
     """
-    (*inner, main), further = _squared_errors(reconstructions, target, weight)
+    (*inner, main), further = _squared_errors(reconstructions, target)
     terms = {"mse_loss": main}
     if cfg.prefix_weight > 0:
         for width, loss in zip(cfg.prefix_widths[:-1], inner, strict=True):

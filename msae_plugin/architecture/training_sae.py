@@ -237,10 +237,8 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         feature_acts = self._dense_latents(selection, encoder_input, sae_in.shape[0])
 
         target = sae_in - cfg.skip_scale * x_c if cfg.skip_scale else sae_in
-        weighted = cfg.token_loss_weight != "none"
-        weight = nested.token_weight(x_c, self.ranks) if weighted else None
-        terms = nested.reconstruction_losses(cfg, reconstructions, target, weight)
-        terms |= self._auxk(given, encoder_input, target - reconstructions.main, weight)
+        terms = nested.reconstruction_losses(cfg, reconstructions, target)
+        terms |= self._auxk(given, encoder_input, target - reconstructions.main)
         if given.l1_coefficient:
             norm = self.W_dec.norm(dim=-1).clamp(min=1e-8)
             latent_weight = None if factors is None else 1 / factors
@@ -320,14 +318,13 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         given: StepInputs,
         encoder_input: EncoderInput,
         residual: torch.Tensor,
-        weight: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         coefficient, weights = self.cfg.aux_loss_coefficient, (self.W_enc, self.b_enc, self.W_dec)
         if coefficient == 0:
             return {}
         if given.dead is None:
             return {"auxiliary_reconstruction_loss": residual.new_zeros(())}
-        loss = auxk_loss(encoder_input, residual, *weights, given.dead, weight)
+        loss = auxk_loss(encoder_input, residual, *weights, given.dead)
         return {"auxiliary_reconstruction_loss": coefficient * loss}
 
     @override

@@ -53,7 +53,6 @@ class LiteralSAE:
         self.z = cfg.zscore_z
         self.allowance = torch.zeros(d_sae, dtype=torch.float64)
         self.C = torch.zeros(d_sae, d_sae, dtype=torch.float64)
-        self.C_mean = torch.zeros(d_sae, dtype=torch.float64)
         self.neighbours: list[list[int]] | None = None
         self.contribution = torch.ones(d_sae, dtype=torch.float64)
         self.input_variance = 0.0
@@ -232,11 +231,10 @@ class LiteralSAE:
             coefficients = scaled_gradient(scale[:, None] * pre / unit_norm, factors)
             W_dec = scaled_gradient(p["W_dec"], factors[:, None])
         target = x - cfg.skip_scale * torch.stack(x_c) if cfg.skip_scale else x
-        weight = self.token_weights(x_c)
 
         def error(reconstruction: torch.Tensor) -> torch.Tensor:
             squares = ((reconstruction - target) ** 2).sum(-1)
-            return (weight * squares).sum() / n_tokens
+            return squares.sum() / n_tokens
 
         def decode(pairs: set[tuple[int, int]], latents: set[int]) -> torch.Tensor:
             rows = []
@@ -272,7 +270,7 @@ class LiteralSAE:
         if cfg.aux_loss_coefficient:
             residual = (target - main).detach()
             terms["auxiliary_reconstruction_loss"] = cfg.aux_loss_coefficient * self.auxk(
-                pre, scale, residual, dead, weight
+                pre, scale, residual, dead
             )
         if l1 and cfg.l1_coefficient:
             penalty = torch.zeros((), dtype=torch.float64)
@@ -311,21 +309,14 @@ class LiteralSAE:
         widths = {min(d_sae, max(1, round(share * d_sae))) for share in self.cfg.prefix_fractions}
         return sorted(widths | {d_sae})
 
-    def token_weights(self, x_c: list[torch.Tensor]) -> torch.Tensor:
-        if self.cfg.token_loss_weight == "none":
-            return torch.ones(len(x_c), dtype=torch.float64)
-        inverse = torch.stack([1 / token.detach().norm() for token in x_c])
-        return inverse / (inverse.sum() / len(x_c))
-
     def auxk(
         self,
         pre: torch.Tensor,
         scale: torch.Tensor,
         residual: torch.Tensor,
         dead: torch.Tensor | None,
-        weight: torch.Tensor,
     ) -> torch.Tensor:
-        """SAELens' TopK auxiliary loss, with scale(x) and token weights (1 when off)."""
+        """SAELens' TopK auxiliary loss, with scale(x)."""
         n_dead = 0 if dead is None else int(dead.sum())
         if dead is None or n_dead == 0:
             return torch.zeros((), dtype=torch.float64)
@@ -335,7 +326,7 @@ class LiteralSAE:
             acts * scale[:, None], self.p["W_dec"], self.cfg.rescale_acts_by_decoder_norm
         )
         errors = (reconstruction - residual).pow(2).sum(-1)
-        return min(n_dead / k_aux, 1.0) * (weight * errors).mean()
+        return min(n_dead / k_aux, 1.0) * errors.mean()
 
     # ---- [O], [C] -----------------------------------------------------------------------------
 
@@ -345,10 +336,6 @@ class LiteralSAE:
 
     def coactivation(self, i: int, j: int) -> float:
         moment, spread_i, spread_j = self.C[i, j], self.C[i, i], self.C[j, j]
-        if self.cfg.orthogonality_weighting == "correlation":
-            moment = moment - self.C_mean[i] * self.C_mean[j]
-            spread_i = spread_i - self.C_mean[i] ** 2
-            spread_j = spread_j - self.C_mean[j] ** 2
         if spread_i * spread_j <= 1e-24:
             return 0.0
         return float(moment / math.sqrt(spread_i * spread_j))
@@ -418,7 +405,6 @@ class LiteralSAE:
         for t in range(n_tokens):
             batch += torch.outer(acts[t], acts[t]) / n_tokens
         self.C += rate * (batch - self.C)
-        self.C_mean += rate * (acts.mean(0) - self.C_mean)
         norms = torch.stack(self.decoder_norms()).detach()
         size = torch.ones_like(norms) if cfg.rescale_acts_by_decoder_norm else norms
         rate = running_rate(cfg.statistics_decay, step)

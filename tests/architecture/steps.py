@@ -24,7 +24,6 @@ EVERYTHING: dict[str, Any] = {
     "neighbour_refresh_every": 2,
     "importance_power": 0.5,
     "l1_coefficient": 0.1,
-    "token_loss_weight": "inverse_norm",
     "norm_scales": [0.1, 1.0, 2.0],
     "norm_eps": 0.1,
     "norm_eps_mode": "relative",

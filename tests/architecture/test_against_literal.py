@@ -109,7 +109,6 @@ FLOAT32_CASES: dict[str, dict[str, Any]] = {
         "k_initial_multiplier": 2.0,
         "rescale_acts_by_decoder_norm": False,
     },
-    "token weights": {"token_loss_weight": "inverse_norm"},
     "OrtSAE's penalty": {
         "orthogonality_coefficient": 0.3,
         "orthogonality_pairs": "chunks",
@@ -127,12 +126,6 @@ FLOAT32_CASES: dict[str, dict[str, Any]] = {
         "neighbour_count": 4,
     },
     "all pairs by co-activation": {"orthogonality_coefficient": 3.0, "neighbour_count": 12},
-    "all pairs by correlation": {
-        "orthogonality_coefficient": 3.0,
-        "orthogonality_weighting": "correlation",
-        "orthogonality_tau": 0.0,
-        "neighbour_count": 99,
-    },
     "four neighbours by co-activation": {
         "orthogonality_coefficient": 3.0,
         "neighbour_count": 4,
@@ -227,10 +220,9 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
         "aligned_encoder": draw(st.booleans()),
         "importance_power": draw(st.sampled_from([0.0, 0.5])),
         "skip_scale": draw(st.sampled_from([0.0, 0.1])),
-        "token_loss_weight": draw(st.sampled_from(["none", "inverse_norm"])),
         "orthogonality_coefficient": draw(st.sampled_from([0.0, 0.5])),
         "orthogonality_pairs": "neighbours",
-        "orthogonality_weighting": draw(st.sampled_from(["none", "coactivation", "correlation"])),
+        "orthogonality_weighting": draw(st.sampled_from(["none", "coactivation"])),
         "neighbour_count": draw(st.integers(1, 12)),
         "neighbour_refresh_every": draw(st.sampled_from([1, 99])),
         "norm_scales": [0.5, 1.0, 2.0][:n_scales],

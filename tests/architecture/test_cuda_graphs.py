@@ -138,7 +138,7 @@ def same_state(one: MultiScaleTrainingSAE, other: MultiScaleTrainingSAE) -> None
     [
         {},
         {"orthogonality_every": 3},
-        {"unit_norm_decoder": True, "token_loss_weight": "inverse_norm", "skip_scale": 0.1},
+        {"unit_norm_decoder": True, "skip_scale": 0.1},
         {"revival_every": 7, "revival_dead_steps": 2, "k": 2, "sparsity_scales": []},
         {"prefix_fractions": [], "firing_floor": 0.0, "rescale_acts_by_decoder_norm": False},
         {"detach_inner_prefixes": True, "l1_coefficient": 0.1, "aux_loss_coefficient": 0.0},
@@ -367,7 +367,6 @@ def test_auxk_over_a_padded_list_is_auxk(n_dead: int, scaled: bool) -> None:
     # A latent that is not dead and stands in the padding: latent 0.
     mask[0] = False
     scale = random(N_TOKENS, 1).abs() if scaled else None
-    weight = random(N_TOKENS).abs() if scaled else None
     norm = random(D_SAE).abs() if scaled else None
     x_hat, residual = random(N_TOKENS, D_IN), random(N_TOKENS, D_IN)
     weights = [random(D_IN, D_SAE), random(D_SAE), random(D_SAE, D_IN)]
@@ -379,15 +378,14 @@ def test_auxk_over_a_padded_list_is_auxk(n_dead: int, scaled: bool) -> None:
     padded = DeadLatents(mask, latents, torch.tensor(float(count), dtype=torch.float64))
     for dead in (listed, padded):
         own = [tensor.clone().requires_grad_() for tensor in weights]
-        loss = auxk_loss(EncoderInput(x_hat, scale, norm), residual, *own, dead, weight)
+        loss = auxk_loss(EncoderInput(x_hat, scale, norm), residual, *own, dead)
         loss.backward()
         results.append([loss.detach(), *(tensor.grad for tensor in own)])  # pyright: ignore[reportArgumentType]
     # The loss and gradients of all latents, summed from absolute values: bounds of sum(|terms|).
     own = [tensor.abs().requires_grad_() for tensor in weights]
     acts = x_hat.abs() @ own[0] + own[1]
     errors = (acts if scale is None else acts * scale) @ own[2] + residual.abs()
-    errors = errors.pow(2).sum(-1)
-    bound = (errors if weight is None else errors * weight).mean()
+    bound = errors.pow(2).sum(-1).mean()
     bound.backward()
     bounds = [bound.detach(), *(tensor.grad for tensor in own)]
     # Encoded, decoded, squared and averaged; and back.

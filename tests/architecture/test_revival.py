@@ -162,22 +162,17 @@ def test_interference_is_the_largest_cosine_to_the_living() -> None:
 def test_error_samples_are_drawn_by_their_squared_error() -> None:
     torch.manual_seed(0)
     errors = torch.diag(torch.tensor([3.0, 1.0, 0.0]))
-    drawn = torch.cat([new_directions(errors, 1, "error_samples") for _ in range(2000)])
+    drawn = torch.cat([new_directions(errors, 1) for _ in range(2000)])
     shares = drawn.mean(dim=0)
     torch.testing.assert_close(shares, torch.tensor([0.9, 0.1, 0.0]), rtol=0, atol=0.03)
-    assert new_directions(errors, 5, "error_samples").shape[0] == 2  # one has no error
-    assert new_directions(torch.zeros(4, 3), 2, "error_samples").shape == (0, 3)
-    assert new_directions(torch.zeros(4, 3), 2, "error_svd").shape == (0, 3)
+    assert new_directions(errors, 5).shape[0] == 2  # one has no error
+    assert new_directions(torch.zeros(4, 3), 2).shape == (0, 3)
 
 
-@pytest.mark.parametrize("source", ["error_samples", "error_svd"])
-def test_outcomes_follow_after_the_survival_window(source: str) -> None:
-    sae = with_dead_latents(
-        revival_max_fraction=0.2, revival_source=source, revival_survival_steps=10
-    )
+def test_outcomes_follow_after_the_survival_window() -> None:
+    sae = with_dead_latents(revival_max_fraction=0.2, revival_survival_steps=10)
     train(sae, 31, lr=1e-3)
     events = sae.pop_events()
-    assert {e["source"] for e in events if e["event"] == "revival"} == {source}
     revivals = {(e["latent"], e["step"]) for e in events if e["event"] == "revival"}
     outcomes = [e for e in events if e["event"] == "outcome"]
     assert outcomes

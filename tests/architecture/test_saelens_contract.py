@@ -114,9 +114,8 @@ def test_a_training_step_returns_what_the_trainer_reads(
         assert isinstance(float(evaluated), float)
     assert {"k", "topk_threshold", "nearest_cosine"} <= set(output.metrics)
     # The squared error that is reported is that of the reconstruction that is returned.
-    if sae.cfg.token_loss_weight == "none":
-        error = (output.sae_out - batch).pow(2).sum(-1).mean() / sae.latent_unit() ** 2
-        torch.testing.assert_close(output.losses["mse_loss"], error, rtol=1e-4, atol=1e-4)
+    error = (output.sae_out - batch).pow(2).sum(-1).mean() / sae.latent_unit() ** 2
+    torch.testing.assert_close(output.losses["mse_loss"], error, rtol=1e-4, atol=1e-4)
 
 
 def test_training_latents_are_those_of_encode(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msae_plugin.architecture.mechanisms.sketch import CoactivationSketch, leading_directions
+from msae_plugin.architecture.mechanisms.sketch import CoactivationSketch
 
 CPU = torch.device("cpu")
 
@@ -115,23 +115,3 @@ def test_sketch_stays_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         autocast.update(acts, 1.0)
     assert torch.equal(plain.sample, autocast.sample)
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(st.integers(1, 6), st.integers(0, 20))
-def test_leading_directions_are_the_singular_vectors(count: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    strengths = 3.0 ** -torch.arange(8.0)
-    errors = torch.randn(100, 8, generator=generator) * strengths
-    found = leading_directions(errors, count)
-    assert found.shape == (count, 8)
-    right = torch.linalg.svd(errors).Vh[:count]
-    torch.testing.assert_close((found * right).sum(-1).abs(), torch.ones(count), rtol=0, atol=1e-3)
-    along = errors @ found.T
-    positive, negative = along.clamp(min=0).square().sum(0), along.clamp(max=0).square().sum(0)
-    assert (positive >= negative).all()
-
-
-def test_no_more_directions_than_tokens_or_width() -> None:
-    assert leading_directions(torch.randn(3, 8), 5).shape == (3, 8)
-    assert leading_directions(torch.randn(20, 4), 9).shape == (4, 4)

@@ -146,22 +146,9 @@ RARE_SETTINGS: dict[str, dict[str, Any]] = {
     "topk_threshold_lr": {"topk_threshold_lr": 0.05},
     "rescale": {"rescale_acts_by_decoder_norm": False},
     "b_dec_init": {"b_dec_init": "mean"},
-    "token_loss_weight": {"token_loss_weight": "inverse_norm"},
     "standardise": {"firing_floor": 0.0, "standardise": 0.5},
     "firing_floor_rate": {"firing_floor_rate": 0.3},
     "orthogonality_every": {"orthogonality_every": 2},
-    "correlation": {
-        "orthogonality_pairs": "neighbours",
-        "orthogonality_weighting": "correlation",
-        "neighbour_count": 4,
-        "neighbour_refresh_every": 5,
-    },
-    "error_svd": {
-        "revival_every": 6,
-        "revival_dead_steps": 4,
-        "revival_source": "error_svd",
-        "k": 2,
-    },
     "norm_parts": {"norm_scales": [1.0], "norm_centre": False, "norm_affine": False},
     "attention_d_key": {
         "norm_scales": [0.5, 1.0],

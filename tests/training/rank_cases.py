@@ -46,14 +46,8 @@ MULTISCALE: dict[str, dict[str, Any]] = {
         "orthogonality_pairs": "neighbours",
         "neighbour_refresh_every": 3,
     },
-    "correlation": {
-        **WEIGHTED,
-        "orthogonality_pairs": "neighbours",
-        "orthogonality_weighting": "correlation",
-    },
     "sketch": {**WEIGHTED, "orthogonality_pairs": "chunks", "sketch_rank": 4},
     "revival from error samples": REVIVAL,
-    "revival from error directions": {**REVIVAL, "revival_source": "error_svd"},
     "z-score": {"selection": "zscore", "zscore_z": 1.0},
     "z-score that corrects itself": {
         "selection": "zscore",
@@ -65,7 +59,6 @@ MULTISCALE: dict[str, dict[str, Any]] = {
     "firing floor": {"firing_floor": 0.7, "firing_floor_rate": 0.3},
     "standardised": {"standardise": 0.5, "sparsity_scales": [0.5, 2.0]},
     "importance": {"importance_power": 0.5, "l1_coefficient": 0.1},
-    "token weights": {"token_loss_weight": "inverse_norm"},
     "normalisation": {
         "norm_scales": [0.1, 1.0],
         "norm_eps": 0.1,

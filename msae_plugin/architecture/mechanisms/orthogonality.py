@@ -26,7 +26,7 @@ penalised, so the moments are followed exactly for the nearest neighbours of eac
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -292,7 +292,6 @@ class NeighbourCoactivation(Mechanism):
     pair_moment: torch.Tensor
     pair_weight: torch.Tensor
     second_moment: torch.Tensor
-    mean: torch.Tensor
 
     def __init__(self, d_sae: int, count: int, device: torch.device) -> None:
         super().__init__()
@@ -308,7 +307,6 @@ class NeighbourCoactivation(Mechanism):
             pair_moment=torch.zeros(d_sae, count, **float32),
             pair_weight=torch.zeros(d_sae, count, **float32),
             second_moment=torch.zeros(d_sae, **float32),
-            mean=torch.zeros(d_sae, **float32),
         )
 
     @override
@@ -363,24 +361,16 @@ class NeighbourCoactivation(Mechanism):
         moment = torch.zeros_like(self.second_moment)
         squares = ranks.mean(moment.index_add(0, latents, values.square()) / n_tokens)
         self.second_moment.lerp_(squares, rate)
-        self.mean.lerp_(ranks.mean(moment.index_add(0, latents, values) / n_tokens), rate)
         partner = feature_acts[tokens[:, None], self.neighbours[latents]].float()
         products = torch.zeros_like(self.pair_moment)
         products.index_add_(0, latents, values[:, None] * partner)
         self.pair_moment.lerp_(ranks.mean(products / n_tokens), rate)
         self.pair_weight.lerp_(torch.ones_like(self.pair_weight), rate)
 
-    def normalised(self, kind: Literal["coactivation", "correlation"]) -> torch.Tensor:
-        """(d_sae, count) co-activation with each neighbour; zero if a latent has not fired.
-
-        The cosine of the latents over tokens, or their correlation, which is zero for latents that
-        fire independently.
-        """
+    def normalised(self) -> torch.Tensor:
+        """(d_sae, count) cosine over tokens with each neighbour; zero if a latent has not fired."""
         moment = self.pair_moment / self.pair_weight.clamp(min=1e-8)
         spread = self.second_moment
-        if kind == "correlation":
-            moment = moment - self.mean[:, None] * self.mean[self.neighbours]
-            spread = (self.second_moment - self.mean.square()).clamp(min=0)
         scale = (spread[:, None] * spread[self.neighbours]).sqrt()
         return torch.where(scale > 1e-12, moment / scale.clamp(min=1e-12), 0.0)
 
@@ -447,8 +437,6 @@ def _listed(step: Step) -> torch.Tensor:
         weights = torch.ones_like(listed, dtype=torch.float32)
     else:
         listed = neighbours.neighbours
-        weights = coactivation_weights(
-            neighbours.normalised(cfg.orthogonality_weighting), cfg.orthogonality_tau
-        )
+        weights = coactivation_weights(neighbours.normalised(), cfg.orthogonality_tau)
     first, slot = (weights > 0).nonzero(as_tuple=True)
     return pair_penalty(W_dec, first, listed[first, slot], weights[first, slot])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from typing_extensions import Self, override
@@ -18,7 +18,6 @@ from typing_extensions import Self, override
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.mechanisms.base import Latents, Mechanism, Step
 from msae_plugin.architecture.mechanisms.orthogonality import unit_rows
-from msae_plugin.architecture.mechanisms.sketch import leading_directions
 
 _NEVER = -1
 
@@ -75,7 +74,7 @@ class RevivalRecord(Mechanism):
         if latents.numel() == 0:
             return
         missed, _ = sae.ranks.concatenated(sae.errors(step.sae_in))
-        directions = new_directions(missed, latents.numel(), cfg.revival_source)
+        directions = new_directions(missed, latents.numel())
         n_new = directions.shape[0]
         latents, neighbours, cosines = latents[:n_new], neighbours[:n_new], cosines[:n_new]
         kept = torch.nn.functional.cosine_similarity(sae.W_dec[latents].float(), directions, dim=-1)
@@ -89,9 +88,7 @@ class RevivalRecord(Mechanism):
                 "train with `msae train`, or call sae.attach_optimizer(optimizer)"
             )
         self.mark_revived(latents, now)
-        self.events += revival_events(
-            now, latents, neighbours, cosines, cfg.revival_source, 1 - kept
-        )
+        self.events += revival_events(now, latents, neighbours, cosines, 1 - kept)
 
     @override
     def on_latents(self, latents: Latents, step: Step) -> None:
@@ -180,13 +177,10 @@ def interference(
 
 
 @torch.no_grad()
-def new_directions(
-    errors: torch.Tensor, count: int, source: Literal["error_samples", "error_svd"]
-) -> torch.Tensor:
-    """(at most count, d_in) unit directions that the dictionary misses.
+def new_directions(errors: torch.Tensor, count: int) -> torch.Tensor:
+    """(at most count, d_in) unit directions that the dictionary misses; fewer where they are few.
 
-    Errors (n_tokens, d_in) of tokens drawn in proportion to their squared error, or leading
-    singular directions of all of them; fewer where there are too few.
+    Errors (n_tokens, d_in) of tokens drawn in proportion to their squared error.
     """
     errors = errors.float()
     squared = errors.square().sum(dim=-1)
@@ -194,8 +188,6 @@ def new_directions(
     count = min(count, n_usable)
     if count == 0:
         return errors[:0]
-    if source == "error_svd":
-        return leading_directions(errors, count)
     drawn = torch.multinomial(squared / squared.sum(), count, replacement=False)
     return errors[drawn] / squared[drawn].sqrt()[:, None]
 
@@ -262,7 +254,6 @@ def revival_events(
     latents: torch.Tensor,
     neighbours: torch.Tensor,
     cosines: torch.Tensor,
-    source: str,
     travelled: torch.Tensor,
 ) -> list[dict[str, Any]]:
     """One event per revived latent, for `revivals.jsonl`."""
@@ -274,7 +265,7 @@ def revival_events(
             "latent": latent,
             "old_neighbour": neighbour,
             "old_cosine": cosine,
-            "source": source,
+            "source": "error_samples",
             "distance_travelled": distance,
         }
         for latent, neighbour, cosine, distance in zip(*columns, strict=True)

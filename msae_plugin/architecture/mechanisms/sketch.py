@@ -95,22 +95,3 @@ class CoactivationSketch(Mechanism):
         """(n, n) co-activation cosines among chosen latents (n,), from the factors."""
         rows = factors[latents] / self.diagonal[latents].sqrt().clamp(min=1e-12)[:, None]
         return rows @ rows.T
-
-
-@torch.no_grad()
-def leading_directions(errors: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, d_in) leading right singular vectors of errors (n_tokens, d_in), by randomised SVD.
-
-    Unit rows, each signed so that most of its error lies along it.
-    """
-    with torch.autocast(errors.device.type, enabled=False):
-        errors = errors.float()
-        count = min(count, *errors.shape)
-        _, _, right = torch.svd_lowrank(errors, q=min(count + _OVERSAMPLING, *errors.shape))
-        right = right[:, :count]
-        # ReLU latents reconstruct one side of a direction only: take the heavier one.
-        projections = errors @ right
-        heavier = (projections.clamp(min=0).square().sum(0)) >= (
-            projections.clamp(max=0).square().sum(0)
-        )
-        return (right * torch.where(heavier, 1.0, -1.0)).T.contiguous()
