@@ -75,5 +75,5 @@ class ActivationByWord:
         self._add_up()
         latent, sums = self._pairs[0] >> 32, self._sums[0]
         total = torch.zeros(len(firings)).index_add_(0, latent, sums)
-        largest = torch.zeros(len(firings)).index_reduce_(0, latent, sums, "amax")
+        largest = torch.zeros(len(firings)).scatter_reduce_(0, latent, sums, "amax")
         return float((largest >= ON_ONE_WORD * total)[judged].float().mean())
