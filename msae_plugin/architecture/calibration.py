@@ -94,9 +94,11 @@ def calibrate_multiscale(
     lowest, scores = None, sae.scores
     if floor is not None:
         lowest = thresholds_at_rate(batches, hidden_pre_of, cfg.floor_rate(cfg.k))
-    if lowest is not None:
-        # What the floor admits is active whatever the common threshold is.
-        scores = partial(_above_all, lowest)
+    if floor is not None and lowest is not None:
+        # What the floor admits is active whatever the common threshold is; dense latents that are
+        # held back stay so.
+        held = floor.allowance.clamp(max=0)
+        scores = partial(_above_all, lowest.masked_fill(held < 0, torch.inf), held)
     threshold = calibrated_threshold(batches, hidden_pre_of, scores, cfg.k)
     if threshold is not None and not isfinite(threshold):
         # Tokens are so alike that the floor alone would take the whole budget.
@@ -116,9 +118,11 @@ def calibrate_multiscale(
     }
 
 
-def _above_all(threshold: torch.Tensor, hidden_pre: torch.Tensor) -> torch.Tensor:
+def _above_all(
+    threshold: torch.Tensor, held: torch.Tensor, hidden_pre: torch.Tensor
+) -> torch.Tensor:
     """Scores that keep what exceeds its latent's threshold before anything else."""
-    return torch.where(hidden_pre > threshold, torch.inf, hidden_pre)
+    return torch.where(hidden_pre > threshold, torch.inf, hidden_pre + held)
 
 
 @runtime_checkable

@@ -130,6 +130,8 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
             own, as a share of the mean rate k / d_sae. 0 disables: all share one threshold.
         firing_floor_rate (float): [Z] Step by which the threshold of such a latent falls, and rises
             again once it fires often enough, as a share of the common threshold.
+        dense_share_limit (float): [Z] Share of the L0 above which latents that fire on more than a
+            tenth of the tokens get higher thresholds. 1 disables.
         orthogonality_coefficient (float): [O] Weight of the orthogonality penalty, in units of the
             running variance of the activations. 0 disables.
         orthogonality_pairs (Literal["chunks", "neighbours"]): [O] Pairs of latents that are
@@ -194,10 +196,8 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
 
     sparsity_scales: list[float] = field(default_factory=lambda: [2.0])
     sparsity_scale_weight: float = 0.25
-    prefix_fractions: list[float] = field(
-        default_factory=lambda: [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
-    )
-    prefix_weight: float = 0.25
+    prefix_fractions: list[float] = field(default_factory=lambda: [1 / 4, 1 / 2])
+    prefix_weight: float = 0.1
     detach_inner_prefixes: bool = False
     prefix_sort_every: int = 100
     firing_rate_decay: float = 0.95
@@ -209,8 +209,9 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     zscore_z_lr: float = 0.0
     firing_floor: float = 0.1
     firing_floor_rate: float = 0.1
+    dense_share_limit: float = 0.3
 
-    orthogonality_coefficient: float = 0.1
+    orthogonality_coefficient: float = 0.0
     orthogonality_pairs: Literal["chunks", "neighbours"] = "chunks"
     orthogonality_weighting: Literal["none", "coactivation"] = "none"
     orthogonality_tau: float = 0.1
@@ -248,7 +249,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "MultiScaleTrainingSAEConfig":
-        """Configuration from a saved one; before `input_normalization` all trained without.
+        """Configuration from a saved one; what came later is off there.
 
         Raises:
             InputError: It has an option that was removed, because nothing measured spoke for it.
@@ -257,7 +258,8 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
             require(
                 config_dict.get(name) != value, name, value, "be left out: it was removed in 0.2"
             )
-        return super().from_dict({"input_normalization": "none", **config_dict})
+        before = {"input_normalization": "none", "dense_share_limit": 1.0}
+        return super().from_dict({**before, **config_dict})
 
     @override
     def __post_init__(self) -> None:
@@ -314,6 +316,7 @@ def mechanisms_off() -> dict[str, Any]:
         "selection": "batchtopk",
         "standardise": 0.0,
         "firing_floor": 0.0,
+        "dense_share_limit": 1.0,
         "orthogonality_coefficient": 0.0,
         "sketch_rank": 0,
         "revival_every": 0,
@@ -477,12 +480,12 @@ def _validate_scales(cfg: MultiScaleTrainingSAEConfig) -> None:
     )
     check("zscore_z", math.isfinite(cfg.zscore_z), "be finite")
     check("firing_floor", cfg.firing_floor < 1, "be below 1, the mean firing rate")
-    check(
-        "firing_floor",
-        cfg.firing_floor == 0 or (cfg.selection == "batchtopk" and cfg.standardise == 0),
-        "be 0 unless selection='batchtopk' and standardise=0: standardised latents fire equally "
-        "often by themselves",
-    )
+    check("dense_share_limit", 0 <= cfg.dense_share_limit <= 1, "be a share in [0, 1]")
+    ranked = cfg.selection == "batchtopk" and cfg.standardise == 0
+    because = "unless selection='batchtopk' and standardise=0: standardised latents fire equally "
+    because += "often by themselves"
+    check("firing_floor", cfg.firing_floor == 0 or ranked, f"be 0 {because}")
+    check("dense_share_limit", cfg.dense_share_limit == 1 or ranked, f"be 1 {because}")
 
 
 def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:

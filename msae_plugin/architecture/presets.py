@@ -41,13 +41,22 @@ _RECONSTRUCTION: dict[str, Any] = {
     "sparsity_scales": [2.0],
     "sparsity_scale_weight": 0.25,
     "firing_floor": 0.1,
+    "dense_share_limit": 0.3,
     "input_normalization": "first_batch",
 }
 _DEFAULT: dict[str, Any] = {
     **_RECONSTRUCTION,
+    "prefix_fractions": [1 / 4, 1 / 2],
+    "prefix_weight": 0.1,
+    "prefix_sort_every": 100,
+}
+# `default` up to 0.1. Its narrow prefixes find a hierarchy of features, and pay in dense latents
+# on a language model.
+_FEATURES: dict[str, Any] = {
+    **_DEFAULT,
+    "dense_share_limit": 1.0,
     "prefix_fractions": [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2],
     "prefix_weight": 0.25,
-    "prefix_sort_every": 100,
     "orthogonality_coefficient": 0.1,
     "orthogonality_pairs": "chunks",
     "orthogonality_weighting": "none",
@@ -98,14 +107,20 @@ _ACCUMULATION = {**_FALLING_LR, "accumulation_steps": 4}
 
 PRESETS: dict[str, Preset] = {
     "default": Preset(
-        "features first: several sparsity budgets, nested prefixes ordered by firing rate, "
-        "a floor under the firing rates, decoder directions kept apart",
+        "for language models: the loss at 2 k, two nested prefixes ordered by firing rate, a floor "
+        "under the firing rates, a limit on what dense latents take",
         _DEFAULT,
         _ANNEAL_SHARE,
     ),
+    "features": Preset(
+        "features first, where they form a hierarchy: five nested prefixes and decoder directions "
+        "kept apart; costs variance and dense latents on language models",
+        _FEATURES,
+        _ANNEAL_SHARE,
+    ),
     "reconstruction": Preset(
-        "reconstruction first: the loss at 2 k and a floor under the firing rates, never below "
-        "BatchTopK",
+        "reconstruction first: the loss at 2 k, a floor under the firing rates, a limit on what "
+        "dense latents take",
         _RECONSTRUCTION,
         _ANNEAL_SHARE,
     ),

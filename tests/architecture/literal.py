@@ -287,22 +287,33 @@ class LiteralSAE:
             for t, i in chosen[1.0]:
                 acts[t, i] = scale[t] * pre[t, i]
             self.observe(acts, step, len(chosen[1.0]) / n_tokens, budgets[1.0] / n_tokens)
-            if cfg.firing_floor:
+            if cfg.firing_floor or cfg.dense_share_limit < 1:
                 scores = [float(pre[t, i] + self.allowance[i]) for t, i in chosen[1.0]]
                 self.follow_floor(min(scores, default=0.0), step)
         return terms
 
     def follow_floor(self, cut: float, step: int) -> None:
-        """Up a step below the floor, down a step above it, never out of [0, cut]."""
+        """Up a step below the floor, to the cut at most; down a step when too many are dense."""
         cfg = self.cfg
         k = cfg.k
         if step < cfg.k_anneal_steps:
             share = step / cfg.k_anneal_steps
             k = cfg.k_initial_multiplier * cfg.k * (1 - share) + cfg.k * share
-        for i in range(cfg.d_sae):
-            rare = float(self.firing_rate[i]) < cfg.firing_floor * k / cfg.d_sae
-            moved = float(self.allowance[i]) + (1 if rare else -1) * cfg.firing_floor_rate * cut
-            self.allowance[i] = min(max(moved, 0.0), max(cut, 0.0))
+        rates = [float(rate) for rate in self.firing_rate]
+        share = sum(rate for rate in rates if rate > 0.1) / max(sum(rates), 1e-30)
+        cut = max(cut, 0.0)
+        step = cfg.firing_floor_rate * cut
+        for i, rate in enumerate(rates):
+            allowance = float(self.allowance[i])
+            if rate > 0.1 and share > cfg.dense_share_limit:
+                allowance -= step
+            elif rate < cfg.firing_floor * k / cfg.d_sae:
+                allowance += step
+            elif allowance > 0:
+                allowance = max(allowance - step, 0.0)
+            else:
+                allowance = min(allowance + step, 0.0)
+            self.allowance[i] = min(allowance, cut)
 
     def prefix_widths(self) -> list[int]:
         d_sae = self.cfg.d_sae

@@ -102,6 +102,13 @@ FLOAT32_CASES: dict[str, dict[str, Any]] = {
     "half standardised": {"standardise": 0.5},
     "fully standardised": {"standardise": 1.0, "sparsity_scales": [2.0]},
     "firing floor": {"firing_floor": 0.7, "firing_floor_rate": 0.3, "sparsity_scales": [2.0]},
+    "dense share": {"dense_share_limit": 0.4, "firing_floor_rate": 0.3, "k": 4},
+    "dense share and floor": {
+        "dense_share_limit": 0.6,
+        "firing_floor": 0.7,
+        "firing_floor_rate": 0.2,
+        "sparsity_scales": [2.0],
+    },
     "firing floor, k annealed": {
         "firing_floor": 0.9,
         "firing_floor_rate": 0.5,
@@ -207,6 +214,7 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
         "selection": "batchtopk" if batchtopk else "zscore",
         "standardise": draw(st.sampled_from([0.0, 0.3, 1.0])) if batchtopk else 0.0,
         "firing_floor": draw(st.sampled_from([0.0, 0.5])) if batchtopk else 0.0,
+        "dense_share_limit": draw(st.sampled_from([1.0, 0.5])) if batchtopk else 1.0,
         "zscore_z": draw(st.floats(-1, 1.5)),
         "zscore_z_lr": draw(st.sampled_from([0.0, 0.1])),
         "sparsity_scales": draw(st.lists(st.sampled_from([0.25, 0.5, 2.0, 4.0]), unique=True))
@@ -235,6 +243,7 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
     }
     if fields["standardise"]:
         fields["firing_floor"] = 0.0
+        fields["dense_share_limit"] = 1.0
     # Neighbours that are searched anew start their co-activation afresh; the full matrix of the
     # reference does not. With all pairs listed both are the same.
     if fields["neighbour_refresh_every"] == 1:

@@ -21,6 +21,45 @@ def test_steps_by_hand() -> None:
     torch.testing.assert_close(floor.allowance, torch.tensor([0.0, 0.4, 1.0, 0.0]))
 
 
+def test_steps_of_dense_latents_by_hand() -> None:
+    floor = FiringFloor(4, torch.device("cpu"))
+    floor.allowance.copy_(torch.tensor([0.05, -0.3, -0.3, -0.05]))
+    rates = torch.tensor([0.5, 0.2, 0.1, 0.05])  # .7 of .85 on dense latents; .1 is not dense
+    floor.follow(rates, 0.0, torch.tensor(1.0), 0.1, dense_share_limit=0.8)
+    # Dense: down a tenth of the threshold, below zero too. The others: back to zero, not beyond it.
+    torch.testing.assert_close(floor.allowance, torch.tensor([-0.05, -0.4, -0.2, 0.0]))
+    floor.follow(rates, 0.0, torch.tensor(1.0), 0.1, dense_share_limit=0.83)
+    torch.testing.assert_close(floor.allowance, torch.tensor([0.0, -0.3, -0.1, 0.0]))
+
+
+def test_the_exported_dense_share_is_at_the_limit() -> None:
+    """Three directions that half of the tokens have, in a dictionary of thirty-two others."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
+
+    def tokens(seed: int) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        present = torch.rand(512, 32, generator=draw)
+        active = present < torch.tensor([0.5] * 3 + [0.03] * 29)
+        size = 1 + torch.rand(512, 32, generator=draw)
+        return (active * size) @ directions
+
+    share = {}
+    for limit in (1.0, 0.4):
+        fields = plain(d_in=32, d_sae=64, k=3, dense_share_limit=limit, firing_rate_decay=0.8)
+        sae = make(**fields)
+        train(sae, 250, batch=tokens)
+        sae.calibrate_threshold([tokens(1000 + n) for n in range(4)])
+        sae.eval()
+        with torch.no_grad():
+            fired = (sae.encode(torch.cat([tokens(2000 + n) for n in range(4)])) > 0).float()
+        assert abs(float(fired.sum(-1).mean()) - 3) < 0.15
+        rates = fired.mean(0)
+        share[limit] = float(rates[rates > 0.1].sum() / rates.sum())
+    assert share[1.0] > 0.5
+    assert share[0.4] < 0.5
+
+
 def test_an_allowance_shrinks_with_the_threshold() -> None:
     floor = FiringFloor(1, torch.device("cpu"))
     floor.allowance.fill_(2.0)
