@@ -69,7 +69,7 @@ def work(args: argparse.Namespace) -> None:
     from sae_bench.evals.core import main as core_main
     from sae_lens.training.activations_store import ActivationsStore
 
-    from msae_plugin.evaluation.saebench.core.model_side import core_dataset
+    from msae_plugin.evaluation.saebench.model_side import core_dataset
     from msae_plugin.evaluation.saebench.patching import replaced
     from msae_plugin.models.loading import load_language_model
 

@@ -21,7 +21,7 @@ import torch
 
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
-from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
+from msae_plugin.evaluation.saebench.unlearning import run_unlearning
 from msae_plugin.models.loading import load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 

@@ -53,7 +53,7 @@ def profile_core(saes: list[str], prompts: int, batches: int) -> None:
 
     from msae_plugin.evaluation.evaluate import evaluate
     from msae_plugin.evaluation.recipe import EvalConfig
-    from msae_plugin.evaluation.saebench.core.model_side import CleanPredictions, CoreModelSide
+    from msae_plugin.evaluation.saebench.model_side import CleanPredictions, CoreModelSide
     from msae_plugin.saes.load import load_subjects
 
     subjects = load_subjects(saes)

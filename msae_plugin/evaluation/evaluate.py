@@ -24,8 +24,8 @@ from msae_plugin.common.files import (
     versions,
     write_json_atomic,
 )
-from msae_plugin.evaluation.metrics import MetricDefinition
 from msae_plugin.evaluation.outcomes import (
+    MetricDefinition,
     ModelContext,
     Reporter,
     ScoreResult,
@@ -97,10 +97,10 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 MODULES = {
-    "core": "core.adapter",
+    "core": "core",
     "sparse_probing": "sparse_probing",
     "sparse_probing_sae_probes": "sae_probes",
-    "unlearning": "unlearning.adapter",
+    "unlearning": "unlearning",
 }
 """SAEBench's names of the evaluations, and our modules for them; the rest runs in `passthrough`."""
 

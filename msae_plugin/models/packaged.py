@@ -28,8 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import default_cache_dir, package_folder
-from msae_plugin.models.gguf_file import parse_gguf
-from msae_plugin.models.gguf_tokenizer import tokenizer_from_gguf
+from msae_plugin.models.gguf import parse_gguf, tokenizer_from_gguf
 
 logger = logging.getLogger(__name__)
 

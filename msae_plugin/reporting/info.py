@@ -13,7 +13,7 @@ from rich.text import Text
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.models.loading import describe_model
 from msae_plugin.reporting.costs import LOADED_MODEL_FACTOR, RunCost, run_cost
-from msae_plugin.saes.describe import CheckpointInfo, RunInfo, mechanisms_on, read_folder
+from msae_plugin.saes.find import CheckpointInfo, RunInfo, mechanisms_on, read_folder
 from msae_plugin.saes.health import recorded_messages
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig

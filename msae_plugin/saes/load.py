@@ -35,9 +35,15 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256, tensors_sha256
 from msae_plugin.models.hub_access import HubUnreachableError, hub_refusal, require_repository
 from msae_plugin.registration import register
-from msae_plugin.saes.describe import CheckpointInfo, read_checkpoint
 from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import HubSource, LocatedSAE, locate, unfinished_run
+from msae_plugin.saes.find import (
+    CheckpointInfo,
+    HubSource,
+    LocatedSAE,
+    locate,
+    read_checkpoint,
+    unfinished_run,
+)
 
 FOLDED_SCALINGS = ("expected_average_only_in", "covariance_whitening")
 """SAELens' scalings whose factors are in no file until training ends and folds them away."""

@@ -14,8 +14,8 @@ import msae_plugin
 from msae_cli.app import app
 from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.info import describe_config, describe_folder, human_bytes
-from msae_plugin.saes.describe import RunInfo, mechanisms_on, read_folder
 from msae_plugin.saes.export import export_sae
+from msae_plugin.saes.find import RunInfo, mechanisms_on, read_folder
 
 SIZES = {"d_in": 8, "d_sae": 20}
 

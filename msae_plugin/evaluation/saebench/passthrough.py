@@ -44,16 +44,18 @@ from msae_plugin.common.files import (
     keyed_folder,
     mark_complete,
 )
-from msae_plugin.data.local_datasets import LocalCopies
-from msae_plugin.evaluation.metrics import MetricDefinition, described, reliability
+from msae_plugin.data.labelled_texts import LocalCopies
 from msae_plugin.evaluation.outcomes import (
+    MetricDefinition,
     ModelContext,
     Reporter,
     ScoreResult,
+    described,
+    reliability,
     require_real,
     result_file,
 )
-from msae_plugin.evaluation.preflight_checks import OPENAI_VARIABLE, RAVEL_DATASET
+from msae_plugin.evaluation.preflight import OPENAI_VARIABLE, RAVEL_DATASET
 from msae_plugin.evaluation.protocols import SCHEMAS, config_class
 from msae_plugin.evaluation.saebench.each_sae import evaluate_each, keep_result
 from msae_plugin.evaluation.saebench.patching import (
@@ -63,7 +65,7 @@ from msae_plugin.evaluation.saebench.patching import (
     seeded,
 )
 from msae_plugin.evaluation.saebench.sae_probes import tokenizer_sha256
-from msae_plugin.models.sources import resolve_model
+from msae_plugin.models.loading import resolve_model
 from msae_plugin.saes.load import EvaluatedSAE
 
 METRICS: dict[str, type[Any]] = {

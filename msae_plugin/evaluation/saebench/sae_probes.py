@@ -39,16 +39,16 @@ from msae_plugin.common.files import (
     versions,
 )
 from msae_plugin.common.recipes import did_you_mean
-from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
     ModelContext,
     Reporter,
     ScoreResult,
+    definitions,
     require_real,
     result_file,
 )
-from msae_plugin.evaluation.preflight_checks import missing_disk
+from msae_plugin.evaluation.preflight import missing_disk
 from msae_plugin.evaluation.saebench.each_sae import (
     evaluate_each,
     keep_result,

@@ -43,13 +43,17 @@ from sae_bench.sae_bench_utils import (
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import kept_folder, key_digest
-from msae_plugin.data.labelled_texts import LABELLED_SOURCES, labelled_texts
-from msae_plugin.data.local_datasets import SAEBENCH_PROBING_SETS, LocalCopies
-from msae_plugin.evaluation.metrics import definitions
+from msae_plugin.data.labelled_texts import (
+    LABELLED_SOURCES,
+    SAEBENCH_PROBING_SETS,
+    LocalCopies,
+    labelled_texts,
+)
 from msae_plugin.evaluation.outcomes import (
     ModelContext,
     Reporter,
     ScoreResult,
+    definitions,
     require_real,
 )
 from msae_plugin.evaluation.saebench.each_sae import evaluate_each, reported_counts, write_result

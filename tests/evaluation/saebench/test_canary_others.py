@@ -19,7 +19,7 @@ from sae_bench.evals.scr_and_tpp import main as scr_and_tpp_main
 from sae_bench.sae_bench_utils import dataset_utils, general_utils
 from sae_probes.run_baselines import METHODS
 
-from msae_plugin.evaluation.preflight_checks import RAVEL_ARCHITECTURES, RAVEL_DATASET, RAVEL_FILES
+from msae_plugin.evaluation.preflight import RAVEL_ARCHITECTURES, RAVEL_DATASET, RAVEL_FILES
 from msae_plugin.evaluation.protocols import SCHEMAS, config_class
 from msae_plugin.evaluation.saebench.passthrough import METRICS, RELIABILITY
 

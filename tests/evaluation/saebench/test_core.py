@@ -18,9 +18,9 @@ from tolerance import rounding_tolerance
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.protocols import check_settings
-from msae_plugin.evaluation.saebench.core import model_side
-from msae_plugin.evaluation.saebench.core.adapter import run_core
-from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide, core_tokens
+from msae_plugin.evaluation.saebench import model_side
+from msae_plugin.evaluation.saebench.core import run_core
+from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import EvaluatedSAE
 

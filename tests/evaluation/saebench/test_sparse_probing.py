@@ -19,8 +19,7 @@ from sae_bench.sae_bench_utils import activation_collection, dataset_info, datas
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
-from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
-from msae_plugin.data.local_datasets import LocalCopies
+from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource, LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced

@@ -20,13 +20,13 @@ from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report
-from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
-from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
-from msae_plugin.evaluation.saebench.unlearning.model import (
+from msae_plugin.evaluation.saebench.instruct_model import (
     LetterAnswers,
     chat_format,
     letter_tokens,
 )
+from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
+from msae_plugin.evaluation.saebench.unlearning import run_unlearning
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 

@@ -12,6 +12,7 @@ code into a keyed folder, and copied from there into the artifacts of each SAE.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,6 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import kept_folder
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
-from msae_plugin.evaluation.saebench.unlearning.data import Corpus, Questions
 
 LETTERS = "ABCD"
 _PLACE = "THE-QUESTION-GOES-HERE"
@@ -241,6 +241,44 @@ _DATA = "data"
 _VERSIONS = ("sae-bench", "transformer-lens", "torch", "transformers", "tokenizers")
 # It orders the ids in SAEBench's train and test files, which nothing reads: not the run's seed.
 _SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Multiple-choice questions under one of SAEBench's names.
+
+    Args:
+        name: SAEBench's name.
+        source: Where they are from: a path or a hub name.
+        rows: `question`, `choices` (4 texts) and `answer` (0 to 3) of each.
+    """
+
+    name: str
+    source: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the rows as JSON: of what is asked, whatever file it came in."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents.
+
+    Args:
+        source: Where they are from: a path or a hub name.
+        documents: Their text.
+    """
+
+    source: str
+    documents: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the documents as JSON."""
+        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
