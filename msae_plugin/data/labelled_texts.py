@@ -37,23 +37,16 @@ from msae_plugin.models.packaged import PACKAGED_PREFIX
 
 @dataclass(frozen=True)
 class HubDataset:
-    """The parts of a dataset on the hub that SAEBench's loader reads.
-
-    Attributes:
-        columns: The columns that it reads.
-        splits: The splits that it reads.
-        configurations: The named configurations that it reads; none where it asks for no name.
-        streamed: Whether it streams, which needs the hub although the dataset was loaded before.
-        language_column: The column that the argument `languages` selects rows by.
-        classes: Classes of a probing set made of it.
-    """
+    """The parts of a dataset on the hub that SAEBench's loader reads."""
 
     columns: tuple[str, ...]
     splits: tuple[str, ...] = ("train", "test")
+    # The named configurations that it reads; none where it asks for no name.
     configurations: tuple[str, ...] = ()
+    # Whether it streams, which needs the hub although the dataset was loaded before.
     streamed: bool = False
-    language_column: str | None = None
-    classes: int = 5
+    language_column: str | None = None  # the column that the argument `languages` selects rows by
+    classes: int = 5  # classes of a probing set made of it
 
 
 HUB_DATASETS = {
@@ -250,37 +243,23 @@ _CODE = {"C": "158_code_C", "Python": "159_code_Python", "HTML": "160_code_HTML"
 
 @dataclass(frozen=True)
 class LabelledSource:
-    """A labelled set inside an installed package.
+    """A labelled set inside an installed package."""
 
-    Attributes:
-        package: The import package; it is found, never imported.
-        distribution: The package to install.
-        pip_arguments: What to pass to `pip install`.
-        classes: Its classes.
-        read: Gives the texts of every class from the package's folder.
-        training_text: Whether the texts are also what a run may train on.
-    """
-
-    package: str
+    package: str  # the import package; it is found, never imported
     distribution: str
     pip_arguments: str
     classes: tuple[str, ...]
+    # Gives the texts of every class from the package's folder.
     read: Callable[[Path], Mapping[str, Iterable[str]]]
-    training_text: bool = False
+    training_text: bool = False  # whether the texts are also what a run may train on
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts to train probes on and to test them on.
-
-    Attributes:
-        train: Texts by class.
-        test: Other texts by class.
-        facts: What a reader must know about them.
-    """
+    """Texts to train probes on and to test them on."""
 
     train: dict[str, list[str]]
-    test: dict[str, list[str]]
+    test: dict[str, list[str]]  # other texts by class
     facts: dict[str, str]
 
 
@@ -306,9 +285,6 @@ def all_texts(name: str) -> dict[str, list[str]]:
     """All texts of a labelled set by class, those with the smallest hashes first.
 
     A text that is there twice is taken once, and not at all where its labels disagree.
-
-    Raises:
-        InputError: There is no such set, its package is not installed, or holds something else.
     """
     source = labelled_source(name)
     folder = package_folder(source.package)

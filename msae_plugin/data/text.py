@@ -92,25 +92,16 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """Text files of one format.
+    """Text files of one format."""
 
-    Attributes:
-        name: What to call it in messages.
-        paths: The files.
-        column: The column to read.
-        tokenised: Whether it holds token ids.
-        small: Whether reading all of it takes seconds.
-        where: Take only rows whose column, the first, has this value, the second.
-        html_breaks: Whether `<br />` stands for white space.
-    """
-
-    name: str
+    name: str  # what to call it in messages
     paths: tuple[Path, ...]
     column: str
-    tokenised: bool
-    small: bool
+    tokenised: bool  # whether it holds token ids
+    small: bool  # whether reading all of it takes seconds
+    # Take only rows whose column, the first, has this value, the second.
     where: tuple[str, str] | None = None
-    html_breaks: bool = False
+    html_breaks: bool = False  # whether `<br />` stands for white space
 
     def documents(self, seed: int = 0) -> Iterator[Document]:
         """Read the files one after the other, in an order that the seed decides."""
@@ -126,25 +117,15 @@ class FileCorpus:
 
 @dataclass(frozen=True)
 class DatasetCorpus:
-    """A dataset of the `datasets` library: a folder of `save_to_disk`, or one on the hub.
+    """A dataset of the `datasets` library: a folder of `save_to_disk`, or one on the hub."""
 
-    Attributes:
-        name: What to call it in messages.
-        split: The split to read.
-        column: The column to read.
-        tokenised: Whether it holds token ids.
-        small: Whether reading all of it takes seconds.
-        folder: The folder of `save_to_disk`; None for the hub.
-        config: The configuration of a hub dataset.
-    """
-
-    name: str
+    name: str  # what to call it in messages
     split: str
     column: str
-    tokenised: bool
-    small: bool
-    folder: Path | None = None
-    config: str | None = None
+    tokenised: bool  # whether it holds token ids
+    small: bool  # whether reading all of it takes seconds
+    folder: Path | None = None  # the folder of `save_to_disk`; None for the hub
+    config: str | None = None  # the configuration of a hub dataset
 
     def documents(self, seed: int = 0) -> Iterator[Document]:  # noqa: ARG002 - one order only
         """Read the dataset in its own order."""
@@ -162,28 +143,16 @@ class DatasetCorpus:
 
 @dataclass(frozen=True)
 class KnownTokens:
-    """A tokenised corpus whose ids are checked against a vocabulary as they are read.
-
-    Attributes:
-        corpus: The corpus.
-        vocabulary: Number of tokens that the model knows.
-        name: The corpus's.
-        small: The corpus's.
-        tokenised: It is.
-    """
+    """A tokenised corpus whose ids are checked against a vocabulary as they are read."""
 
     corpus: Corpus
-    vocabulary: int
+    vocabulary: int  # number of tokens that the model knows
     name: str
     small: bool
     tokenised: bool = True
 
     def documents(self, seed: int = 0) -> Iterator[Document]:
-        """Read the corpus.
-
-        Raises:
-            InputError: An id is none of the vocabulary's.
-        """
+        """Read the corpus."""
         for number, document in enumerate(self.corpus.documents(seed), start=1):
             for token in () if isinstance(document, str) else (min(document), max(document)):
                 if not 0 <= int(token) < self.vocabulary:
@@ -197,20 +166,13 @@ class KnownTokens:
 
 @dataclass(frozen=True)
 class PackagedText:
-    """A file of text inside an installed package.
+    """A file of text inside an installed package."""
 
-    Attributes:
-        package: The import package.
-        file: The file inside it.
-        pip_arguments: What to pass to `pip install`.
-        column: The column with the text.
-        where: Take only rows whose column, the first, has this value, the second.
-    """
-
-    package: str
+    package: str  # the import package
     file: str
     pip_arguments: str
     column: str
+    # Take only rows whose column, the first, has this value, the second.
     where: tuple[str, str] | None
 
 
@@ -271,17 +233,7 @@ def _first(rows: Dataset | IterableDataset) -> Callable[[], Mapping[str, Any]]:
 def choose_column(
     columns: list[str], wanted: str | None, place: str, first: Callable[[], Mapping[str, Any]]
 ) -> tuple[str, bool]:
-    """The column to read, and whether it holds token ids.
-
-    Args:
-        columns: All columns.
-        wanted: The one that the user names.
-        place: Of the columns, for messages.
-        first: Reads the first row, which shows what can be used.
-
-    Raises:
-        InputError: If the column is not there.
-    """
+    """The column to read, and whether it holds token ids."""
     candidates = (_TEXT_COLUMN, *_TOKEN_COLUMNS) if wanted is None else (wanted,)
     for candidate in candidates:
         if candidate in columns:
@@ -364,14 +316,10 @@ class ShuffleBuffer:
 
     Corpora sorted by label or source are common (the packaged reviews are), and SAELens mixes
     activations over a few thousand tokens only. Whatever fits is shuffled completely.
-
-    Attributes:
-        characters: Most characters held; a token counts as `CHARACTERS_PER_TOKEN`.
-        documents: Most documents held.
     """
 
-    characters: int = 64_000_000
-    documents: int = 100_000
+    characters: int = 64_000_000  # most characters held; a token counts as `CHARACTERS_PER_TOKEN`
+    documents: int = 100_000  # most documents held
 
 
 @dataclass(frozen=True)
@@ -503,9 +451,6 @@ def choose_heldout(
     Returns:
         The chosen documents, by rising hash; the largest hash among them (-1 for none), which is
         the threshold of the split; and the number of documents read.
-
-    Raises:
-        InputError: If there is no document, or too few to hold one out.
     """
     # A heap of negated hashes: the largest of those kept is on top, to be displaced. One more than
     # wanted is kept: it shows that there is a document left to train on.

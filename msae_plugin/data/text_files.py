@@ -73,9 +73,6 @@ def find_text_files(folder: Path, split: str) -> list[Path]:
 
     Where the names of files tell splits (`train-00000.parquet`, `test/part.jsonl`), only those of
     the wanted split are taken. Where several formats are present, the one with most bytes is.
-
-    Raises:
-        InputError: If there is no readable file, or none of this split.
     """
     by_format: dict[str, list[Path]] = {}
     for parent, folders, files in os.walk(folder):
@@ -108,20 +105,12 @@ def is_plain_text(path: Path) -> bool:
 
 
 def first_row(path: Path) -> dict[str, Any]:
-    """The first row of a file, value by column; empty where there is none.
-
-    Raises:
-        InputError: If the file cannot be read.
-    """
+    """The first row of a file, value by column; empty where there is none."""
     return next(read_rows(path), (0, dict[str, Any]()))[1]
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a file, from its first row or header; none where it is empty.
-
-    Raises:
-        InputError: If the file cannot be read.
-    """
+    """The columns of a file, from its first row or header; none where it is empty."""
     kind = _format(path)
     if kind == "text":
         return ["text"] if next(_paragraphs(path), None) is not None else []
@@ -219,11 +208,7 @@ def saved_dataset(folder: Path, split: str) -> Dataset:
 
 
 def as_document(value: object, place: str) -> str | list[int] | None:
-    """A cell as a document: text, token ids, or None where it is empty.
-
-    Raises:
-        InputError: If it holds anything else.
-    """
+    """A cell as a document: text, token ids, or None where it is empty."""
     if value is None:
         return None
     if isinstance(value, str):

@@ -29,20 +29,12 @@ OVERSAMPLING = 2
 
 @dataclass(frozen=True)
 class TokenContext:
-    """One activating token with the words around it, cut at the document's ends.
-
-    Args:
-        before: Text in front of the token.
-        token: The token's own text.
-        after: Text behind it.
-        activation: The latent's value on the token.
-        document: Index of the text.
-    """
+    """One activating token with the words around it, cut at the document's ends."""
 
     before: str
     token: str
     after: str
-    activation: float
+    activation: float  # the latent's value on the token
     document: int
 
 

@@ -129,22 +129,17 @@ class ModelContext:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """The result of one evaluation of one SAE with one seed.
+    """The result of one evaluation of one SAE with one seed."""
 
-    Args:
-        status: `measured`; `failed` (an error); `skipped` (something is missing and the user asked
-            to skip); `not_measurable` (everything worked, but there is nothing to measure).
-        metrics: Value by metric name, empty unless measured.
-        file: SAEBench's own JSON.
-        reason: One line, for everything but `measured`.
-        facts: What the number depends on and a reader must know. `text` is a hash of the text:
-            seeds with the same one are not independent.
-    """
-
+    # `measured`; `failed` (an error); `skipped` (something is missing and the user asked to skip);
+    # `not_measurable` (everything worked, but there is nothing to measure).
     status: Status
+    # Value by metric name, empty unless measured.
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    file: Path | None = None
+    file: Path | None = None  # SAEBench's own JSON
     reason: str | None = None
+    # What the number depends on and a reader must know. `text` is a hash of the text: seeds with
+    # the same one are not independent.
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
 
 

@@ -202,11 +202,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(path: Path | str) -> Path:
-    """The file that a path or a bare name stands for; what exists on the disk comes first.
-
-    Raises:
-        InputError: There is no such file.
-    """
+    """The file that a path or a bare name stands for; what exists on the disk comes first."""
     file = Path(path).expanduser()
     if file.is_file():
         return file

@@ -37,19 +37,13 @@ _TOKENS = "tokenizer.ggml.tokens"
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """The contents of a GGUF file, its header parsed.
-
-    Attributes:
-        contents: All bytes of the file.
-        metadata: Value by key; arrays are lists.
-        spans: Where each entry of the metadata lies in the file, by key: start and end.
-        tensor_table_end: End of the tensors' names and shapes, which follow the metadata.
-    """
+    """The contents of a GGUF file, its header parsed."""
 
     contents: bytes
-    metadata: dict[str, Any]
+    metadata: dict[str, Any]  # value by key; arrays are lists
+    # Where each entry of the metadata lies in the file, by key: start and end.
     spans: dict[str, tuple[int, int]]
-    tensor_table_end: int
+    tensor_table_end: int  # end of the tensors' names and shapes, which follow the metadata
 
     def without_vocabulary(self) -> bytes:
         """The same file with the length of the vocabulary in place of the vocabulary itself."""
@@ -82,14 +76,7 @@ class GGUFFile:
 
 
 def parse_gguf(contents: bytes) -> GGUFFile:
-    """Parse the header of a GGUF file.
-
-    Args:
-        contents: All bytes of the file.
-
-    Raises:
-        ValueError: If it is not a GGUF file of version 2 or 3, or is cut off inside the header.
-    """
+    """Parse the header of a GGUF file."""
     try:
         return _parse(contents)
     except struct.error as error:
@@ -173,11 +160,7 @@ _SPECIAL_TOKENS = {
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Build the tokenizer of a GGUF file.
-
-    Raises:
-        ValueError: If it is neither Gemma's SentencePiece nor byte-level BPE.
-    """
+    """Build the tokenizer of a GGUF file."""
     kind = metadata["tokenizer.ggml.model"]
     architecture = metadata["general.architecture"]
     if kind == "llama" and architecture in ("gemma", "gemma2", "gemma3"):

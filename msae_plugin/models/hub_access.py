@@ -43,7 +43,7 @@ HUB_TIMEOUT_SECONDS = 5.0
 # What a connection failed with, inside `hub_asked_once`; None outside.
 _failures: ContextVar[list[Exception] | None] = ContextVar("failures", default=None)
 
-_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -140,9 +140,6 @@ def model_folder(name: str) -> Path:
     """A local folder with the config, tokenizer and weights of a hub model.
 
     A complete snapshot in the local cache is used as it is, without asking the hub.
-
-    Raises:
-        InputError: If the model is not cached and cannot be fetched.
     """
     cached = _cached_snapshot(name)
     if cached is not None and has_all_weights(cached):
@@ -150,10 +147,10 @@ def model_folder(name: str) -> Path:
     require_repository(name, "model")
     logger.info("downloading %s from the Hugging Face Hub", name)
     with _hub_errors_explained(name):
-        folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "*.safetensors"]))
         if not has_all_weights(folder):
             # Older repositories hold pickled weights alone; both kinds would be twice the size.
-            folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "*.bin"]))
         return folder
 
 

@@ -55,17 +55,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's name, resolved.
+    """A model's name, resolved."""
 
-    Attributes:
-        folder: Folder with config, tokenizer and weights.
-        hub_name: Its name on the hub, where it is known.
-        recorded_name: What the metadata of an SAE records: the hub name, else the folder.
-    """
-
-    folder: Path
-    hub_name: str | None
-    recorded_name: str
+    folder: Path  # folder with config, tokenizer and weights
+    hub_name: str | None  # its name on the hub, where it is known
+    recorded_name: str  # what the metadata of an SAE records: the hub name, else the folder
 
 
 def resolve_model(name: str, report: Callable[[str], object] = logger.info) -> ModelSource:

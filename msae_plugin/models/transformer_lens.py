@@ -244,12 +244,7 @@ def hooked_transformer(
     device: str,
     options: Mapping[str, Any],
 ) -> HookedTransformer:
-    """Convert a loaded Hugging Face model, without weight processing, in its own dtype.
-
-    Raises:
-        InputError: If the conversion fails, or the converted model's logits are not those of the
-            Hugging Face model.
-    """
+    """Convert a loaded Hugging Face model, without weight processing, in its own dtype."""
     printed = io.StringIO()
     with (
         _config_by_name(folder, hf_model.config, name) as lookup,

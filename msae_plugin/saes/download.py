@@ -28,17 +28,11 @@ _FORM = re.compile(r"(?P<repo>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>[^:\s]+))?(?:
 
 @dataclass(frozen=True)
 class HubReference:
-    """A repository, or a folder in it.
+    """A repository, or a folder in it."""
 
-    Args:
-        repo: `user/name`.
-        folder: Path inside the repository; None for all of it.
-        revision: Branch, tag or commit; None for the main branch.
-    """
-
-    repo: str
-    folder: str | None = None
-    revision: str | None = None
+    repo: str  # `user/name`
+    folder: str | None = None  # path inside the repository; None for all of it
+    revision: str | None = None  # branch, tag or commit; None for the main branch
 
     def __str__(self) -> str:
         revision = "" if self.revision is None else f"@{self.revision}"
@@ -51,11 +45,7 @@ def is_reference(text: str) -> bool:
 
 
 def parse_reference(text: str) -> HubReference:
-    """Read a reference.
-
-    Raises:
-        InputError: It has another form, or a name that the Hub does not allow.
-    """
+    """Read a reference."""
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise InputError(

@@ -150,11 +150,7 @@ def read_folder(folder: Path) -> RunInfo | dict[str, CheckpointInfo]:
 
 
 def read_checkpoint(folder: Path) -> CheckpointInfo:
-    """Describe one SAE from its config and the header of its weights, without loading them.
-
-    Raises:
-        InputError: A file cannot be read or lacks what SAELens needs.
-    """
+    """Describe one SAE from its config and the header of its weights, without loading them."""
     config = read_json_object(folder / SAE_CFG_FILENAME)
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
@@ -250,21 +246,13 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class HubSource:
-    """An SAE that SAELens fetches.
+    """An SAE that SAELens fetches."""
 
-    Args:
-        release: What SAELens calls the release; the repository where it is not registered.
-        sae_id: Its id in the release; the folder in the repository.
-        repository: Where the files are.
-        path: Folder (or, for some releases, file) in the repository.
-        registered: Whether SAELens' registry has it; its files may then have any layout.
-    """
-
-    release: str
-    sae_id: str
+    release: str  # what SAELens calls the release; the repository where it is not registered
+    sae_id: str  # its id in the release; the folder in the repository
     repository: str
-    path: str
-    registered: bool
+    path: str  # folder (or, for some releases, file) in the repository
+    registered: bool  # whether SAELens' registry has it; its files may then have any layout
 
 
 @dataclass(frozen=True)
@@ -283,11 +271,7 @@ class LocatedSAE:
 
 
 def locate(reference: str) -> list[LocatedSAE]:
-    """Find the SAEs behind a reference; several for a run of several, or a folder of folders.
-
-    Raises:
-        InputError: There is none, or what is there cannot be evaluated.
-    """
+    """Find the SAEs behind a reference; several for a run of several, or a folder of folders."""
     path = Path(reference).expanduser()
     if path.exists():
         return [

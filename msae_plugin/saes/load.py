@@ -343,9 +343,6 @@ def fold_decoder_norms(sae: SAE[Any], name: str) -> None:
     """Give the decoder rows unit norm and let the encoder make up for it, in place.
 
     A row of zeros stays one: its latent contributes nothing.
-
-    Raises:
-        InputError: The architecture cannot be folded and its rows have other norms.
     """
     try:
         sae.fold_W_dec_norm()

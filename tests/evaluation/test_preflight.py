@@ -294,7 +294,9 @@ def test_unlearning_checks_its_own_model_and_its_tokenizer(
 ) -> None:
     asked: list[Any] = []
     module = SimpleNamespace(
-        missing_for_unlearning=lambda settings, folder: asked.append((settings, folder)) or []
+        missing_for_unlearning=lambda settings, tokenizer_folder: (
+            asked.append((settings, tokenizer_folder)) or []
+        )
     )
     monkeypatch.setattr(
         preflight_module,

@@ -1,22 +1,24 @@
 """SAEBench's core evaluation of many SAEs over one pass of the language model.
 
 `sae_bench.evals.core.main.run_evals` runs unchanged, once per SAE; what it is given are the tokens
-and activations from disk (`core_model_side`) and, in place of `get_recons_loss`, that function's
-results (`core_reconstruction`). Numbers that SAEBench gets wrong stand beside a right one under a
-name of its own: explained variance by the streaming definition, KL from float32 log-probabilities,
-the mean squared error per token.
+and activations from disk (`model_side`) and, in place of `get_recons_loss`, that function's
+results. That function runs the model three times per batch and SAE: unchanged, with zeros, with the
+SAE. Only the third depends on the SAE, and of it only the layers after the hook. The formulas are
+SAEBench's; `tests/evaluation/saebench/test_core.py` compares the numbers with its own.
+
+Numbers that SAEBench gets wrong stand beside a right one under a name of its own: explained
+variance by the streaming definition, KL from float32 log-probabilities, the mean squared error per
+token.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from sae_bench.evals.core import main as core_main
-from sae_bench.evals.core.eval_config import CoreEvalConfig
 from sae_bench.sae_bench_utils import (
     general_utils,
     get_eval_uuid,
@@ -25,70 +27,32 @@ from sae_bench.sae_bench_utils import (
 )
 from sae_lens import SAE
 from sae_lens.evals import ExplainedVarianceCalculator
+from typing_extensions import override
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_written_atomically
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
-    ModelContext,
     Reporter,
     ScoreResult,
-    definitions,
     failure,
     require_real,
     result_file,
 )
-from msae_plugin.evaluation.saebench.each_sae import evaluate_each
+from msae_plugin.evaluation.saebench.adapter import Adapter
 from msae_plugin.evaluation.saebench.model_side import (
     CoreModelSide,
     Predictions,
     core_tokens,
     ignored_tokens,
 )
-from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
+from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import EvaluatedSAE
 
 logger = logging.getLogger(__name__)
 
-HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
-
-
-def has_heads(hook_name: str) -> bool:
-    """Whether the hook gives (batch, seq, heads, d_head)."""
-    return any(part in hook_name for part in HEAD_HOOKS)
-
-
-def sae_input(activations: torch.Tensor, hook_name: str, head: int | None) -> torch.Tensor:
-    """The SAE's input from a hook's activations, (batch, seq, d_in), as in SAEBench."""
-    if head is not None:
-        return activations[:, :, head]
-    return activations.flatten(-2, -1) if has_heads(hook_name) else activations
-
-
-def written_back(
-    activations: torch.Tensor,
-    reconstruction: torch.Tensor,
-    keep: torch.Tensor,
-    hook_name: str,
-    head: int | None,
-) -> torch.Tensor:
-    """The hook's activations with the SAE's reconstruction in them.
-
-    Args:
-        activations: What the hook gave.
-        reconstruction: (batch, seq, d_in).
-        keep: (batch, seq) bool, positions where the reconstruction is written.
-        hook_name: The hook.
-        head: A single head, or None.
-    """
-    if head is not None:
-        written = activations.clone()
-        written[:, :, head] = torch.where(keep[..., None], reconstruction, activations[:, :, head])
-        return written
-    if has_heads(hook_name):
-        shaped = reconstruction.reshape(activations.shape)
-        return torch.where(keep[..., None, None], shaped, activations)
-    return torch.where(keep[..., None], reconstruction, activations)
+# Their activations are (batch, seq, heads, d_head).
+_HEAD_HOOKS = ("hook_q", "hook_k", "hook_v", "hook_z")
 
 
 def not_special(tokens: torch.Tensor, ignored: set[int]) -> torch.Tensor:
@@ -141,10 +105,21 @@ def measure_reconstruction(
 def _reconstructed(
     sae: SAE[Any], activations: torch.Tensor, keep: torch.Tensor, hook_name: str
 ) -> torch.Tensor:
+    """The hook's activations with the SAE's reconstruction at the positions `keep`, (batch, seq).
+
+    As in SAEBench an SAE reads one head, or all of them as one vector.
+    """
     head: int | None = sae.cfg.metadata.hook_head_index
-    read = sae_input(activations, hook_name, head).to(sae.device)
-    reconstruction = sae.decode(sae.encode(read)).to(activations)
-    return written_back(activations, reconstruction, keep, hook_name, head)
+    several = head is None and any(part in hook_name for part in _HEAD_HOOKS)
+    read = activations if head is None else activations[:, :, head]
+    sae_in = read.flatten(-2, -1) if several else read
+    sae_out = sae.decode(sae.encode(sae_in.to(sae.device))).to(activations).reshape(read.shape)
+    written = torch.where(keep[..., None, None] if several else keep[..., None], sae_out, read)
+    if head is None:
+        return written
+    whole = activations.clone()
+    whole[:, :, head] = written
+    return whole
 
 
 def _metrics(
@@ -161,24 +136,6 @@ def _metrics(
     }
 
 
-def masked_mean(
-    per_batch: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor], ignored: set[int]
-) -> float:
-    """Mean over the positions whose token is not special, of all batches together.
-
-    Args:
-        per_batch: (prompts, context) per batch.
-        tokens: The tokens, of the same shape.
-        ignored: Special tokens.
-    """
-    kept = [
-        values.double()[not_special(batch, ignored)]
-        for values, batch in zip(per_batch, tokens, strict=True)
-    ]
-    return float(torch.cat(kept).mean())
-
-
-OWN_SETTINGS = ("heldout_documents", "trust_remote_code")
 # Without these two SAEBench 0.6 cannot write its results: fields that they fill are required ("7
 # validation errors for MiscMetrics").
 FEATUREWISE = {
@@ -195,145 +152,111 @@ COMPUTED = {
 }
 
 
-def run_core(
-    context: ModelContext,
-    settings: Mapping[str, Any],
-    saes: Sequence[EvaluatedSAE],
-    seed: int,
-    output: Path,
-    report: Reporter,
-) -> dict[str, ScoreResult]:
-    """Evaluate SAEs with SAEBench's core evaluation.
+class Core(Adapter):
+    """Reconstruction over batches for all SAEs of a hook, then SAEBench's function SAE by SAE."""
 
-    Returns:
-        An outcome per SAE.
+    @override
+    def prepare(self) -> dict[str, ScoreResult]:
+        for name in FEATUREWISE:
+            if self.settings.get(name) is False:
+                raise InputError(f"core.{name}: SAEBench cannot write its results without it")
+        self._config = self.config(**COMPUTED, **FEATUREWISE)
+        self._ignored = ignored_tokens(self.context.language_model.tokenizer)
+        self._sides: dict[str, CoreModelSide] = {}
+        self._reconstruction: dict[str, list[dict[str, torch.Tensor]]] = {}
+        # SAEs that share hook and token settings share the model's side.
+        groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
+        for evaluated in self.saes:
+            metadata = evaluated.sae.cfg.metadata
+            key = (evaluated.hook_name, metadata.prepend_bos, str(metadata.seqpos_slice))
+            groups.setdefault(key, []).append(evaluated)
+        outcomes: dict[str, ScoreResult] = {}
+        refusals: list[InputError] = []
+        for group in groups.values():
+            try:
+                outcomes |= self._prepare_group(group)
+            # Whatever one hook raises is the outcome of its SAEs: the other hooks go on.
+            except Exception as error:
+                logger.info("core: hook %s failed", group[0].hook_name, exc_info=True)
+                outcomes |= {evaluated.name: failure(error) for evaluated in group}
+                refusals += [error] if isinstance(error, InputError) else []
+        if len(refusals) == len(groups):
+            raise refusals[0]  # the text's fault or a setting's
+        return outcomes
 
-    Raises:
-        InputError: The text cannot be had or is too short, or a setting cannot work.
-    """
-    for name in FEATUREWISE:
-        if settings.get(name) is False:
-            raise InputError(f"core.{name}: SAEBench cannot write its results without it")
-    given: dict[str, Any] = {k: v for k, v in settings.items() if k not in OWN_SETTINGS}
-    given |= {**COMPUTED, **FEATUREWISE, "model_name": context.name, "llm_dtype": context.dtype}
-    config = CoreEvalConfig(**given)
-    filled = {**vars(config), **settings}
-    outcomes: dict[str, ScoreResult] = {}
-    refusals: list[InputError] = []
-    groups = _groups(saes)
-    for group in groups:
-        try:
-            outcomes |= _run_group(context, config, filled, group, seed, output, report)
-        # Whatever one hook raises is the outcome of its SAEs: the other hooks go on.
-        except Exception as error:
-            logger.info("core: hook %s failed", group[0].hook_name, exc_info=True)
-            outcomes |= {evaluated.name: failure(error) for evaluated in group}
-            refusals += [error] if isinstance(error, InputError) else []
-    if len(refusals) == len(groups):
-        raise refusals[0]  # the text's fault or a setting's
-    return outcomes
-
-
-def _groups(saes: Sequence[EvaluatedSAE]) -> list[list[EvaluatedSAE]]:
-    """SAEs that share hook and token settings, hence the model's side."""
-    groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
-    for evaluated in saes:
-        metadata = evaluated.sae.cfg.metadata
-        key = (evaluated.hook_name, metadata.prepend_bos, str(metadata.seqpos_slice))
-        groups.setdefault(key, []).append(evaluated)
-    return list(groups.values())
-
-
-def _run_group(
-    context: ModelContext,
-    config: CoreEvalConfig,
-    settings: Mapping[str, Any],
-    saes: Sequence[EvaluatedSAE],
-    seed: int,
-    output: Path,
-    report: Reporter,
-) -> dict[str, ScoreResult]:
-    n_batches = config.n_eval_reconstruction_batches + config.n_eval_sparsity_variance_batches
-    report("core: reading text")
-    tokens = core_tokens(context, settings, saes[0], seed, n_batches)
-    side = CoreModelSide(context, saes[0].hook_name, tokens, config.n_eval_reconstruction_batches)
-    ignored = ignored_tokens(context.language_model.tokenizer)
-    with evaluation_environment(seed):
-        side.prepare(report)
-        copies = {
-            evaluated.name: evaluated.for_saebench(context.torch_dtype, context.device)
-            for evaluated in saes
-        }
-        # SAEBench switches hook_z's reshaping off around the whole evaluation.
-        for sae in copies.values():
-            if sae.hook_z_reshaping_mode:
-                sae.turn_off_forward_pass_hook_z_reshaping()
-        reconstruction, outcomes = measure_reconstruction(
+    def _prepare_group(self, saes: Sequence[EvaluatedSAE]) -> dict[str, ScoreResult]:
+        config, n_first = self._config, self._config.n_eval_reconstruction_batches
+        self.report("core: reading text")
+        tokens = core_tokens(
+            self.context,
+            {**vars(config), **self.settings},
+            saes[0],
+            self.seed,
+            n_first + config.n_eval_sparsity_variance_batches,
+        )
+        side = CoreModelSide(self.context, saes[0].hook_name, tokens, n_first)
+        side.prepare(self.report)
+        reconstruction, failed = measure_reconstruction(
             side,
-            copies,
-            ignored,
+            {evaluated.name: self.copy_of(evaluated) for evaluated in saes},
+            self._ignored,
             exclude_special_tokens=config.exclude_special_tokens_from_reconstruction,
-            report=report,
+            report=self.report,
         )
-        output.mkdir(parents=True, exist_ok=True)
-        return outcomes | evaluate_each(
-            "core: sparsity and variance",
-            [evaluated for evaluated in saes if evaluated.name not in outcomes],
-            lambda evaluated: _evaluate(
-                config, side, evaluated, copies[evaluated.name], ignored,
-                reconstruction[evaluated.name], output,
-            ),
-            report,
-        )  # fmt: skip
+        self._sides |= dict.fromkeys(reconstruction, side)
+        self._reconstruction |= reconstruction
+        return failed
 
+    @override
+    def copy_of(self, evaluated: EvaluatedSAE, dtype: torch.dtype | None = None) -> SAE[Any]:
+        sae = super().copy_of(evaluated, dtype)
+        # SAEBench switches hook_z's reshaping off around the whole evaluation.
+        if sae.hook_z_reshaping_mode:
+            sae.turn_off_forward_pass_hook_z_reshaping()
+        return sae
 
-def _evaluate(
-    config: CoreEvalConfig,
-    side: CoreModelSide,
-    evaluated: EvaluatedSAE,
-    sae: SAE[Any],
-    ignored: set[int],
-    reconstruction: list[dict[str, torch.Tensor]],
-    output: Path,
-) -> ScoreResult:
-    general_utils.load_and_format_sae(evaluated.name, sae, side.context.device)
-    served = _Served(side)
-    observed = _Observed(sae, served, ignored)
-    with replaced(core_main, "get_recons_loss", _serve(reconstruction)):
-        metrics, features = core_main.run_evals(
-            sae=observed,  # pyright: ignore[reportArgumentType] - stands for the SAE
-            activation_store=served,  # pyright: ignore[reportArgumentType] - its tokens
-            model=served,  # pyright: ignore[reportArgumentType] - its activations
-            eval_config=config,
-            ignore_tokens=set(ignored),
-        )
-    metrics["misc_metrics"] = core_main.calculate_misc_metrics(features)
-    flat = {name: float(value) for part in metrics.values() for name, value in part.items()}
-    flat |= observed.metrics() | _float32_divergences(reconstruction, side, ignored)
-    if flat["l0"] == 0:
-        raise RunFailure(
-            f"core of {evaluated.name}: no latent is active on any token (L0 is 0): is it trained, "
-            "and is the hook the one it was trained on?"
-        )
-    require_real(flat, f"core of {evaluated.name}")
-    file = result_file(output, evaluated)
-    result: dict[str, Any] = {
-        "metrics": metrics,
-        "eval_cfg": config,
-        "sae_set": evaluated.name,
-        "sae_id": SAEBENCH_ID,
-        "feature_metrics": features,
-    }
-    with file_written_atomically(file) as temporary:
-        core_main.save_single_eval_result(
-            core_main.replace_nans_with_negative_one(result),  # of latents that never fire
-            get_eval_uuid(),
-            get_sae_lens_version(),
-            get_sae_bench_version(),
-            str(temporary),
-            sae,
-        )
-    return ScoreResult("measured", flat, file, facts={"text": str(side.key["tokens"])})
+    @override
+    def evaluate(self, evaluated: EvaluatedSAE) -> ScoreResult:
+        side, sae = self._sides[evaluated.name], self.copy_of(evaluated)
+        reconstruction = self._reconstruction[evaluated.name]
+        general_utils.load_and_format_sae(evaluated.name, sae, self.context.device)
+        served = _Served(side)
+        observed = _Observed(sae, served, self._ignored)
+        with replaced(core_main, "get_recons_loss", _serve(reconstruction)):
+            metrics, features = core_main.run_evals(
+                sae=observed,  # pyright: ignore[reportArgumentType] - stands for the SAE
+                activation_store=served,  # pyright: ignore[reportArgumentType] - its tokens
+                model=served,  # pyright: ignore[reportArgumentType] - its activations
+                eval_config=self._config,
+                ignore_tokens=set(self._ignored),
+            )
+        metrics["misc_metrics"] = core_main.calculate_misc_metrics(features)
+        flat = {name: float(value) for part in metrics.values() for name, value in part.items()}
+        flat |= observed.metrics() | _float32_divergences(reconstruction, side, self._ignored)
+        if flat["l0"] == 0:
+            raise RunFailure(
+                f"core of {evaluated.name}: no latent is active on any token (L0 is 0): is it "
+                "trained, and is the hook the one it was trained on?"
+            )
+        require_real(flat, f"core of {evaluated.name}")
+        file = result_file(self.output, evaluated)
+        result: dict[str, Any] = {
+            "metrics": metrics,
+            "eval_cfg": self._config,
+            "sae_set": evaluated.name,
+            "sae_id": SAEBENCH_ID,
+            "feature_metrics": features,
+        }
+        with file_written_atomically(file) as temporary:
+            core_main.save_single_eval_result(
+                core_main.replace_nans_with_negative_one(result),  # of latents that never fire
+                get_eval_uuid(),
+                get_sae_lens_version(),
+                get_sae_bench_version(),
+                str(temporary),
+                sae,
+            )
+        return ScoreResult("measured", flat, file, facts={"text": str(side.key["tokens"])})
 
 
 def _serve(results: Sequence[Mapping[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
@@ -350,14 +273,19 @@ def _serve(results: Sequence[Mapping[str, torch.Tensor]]) -> Callable[..., dict[
 def _float32_divergences(
     reconstruction: Sequence[Mapping[str, torch.Tensor]], side: CoreModelSide, ignored: set[int]
 ) -> dict[str, float]:
-    tokens = [side.batch(index) for index in range(len(reconstruction))]
-    found = {
-        name: masked_mean([batch[name] for batch in reconstruction], tokens, ignored)
-        for name in ("kl_div_with_sae_float32", "kl_div_with_ablation_float32")
+    """Means over all tokens that are not special, of all batches together."""
+    kept = [not_special(side.batch(index), ignored) for index in range(len(reconstruction))]
+
+    def mean(name: str) -> float:
+        values = [batch[name].double()[at] for batch, at in zip(reconstruction, kept, strict=True)]
+        return float(torch.cat(values).mean())
+
+    with_sae, ablation = mean("kl_div_with_sae_float32"), mean("kl_div_with_ablation_float32")
+    return {
+        "kl_div_with_sae_float32": with_sae,
+        "kl_div_with_ablation_float32": ablation,
+        "kl_div_score_float32": (ablation - with_sae) / ablation,
     }
-    ablation = found["kl_div_with_ablation_float32"]
-    found["kl_div_score_float32"] = (ablation - found["kl_div_with_sae_float32"]) / ablation
-    return found
 
 
 class _Served:
@@ -437,7 +365,3 @@ class _Observed:
             "squared_error_per_token": self._squared_error / self._n_tokens,
             "n_tokens": float(self._n_tokens),
         }
-
-
-DEFINITIONS = definitions("core")
-"""Every metric of `run_core`."""

@@ -42,20 +42,15 @@ _BEFORE_LETTER = "("
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A tokenizer's turns around one message of the user.
-
-    Args:
-        prefix: Text before the message.
-        suffix: Text after it, up to where the model's answer begins.
-        prepend_bos: Whether a BOS token is put before the text. It is where the template has
-            none and the tokenizer has one that is not itself a turn marker.
-        has_bos: Whether a prompt begins with BOS, from the template or prepended. SAEBench never
-            intervenes at the first position.
-    """
+    """A tokenizer's turns around one message of the user."""
 
     prefix: str
-    suffix: str
+    suffix: str  # text after it, up to where the model's answer begins
+    # Whether a BOS token is put before the text. It is where the template has none and the
+    # tokenizer has one that is not itself a turn marker.
     prepend_bos: bool
+    # Whether a prompt begins with BOS, from the template or prepended. SAEBench never intervenes at
+    # the first position.
     has_bos: bool
 
     @property
@@ -74,9 +69,6 @@ def chat_format(
 
     The template is filled with a mark in place of the question: templates trim the message, and
     SAEBench does not.
-
-    Raises:
-        InputError: The tokenizer has no chat template, or one that cannot hold a question.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -113,12 +105,6 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[in
     Looked for are the letters alone and with a space before, which is what SAEBench counts for
     Gemma, and as they are cut after the `(` that ends the prompt: some tokenizers have another
     token for the start of a text.
-
-    Returns:
-        One to three different lists of four token ids.
-
-    Raises:
-        InputError: None of the ways gives single tokens.
     """
     opening = tokenizer.encode(_BEFORE_LETTER, add_special_tokens=False)
     found: list[list[int]] = []
@@ -176,9 +162,6 @@ class LetterAnswers:
 
         Returns:
             (prompts, 4) in the model's dtype.
-
-        Raises:
-            RunFailure: A prompt does not fit into the model's context, or has more than one BOS.
         """
         del verbose
         if model is not self._model:
@@ -202,11 +185,7 @@ class LetterAnswers:
         return torch.vstack(answers)
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a prompt, with exactly one BOS at its front where the model has one.
-
-        Raises:
-            RunFailure: It does not fit into the model's context, or has a BOS elsewhere.
-        """
+        """Token ids of a prompt, with exactly one BOS at its front where the model has one."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         bos = self._tokenizer.bos_token_id
         if self._chat.prepend_bos:
@@ -245,17 +224,11 @@ _SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class Questions:
-    """Multiple-choice questions under one of SAEBench's names.
+    """Multiple-choice questions under one of SAEBench's names."""
 
-    Args:
-        name: SAEBench's name.
-        source: Where they are from: a path or a hub name.
-        rows: `question`, `choices` (4 texts) and `answer` (0 to 3) of each.
-    """
-
-    name: str
-    source: str
-    rows: list[dict[str, Any]]
+    name: str  # SAEBench's name
+    source: str  # where they are from: a path or a hub name
+    rows: list[dict[str, Any]]  # `question`, `choices` (4 texts) and `answer` (0 to 3) of each
 
     @property
     def sha256(self) -> str:
@@ -283,17 +256,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """The model's knowledge of one set of questions.
-
-    Args:
-        questions: The questions.
-        answerable: How many it answers right in all 24 orders.
-        folder: Folder with SAEBench's files on them.
-    """
+    """The model's knowledge of one set of questions."""
 
     questions: Questions
-    answerable: int
-    folder: Path
+    answerable: int  # how many it answers right in all 24 orders
+    folder: Path  # folder with SAEBench's files on them
 
     def copy_to(self, artifacts: Path) -> None:
         """Put SAEBench's files where its code looks for them."""
@@ -308,11 +275,7 @@ def find_knowledge(
     batch_size: int,
     report: Reporter,
 ) -> dict[str, Knowledge]:
-    """Ask all questions, or read what was answered before. SAEBench must be adapted already.
-
-    Returns:
-        By name, in the order of `questions`.
-    """
+    """Ask all questions, or read what was answered before. SAEBench must be adapted already."""
     found: dict[str, Knowledge] = {}
     for name, asked in questions.items():
         answers.progress = partial(report, f"unlearning: asking {name} in all orders")
@@ -478,9 +441,6 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
 
     SAEBench resets all hooks between its steps, and what it computes with them on would differ
     from what it computes after. A hook that an SAE's failed evaluation leaves is removed.
-
-    Raises:
-        InputError: The model has permanent hooks, which change what no cache key covers.
     """
     points = list(model.hook_dict.values())
     forward = [(point, handle) for point in points for handle in point.fwd_hooks]

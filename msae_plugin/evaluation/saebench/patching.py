@@ -149,11 +149,7 @@ class CheckedLatents:
         vars(sae)["encode"] = self.encode
 
     def encode(self, activations: torch.Tensor) -> torch.Tensor:
-        """(..., d_in) to (..., d_sae), dense.
-
-        Raises:
-            RunFailure: A latent is NaN or infinite.
-        """
+        """(..., d_in) to (..., d_sae), dense."""
         latents = self._encode(activations)
         if latents.is_sparse:
             latents = latents.to_dense()
@@ -172,11 +168,7 @@ class CheckedLatents:
         return latents
 
     def require_active(self) -> None:
-        """Refuse an SAE that said nothing.
-
-        Raises:
-            RunFailure: No latent was active on any token.
-        """
+        """Refuse an SAE that said nothing."""
         if not self._active:
             raise RunFailure(
                 f"SAE {self._name!r}: no latent is active on any token (L0 is 0): is it trained, "

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench import model_side
-from msae_plugin.evaluation.saebench.core import run_core
+from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import EvaluatedSAE
@@ -27,6 +28,7 @@ from msae_plugin.saes.load import EvaluatedSAE
 # Of metrics of size one, which average over tokens what is summed over the 512 tokens of the
 # vocabulary or over the model's width, which is less.
 ROUNDING = rounding_tolerance(512, 1.0)
+run_core = partial(run_evaluation, "core")
 SETTINGS: dict[str, Any] = {
     "context_size": 32,
     "batch_size_prompts": 4,
