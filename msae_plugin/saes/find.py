@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -61,11 +62,13 @@ _LETTERS = {
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
-    """One SAE on disk.
+class StoredSAE:
+    """One SAE on disk, described without loading it.
 
     Args:
-        folder: Where it is.
+        name: Of its folder, or what its run calls it.
+        root: Folder with its metrics and figures.
+        folder: Folder with its config and weights.
         kind: What it is for.
         architecture: Its registered architecture.
         trained_as: Architecture that it was trained as; None when not recorded.
@@ -76,10 +79,11 @@ class CheckpointInfo:
         dtype: Data type of the weights.
         config: Contents of cfg.json.
         mechanisms: Mechanism letter and setting of what is on; empty for other architectures.
-        exported_l0: L0 measured at export; None when not recorded.
-        export: Content of the run's `export.json`; None without it.
+        report: Contents of the run's `export.json`; None without it.
     """
 
+    name: str
+    root: Path
     folder: Path
     kind: Kind
     architecture: str
@@ -91,28 +95,42 @@ class CheckpointInfo:
     dtype: str
     config: dict[str, Any]
     mechanisms: list[str]
-    exported_l0: float | None
-    export: dict[str, Any] | None
+    report: dict[str, Any] | None
 
     @property
     def metadata(self) -> dict[str, Any]:
         """SAELens' metadata: model, hook, context size, steps and so on."""
         return cast("dict[str, Any]", self.config.get("metadata") or {})
 
+    @property
+    def l0(self) -> float | None:
+        """Active latents per token: measured at export, else what the metadata records."""
+        recorded = self.metadata.get("l0") if self.report is None else self.report["l0_exported"]
+        return None if recorded is None or self.kind == "training checkpoint" else float(recorded)
 
-@dataclass(frozen=True)
-class RunInfo:
-    """A run folder.
+    @property
+    def explained_variance(self) -> float | None:
+        """At export, else at the end of the training log; None where neither says."""
+        recorded = (self.report or {}).get("explained_variance")
+        if recorded is None and (rows := read_rows(self.root / METRICS_FILE)):
+            recorded = rows[-1].get("explained_variance")
+        return None if recorded is None else float(recorded)
 
-    Args:
-        folder: Where it is.
-        record: Content of `run.json`.
-        saes: Its exported SAEs by name, without those not exported yet.
-    """
+    @property
+    def twin(self) -> Path | None:
+        """Folder of the `jumprelu` twin, where there is one."""
+        folder = self.root / TWIN_FOLDER
+        return folder if is_checkpoint(folder) and folder != self.folder else None
 
-    folder: Path
-    record: dict[str, Any]
-    saes: dict[str, CheckpointInfo]
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of sae_weights.safetensors."""
+        return file_sha256(self.folder / SAE_WEIGHTS_FILENAME)
+
+    @cached_property
+    def twin_sha256(self) -> str | None:
+        """The same of the twin."""
+        return None if self.twin is None else file_sha256(self.twin / SAE_WEIGHTS_FILENAME)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -120,36 +138,38 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / SAE_CFG_FILENAME).is_file() and (folder / SAE_WEIGHTS_FILENAME).is_file()
 
 
-def read_folder(folder: Path) -> RunInfo | dict[str, CheckpointInfo]:
+def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSAE]]:
     """Recognise a folder.
 
     Returns:
-        The run, or the SAEs by name (by folder name).
+        The record of a run, None for other folders; and the SAEs by name, of a run those exported.
 
     Raises:
         InputError: There is no SAE in it, or a file of one cannot be read.
     """
     if not folder.is_dir():
         raise InputError(f"{str(folder)!r} is not a folder: give a run, an export or a checkpoint")
+    record = None
     if is_checkpoint(folder):
-        return {folder.name: read_checkpoint(folder)}
-    if (folder / RUN_FILE).is_file():
+        found = {folder.name: folder}
+    elif (folder / RUN_FILE).is_file():
         record = read_run_record(folder)
         if record is None:
             raise InputError(f"{str(folder / RUN_FILE)!r} cannot be read: it is not JSON")
         found = {name: root / SAE_FOLDER for name, root in sae_roots(folder, record).items()}
-        exported = {n: read_checkpoint(path) for n, path in found.items() if is_checkpoint(path)}
-        return RunInfo(folder, record, exported)
-    inside = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
-    if not inside:
-        raise InputError(
-            f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME} "
-            f"in it or in its sub-folders, or {RUN_FILE} of a run"
-        )
-    return {name: read_checkpoint(path) for name, path in inside.items()}
+    else:
+        found = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
+        if not found:
+            raise InputError(
+                f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and "
+                f"{SAE_WEIGHTS_FILENAME} in it or in its sub-folders, or {RUN_FILE} of a run"
+            )
+    return record, {
+        name: read_checkpoint(path) for name, path in found.items() if is_checkpoint(path)
+    }
 
 
-def read_checkpoint(folder: Path) -> CheckpointInfo:
+def read_checkpoint(folder: Path) -> StoredSAE:
     """Describe one SAE from its config and the header of its weights, without loading them."""
     config = read_json_object(folder / SAE_CFG_FILENAME)
     for key in ("architecture", "d_in", "d_sae"):
@@ -175,11 +195,11 @@ def read_checkpoint(folder: Path) -> CheckpointInfo:
         kind = "training checkpoint"
     elif architecture == "jumprelu" and trained_as == ARCHITECTURE:
         kind = "jumprelu twin"
-    export = None
-    if not is_training and (folder.parent / REPORT_FILENAME).is_file():
-        export = read_json_object(folder.parent / REPORT_FILENAME)
-    recorded_l0 = metadata.get("l0") if export is None else export.get("l0_exported")
-    return CheckpointInfo(
+    report = folder.parent / REPORT_FILENAME
+    exported = report.is_file() and not is_training
+    return StoredSAE(
+        name=folder.name,
+        root=folder.parent if exported and folder.name == SAE_FOLDER else folder,
         folder=folder,
         kind=kind,
         architecture=architecture,
@@ -193,8 +213,7 @@ def read_checkpoint(folder: Path) -> CheckpointInfo:
         mechanisms=mechanisms_on({**details, **config})
         if ARCHITECTURE in (architecture, trained_as)
         else [],
-        exported_l0=None if is_training else cast("float | None", recorded_l0),
-        export=export,
+        report=read_json_object(report) if exported else None,
     )
 
 
@@ -471,51 +490,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-@dataclass(frozen=True)
-class LocalSAE:
-    """One exported SAE of a run.
-
-    Args:
-        name: Its name in the run.
-        root: Folder with its metrics and figures.
-        export: Folder with the inference export.
-        twin: Folder of the `jumprelu` twin, where there is one.
-        config: Contents of cfg.json.
-        weights_sha256: Hash of sae_weights.safetensors.
-        twin_sha256: The same of the twin.
-        report: Contents of the run's export.json, None for an export of another host.
-    """
-
-    name: str
-    root: Path
-    export: Path
-    twin: Path | None
-    config: dict[str, Any]
-    weights_sha256: str
-    twin_sha256: str | None
-    report: dict[str, Any] | None
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """SAELens' metadata: model, hook, steps and so on."""
-        return cast("dict[str, Any]", self.config.get("metadata") or {})
-
-    @property
-    def l0(self) -> float | None:
-        """Active latents per token: measured at export, else what the metadata records."""
-        recorded = self.metadata.get("l0") if self.report is None else self.report["l0_exported"]
-        return None if recorded is None else float(recorded)
-
-    @property
-    def explained_variance(self) -> float | None:
-        """At export, else at the end of the training log; None where neither says."""
-        recorded = (self.report or {}).get("explained_variance")
-        if recorded is None and (rows := read_rows(self.root / METRICS_FILE)):
-            recorded = rows[-1].get("explained_variance")
-        return None if recorded is None else float(recorded)
-
-
-def find_saes(run: Path) -> list[LocalSAE]:
+def find_saes(run: Path) -> list[StoredSAE]:
     """The SAEs that a folder holds.
 
     Raises:
@@ -552,8 +527,8 @@ def _locate(run: Path) -> list[tuple[str, Path, Path]]:
     return [(name, root, root / SAE_FOLDER) for name, root in located.items()]
 
 
-def _read(name: str, root: Path, export: Path) -> LocalSAE:
-    info = read_checkpoint(export)
+def _read(name: str, root: Path, export: Path) -> StoredSAE:
+    info = replace(read_checkpoint(export), name=name, root=root)
     if info.kind == "training checkpoint":
         raise InputError(
             f"{str(export)!r} is a training checkpoint, which nobody else can use: publish the "
@@ -569,32 +544,24 @@ def _read(name: str, root: Path, export: Path) -> LocalSAE:
     if info.metadata.get("training_steps") == 0:
         raise InputError(f"{str(export)!r} was never trained (0 steps): train it, then publish")
     _require_finite(export / SAE_WEIGHTS_FILENAME)
-    twin = root / TWIN_FOLDER
-    if not is_checkpoint(twin) or export == twin:
-        twin = None
-    else:
-        _require_finite(twin / SAE_WEIGHTS_FILENAME)
-    report = root / REPORT_FILENAME
-    return LocalSAE(
-        name=name,
-        root=root,
-        export=export,
-        twin=twin,
-        config=info.config,
-        weights_sha256=file_sha256(export / SAE_WEIGHTS_FILENAME),
-        twin_sha256=None if twin is None else file_sha256(twin / SAE_WEIGHTS_FILENAME),
-        report=read_json_object(report) if report.is_file() else None,
-    )
+    if info.twin is not None:
+        _require_finite(info.twin / SAE_WEIGHTS_FILENAME)
+    return info
+
+
+def holds_nan(name: str, tensor: torch.Tensor) -> bool:
+    """Whether weights hold NaN or infinite values; an infinite threshold switches a latent off."""
+    if not tensor.is_floating_point():
+        return False
+    usable = ~tensor.isnan() if name == "threshold" else tensor.isfinite()
+    return not bool(usable.all())
 
 
 def _require_finite(weights: Path) -> None:
     try:
         with safe_open(weights, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a dict
-                tensor = cast("torch.Tensor", tensors.get_tensor(name))
-                # An infinite threshold switches a latent off and is no fault.
-                usable = ~tensor.isnan() if name == "threshold" else tensor.isfinite()
-                if tensor.is_floating_point() and not usable.all():
+                if holds_nan(name, cast("torch.Tensor", tensors.get_tensor(name))):
                     raise InputError(
                         f"{str(weights)!r}: {name} holds NaN or infinite values: training "
                         "diverged, so there is nothing to publish; train again with a lower rate"

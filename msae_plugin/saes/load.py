@@ -37,9 +37,10 @@ from msae_plugin.models.hub_access import HubUnreachableError, hub_refusal, requ
 from msae_plugin.registration import register
 from msae_plugin.saes.export import REPORT_FILENAME
 from msae_plugin.saes.find import (
-    CheckpointInfo,
     HubSource,
     LocatedSAE,
+    StoredSAE,
+    holds_nan,
     locate,
     read_checkpoint,
     unfinished_run,
@@ -98,9 +99,9 @@ def _load_folder(found: LocatedSAE, folder: Path, device: str) -> SAE[Any]:
         return SAE.load_from_disk(folder, device=device, dtype="float32")
 
 
-def _require_inference_form(info: CheckpointInfo, where: str) -> None:
+def _require_inference_form(info: StoredSAE, where: str) -> None:
     """Some training checkpoints are inference SAEs as they stand; refuse the others."""
-    scaled = _config(info.folder).get("normalize_activations") in FOLDED_SCALINGS
+    scaled = info.config.get("normalize_activations") in FOLDED_SCALINGS
     if not scaled and _same_in_inference(info.architecture):
         return
     run = next((parent for parent in info.folder.parents if (parent / "run.json").is_file()), None)
@@ -129,7 +130,7 @@ def _same_in_inference(architecture: str) -> bool:
     )
 
 
-def _training_steps(info: CheckpointInfo) -> int | None:
+def _training_steps(info: StoredSAE) -> int | None:
     """Steps that the SAE was trained for, where any file beside it says so."""
     if info.metadata.get("training_steps") is not None:
         return int(info.metadata["training_steps"])
@@ -423,11 +424,7 @@ def _require_evaluable(sae: SAE[Any], reference: str, hook_name: str) -> None:
 
 def _require_finite(sae: SAE[Any], reference: str, problem: str) -> None:
     for name, tensor in sae.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        # An infinite threshold is how some SAEs switch a latent off.
-        bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
-        if bad.any():
+        if holds_nan(name, tensor):
             raise BrokenSAEError(f"SAE {reference!r}: {name} {problem}")
 
 
