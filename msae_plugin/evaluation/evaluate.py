@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,14 +72,8 @@ def write_outcomes(
     folder.mkdir(parents=True, exist_ok=True)
     everything = _read(folder)
     for name, outcome in outcomes.items():
-        everything[name] = {
-            "key": keys[name],
-            "status": outcome.status,
-            "reason": outcome.reason,
-            "file": None if outcome.file is None else outcome.file.name,
-            "metrics": dict(outcome.metrics),
-            "facts": dict(outcome.facts),
-        }
+        file = None if outcome.file is None else outcome.file.name
+        everything[name] = {"key": keys[name], **asdict(outcome), "file": file}
     write_json_atomic(folder / FILE, everything)
 
 
@@ -176,12 +170,9 @@ def evaluate(
                     for outcome in by_seed.values()
                     for metric in outcome.metrics
                 }
+            found |= {sae: dict.fromkeys(config.seeds, why) for sae, why in left_out.items()}
             entries += [
                 result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
-            ]
-            entries += [
-                result_entry(sae, evaluation, dict.fromkeys(config.seeds, outcome), output)
-                for sae, outcome in left_out.items()
             ]
             contents = summary(
                 model=_model_record(context, name, config),

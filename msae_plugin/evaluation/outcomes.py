@@ -21,21 +21,14 @@ from msae_plugin.saes.load import EvaluatedSAE
 
 @dataclass(frozen=True)
 class MetricDefinition:
-    """The meaning of a number of `summary.json`.
+    """The meaning of a number of `summary.json`."""
 
-    Args:
-        definition: A formula or a sentence.
-        unit: `nats per token`, `share`, `latents per token`, ...
-        tokens: Which tokens or examples it covers, and whether BOS is among them.
-        source: `saebench` (its number, under its name) or `msae` (computed here).
-        higher_is_better: None where neither is.
-    """
-
-    definition: str
-    unit: str
-    tokens: str
+    definition: str  # a formula or a sentence
+    unit: str  # `nats per token`, `share`, `latents per token`, ...
+    tokens: str  # which tokens or examples it covers, and whether BOS is among them
+    # `saebench` (its number, under its name) or `msae` (computed here).
     source: Literal["saebench", "msae"]
-    higher_is_better: bool | None = None
+    higher_is_better: bool | None = None  # None where neither is
 
 
 @cache
@@ -88,23 +81,15 @@ SAEBENCH_MARKER = -1
 
 @dataclass(frozen=True)
 class ModelContext:
-    """The language model of an evaluation, loaded once for all SAEs.
+    """The language model of an evaluation, loaded once for all SAEs."""
 
-    Args:
-        language_model: `.model` is a HookedTransformer in eval mode, already in `dtype`.
-        weights_sha256: Hash of its parameters.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: A torch device.
-        name: What SAEBench writes as `model_name`.
-        cache: Root of the model-side caches.
-    """
-
+    # `.model` is a HookedTransformer in eval mode, already in `dtype`.
     language_model: LanguageModel
-    weights_sha256: str
-    dtype: str
-    device: str
-    name: str
-    cache: Path
+    weights_sha256: str  # hash of its parameters
+    dtype: str  # `float32`, `bfloat16` or `float16`
+    device: str  # a torch device
+    name: str  # what SAEBench writes as `model_name`
+    cache: Path  # root of the model-side caches
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -186,23 +186,15 @@ def _require_intact(repo: str, state: RepositoryState, paths: list[str], folder:
 
 @dataclass(frozen=True)
 class RepositoryState:
-    """A repository at one commit.
+    """A repository at one commit."""
 
-    Args:
-        repo: `user/name`.
-        exists: Whether there is one.
-        private: Whether it is private; None where the Hub does not say.
-        head: The commit; None for a repository that does not exist.
-        has_revision: Whether the branch asked for exists; `head` is that of main otherwise.
-        files: Paths of all files at the commit.
-    """
-
-    repo: str
-    exists: bool
-    private: bool | None = None
-    head: str | None = None
+    repo: str  # `user/name`
+    exists: bool  # whether there is one
+    private: bool | None = None  # whether it is private; None where the Hub does not say
+    head: str | None = None  # the commit; None for a repository that does not exist
+    # Whether the branch asked for exists; `head` is that of main otherwise.
     has_revision: bool = False
-    files: frozenset[str] = frozenset()
+    files: frozenset[str] = frozenset()  # paths of all files at the commit
 
     def sae_folders(self) -> list[str]:
         """Folders that SAELens can load an SAE from, without twins."""

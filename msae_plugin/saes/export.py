@@ -44,27 +44,19 @@ MIN_FLIPS_ALLOWED = 2
 
 @dataclass(frozen=True)
 class Agreement:
-    """Differences between a trained SAE and an exported one on the same activations.
+    """Differences between a trained SAE and an exported one on the same activations."""
 
-    Args:
-        max_latent_difference: Largest |difference| of a latent that both have on, divided by the
-            largest latent of its token (or by the median of those, for a token with tiny latents).
-        max_reconstruction_difference: Largest |difference| of a reconstruction divided by the norm
-            of the trained one (same floor), over tokens without a flip.
-        flips: Latents on in exactly one of the two.
-        flips_allowed: How many may be on their threshold by rounding.
-        active: Latents that are on in the trained SAE, over all tokens.
-        exported_active: The same of the exported one.
-        tolerance: Bound on both differences.
-    """
-
+    # Largest |difference| of a latent that both have on, divided by the largest latent of its token
+    # (or by the median of those, for a token with tiny latents).
     max_latent_difference: float
+    # Largest |difference| of a reconstruction divided by the norm of the trained one (same floor),
+    # over tokens without a flip.
     max_reconstruction_difference: float
-    flips: int
-    flips_allowed: int
-    active: int
-    exported_active: int
-    tolerance: float
+    flips: int  # latents on in exactly one of the two
+    flips_allowed: int  # how many may be on their threshold by rounding
+    active: int  # latents that are on in the trained SAE, over all tokens
+    exported_active: int  # the same of the exported one
+    tolerance: float  # bound on both differences
 
     def failure(self) -> str | None:
         """The disagreement in words, or None."""
@@ -188,27 +180,17 @@ KEPT_ACTIVATIONS = 256
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Numbers of the export check; also in FOLDER/export.json.
+    """Numbers of the export check; also in FOLDER/export.json."""
 
-    Args:
-        agreement: Exported SAE against the trained one.
-        twin_agreement: The jumprelu twin against the trained one; None without a twin.
-        twin_obstacle: Why there is no twin; None with one.
-        l0_target: The k that was trained for; None for architectures without one.
-        l0_exported: Active latents per token of the exported SAE on the same activations.
-        explained_variance: Of the exported SAE on the same activations, SAELens' definition.
-        n_tokens: Activations compared.
-        health: In which ways the SAE failed to learn; empty for a healthy one.
-    """
-
-    agreement: Agreement
+    agreement: Agreement  # exported SAE against the trained one
+    # The jumprelu twin against the trained one; None without a twin.
     twin_agreement: Agreement | None
-    twin_obstacle: str | None
-    l0_target: float | None
-    l0_exported: float
-    explained_variance: float
-    n_tokens: int
-    health: list[HealthFinding]
+    twin_obstacle: str | None  # why there is no twin; None with one
+    l0_target: float | None  # the k that was trained for; None for architectures without one
+    l0_exported: float  # active latents per token of the exported SAE on the same activations
+    explained_variance: float  # of the exported SAE on the same activations, SAELens' definition
+    n_tokens: int  # activations compared
+    health: list[HealthFinding]  # in which ways the SAE failed to learn; empty for a healthy one
 
     @property
     def has_twin(self) -> bool:

@@ -63,39 +63,23 @@ _LETTERS = {
 
 @dataclass(frozen=True)
 class StoredSAE:
-    """One SAE on disk, described without loading it.
+    """One SAE on disk, described without loading it."""
 
-    Args:
-        name: Of its folder, or what its run calls it.
-        root: Folder with its metrics and figures.
-        folder: Folder with its config and weights.
-        kind: What it is for.
-        architecture: Its registered architecture.
-        trained_as: Architecture that it was trained as; None when not recorded.
-        d_in: Width of the activations.
-        d_sae: Number of latents.
-        parameters: Numbers in the weights file.
-        weight_bytes: Size of the tensors.
-        dtype: Data type of the weights.
-        config: Contents of cfg.json.
-        mechanisms: Mechanism letter and setting of what is on; empty for other architectures.
-        report: Contents of the run's `export.json`; None without it.
-    """
-
-    name: str
-    root: Path
-    folder: Path
-    kind: Kind
-    architecture: str
-    trained_as: str | None
-    d_in: int
-    d_sae: int
-    parameters: int
-    weight_bytes: int
-    dtype: str
-    config: dict[str, Any]
+    name: str  # of its folder, or what its run calls it
+    root: Path  # folder with its metrics and figures
+    folder: Path  # folder with its config and weights
+    kind: Kind  # what it is for
+    architecture: str  # its registered architecture
+    trained_as: str | None  # architecture that it was trained as; None when not recorded
+    d_in: int  # width of the activations
+    d_sae: int  # number of latents
+    parameters: int  # numbers in the weights file
+    weight_bytes: int  # size of the tensors
+    dtype: str  # data type of the weights
+    config: dict[str, Any]  # contents of cfg.json
+    # Mechanism letter and setting of what is on; empty for other architectures.
     mechanisms: list[str]
-    report: dict[str, Any] | None
+    report: dict[str, Any] | None  # contents of the run's `export.json`; None without it
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -276,17 +260,11 @@ class HubSource:
 
 @dataclass(frozen=True)
 class LocatedSAE:
-    """One SAE behind a reference.
+    """One SAE behind a reference."""
 
-    Args:
-        reference: What the user wrote.
-        name: A name made of its place, safe as a file name.
-        source: Its folder on this machine, or where SAELens fetches it.
-    """
-
-    reference: str
-    name: str
-    source: Path | HubSource
+    reference: str  # what the user wrote
+    name: str  # a name made of its place, safe as a file name
+    source: Path | HubSource  # its folder on this machine, or where SAELens fetches it
 
 
 def locate(reference: str) -> list[LocatedSAE]:

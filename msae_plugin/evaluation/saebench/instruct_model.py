@@ -15,24 +15,23 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.sae_bench_utils import activation_collection
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers import PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import kept_folder
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
-from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
+from msae_plugin.evaluation.saebench.patching import all_replaced, evaluation_environment
 
 LETTERS = "ABCD"
 _PLACE = "THE-QUESTION-GOES-HERE"
@@ -126,28 +125,15 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[in
     return found
 
 
+@dataclass
 class LetterAnswers:
-    """In place of SAEBench's `get_output_probs_abcd`, for any tokenizer.
+    """In place of SAEBench's `get_output_probs_abcd`, for any tokenizer."""
 
-    Args:
-        model: The model, hooks and all.
-        chat: Its turns.
-        letters: From `letter_tokens`.
-        progress: Called with the number of answered and of all batches.
-    """
-
-    def __init__(
-        self,
-        model: HookedTransformer,
-        chat: ChatFormat,
-        letters: Sequence[Sequence[int]],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        self._model = model
-        self._tokenizer: Any = model.tokenizer
-        self._chat = chat
-        self._letters = letters
-        self.progress = progress
+    model: HookedTransformer  # hooks and all
+    chat: ChatFormat
+    letters: Sequence[Sequence[int]]  # of `letter_tokens`
+    # Called with the number of answered and of all batches.
+    progress: Callable[[int, int], None] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -164,10 +150,10 @@ class LetterAnswers:
             (prompts, 4) in the model's dtype.
         """
         del verbose
-        if model is not self._model:
+        if model is not self.model:
             raise RunFailure("unlearning: SAEBench asks another model than it was given")
-        device = self._model.cfg.device
-        letters = torch.tensor(self._letters, device=device)
+        device = self.model.cfg.device
+        letters = torch.tensor(self.letters, device=device)
         answers: list[torch.Tensor] = []
         for index in range(n_batches):
             if self.progress is not None:
@@ -178,7 +164,7 @@ class LetterAnswers:
             tokens = self._padded(rows).to(device)
             last = torch.tensor([len(row) - 1 for row in rows], device=device)
             # Padded on the right whatever the tokenizer's habit: a causal model does not see it.
-            logits = self._model(tokens, return_type="logits", padding_side="right")
+            logits = self.model(tokens, return_type="logits", padding_side="right")
             chosen = logits[torch.arange(len(rows), device=device), last].softmax(-1)
             by_variant = chosen[:, letters.flatten()].reshape(-1, len(letters), len(LETTERS))
             answers.append(by_variant.max(dim=1)[0])
@@ -186,29 +172,30 @@ class LetterAnswers:
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a prompt, with exactly one BOS at its front where the model has one."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        bos = self._tokenizer.bos_token_id
-        if self._chat.prepend_bos:
+        tokenizer: Any = self.model.tokenizer
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        bos = tokenizer.bos_token_id
+        if self.chat.prepend_bos:
             ids = [bos, *ids]
-        if self._chat.has_bos and (ids[0] != bos or ids.count(bos) != 1):
+        if self.chat.has_bos and (ids[0] != bos or ids.count(bos) != 1):
             raise RunFailure(
                 f"unlearning: a prompt has {ids.count(bos)} BOS tokens where one belongs at its "
                 "front: a question contains the text of one"
             )
-        if len(ids) > self._model.cfg.n_ctx:
+        if len(ids) > self.model.cfg.n_ctx:
             raise RunFailure(
                 f"unlearning: a prompt of {len(ids)} tokens does not fit into the model's context "
-                f"of {self._model.cfg.n_ctx}: leave long questions out"
+                f"of {self.model.cfg.n_ctx}: leave long questions out"
             )
         return ids
 
     def fingerprint(self, prompts: Sequence[str]) -> str:
         """Hash of the token ids of prompts and letters: of tokenizer, turns and questions."""
-        content = repr(([self.tokens(text) for text in prompts], self._letters))
+        content = repr(([self.tokens(text) for text in prompts], self.letters))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        padding = self._tokenizer.pad_token_id
+        padding = self.model.tokenizer.pad_token_id  # pyright: ignore[reportOptionalMemberAccess]
         tokens = torch.full((len(rows), max(map(len, rows))), 0 if padding is None else padding)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
@@ -238,15 +225,10 @@ class Questions:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents.
+    """Documents."""
 
-    Args:
-        source: Where they are from: a path or a hub name.
-        documents: Their text.
-    """
-
-    source: str
-    documents: list[str]
+    source: str  # where they are from: a path or a hub name
+    documents: list[str]  # their text
 
     @property
     def sha256(self) -> str:
@@ -347,24 +329,23 @@ def adapted(
     """Let SAEBench ask this model these questions, for the time of the block."""
 
     def load_dataset_with_retries(
-        dataset_path: str, dataset_name: str, split: str, retries: int = 5, delay: int = 20
+        _path: str, dataset_name: str, *_arguments: Any, **_options: Any
     ) -> list[dict[str, Any]]:
-        del dataset_path, split, retries, delay
         return questions[dataset_name].rows
 
     def load_dataset_from_name(dataset_name: str) -> list[dict[str, Any]]:
         return questions[dataset_name].rows
 
-    with ExitStack() as stack:
-        for owner, name, value in (
+    with (
+        all_replaced(
             (metrics, "load_dataset_with_retries", load_dataset_with_retries),
             (metrics, "load_dataset_from_name", load_dataset_from_name),
             (metrics, "GEMMA_INST_FORMAT", chat.for_saebench),
             (metrics, "get_output_probs_abcd", answers),
             (model.cfg, "model_name", NAME_WITH_A_FORMAT),
-        ):
-            stack.enter_context(replaced(owner, name, value))
-        stack.enter_context(hooks_set_aside(model))
+        ),
+        hooks_set_aside(model),
+    ):
         yield
 
 
@@ -379,13 +360,8 @@ def corpora_and_sweep(
     shuffled_tokens = feature_activation.get_shuffled_forget_retain_tokens
 
     def get_forget_retain_data(
-        forget_corpora: str = "bio-forget-corpus",
-        retain_corpora: str = "wikitext",
-        min_len: int = 50,
-        max_len: int = 2000,
-        batch_size: int = 4,
+        *_names: str, min_len: int = 50, **_sizes: int
     ) -> tuple[list[str], list[str]]:
-        del forget_corpora, retain_corpora, max_len, batch_size
         return _longer(forget, min_len), _longer(retain, min_len)
 
     def get_shuffled_forget_retain_tokens(
@@ -410,18 +386,13 @@ def corpora_and_sweep(
     def silent(items: Iterable[Any], *_arguments: Any, **_options: Any) -> Iterable[Any]:
         return items
 
-    with ExitStack() as stack:
-        for owner, name, value in (
-            (feature_activation, "get_forget_retain_data", get_forget_retain_data),
-            (
-                feature_activation,
-                "get_shuffled_forget_retain_tokens",
-                get_shuffled_forget_retain_tokens,
-            ),
-            (metrics, "tqdm", sweep),
-            (activation_collection, "tqdm", silent),
-        ):
-            stack.enter_context(replaced(owner, name, value))
+    shuffled: Any = get_shuffled_forget_retain_tokens
+    with all_replaced(
+        (feature_activation, "get_forget_retain_data", get_forget_retain_data),
+        (feature_activation, "get_shuffled_forget_retain_tokens", shuffled),
+        (metrics, "tqdm", sweep),
+        (activation_collection, "tqdm", silent),
+    ):
         yield
 
 
@@ -443,9 +414,13 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
     from what it computes after. A hook that an SAE's failed evaluation leaves is removed.
     """
     points = list(model.hook_dict.values())
-    forward = [(point, handle) for point in points for handle in point.fwd_hooks]
-    backward = [(point, handle) for point in points for handle in point.bwd_hooks]
-    if any(handle.is_permanent for _, handle in forward + backward):
+    handles = [
+        (point, handle, direction)
+        for direction in ("fwd", "bwd")
+        for point in points
+        for handle in (point.fwd_hooks if direction == "fwd" else point.bwd_hooks)
+    ]
+    if any(handle.is_permanent for _, handle, _ in handles):
         raise InputError(
             "unlearning: the model has permanent hooks, with which it is another model",
             "call model.reset_hooks(including_permanent=True)",
@@ -456,14 +431,8 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
         yield
     finally:
         model.reset_hooks()
-        for point, handle in forward:
-            _put_back(point, handle, "fwd")
-        for point, handle in backward:
-            _put_back(point, handle, "bwd")
+        for point, handle, direction in handles:
+            if handle.user_hook is not None:  # TransformerLens keeps it for every `add_hook`
+                point.add_hook(handle.user_hook, dir=direction, level=handle.context_level)
         for name, context in contexts.items():
             model.hook_dict[name].ctx.update(context)
-
-
-def _put_back(point: HookPoint, handle: LensHandle, direction: Literal["fwd", "bwd"]) -> None:
-    if handle.user_hook is not None:  # TransformerLens keeps it for every hook of `add_hook`
-        point.add_hook(handle.user_hook, dir=direction, level=handle.context_level)

@@ -55,9 +55,10 @@ class Predictions:
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
         """The predictions of a batch from those of its parts, in their order."""
         return cls(
-            torch.cat([part.ce for part in parts]),
-            torch.cat([part.kl for part in parts]),
-            torch.cat([part.kl_float32 for part in parts]),
+            *(
+                torch.cat(tensors)
+                for tensors in zip(*(vars(part).values() for part in parts), strict=True)
+            )
         )
 
 

@@ -36,7 +36,12 @@ from msae_plugin.data.labelled_texts import LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, require_real, result_file
 from msae_plugin.evaluation.preflight import OPENAI_VARIABLE, RAVEL_DATASET
 from msae_plugin.evaluation.saebench.adapter import Adapter
-from msae_plugin.evaluation.saebench.patching import replaced, scratch_working_directory, seeded
+from msae_plugin.evaluation.saebench.patching import (
+    all_replaced,
+    replaced,
+    scratch_working_directory,
+    seeded,
+)
 from msae_plugin.evaluation.saebench.sae_probes import tokenizer_sha256
 from msae_plugin.models.loading import resolve_model
 from msae_plugin.saes.load import EvaluatedSAE
@@ -204,9 +209,9 @@ def _absorption_paths(probes: Path, scratch: Path) -> Generator[None, None, None
         sparse_probing_experiment_dir=scratch / "k_sparse_probing",
         experiment_dir=scratch / "feature_absorption",
     )
-    with (
-        replaced(absorption_main, "run_k_sparse_probing_experiment", k_sparse),
-        replaced(absorption_main, "run_feature_absortion_experiment", absorption),
+    with all_replaced(
+        (absorption_main, "run_k_sparse_probing_experiment", k_sparse),
+        (absorption_main, "run_feature_absortion_experiment", absorption),
     ):
         yield
 
@@ -237,10 +242,12 @@ def _ravel_names(
         return huggingface_hub.snapshot_download(local_dir=local_dir, **options)
 
     with (
-        replaced(ravel_main, "AutoModelForCausalLM", Model),
-        replaced(ravel_main, "AutoTokenizer", Tokenizer),
-        replaced(ravel_main, "LLM_NAME_MAP", {context.name: context.name}),
-        replaced(ravel_instance, "snapshot_download", snapshot_download),
+        all_replaced(
+            (ravel_main, "AutoModelForCausalLM", Model),
+            (ravel_main, "AutoTokenizer", Tokenizer),
+            (ravel_main, "LLM_NAME_MAP", {context.name: context.name}),
+            (ravel_instance, "snapshot_download", snapshot_download),
+        ),
         _ravel_completions(context, config, scratch / config.artifact_dir),
     ):
         yield

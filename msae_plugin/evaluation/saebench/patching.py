@@ -48,6 +48,15 @@ def replaced(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
 
 
 @contextmanager
+def all_replaced(*changes: tuple[Any, str, Any]) -> Generator[None, None, None]:
+    """Replace several attributes, each given as owner, name and value."""
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(replaced(*change))
+        yield
+
+
+@contextmanager
 def seeded(seed: int) -> Generator[None, None, None]:
     """Seed random, numpy and torch; afterwards their states and torch's grad mode are as before.
 

@@ -21,7 +21,7 @@ from sae_probes.run_baselines import METHODS
 
 from msae_plugin.evaluation.outcomes import reliability
 from msae_plugin.evaluation.preflight import RAVEL_ARCHITECTURES, RAVEL_DATASET, RAVEL_FILES
-from msae_plugin.evaluation.protocols import SCHEMAS, config_class, result_fields
+from msae_plugin.evaluation.protocols import SCHEMAS, config_class, reported_counts, result_fields
 
 MODULES: dict[str, Any] = {
     "absorption": absorption_main,
@@ -110,11 +110,11 @@ def test_settings_that_are_fixed_or_chosen_exist(evaluation: str) -> None:
     assert schema.choices.keys() <= names
     assert not schema.own.keys() & names
     if schema.counted is not None:
-        key, results, _ = schema.counted
-        assert key in names
-        assert hasattr(
-            importlib.import_module(f"sae_bench.evals.{schema.package}.eval_output"), results
-        )
+        assert schema.counted[0] in names
+        assert reported_counts(evaluation)
+    assert hasattr(
+        importlib.import_module(f"sae_bench.evals.{schema.package}.eval_output"), schema.results
+    )
 
 
 def test_baseline_methods_are_sae_probes_own() -> None:
