@@ -47,11 +47,11 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    from msae_plugin.saes.load import load_subjects
+    from msae_plugin.saes.load import load_saes
 
     # Named alike here and there, whatever else is evaluated beside an SAE.
     subjects = [
-        replace(load_subjects([str(path)])[0], name="_".join(path.parts[-3:])) for path in args.saes
+        replace(load_saes([str(path)])[0], name="_".join(path.parts[-3:])) for path in args.saes
     ]
     if args.work == "ours":
         from msae_plugin.evaluation.evaluate import evaluate

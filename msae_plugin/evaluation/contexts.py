@@ -183,7 +183,9 @@ class ContextCollector:
                 if value <= 0 or len(contexts) == self.contexts:
                     break
                 window = kept[address // self.context_size]
-                texts = _cut(window, address % self.context_size, special, tokenizer, before, after)
+                texts = _words(
+                    window, address % self.context_size, special, tokenizer, before, after
+                )
                 if (texts[0], texts[1]) in seen:
                     continue
                 seen.add((texts[0], texts[1]))
@@ -205,7 +207,7 @@ class ContextCollector:
         return self.total / self.fired.clamp(min=1) * norms
 
 
-def _cut(
+def _words(
     window: Window, position: int, special: set[int], tokenizer: Any, before: int, after: int
 ) -> tuple[str, str, str]:
     """Text in front of, of and behind a token, within its document and its window."""

@@ -121,7 +121,7 @@ def evaluate(
         language_model: A model that is loaded already, in the config's dtype.
         skip_missing: Leave evaluations out whose data, keys or packages are missing, and SAEs that
             do not fit the model, and say so.
-        broken: SAEs that have no numbers (`load_subjects`' `on_broken`), by name with the reason:
+        broken: SAEs that have no numbers (`load_saes`' `on_broken`), by name with the reason:
             they stand in the summary as failed.
         report: Shows progress.
 

@@ -242,7 +242,7 @@ _NORM_TOLERANCE = 1e-5
 _HARMLESS_ARGUMENTS = frozenset({"dtype", "torch_dtype", "device", "n_devices", "cache_dir"})
 
 
-def load_subjects(
+def load_saes(
     references: Sequence[str],
     *,
     device: str = "cpu",
@@ -297,6 +297,10 @@ def load_subjects(
         if on_broken is not None:
             on_broken(_unused(name, taken), reason)
     return saes
+
+
+load_subjects = load_saes
+"""Its name in version 0.1."""
 
 
 def sae_record(evaluated: EvaluatedSAE) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def test_unlearning_checks_its_own_model_and_its_tokenizer(
     assert (finding.evaluation, "does not exist" in finding.what) == ("unlearning", True)
     assert asked[-1][1] is None
 
-    def refuses(settings: Any, folder: Any) -> None:
+    def refuses(settings: Any, tokenizer_folder: Any) -> None:
         raise InputError("unlearning.target_metric must be correct, got 'x': SAEBench has no more")
 
     module.missing_for_unlearning = refuses

@@ -55,10 +55,9 @@ class Predictions:
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
         """The predictions of a batch from those of its parts, in their order."""
         return cls(
-            *(
-                torch.cat(tensors)
-                for tensors in zip(*(vars(part).values() for part in parts), strict=True)
-            )
+            torch.cat([part.ce for part in parts]),
+            torch.cat([part.kl for part in parts]),
+            torch.cat([part.kl_float32 for part in parts]),
         )
 
 
@@ -149,7 +148,7 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
 
     Packaged text is what training never sees (`heldout_documents`, as in a recipe). A table is
     shuffled by rows; a streamed hub data set, as in SAEBench, by shards only, so seeds of a
-    one-shard data set give the same tokens (`run_core` says so).
+    one-shard data set give the same tokens (the summary says so).
 
     Raises:
         InputError: The text cannot be had.
