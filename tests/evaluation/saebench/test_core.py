@@ -6,6 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -390,7 +391,8 @@ def test_a_loading_script_runs_only_where_the_user_says_so(
     trace = tmp_path / "was executed"
     folder = tmp_path / "evil"
     folder.mkdir()
-    (folder / "evil.py").write_text(SCRIPT.format(trace=str(trace)))
+    # `datasets` asks no more about a script that it once was allowed to run: a new one every time.
+    (folder / "evil.py").write_text(SCRIPT.format(trace=str(trace)) + f"# {uuid4()}\n")
     # As a data set of the hub, whose scripts `datasets` treats as those of a folder.
     monkeypatch.setattr(model_side, "is_local", lambda _: False)
     settings = check_settings("core", {"dataset": str(folder)})
