@@ -189,7 +189,7 @@ def saebench_config(
     given |= settings
     divisor = _BATCH_DIVISOR.get(evaluation, 1)
     if "llm_batch_size" in known and given.get("llm_batch_size") is None:
-        # RAVEL's default of 2048 is for nobody.
+        # RAVEL's default of 2048 fits no model into memory.
         if cls().llm_batch_size is None or divisor > 1:
             size = LLM_NAME_TO_BATCH_SIZE.get(name.rsplit("/", 1)[-1], DEFAULT_BATCH_SIZE)
             given["llm_batch_size"] = size // divisor
