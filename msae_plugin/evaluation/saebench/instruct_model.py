@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -195,7 +195,8 @@ class LetterAnswers:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        padding = self.model.tokenizer.pad_token_id  # pyright: ignore[reportOptionalMemberAccess]
+        tokenizer: Any = self.model.tokenizer
+        padding = tokenizer.pad_token_id
         tokens = torch.full((len(rows), max(map(len, rows))), 0 if padding is None else padding)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
@@ -414,9 +415,10 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
     from what it computes after. A hook that an SAE's failed evaluation leaves is removed.
     """
     points = list(model.hook_dict.values())
+    directions: tuple[Literal["fwd", "bwd"], ...] = ("fwd", "bwd")
     handles = [
         (point, handle, direction)
-        for direction in ("fwd", "bwd")
+        for direction in directions
         for point in points
         for handle in (point.fwd_hooks if direction == "fwd" else point.bwd_hooks)
     ]
