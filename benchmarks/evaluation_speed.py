@@ -47,11 +47,11 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    from msae_plugin.saes.load import load_subjects
+    from msae_plugin.saes.load import load_saes
 
     # Named alike here and there, whatever else is evaluated beside an SAE.
     subjects = [
-        replace(load_subjects([str(path)])[0], name="_".join(path.parts[-3:])) for path in args.saes
+        replace(load_saes([str(path)])[0], name="_".join(path.parts[-3:])) for path in args.saes
     ]
     if args.work == "ours":
         from msae_plugin.evaluation.evaluate import evaluate
@@ -69,7 +69,7 @@ def work(args: argparse.Namespace) -> None:
     from sae_bench.evals.core import main as core_main
     from sae_lens.training.activations_store import ActivationsStore
 
-    from msae_plugin.evaluation.saebench.core.model_side import core_dataset
+    from msae_plugin.evaluation.saebench.model_side import core_dataset
     from msae_plugin.evaluation.saebench.patching import replaced
     from msae_plugin.models.loading import load_language_model
 

@@ -30,7 +30,6 @@ from huggingface_hub.errors import GatedRepoError
 from sae_lens import StandardSAE, StandardSAEConfig
 
 from msae_plugin.evaluation import preflight as preflight_module
-from msae_plugin.evaluation import preflight_checks
 from msae_plugin.evaluation.preflight import preflight
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.saes.load import EvaluatedSAE
@@ -70,7 +69,7 @@ def gated() -> Generator[None, None, None]:
 def full_disk() -> Generator[None, None, None]:
     """A disk with 1 GB left."""
     usage = SimpleNamespace(free=10**9)
-    with mock.patch.object(preflight_checks.shutil, "disk_usage", return_value=usage):
+    with mock.patch.object(preflight_module.shutil, "disk_usage", return_value=usage):
         yield
 
 

@@ -21,7 +21,7 @@ import torch
 
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
-from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
+from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.models.loading import load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -78,8 +78,8 @@ def main() -> None:
             name="toy-instruct",
             cache=Path(folder) / "cache",
         )
-        outcomes = run_unlearning(
-            context, settings | changes, subjects, 42, Path(folder) / "out", no_report
+        outcomes = run_evaluation(
+            "unlearning", context, settings | changes, subjects, 42, Path(folder) / "out", no_report
         )
     print("| SAE | " + " | ".join(COLUMNS) + " |\n|---|" + "---:|" * len(COLUMNS))
     for name, outcome in outcomes.items():

@@ -224,7 +224,7 @@ def evaluate_command(
     from msae_plugin.evaluation.evaluate import evaluate
     from msae_plugin.evaluation.recipe import EvalConfig
     from msae_plugin.reporting.evaluation_tables import summary_for_terminal
-    from msae_plugin.saes.load import load_subjects
+    from msae_plugin.saes.load import load_saes
     from msae_plugin.training.plans import default_device
 
     changes = list(set_ or [])
@@ -236,7 +236,7 @@ def evaluate_command(
         changes.append(f"hook={hook}")
     protocol = EvalConfig.load(config, changes)
     broken: dict[str, str] = {}
-    subjects = load_subjects(
+    subjects = load_saes(
         references,
         device=default_device(protocol.model.device),
         hook=protocol.hook,

@@ -319,7 +319,7 @@ def _saebench(
     # Imported here: SAEBench is an extra, and importing it takes seconds.
     from msae_plugin.evaluation.evaluate import evaluate
     from msae_plugin.evaluation.recipe import EvalConfig
-    from msae_plugin.saes.load import load_subjects
+    from msae_plugin.saes.load import load_saes
 
     core = {
         **PROTOCOL["core"],
@@ -337,7 +337,7 @@ def _saebench(
     with step_reporter(console) as report:
         return evaluate(
             EvalConfig.from_dict({"evaluations": evaluations}),
-            load_subjects([str(output / name / "sae") for name in (OURS, THEIRS)]),
+            load_saes([str(output / name / "sae") for name in (OURS, THEIRS)]),
             output / EVALUATION_FOLDER,
             language_model=language_model,
             report=report,

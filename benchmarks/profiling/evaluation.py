@@ -53,10 +53,10 @@ def profile_core(saes: list[str], prompts: int, batches: int) -> None:
 
     from msae_plugin.evaluation.evaluate import evaluate
     from msae_plugin.evaluation.recipe import EvalConfig
-    from msae_plugin.evaluation.saebench.core.model_side import CleanPredictions, CoreModelSide
-    from msae_plugin.saes.load import load_subjects
+    from msae_plugin.evaluation.saebench.model_side import CleanPredictions, CoreModelSide
+    from msae_plugin.saes.load import load_saes
 
-    subjects = load_subjects(saes)
+    subjects = load_saes(saes)
     watch = Stopwatch()
     targets: list[tuple[Any, str, str]] = [
         (CoreModelSide, "prepare", "model: pass to the hook, clean and ablated losses, to disk"),

@@ -49,7 +49,7 @@ from msae_plugin.models.loading import (
     ModelShape,
     describe_model,
 )
-from msae_plugin.saes.load import EvaluatedSAE, load_subjects, transformer_lens_hook
+from msae_plugin.saes.load import EvaluatedSAE, load_saes, transformer_lens_hook
 from msae_plugin.training.inputs import load_data, load_model
 from msae_plugin.training.plans import default_device
 
@@ -304,7 +304,7 @@ class LanguageModelTestbed:
 
     def _subjects(self, expansion: Expansion, trained: Sequence[Entry]) -> list[EvaluatedSAE]:
         folders = [str(sae_folder(self.output, entry.name)) for entry in trained]
-        loaded = {s.name: s for s in load_subjects(folders, device=self.device)}
+        loaded = {s.name: s for s in load_saes(folders, device=self.device)}
         controls = [self._control(control, loaded) for control in expansion.controls]
         return [*loaded.values(), *(subject for subject in controls if subject is not None)]
 

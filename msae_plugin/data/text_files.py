@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
@@ -41,7 +40,8 @@ _FORMATS = {
     ".tsv": "csv",
     ".txt": "text",
 }
-_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSIONS = (*_OPENERS, ".zst")
 # What a folder of data holds beside its data.
 _NOT_DATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|metadata|package|config)\.json|"
@@ -73,9 +73,6 @@ def find_text_files(folder: Path, split: str) -> list[Path]:
 
     Where the names of files tell splits (`train-00000.parquet`, `test/part.jsonl`), only those of
     the wanted split are taken. Where several formats are present, the one with most bytes is.
-
-    Raises:
-        InputError: If there is no readable file, or none of this split.
     """
     by_format: dict[str, list[Path]] = {}
     for parent, folders, files in os.walk(folder):
@@ -108,30 +105,18 @@ def is_plain_text(path: Path) -> bool:
 
 
 def first_row(path: Path) -> dict[str, Any]:
-    """The first row of a file, value by column; empty where there is none.
-
-    Raises:
-        InputError: If the file cannot be read.
-    """
+    """The first row of a file, value by column; empty where there is none."""
     return next(read_rows(path), (0, dict[str, Any]()))[1]
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a file, from its first row or header; none where it is empty.
-
-    Raises:
-        InputError: If the file cannot be read.
-    """
+    """The columns of a file, from its first row or header; none where it is empty."""
     kind = _format(path)
-    if kind == "text":
-        return ["text"] if next(_paragraphs(path), None) is not None else []
-    if kind == "json":
-        return list(next(_json_rows(path), (0, {}))[1])
     if kind == "parquet":
         return list(_opened_parquet(path).schema_arrow.names)
-    if next(_lines(path), None) is None:
-        return []
-    return list(next(_csv_tables(path)).columns)
+    if kind != "csv":
+        return list(first_row(path))
+    return [] if next(_lines(path), None) is None else list(next(_csv_tables(path)).columns)
 
 
 def read_column(
@@ -219,11 +204,7 @@ def saved_dataset(folder: Path, split: str) -> Dataset:
 
 
 def as_document(value: object, place: str) -> str | list[int] | None:
-    """A cell as a document: text, token ids, or None where it is empty.
-
-    Raises:
-        InputError: If it holds anything else.
-    """
+    """A cell as a document: text, token ids, or None where it is empty."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -282,33 +263,16 @@ def _split_of(path: Path) -> str | None:
 
 
 def open_text(path: Path) -> IO[str]:
-    """Open a text file, compressed or not, as UTF-8.
-
-    Raises:
-        InputError: If the reader of its compression is not installed.
-    """
+    """Open a text file, compressed or not, as UTF-8."""
     suffix = path.suffix.lower()
-    binary: IO[bytes]
-    if suffix == ".gz":
-        binary = cast("IO[bytes]", gzip.GzipFile(path))
-    elif suffix == ".bz2":
-        binary = cast("IO[bytes]", bz2.BZ2File(path))
-    elif suffix == ".xz":
-        binary = cast("IO[bytes]", lzma.LZMAFile(path))  # noqa: SIM115 - closed by the wrapper
-    elif suffix == ".zst":
-        binary = _open_zstandard(path)
-    else:
-        binary = path.open("rb")
-    return io.TextIOWrapper(binary, encoding="utf-8-sig")
-
-
-def _open_zstandard(path: Path) -> IO[bytes]:
+    if suffix != ".zst":
+        return _OPENERS.get(suffix, open)(path, "rt", encoding="utf-8-sig")
     try:
         # An optional package, wanted for this one compression.
         import zstandard
     except ImportError as error:
         raise InputError(f"{path} needs a package", "pip install zstandard") from error
-    return cast("IO[bytes]", zstandard.open(path, "rb"))
+    return cast("IO[str]", zstandard.open(path, "rt", encoding="utf-8-sig"))
 
 
 def _lines(path: Path, longest: int = -1) -> Iterator[str]:

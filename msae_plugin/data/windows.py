@@ -19,15 +19,11 @@ from msae_plugin.common.errors import InputError
 
 @dataclass(frozen=True)
 class Window:
-    """One window of tokens.
+    """One window of tokens."""
 
-    Args:
-        tokens: (context_size,) long, the model's input.
-        documents: (context_size,) long, index of the text that each token is from. A BOS in front
-            of a document counts as that document's.
-    """
-
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # (context_size,) long, the model's input
+    # (context_size,) long, index of the text that each token is from. A BOS in front of a document
+    # counts as that document's.
     documents: torch.Tensor
 
 

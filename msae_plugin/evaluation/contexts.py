@@ -29,41 +29,26 @@ OVERSAMPLING = 2
 
 @dataclass(frozen=True)
 class TokenContext:
-    """One activating token with the words around it, cut at the document's ends.
-
-    Args:
-        before: Text in front of the token.
-        token: The token's own text.
-        after: Text behind it.
-        activation: The latent's value on the token.
-        document: Index of the text.
-    """
+    """One activating token with the words around it, cut at the document's ends."""
 
     before: str
     token: str
     after: str
-    activation: float
+    activation: float  # the latent's value on the token
     document: int
 
 
 @dataclass(frozen=True)
 class LatentProfile:
-    """A latent with its statistics and contexts, strongest first.
+    """A latent with its statistics and contexts, strongest first."""
 
-    Args:
-        latent: Index in the SAE.
-        frequency: Share of the tokens on which it fires.
-        mean_activation: Mean over the tokens on which it fires.
-        strength: `mean_activation` times the norm of its decoder row: how far it moves the
-            reconstruction when it fires, in units of the activations.
-        contexts: One per document.
-    """
-
-    latent: int
-    frequency: float
-    mean_activation: float
+    latent: int  # index in the SAE
+    frequency: float  # share of the tokens on which it fires
+    mean_activation: float  # mean over the tokens on which it fires
+    # `mean_activation` times the norm of its decoder row: how far it moves the reconstruction when
+    # it fires, in units of the activations.
     strength: float
-    contexts: list[TokenContext]
+    contexts: list[TokenContext]  # one per document
 
 
 class ContextCollector:
@@ -198,7 +183,9 @@ class ContextCollector:
                 if value <= 0 or len(contexts) == self.contexts:
                     break
                 window = kept[address // self.context_size]
-                texts = _cut(window, address % self.context_size, special, tokenizer, before, after)
+                texts = _words(
+                    window, address % self.context_size, special, tokenizer, before, after
+                )
                 if (texts[0], texts[1]) in seen:
                     continue
                 seen.add((texts[0], texts[1]))
@@ -220,7 +207,7 @@ class ContextCollector:
         return self.total / self.fired.clamp(min=1) * norms
 
 
-def _cut(
+def _words(
     window: Window, position: int, special: set[int], tokenizer: Any, before: int, after: int
 ) -> tuple[str, str, str]:
     """Text in front of, of and behind a token, within its document and its window."""

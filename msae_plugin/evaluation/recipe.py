@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -202,11 +203,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(path: Path | str) -> Path:
-    """The file that a path or a bare name stands for; what exists on the disk comes first.
-
-    Raises:
-        InputError: There is no such file.
-    """
+    """The file that a path or a bare name stands for; what exists on the disk comes first."""
     file = Path(path).expanduser()
     if file.is_file():
         return file
@@ -239,15 +236,7 @@ def _absolute(value: Any, place: str, base: Path) -> Any:
 
 
 def _matches(place: str, patterns: Sequence[str]) -> bool:
-    for pattern in patterns:
-        wanted = pattern.split(".")
-        # The last star takes the rest: dataset names hold dots.
-        parts = place.split(".", len(wanted) - 1)
-        if len(parts) == len(wanted) and all(
-            w in ("*", part) for w, part in zip(wanted, parts, strict=True)
-        ):
-            return True
-    return False
+    return any(fnmatchcase(place, pattern) for pattern in patterns)
 
 
 def _is_path(value: str, base: Path) -> bool:

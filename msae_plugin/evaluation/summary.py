@@ -13,8 +13,7 @@ from typing import Any
 
 from msae_plugin.common.files import versions, write_json_atomic, write_text_atomic
 from msae_plugin.common.table import csv_cell
-from msae_plugin.evaluation.metrics import MetricDefinition
-from msae_plugin.evaluation.outcomes import ScoreResult
+from msae_plugin.evaluation.outcomes import MetricDefinition, ScoreResult
 
 FORMAT = 1
 JSON_FILE, CSV_FILE = "summary.json", "summary.csv"

@@ -25,9 +25,8 @@ from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.reporting.evaluation_tables import columns_of
 from msae_plugin.saes.clean_config import clean_run_config, require_inside
-from msae_plugin.saes.describe import mechanisms_on
 from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import LocalSAE
+from msae_plugin.saes.find import StoredSAE, mechanisms_on
 from msae_plugin.saes.health import recorded_messages
 
 
@@ -77,7 +76,7 @@ def is_summary(value: object) -> bool:
 
 
 def measured_of(
-    sae: LocalSAE, summary: Mapping[str, Any], folder: Path, reference: str
+    sae: StoredSAE, summary: Mapping[str, Any], folder: Path, reference: str
 ) -> Measured:
     """Take what an evaluation says about one SAE.
 
@@ -92,7 +91,7 @@ def measured_of(
     if not chosen:
         known = ", ".join(f"{n} {str(e.get('weights_sha256'))[:12]}" for n, e in saes.items())
         raise InputError(
-            f"the evaluation {str(folder)!r} is of other weights: {str(sae.export)!r} has sha256 "
+            f"the evaluation {str(folder)!r} is of other weights: {str(sae.folder)!r} has sha256 "
             f"{sae.weights_sha256[:12]}, the evaluation measured {known or 'no SAE'}; run "
             "`msae eval` on the SAE that is published"
         )

@@ -34,7 +34,7 @@ from msae_plugin.hub.remote import CARD_FILENAME, read_card, read_entries
 from msae_plugin.saes.clean_config import clean_run_config, private_traces, require_inside
 from msae_plugin.saes.download import RepositoryState, require_folder
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
-from msae_plugin.saes.find import LocalSAE, find_saes
+from msae_plugin.saes.find import StoredSAE, find_saes
 from msae_plugin.saes.run_record import METRICS_FILE
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
@@ -46,7 +46,7 @@ class SAEFolder:
     """One SAE as it will stand in a repository."""
 
     path: str  # folder in the repository
-    sae: LocalSAE  # the SAE on disk
+    sae: StoredSAE  # the SAE on disk
     # Contents, or the file that holds them, by path relative to the folder.
     files: dict[str, bytes | Path]
     measured: Measured | None  # what was measured of it
@@ -64,7 +64,7 @@ class SAEFolder:
         return json.loads(content if isinstance(content, bytes) else content.read_bytes())
 
 
-def default_path(sae: LocalSAE) -> str:
+def default_path(sae: StoredSAE) -> str:
     """`<model>/<hook>/<width>_l0-<n>_seed<k>`, without the parts that the SAE does not record."""
     metadata = sae.metadata
     model = str(metadata.get("model_name") or "unknown-model").rstrip("/")
@@ -81,7 +81,7 @@ def default_path(sae: LocalSAE) -> str:
     return "/".join(_NOT_IN_NAMES.sub("-", part).strip(".") or "unnamed" for part in parts)
 
 
-def default_paths(saes: list[LocalSAE]) -> list[str]:
+def default_paths(saes: list[StoredSAE]) -> list[str]:
     """Distinct folders for the SAEs of a run: where two would share one, their names are added."""
     paths = [default_path(sae) for sae in saes]
     return [
@@ -91,7 +91,7 @@ def default_paths(saes: list[LocalSAE]) -> list[str]:
 
 
 def build_folder(
-    path: str, sae: LocalSAE, measured: Measured | None, pictures: Sequence[Path] = ()
+    path: str, sae: StoredSAE, measured: Measured | None, pictures: Sequence[Path] = ()
 ) -> SAEFolder:
     """Collect the files of one SAE.
 
@@ -99,7 +99,7 @@ def build_folder(
         InputError: One is a link that leads out of the SAE's folder.
     """
     sources = {
-        name: sae.export / name
+        name: sae.folder / name
         for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
     }
     if sae.twin is not None:
@@ -308,7 +308,7 @@ def _only_expected_values(run: Path) -> Generator[None]:
         ) from error
 
 
-def _paths(saes: list[LocalSAE], folder: str | None) -> list[str]:
+def _paths(saes: list[StoredSAE], folder: str | None) -> list[str]:
     if folder is None:
         return default_paths(saes)
     if len(saes) > 1:

@@ -19,9 +19,8 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256
 from msae_plugin.hub.plan import SAEFolder, content_sha256
 from msae_plugin.models.hub_access import first_line, hub_errors
-from msae_plugin.saes.agreement import Agreement, compare
-from msae_plugin.saes.export import ACTIVATIONS_FILENAME, TWIN_FOLDER
-from msae_plugin.saes.find import LocalSAE, LocatedSAE
+from msae_plugin.saes.export import ACTIVATIONS_FILENAME, TWIN_FOLDER, Agreement, compare
+from msae_plugin.saes.find import LocatedSAE, StoredSAE
 from msae_plugin.saes.load import load_sae
 
 _RANDOM_TOKENS = 256
@@ -59,14 +58,14 @@ def check_build(folder: SAEFolder) -> None:
             else:
                 target.write_bytes(content)
         try:
-            source = LocatedSAE(str(folder.sae.export), folder.sae.name, folder.sae.export)
+            source = LocatedSAE(str(folder.sae.folder), folder.sae.name, folder.sae.folder)
             _compare(folder, load_sae(source, "cpu")[0], load, "as it would be uploaded")
         # What a loader raises on files that are wrong shares no base class but Exception.
         except Exception as error:
             known = isinstance(error, InputError | RunFailure)
             reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
             raise InputError(
-                f"SAE {str(folder.sae.export)!r} must not be published, because nobody could use "
+                f"SAE {str(folder.sae.folder)!r} must not be published, because nobody could use "
                 f"it ({reason}): export it again; nothing was published"
             ) from error
 
@@ -103,7 +102,7 @@ def check_latents(repo: str, oid: str, on_main: bool, folder: SAEFolder) -> Veri
         with hub_errors(f"loading {repo}:{path}"):
             return _load(repo, oid, path, on_main)
 
-    return _compare(folder, SAE.load_from_disk(folder.sae.export), load, "on the Hub")
+    return _compare(folder, SAE.load_from_disk(folder.sae.folder), load, "on the Hub")
 
 
 def _compare(
@@ -165,7 +164,7 @@ class _AtRevision:
         return config, state, None
 
 
-def check_activations(sae: LocalSAE, loaded: SAE[Any]) -> tuple[torch.Tensor, str]:
+def check_activations(sae: StoredSAE, loaded: SAE[Any]) -> tuple[torch.Tensor, str]:
     """Activations to compare two copies of an SAE on."""
     kept = sae.root / ACTIVATIONS_FILENAME
     if kept.is_file():

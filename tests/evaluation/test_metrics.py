@@ -2,7 +2,7 @@
 
 import pytest
 
-from msae_plugin.evaluation.metrics import definitions, described, reliability
+from msae_plugin.evaluation.outcomes import definitions, described, reliability
 
 OURS = ("core", "sparse_probing", "sparse_probing_sae_probes", "unlearning", "comparison")
 

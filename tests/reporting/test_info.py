@@ -14,8 +14,8 @@ import msae_plugin
 from msae_cli.app import app
 from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.info import describe_config, describe_folder, human_bytes
-from msae_plugin.saes.describe import RunInfo, mechanisms_on, read_folder
 from msae_plugin.saes.export import export_sae
+from msae_plugin.saes.find import mechanisms_on, read_folder
 
 SIZES = {"d_in": 8, "d_sae": 20}
 
@@ -45,7 +45,9 @@ def exported(sae, tmp_path) -> Path:
 
 def test_an_export_its_twin_and_a_training_checkpoint_are_told_apart(sae, exported):
     sae.save_model(exported / "training")
-    found = {name: read_folder(exported / name)[name] for name in ("sae", "jumprelu", "training")}
+    found = {
+        name: read_folder(exported / name)[1][name] for name in ("sae", "jumprelu", "training")
+    }
     assert [info.kind for info in found.values()] == [
         "export",
         "jumprelu twin",
@@ -60,8 +62,8 @@ def test_an_export_its_twin_and_a_training_checkpoint_are_told_apart(sae, export
     assert found["jumprelu"].parameters == 2 * 8 * 20 + 20 + 8 + 20
     assert found["jumprelu"].weight_bytes == 4 * found["jumprelu"].parameters
     stored = json.loads((exported / "export.json").read_text())
-    assert found["sae"].exported_l0 == stored["l0_exported"]
-    assert found["training"].exported_l0 is None
+    assert found["sae"].l0 == stored["l0_exported"]
+    assert found["training"].l0 is None
 
 
 def test_the_description_of_an_export_says_what_it_is(exported):
@@ -111,9 +113,7 @@ def test_a_run_folder_lists_its_saes_and_those_missing(exported):
         "saes": {"sae": {"folder": "."}, "other": {"folder": "other"}},
     }
     (exported / "run.json").write_text(json.dumps(record))
-    found = read_folder(exported)
-    assert isinstance(found, RunInfo)
-    assert list(found.saes) == ["sae"]
+    assert list(read_folder(exported)[1]) == ["sae"]
     text = shown(describe_folder(exported))
     assert "run, interrupted" in text
     assert "10 steps, 2,560 tokens" in text

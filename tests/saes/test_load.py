@@ -20,7 +20,7 @@ from tolerance import rounding_tolerance
 import msae_plugin
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.saes.export import export_sae
-from msae_plugin.saes.load import BrokenSAEError, load_subjects, sae_record
+from msae_plugin.saes.load import BrokenSAEError, load_saes, sae_record
 
 D_IN, D_SAE = 6, 10
 HOOK = "blocks.2.hook_resid_post"
@@ -62,7 +62,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 def refusal(*references: Any, **options: Any) -> str:
     with pytest.raises((InputError, BrokenSAEError)) as caught:
-        load_subjects([str(reference) for reference in references], **options)
+        load_saes([str(reference) for reference in references], **options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -100,7 +100,7 @@ def rounding(sae: SAE[Any]) -> tuple[float, float]:
 def test_decoder_norms_are_folded_in_float32(config: Any, dtype: str, tmp_path: Path) -> None:
     stored = build(config)
     stored.to(dtype=getattr(torch, dtype)).save_model(tmp_path / "sae_of_mine")
-    (subject,) = load_subjects([str(tmp_path / "sae_of_mine")])
+    (subject,) = load_saes([str(tmp_path / "sae_of_mine")])
     assert not subject.sae.training
     assert {t.dtype for t in subject.sae.state_dict().values()} == {torch.float32}
     torch.testing.assert_close(subject.sae.W_dec.norm(dim=1), torch.ones(D_SAE))
@@ -122,7 +122,7 @@ def test_a_row_of_zeros_gives_no_nan(tmp_path: Path) -> None:
     with torch.no_grad():
         expected, (_, atol) = sae(inputs()), rounding(sae)
     sae.save_model(tmp_path / "x1")
-    (subject,) = load_subjects([str(tmp_path / "x1")])
+    (subject,) = load_saes([str(tmp_path / "x1")])
     assert subject.sae.W_dec[3].norm() == 0
     with torch.no_grad():
         torch.testing.assert_close(subject.sae(inputs()), expected, rtol=0, atol=atol)
@@ -137,13 +137,13 @@ def test_architectures_that_cannot_be_folded(tmp_path: Path) -> None:
     assert f"are {norms.min():.3g} to {norms.max():.3g}" in message
     sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
     sae.save_model(tmp_path / "straight")
-    (subject,) = load_subjects([str(tmp_path / "straight")])
+    (subject,) = load_saes([str(tmp_path / "straight")])
     assert torch.equal(subject.sae.W_dec, sae.W_dec)
 
 
 def test_metadata_and_hash(save: Save) -> None:
     folder = save(hook_name="model.layers.5", hook_head_index=3)
-    (subject,) = load_subjects([str(folder)])
+    (subject,) = load_saes([str(folder)])
     assert (subject.name, subject.folder) == ("mine", folder)
     assert (subject.hook_name, subject.layer) == ("blocks.5.hook_resid_post", 5)
     assert subject.sae.cfg.metadata.hook_head_index == 3
@@ -165,18 +165,18 @@ def test_hook_and_model_can_be_given(save: Save) -> None:
     assert "does not say where in the model it reads" in message
     assert "--hook" in message
     assert "with --model" in refusal(folder, hook=HOOK)
-    (subject,) = load_subjects([str(folder)], hook="model.layers.1", model_name="gpt2")
+    (subject,) = load_saes([str(folder)], hook="model.layers.1", model_name="gpt2")
     assert (subject.hook_name, subject.model_name) == ("blocks.1.hook_resid_post", "gpt2")
     # The metadata say what an SAE was made on; where it reads is the user's choice.
     other = save("other")
-    (subject,) = load_subjects([str(other)], hook="blocks.0.hook_mlp_out", model_name="gpt2")
+    (subject,) = load_saes([str(other)], hook="blocks.0.hook_mlp_out", model_name="gpt2")
     assert (subject.hook_name, subject.model_name) == ("blocks.0.hook_mlp_out", "some-lab/tiny")
     assert "model.layers.3.mlp' is none" in refusal(save("third", hook_name="model.layers.3.mlp"))
 
 
 @pytest.mark.parametrize("hook", ["transformer.h.4", "gpt_neox.layers.4", "model.layers.4"])
 def test_layers_under_the_names_of_transformers(hook: str, save: Save) -> None:
-    (subject,) = load_subjects([str(save(hook_name=hook))])
+    (subject,) = load_saes([str(save(hook_name=hook))])
     assert subject.hook_name == "blocks.4.hook_resid_post"
 
 
@@ -189,7 +189,7 @@ def test_weights_that_cannot_be_evaluated(save: Save, tmp_path: Path) -> None:
     sae = build(JumpReLUSAEConfig(d_in=D_IN, d_sae=D_SAE))
     sae.threshold.data[0] = torch.inf
     sae.save_model(tmp_path / "off")
-    assert len(load_subjects([str(tmp_path / "off")])) == 1
+    assert len(load_saes([str(tmp_path / "off")])) == 1
     assert "zero training steps" in refusal(save("untrained", training_steps=0))
     truncated = save("truncated") / "sae_weights.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:-40])
@@ -211,19 +211,19 @@ def test_a_broken_sae_is_told_and_the_others_are_loaded(save: Save, tmp_path: Pa
     good, untrained = save("good"), save("untrained", training_steps=0)
     told: dict[str, str] = {}
     references = [str(untrained), str(good), str(tmp_path / "nan")]
-    subjects = load_subjects(references, on_broken=told.__setitem__)
+    subjects = load_saes(references, on_broken=told.__setitem__)
     assert [subject.name for subject in subjects] == ["good"]
     assert list(told) == ["untrained", "nan"]
     assert "has zero training steps" in told["untrained"]
     assert "W_dec holds NaN" in told["nan"]
     # Status 1, not 2: the input was fine, the SAE is not.
     with pytest.raises(RunFailure, match="zero training steps"):
-        load_subjects(references)
+        load_saes(references)
 
 
 def test_zero_steps_are_read_from_the_runner_config_too(save: Save, tmp_path: Path) -> None:
     folder = save(training_steps=None)
-    assert len(load_subjects([str(folder)])) == 1
+    assert len(load_saes([str(folder)])) == 1
     runner = {"training_tokens": 100, "train_batch_size_tokens": 4096}
     (folder / "runner_cfg.json").write_text(json.dumps(runner))
     assert "zero training steps" in refusal(folder)
@@ -247,7 +247,7 @@ def test_wrong_paths_name_the_nearest(save: Save, tmp_path: Path, monkeypatch: A
 
 def test_names_are_unique_whatever_the_order(save: Save, tmp_path: Path) -> None:
     folders = [save("a/k 32"), save("b/k 32", seed=1), save("c/K 32", seed=1), save("d/final")]
-    subjects = load_subjects([str(folder) for folder in folders])
+    subjects = load_saes([str(folder) for folder in folders])
     hashes = [subject.weights_sha256[:8] for subject in subjects]
     names = [subject.name for subject in subjects]
     assert names == [
@@ -256,11 +256,11 @@ def test_names_are_unique_whatever_the_order(save: Save, tmp_path: Path) -> None
         f"K-32-{hashes[2]}-2",
         "d-final",
     ]
-    backwards = load_subjects([str(folder) for folder in (folders[1], folders[0])])
+    backwards = load_saes([str(folder) for folder in (folders[1], folders[0])])
     assert [subject.name for subject in backwards] == [names[1], names[0]]
     assert "are the same SAE" in refusal(folders[0], folders[0])
     # A folder of several stands for all of them.
-    assert [s.name for s in load_subjects([str(tmp_path / "a")])] == ["k-32"]
+    assert [s.name for s in load_saes([str(tmp_path / "a")])] == ["k-32"]
 
 
 def run_folder(folder: Path, names: tuple[str, ...], status: str = "complete") -> Path:
@@ -294,8 +294,8 @@ def test_a_run_its_saes_and_their_twins(tmp_path: Path) -> None:
         several / "wide" / "jumprelu": ["several-wide-jumprelu"],
     }
     for reference, names in expected.items():
-        assert [subject.name for subject in load_subjects([str(reference)])] == names
-    both = load_subjects([str(single / "sae"), str(single / "jumprelu")])
+        assert [subject.name for subject in load_saes([str(reference)])] == names
+    both = load_saes([str(single / "sae"), str(single / "jumprelu")])
     assert [subject.sae.cfg.architecture() for subject in both] == ["multiscale", "jumprelu"]
     with torch.no_grad():
         torch.testing.assert_close(both[0].sae(inputs()), both[1].sae(inputs()))
@@ -314,7 +314,7 @@ def test_an_unfinished_run_says_how_to_go_on(status: str, said: str, tmp_path: P
     assert said in message
     assert f"--output {run} --resume auto" in message
     # Its SAEs that were exported and checked already are whole.
-    assert len(load_subjects([str(run / "one")])) == 1
+    assert len(load_saes([str(run / "one")])) == 1
     (run / "two" / "export.json").unlink()
     assert said in refusal(run / "two")
     assert said in refusal(run / "two" / "sae")
@@ -348,7 +348,7 @@ def test_training_checkpoints(tmp_path: Path) -> None:
     assert f"give the finished run, {tmp_path / 'run'}" in refusal(folder)
     # SAELens' topk is the same in training and inference...
     same = training_checkpoint(tmp_path / "topk", TopKTrainingSAEConfig(**sizes, k=2))
-    (subject,) = load_subjects([str(same)])
+    (subject,) = load_saes([str(same)])
     assert type(subject.sae).__name__ == "TopKSAE"
     # ... unless activations were scaled by a factor that is not in the checkpoint.
     config = TopKTrainingSAEConfig(**sizes, k=2, normalize_activations="expected_average_only_in")
@@ -359,7 +359,7 @@ def test_what_cannot_be_undone_is_said(save: Save, caplog: pytest.LogCaptureFixt
     folder = save(model_from_pretrained_kwargs={"center_writing_weights": True, "dtype": "x"})
     edit(folder, normalize_activations="expected_average_only_in")
     with caplog.at_level(logging.WARNING):
-        load_subjects([str(folder)])
+        load_saes([str(folder)])
     texts = [record.getMessage() for record in caplog.records]
     assert any("results are those of unscaled activations" in text for text in texts)
     assert any("loaded with center_writing_weights=True; here" in text for text in texts)
@@ -379,10 +379,10 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_repositories(hub_cache: Path, save: Save) -> None:
     local = save()
     shutil.copytree(local, hub_cache / "layer_2" / "k_32")
-    (subject,) = load_subjects(["some-lab/saes:layer_2/k_32"])
+    (subject,) = load_saes(["some-lab/saes:layer_2/k_32"])
     assert (subject.name, subject.folder) == ("saes-layer_2-k_32", None)
     # The same weights as in the folder that was uploaded.
-    assert subject.weights_sha256 == load_subjects([str(local)])[0].weights_sha256
+    assert subject.weights_sha256 == load_saes([str(local)])[0].weights_sha256
     assert "not in the local cache" in refusal("some-lab/saes:layer_3")
     message = refusal("some-lab/other:layer_3")
     assert "offline mode is on" in message
@@ -409,7 +409,7 @@ def test_releases(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, save: Save) 
 
     monkeypatch.setattr(SAE, "from_pretrained", from_pretrained)
     monkeypatch.setattr("msae_plugin.saes.load.require_repository", lambda name, kind: None)
-    (subject,) = load_subjects([f"{release}:{sae_id}"])
+    (subject,) = load_saes([f"{release}:{sae_id}"])
     assert seen == [(release, sae_id, {"device": "cpu", "dtype": "float32"})]
     assert subject.name == f"{release}-{sae_id}"
     assert len(subject.weights_sha256) == 64

@@ -12,8 +12,7 @@ from packaging.version import Version
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from msae_plugin.models.gguf_file import parse_gguf
-from msae_plugin.models.gguf_tokenizer import tokenizer_from_gguf, vocabulary_merges
+from msae_plugin.models.gguf import parse_gguf, tokenizer_from_gguf, vocabulary_merges
 from msae_plugin.models.packaged import PACKAGED_MODELS, _installed_parts, is_installed
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6

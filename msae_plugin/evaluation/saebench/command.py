@@ -21,11 +21,7 @@ _ALIASES = {"scr": "scr_and_tpp", "tpp": "scr_and_tpp"}
 
 
 def saebench_scripts() -> list[str]:
-    """The evaluations that SAEBench has a script for.
-
-    Raises:
-        InputError: sae-bench is not installed.
-    """
+    """The evaluations that SAEBench has a script for."""
     folder = package_folder("sae_bench")
     if folder is None:
         raise InputError("msae saebench needs sae-bench", EXTRA)

@@ -48,6 +48,15 @@ def replaced(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
 
 
 @contextmanager
+def all_replaced(*changes: tuple[Any, str, Any]) -> Generator[None, None, None]:
+    """Replace several attributes, each given as owner, name and value."""
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(replaced(*change))
+        yield
+
+
+@contextmanager
 def seeded(seed: int) -> Generator[None, None, None]:
     """Seed random, numpy and torch; afterwards their states and torch's grad mode are as before.
 
@@ -149,11 +158,7 @@ class CheckedLatents:
         vars(sae)["encode"] = self.encode
 
     def encode(self, activations: torch.Tensor) -> torch.Tensor:
-        """(..., d_in) to (..., d_sae), dense.
-
-        Raises:
-            RunFailure: A latent is NaN or infinite.
-        """
+        """(..., d_in) to (..., d_sae), dense."""
         latents = self._encode(activations)
         if latents.is_sparse:
             latents = latents.to_dense()
@@ -172,11 +177,7 @@ class CheckedLatents:
         return latents
 
     def require_active(self) -> None:
-        """Refuse an SAE that said nothing.
-
-        Raises:
-            RunFailure: No latent was active on any token.
-        """
+        """Refuse an SAE that said nothing."""
         if not self._active:
             raise RunFailure(
                 f"SAE {self._name!r}: no latent is active on any token (L0 is 0): is it trained, "

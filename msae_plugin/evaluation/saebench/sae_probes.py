@@ -1,7 +1,7 @@
 """SAEBench's sparse_probing_sae_probes with a model that is handed in.
 
 `sae_bench.evals.sparse_probing_sae_probes.main.run_eval` runs unchanged, once per SAE, in an empty
-folder that holds the model's activations and its baselines already (`sae_probes_model_side`): it
+folder that holds the model's activations and its baselines already (`SaeProbesModelSide`): it
 finds nothing to load a model for, and no result of another SAE.
 
 sae-probes computes both itself, for a model that it loads by name; it believes any activations file
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +25,25 @@ import pandas as pd
 import torch
 from sae_bench.evals.sparse_probing_sae_probes import main as sae_probes_main
 from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
-from sae_bench.evals.sparse_probing_sae_probes.eval_output import SaeProbesSaeMetrics
 from sae_probes import DATASETS, run_baseline_evals
 from sae_probes.constants import DATA_PATH
 from sae_probes.generate_model_activations import ensure_dataset_activations
 from sae_probes.utils_data import get_dataset_sizes
+from typing_extensions import override
 
 from msae_plugin.common.errors import Problem, RunFailure
-from msae_plugin.common.files import (
-    files_sha256,
-    kept_folder,
-    key_digest,
-    versions,
-)
+from msae_plugin.common.files import files_sha256, kept_folder, key_digest, versions
 from msae_plugin.common.recipes import did_you_mean
-from msae_plugin.evaluation.metrics import definitions
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
     ModelContext,
-    Reporter,
     ScoreResult,
     require_real,
     result_file,
 )
-from msae_plugin.evaluation.preflight_checks import missing_disk
-from msae_plugin.evaluation.saebench.each_sae import (
-    evaluate_each,
-    keep_result,
-    reported_counts,
-)
-from msae_plugin.evaluation.saebench.patching import (
-    CheckedLatents,
-    evaluation_environment,
-    scratch_working_directory,
-)
+from msae_plugin.evaluation.preflight import missing_disk
+from msae_plugin.evaluation.saebench.adapter import Adapter, real
+from msae_plugin.evaluation.saebench.patching import CheckedLatents, scratch_working_directory
 from msae_plugin.saes.load import EvaluatedSAE
 
 ACTIVATIONS = "sae_probes_activations"
@@ -76,6 +61,65 @@ SCORE_BYTES_ELSEWHERE = 2**31
 
 # In a folder of our own no model's name is needed, and none can lead out of it.
 _MODEL = "model"
+
+
+MEASURES = ("accuracy", "auc", "f1")
+
+# Activations and, where it is measured, the baseline of one dataset.
+Files = tuple[Path, Path | None]
+
+
+class SaeProbes(Adapter):
+    """Activations and baselines per hook, then SAEBench's function SAE by SAE.
+
+    Whatever the model's dtype, probes see float32: numpy has no bfloat16.
+    """
+
+    title = "sae-probes"
+
+    @override
+    def prepare(self) -> dict[str, ScoreResult]:
+        name = self.context.name
+        # SAEBench puts the name into paths.
+        safe = name if ".." not in Path(name).parts else Path(name).name
+        self._config: SparseProbingSaeProbesEvalConfig = self.config(model_name=safe)
+        hooks = dict.fromkeys(evaluated.hook_name for evaluated in self.saes)
+        self._files = {hook: self._of_hook(hook) for hook in hooks}
+        return {}
+
+    def _of_hook(self, hook: str) -> list[Files | Exception]:
+        config = self._config
+        method = config.baseline_method if config.include_llm_baseline else None
+        side = SaeProbesModelSide(self.context, hook, config.random_seed, method)
+        files: list[Files | Exception] = []
+        for number, dataset in enumerate(config.dataset_names):
+            self.report(
+                f"sae-probes: language model on {dataset}", number, len(config.dataset_names)
+            )
+            files.append(self.model_side(dataset, hook, partial(side.files, dataset)))
+            if isinstance(files[-1], Exception):
+                break
+        return files
+
+    @override
+    def evaluate(self, evaluated: EvaluatedSAE) -> ScoreResult:
+        config = self._config
+        files = [real(found) for found in self._files[evaluated.hook_name]]
+        sae = self.copy_of(evaluated, torch.float32)
+        latents = CheckedLatents(sae, evaluated.name)
+        with scratch_working_directory() as folder:
+            cache = folder / str(config.model_cache_path)
+            lay_out(cache, folder / config.results_path, config.model_name, files)
+            result = sae_probes_main.run_eval(
+                config, [(evaluated.name, sae)], self.context.device, "results", force_rerun=True
+            )[f"{evaluated.name}_{SAEBENCH_ID}"]
+            latents.require_active()
+            metrics = _metrics(result, config, evaluated)
+            file = self.keep_result(result_file(folder / "results", evaluated), evaluated)
+        tables = {name: files_sha256([dataset_file(name)]) for name in config.dataset_names}
+        # The seed splits each table anew.
+        text = key_digest({"tables": tables, "seed": config.random_seed})
+        return ScoreResult("measured", metrics, file, facts={"text": text})
 
 
 def dataset_file(dataset: str) -> Path:
@@ -120,12 +164,12 @@ class SaeProbesModelSide:
         self.method = method
         self._tokenizer = tokenizer_sha256(context.language_model.tokenizer)
 
-    def activations(self, dataset: str) -> Path:
-        """(texts, d_in) float32 in a file, computed if need be.
+    def files(self, dataset: str) -> Files:
+        """Activations and baseline of a dataset."""
+        return self.activations(dataset), self.baseline(dataset)
 
-        Raises:
-            RunFailure: An activation is NaN or infinite.
-        """
+    def activations(self, dataset: str) -> Path:
+        """(texts, d_in) float32 in a file, computed if need be."""
         model = self.context.language_model.model
         longest = _longest(dataset)
         size = batch_size(longest, int(model.cfg.n_heads), self.context.device)
@@ -274,68 +318,6 @@ class _Copied:
         return self._tensor[index].clone()
 
 
-logger = logging.getLogger(__name__)
-
-# Both classes equally often, 1000 to 2000 texts of 12 to 47 characters on average: the model's side
-# is short on a CPU. In brackets the test accuracy of the baseline on SmolLM2-135M-Instruct, layer
-# 9, float32, seed 42. Left out because the baseline leaves no room: the question types 131 and 132
-# (1.00), spam 96 (.99), click bait 105 (.98).
-OFFLINE_SAE_PROBES_DATASETS = (
-    "117_us_state_FL",  # (.72)
-    "119_us_state_TX",  # (.65)
-    "154_athlete_sport_football",  # (.71)
-    "155_athlete_sport_basketball",  # (.64)
-    "125_world_country_Italy",  # (.94)
-    "124_world_country_United_States",  # chosen by its size, not measured
-    "114_nyc_borough_Manhattan",  # chosen by its size, not measured
-    "134_context_type_Belief_states",  # (.87)
-)
-"""Datasets of the offline protocol."""
-
-MEASURES = ("accuracy", "auc", "f1")
-
-
-def run_sae_probes(
-    context: ModelContext,
-    settings: Mapping[str, Any],
-    saes: Sequence[EvaluatedSAE],
-    seed: int,
-    output: Path,
-    report: Reporter,
-) -> dict[str, ScoreResult]:
-    """Evaluate SAEs with SAEBench's sparse_probing_sae_probes.
-
-    Args:
-        context: The model. Whatever its dtype, probes see float32: numpy has no bfloat16.
-        settings: Fields of SAEBench's SparseProbingSaeProbesEvalConfig.
-        saes: The SAEs.
-        seed: Of the split of every dataset and of the probes.
-        output: Folder for SAEBench's JSON.
-        report: Shows progress.
-
-    Returns:
-        An outcome per SAE.
-
-    Raises:
-        InputError: A setting cannot work.
-    """
-    config = _config(context, settings, seed)
-    output = output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
-    with evaluation_environment(seed):
-        files: dict[str, list[tuple[Path, Path | None]] | Exception] = {}
-        for hook in dict.fromkeys(evaluated.hook_name for evaluated in saes):
-            files[hook] = _model_side(context, config, hook, report)
-        return evaluate_each(
-            "sae-probes",
-            saes,
-            lambda evaluated: _evaluate(
-                context, config, evaluated, files[evaluated.hook_name], output
-            ),
-            report,
-        )
-
-
 def missing_for_sae_probes(
     settings: Mapping[str, Any],
     *,
@@ -346,79 +328,19 @@ def missing_for_sae_probes(
     """Datasets and disk that sae-probes lacks; its data are inside its own package."""
     names: Sequence[str] = settings.get("dataset_names") or DATASETS
     unknown = [name for name in names if name not in DATASETS]
-    found = [Problem(f"sae-probes dataset {name!r}", _suggestion(name)) for name in unknown]
+    found = [
+        Problem(
+            f"sae-probes dataset {name!r}",
+            did_you_mean(name, DATASETS, "choose from sae_probes.DATASETS: ", shown=str, n=3),
+        )
+        for name in unknown
+    ]
     if cache is not None and d_model is not None:
         sizes = get_dataset_sizes()
         texts = sum(sizes[name] for name in names if name in sizes)
         needed = 4 * d_model * texts * runs
         found += missing_disk(cache, needed, "fewer datasets or smaller probe sets")
     return found
-
-
-def known_ks() -> list[int]:
-    """The values of k that SAEBench's result has fields for."""
-    return reported_counts(SaeProbesSaeMetrics)
-
-
-def _suggestion(name: str) -> str:
-    return did_you_mean(name, DATASETS, "choose from sae_probes.DATASETS: ", shown=str, n=3)
-
-
-def _config(
-    context: ModelContext, settings: Mapping[str, Any], seed: int
-) -> SparseProbingSaeProbesEvalConfig:
-    # SAEBench puts the name into paths.
-    name = context.name if ".." not in Path(context.name).parts else Path(context.name).name
-    given: dict[str, Any] = {**settings, "model_name": name, "random_seed": seed}
-    return SparseProbingSaeProbesEvalConfig(**given)
-
-
-def _model_side(
-    context: ModelContext, config: SparseProbingSaeProbesEvalConfig, hook: str, report: Reporter
-) -> list[tuple[Path, Path | None]] | Exception:
-    """Activations and baseline of every dataset, or what they raised."""
-    method = config.baseline_method if config.include_llm_baseline else None
-    side = SaeProbesModelSide(context, hook, config.random_seed, method)
-    files: list[tuple[Path, Path | None]] = []
-    for number, dataset in enumerate(config.dataset_names):
-        report(f"sae-probes: language model on {dataset}", number, len(config.dataset_names))
-        try:
-            files.append((side.activations(dataset), side.baseline(dataset)))
-        # It fails the SAEs at this hook, not those at others.
-        except Exception as error:
-            logger.info("sae-probes: %s at %s failed", dataset, hook, exc_info=True)
-            failed = RunFailure(f"dataset {dataset}: the language model's side failed ({error})")
-            failed.__cause__ = error
-            return failed
-    return files
-
-
-def _evaluate(
-    context: ModelContext,
-    config: SparseProbingSaeProbesEvalConfig,
-    evaluated: EvaluatedSAE,
-    files: list[tuple[Path, Path | None]] | Exception,
-    output: Path,
-) -> ScoreResult:
-    if isinstance(files, Exception):
-        raise files
-    sae = evaluated.for_saebench(torch.float32, context.device)
-    if sae.cfg.metadata.model_name is None:
-        sae.cfg.metadata.model_name = context.name
-    latents = CheckedLatents(sae, evaluated.name)
-    with scratch_working_directory() as folder:
-        cache = folder / str(config.model_cache_path)
-        lay_out(cache, folder / config.results_path, config.model_name, files)
-        result = sae_probes_main.run_eval(
-            config, [(evaluated.name, sae)], context.device, "results", force_rerun=True
-        )[f"{evaluated.name}_{SAEBENCH_ID}"]
-        latents.require_active()
-        metrics = _metrics(result, config, evaluated)
-        file = keep_result(result_file(folder / "results", evaluated), evaluated, output)
-    tables = {name: files_sha256([dataset_file(name)]) for name in config.dataset_names}
-    # The seed splits each table anew.
-    text = key_digest({"tables": tables, "seed": config.random_seed})
-    return ScoreResult("measured", metrics, file, facts={"text": text})
 
 
 def _metrics(
@@ -440,7 +362,3 @@ def _metrics(
     metrics = {name: float(reported[name]) for name in wanted}
     require_real(metrics, where)
     return metrics
-
-
-DEFINITIONS = definitions("sparse_probing_sae_probes", known_ks())
-"""Every metric of `run_sae_probes`."""

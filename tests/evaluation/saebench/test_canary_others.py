@@ -19,9 +19,9 @@ from sae_bench.evals.scr_and_tpp import main as scr_and_tpp_main
 from sae_bench.sae_bench_utils import dataset_utils, general_utils
 from sae_probes.run_baselines import METHODS
 
-from msae_plugin.evaluation.preflight_checks import RAVEL_ARCHITECTURES, RAVEL_DATASET, RAVEL_FILES
-from msae_plugin.evaluation.protocols import SCHEMAS, config_class
-from msae_plugin.evaluation.saebench.passthrough import METRICS, RELIABILITY
+from msae_plugin.evaluation.outcomes import reliability
+from msae_plugin.evaluation.preflight import RAVEL_ARCHITECTURES, RAVEL_DATASET, RAVEL_FILES
+from msae_plugin.evaluation.protocols import SCHEMAS, config_class, reported_counts, result_fields
 
 MODULES: dict[str, Any] = {
     "absorption": absorption_main,
@@ -94,11 +94,11 @@ def test_results_are_named_and_shaped_as_expected() -> None:
     assert general_utils.get_results_filepath("folder", "name", "custom_sae") == str(
         Path("folder") / "name_custom_sae_eval_results.json"
     )
-    assert set(METRICS) == set(RELIABILITY)
-    for cls in METRICS.values():
-        for item in dataclasses.fields(cls):
-            assert isinstance(item.default.description, str)
-    assert "train_time_seconds" in {f.name for f in dataclasses.fields(METRICS["meta_structure"])}
+    for evaluation in reliability():
+        fields = result_fields(evaluation)
+        assert fields
+        assert all(isinstance(item.default.description, str) for item in fields.values())
+    assert "train_time_seconds" in result_fields("meta_structure")
 
 
 @pytest.mark.parametrize("evaluation", SCHEMAS)
@@ -110,11 +110,11 @@ def test_settings_that_are_fixed_or_chosen_exist(evaluation: str) -> None:
     assert schema.choices.keys() <= names
     assert not schema.own.keys() & names
     if schema.counted is not None:
-        key, results, _ = schema.counted
-        assert key in names
-        assert hasattr(
-            importlib.import_module(f"sae_bench.evals.{schema.package}.eval_output"), results
-        )
+        assert schema.counted[0] in names
+        assert reported_counts(evaluation)
+    assert hasattr(
+        importlib.import_module(f"sae_bench.evals.{schema.package}.eval_output"), schema.results
+    )
 
 
 def test_baseline_methods_are_sae_probes_own() -> None:

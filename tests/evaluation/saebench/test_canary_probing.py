@@ -26,11 +26,11 @@ from sae_bench.sae_bench_utils import (
 from sae_probes import generate_model_activations, run_baselines
 from sae_probes.run_sae_evals import get_save_metrics_path
 
-from msae_plugin.data.local_datasets import HUB_DATASETS, SAEBENCH_PROBING_SETS
+from msae_plugin.data.labelled_texts import HUB_DATASETS, SAEBENCH_PROBING_SETS
 from msae_plugin.evaluation.outcomes import SAEBENCH_ID
+from msae_plugin.evaluation.protocols import reported_counts
 from msae_plugin.evaluation.saebench.patching import without_jaxtyping
 from msae_plugin.evaluation.saebench.sae_probes import LARGEST_BATCH, MAX_TOKENS
-from msae_plugin.evaluation.saebench.sparse_probing import known_k
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,9 @@ def test_the_models_side_is_stored_before_the_sae_is_asked() -> None:
 
 def test_the_results_have_fields_for_the_same_k_on_both_sides() -> None:
     fields = {field.name for field in dataclasses.fields(SparseProbingLlmMetrics)}
-    assert fields == {f"llm_top_{k}_test_accuracy" for k in known_k()} | {"llm_test_accuracy"}
+    assert fields == {f"llm_top_{k}_test_accuracy" for k in reported_counts("sparse_probing")} | {
+        "llm_test_accuracy"
+    }
 
 
 def test_probes_fail_under_jaxtypings_checks_and_run_without_them() -> None:

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -18,15 +20,16 @@ from tolerance import rounding_tolerance
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.protocols import check_settings
-from msae_plugin.evaluation.saebench.core import model_side
-from msae_plugin.evaluation.saebench.core.adapter import run_core
-from msae_plugin.evaluation.saebench.core.model_side import CoreModelSide, core_tokens
+from msae_plugin.evaluation.saebench import model_side
+from msae_plugin.evaluation.saebench.adapter import run_evaluation
+from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import EvaluatedSAE
 
 # Of metrics of size one, which average over tokens what is summed over the 512 tokens of the
 # vocabulary or over the model's width, which is less.
 ROUNDING = rounding_tolerance(512, 1.0)
+run_core = partial(run_evaluation, "core")
 SETTINGS: dict[str, Any] = {
     "context_size": 32,
     "batch_size_prompts": 4,
@@ -388,7 +391,8 @@ def test_a_loading_script_runs_only_where_the_user_says_so(
     trace = tmp_path / "was executed"
     folder = tmp_path / "evil"
     folder.mkdir()
-    (folder / "evil.py").write_text(SCRIPT.format(trace=str(trace)))
+    # `datasets` asks no more about a script that it once was allowed to run: a new one every time.
+    (folder / "evil.py").write_text(SCRIPT.format(trace=str(trace)) + f"# {uuid4()}\n")
     # As a data set of the hub, whose scripts `datasets` treats as those of a folder.
     monkeypatch.setattr(model_side, "is_local", lambda _: False)
     settings = check_settings("core", {"dataset": str(folder)})

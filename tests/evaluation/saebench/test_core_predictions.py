@@ -7,7 +7,7 @@ import torch
 from tolerance import rounding_tolerance
 from transformer_lens import utils
 
-from msae_plugin.evaluation.saebench.core.model_side import CleanPredictions, Predictions
+from msae_plugin.evaluation.saebench.model_side import CleanPredictions, Predictions
 
 PROMPTS, CONTEXT, VOCABULARY = 3, 9, 50
 

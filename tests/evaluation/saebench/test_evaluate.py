@@ -15,6 +15,8 @@ from msae_plugin.common.errors import InputError, Problem, RunFailure
 from msae_plugin.evaluation import evaluate as evaluate_module
 from msae_plugin.evaluation.evaluate import evaluate, model_for
 from msae_plugin.evaluation.recipe import EvalConfig
+from msae_plugin.evaluation.saebench import adapter
+from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -76,13 +78,12 @@ def test_what_was_measured_is_taken_up_and_never_overwritten(
     output, protocol = tmp_path / "out", config(text_file, tmp_path)
     first = evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
     asked: list[list[str]] = []
-    runner = evaluate_module._runner("core")
 
-    def counting(context: Any, settings: Any, todo: Any, *rest: Any) -> Any:
+    def counting(evaluation: str, context: Any, settings: Any, todo: Any, *rest: Any) -> Any:
         asked.append([subject.name for subject in todo])
-        return runner(context, settings, todo, *rest)
+        return run_evaluation(evaluation, context, settings, todo, *rest)
 
-    monkeypatch.setattr(evaluate_module, "_runner", lambda name: counting)
+    monkeypatch.setattr(adapter, "run_evaluation", counting)
     second = evaluate(protocol, subjects, output, language_model=tiny_language_model)
     assert asked == [["multiscale"], ["multiscale"]]
     assert second.summary["results"][0]["metrics"] == first.summary["results"][0]["metrics"]

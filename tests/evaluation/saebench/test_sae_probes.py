@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from evaluation_builders import HOOK, make_subject, random_standard
 from probing_builders import broken
 from sae_bench.evals.sparse_probing_sae_probes import main as sae_probes_main
 from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 from sae_probes import (
-    DATASETS,
     generate_model_activations,
     generate_sae_activations,
     run_baselines,
@@ -27,27 +26,27 @@ from sklearn.linear_model import LogisticRegression
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
-from msae_plugin.evaluation.outcomes import ModelContext, no_report
-from msae_plugin.evaluation.protocols import check_settings
+from msae_plugin.evaluation.outcomes import ModelContext, definitions, no_report
+from msae_plugin.evaluation.protocols import check_settings, reported_counts
 from msae_plugin.evaluation.saebench import sae_probes
+from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sae_probes import (
-    DEFINITIONS,
-    OFFLINE_SAE_PROBES_DATASETS,
     SaeProbesModelSide,
     batch_size,
     dataset_file,
-    known_ks,
     missing_for_sae_probes,
-    run_sae_probes,
     tokenizer_sha256,
 )
 from msae_plugin.models.loading import load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 
+EVALUATION = "sparse_probing_sae_probes"
+run_sae_probes = partial(run_evaluation, EVALUATION)
+COUNTS = reported_counts(EVALUATION)
+DEFINITIONS = definitions(EVALUATION, COUNTS)
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"
 SETTINGS: dict[str, Any] = {"dataset_names": [FLORIDA, BASEBALL], "ks": [1, 2]}
-OFFLINE_PROTOCOL = Path(__file__).parents[3] / "eval_configs" / "offline.yaml"
 ONE: dict[str, Any] = {"dataset_names": [FLORIDA], "ks": [1]}
 
 
@@ -415,18 +414,10 @@ def test_what_is_missing_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "of disk for activations" in disk.what
 
 
-def test_the_offline_subset_is_part_of_the_benchmark() -> None:
-    assert 8 <= len(OFFLINE_SAE_PROBES_DATASETS) <= 12
-    assert set(OFFLINE_SAE_PROBES_DATASETS) <= set(DATASETS)
-    protocol = yaml.safe_load(OFFLINE_PROTOCOL.read_text())
-    named = protocol["evaluations"]["sparse_probing_sae_probes"]["dataset_names"]
-    assert named == list(OFFLINE_SAE_PROBES_DATASETS)
-
-
 def test_every_metric_is_defined() -> None:
     measures = ("accuracy", "auc", "f1")
     assert set(DEFINITIONS) == {
-        *(f"sae_top_{k}_test_{measure}" for k in known_ks() for measure in measures),
+        *(f"sae_top_{k}_test_{measure}" for k in COUNTS for measure in measures),
         *(f"llm_test_{measure}" for measure in measures),
     }
     for name, definition in DEFINITIONS.items():

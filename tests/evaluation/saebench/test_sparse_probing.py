@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,20 @@ from sae_bench.sae_bench_utils import activation_collection, dataset_info, datas
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
-from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource
-from msae_plugin.data.local_datasets import LocalCopies
-from msae_plugin.evaluation.outcomes import ModelContext, no_report
-from msae_plugin.evaluation.protocols import check_settings
+from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource, LocalCopies
+from msae_plugin.evaluation.outcomes import ModelContext, definitions, no_report
+from msae_plugin.evaluation.protocols import check_settings, reported_counts
+from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sparse_probing import (
-    DEFINITIONS,
     KIND,
-    known_k,
-    run_sparse_probing,
 )
 from msae_plugin.models.loading import load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 
+run_sparse_probing = partial(run_evaluation, "sparse_probing")
+COUNTS = reported_counts("sparse_probing")
+DEFINITIONS = definitions("sparse_probing", COUNTS)
 PACKAGED = "packaged:tiny-topics"
 
 
@@ -225,7 +226,12 @@ def test_the_models_side_is_computed_once_and_never_stale(
     def passes(seed: int = 5, given: ModelContext = context, **changes: Any) -> int:
         with model_passes() as seen:
             outcomes = run_sparse_probing(
-                given, {**small, **changes}, subjects, seed, tmp_path / "out", no_report
+                given,
+                {**small, **changes},
+                subjects,
+                seed,
+                tmp_path / "out",
+                no_report,
             )
         assert {outcome.status for outcome in outcomes.values()} == {"measured"}
         return len(seen)
@@ -502,7 +508,11 @@ def test_the_default_batch_size_is_saebenchs_for_the_model(
 
 
 def test_every_metric_is_defined() -> None:
-    sides = {f"{side}_top_{k}_test_accuracy" for side in ("llm", "sae") for k in known_k()}
+    sides = {
+        f"{side}_top_{k}_test_accuracy"
+        for side in ("llm", "sae")
+        for k in reported_counts("sparse_probing")
+    }
     assert set(DEFINITIONS) == sides | {"llm_test_accuracy", "sae_test_accuracy"}
     for name, definition in DEFINITIONS.items():
         assert definition.source == "saebench"

@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report
-from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
-from msae_plugin.evaluation.saebench.unlearning.adapter import run_unlearning
-from msae_plugin.evaluation.saebench.unlearning.model import (
+from msae_plugin.evaluation.saebench.adapter import run_evaluation
+from msae_plugin.evaluation.saebench.instruct_model import (
     LetterAnswers,
     chat_format,
     letter_tokens,
 )
+from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 
+run_unlearning = partial(run_evaluation, "unlearning")
 SEED = 42
 GEMMA = "gemma-2-2b-it"
 

@@ -41,19 +41,15 @@ ALL_PROMPTS = slice(None)
 
 @dataclass(frozen=True)
 class Predictions:
-    """Losses and divergences of a batch's logits, per position.
+    """Losses and divergences of a batch's logits, per position."""
 
-    Args:
-        ce: (batch, seq - 1) loss of predicting the next token, in the model's dtype as in
-            TransformerLens.
-        kl: (batch, seq) KL from the clean predictions, SAEBench's formula: logarithms of a softmax
-            in the model's dtype, infinite or NaN where that softmax is 0.
-        kl_float32: (batch, seq) the same from float32 log-probabilities.
-    """
-
+    # (batch, seq - 1) loss of predicting the next token, in the model's dtype as in
+    # TransformerLens.
     ce: torch.Tensor
+    # (batch, seq) KL from the clean predictions, SAEBench's formula: logarithms of a softmax in the
+    # model's dtype, infinite or NaN where that softmax is 0.
     kl: torch.Tensor
-    kl_float32: torch.Tensor
+    kl_float32: torch.Tensor  # (batch, seq) the same from float32 log-probabilities
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
@@ -152,7 +148,7 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
 
     Packaged text is what training never sees (`heldout_documents`, as in a recipe). A table is
     shuffled by rows; a streamed hub data set, as in SAEBench, by shards only, so seeds of a
-    one-shard data set give the same tokens (`run_core` says so).
+    one-shard data set give the same tokens (the summary says so).
 
     Raises:
         InputError: The text cannot be had.
@@ -197,9 +193,6 @@ def core_tokens(
 
     Returns:
         (n_batches, batch_size_prompts, context_size) long.
-
-    Raises:
-        InputError: The text is too short. SAEBench would begin it again and count tokens twice.
     """
     sae = evaluated.for_saebench(context.torch_dtype, "cpu")
     # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.

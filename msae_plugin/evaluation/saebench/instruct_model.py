@@ -12,9 +12,10 @@ code into a keyed folder, and copied from there into the artifacts of each SAE.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +26,12 @@ from jinja2 import TemplateError
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.sae_bench_utils import activation_collection
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers import PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import kept_folder
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
-from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
-from msae_plugin.evaluation.saebench.unlearning.data import Corpus, Questions
+from msae_plugin.evaluation.saebench.patching import all_replaced, evaluation_environment
 
 LETTERS = "ABCD"
 _PLACE = "THE-QUESTION-GOES-HERE"
@@ -42,20 +41,15 @@ _BEFORE_LETTER = "("
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A tokenizer's turns around one message of the user.
-
-    Args:
-        prefix: Text before the message.
-        suffix: Text after it, up to where the model's answer begins.
-        prepend_bos: Whether a BOS token is put before the text. It is where the template has
-            none and the tokenizer has one that is not itself a turn marker.
-        has_bos: Whether a prompt begins with BOS, from the template or prepended. SAEBench never
-            intervenes at the first position.
-    """
+    """A tokenizer's turns around one message of the user."""
 
     prefix: str
-    suffix: str
+    suffix: str  # text after it, up to where the model's answer begins
+    # Whether a BOS token is put before the text. It is where the template has none and the
+    # tokenizer has one that is not itself a turn marker.
     prepend_bos: bool
+    # Whether a prompt begins with BOS, from the template or prepended. SAEBench never intervenes at
+    # the first position.
     has_bos: bool
 
     @property
@@ -74,9 +68,6 @@ def chat_format(
 
     The template is filled with a mark in place of the question: templates trim the message, and
     SAEBench does not.
-
-    Raises:
-        InputError: The tokenizer has no chat template, or one that cannot hold a question.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -113,12 +104,6 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[in
     Looked for are the letters alone and with a space before, which is what SAEBench counts for
     Gemma, and as they are cut after the `(` that ends the prompt: some tokenizers have another
     token for the start of a text.
-
-    Returns:
-        One to three different lists of four token ids.
-
-    Raises:
-        InputError: None of the ways gives single tokens.
     """
     opening = tokenizer.encode(_BEFORE_LETTER, add_special_tokens=False)
     found: list[list[int]] = []
@@ -140,28 +125,15 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> list[list[in
     return found
 
 
+@dataclass
 class LetterAnswers:
-    """In place of SAEBench's `get_output_probs_abcd`, for any tokenizer.
+    """In place of SAEBench's `get_output_probs_abcd`, for any tokenizer."""
 
-    Args:
-        model: The model, hooks and all.
-        chat: Its turns.
-        letters: From `letter_tokens`.
-        progress: Called with the number of answered and of all batches.
-    """
-
-    def __init__(
-        self,
-        model: HookedTransformer,
-        chat: ChatFormat,
-        letters: Sequence[Sequence[int]],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        self._model = model
-        self._tokenizer: Any = model.tokenizer
-        self._chat = chat
-        self._letters = letters
-        self.progress = progress
+    model: HookedTransformer  # hooks and all
+    chat: ChatFormat
+    letters: Sequence[Sequence[int]]  # of `letter_tokens`
+    # Called with the number of answered and of all batches.
+    progress: Callable[[int, int], None] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -176,15 +148,12 @@ class LetterAnswers:
 
         Returns:
             (prompts, 4) in the model's dtype.
-
-        Raises:
-            RunFailure: A prompt does not fit into the model's context, or has more than one BOS.
         """
         del verbose
-        if model is not self._model:
+        if model is not self.model:
             raise RunFailure("unlearning: SAEBench asks another model than it was given")
-        device = self._model.cfg.device
-        letters = torch.tensor(self._letters, device=device)
+        device = self.model.cfg.device
+        letters = torch.tensor(self.letters, device=device)
         answers: list[torch.Tensor] = []
         for index in range(n_batches):
             if self.progress is not None:
@@ -195,41 +164,39 @@ class LetterAnswers:
             tokens = self._padded(rows).to(device)
             last = torch.tensor([len(row) - 1 for row in rows], device=device)
             # Padded on the right whatever the tokenizer's habit: a causal model does not see it.
-            logits = self._model(tokens, return_type="logits", padding_side="right")
+            logits = self.model(tokens, return_type="logits", padding_side="right")
             chosen = logits[torch.arange(len(rows), device=device), last].softmax(-1)
             by_variant = chosen[:, letters.flatten()].reshape(-1, len(letters), len(LETTERS))
             answers.append(by_variant.max(dim=1)[0])
         return torch.vstack(answers)
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a prompt, with exactly one BOS at its front where the model has one.
-
-        Raises:
-            RunFailure: It does not fit into the model's context, or has a BOS elsewhere.
-        """
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        bos = self._tokenizer.bos_token_id
-        if self._chat.prepend_bos:
+        """Token ids of a prompt, with exactly one BOS at its front where the model has one."""
+        tokenizer: Any = self.model.tokenizer
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        bos = tokenizer.bos_token_id
+        if self.chat.prepend_bos:
             ids = [bos, *ids]
-        if self._chat.has_bos and (ids[0] != bos or ids.count(bos) != 1):
+        if self.chat.has_bos and (ids[0] != bos or ids.count(bos) != 1):
             raise RunFailure(
                 f"unlearning: a prompt has {ids.count(bos)} BOS tokens where one belongs at its "
                 "front: a question contains the text of one"
             )
-        if len(ids) > self._model.cfg.n_ctx:
+        if len(ids) > self.model.cfg.n_ctx:
             raise RunFailure(
                 f"unlearning: a prompt of {len(ids)} tokens does not fit into the model's context "
-                f"of {self._model.cfg.n_ctx}: leave long questions out"
+                f"of {self.model.cfg.n_ctx}: leave long questions out"
             )
         return ids
 
     def fingerprint(self, prompts: Sequence[str]) -> str:
         """Hash of the token ids of prompts and letters: of tokenizer, turns and questions."""
-        content = repr(([self.tokens(text) for text in prompts], self._letters))
+        content = repr(([self.tokens(text) for text in prompts], self.letters))
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        padding = self._tokenizer.pad_token_id
+        tokenizer: Any = self.model.tokenizer
+        padding = tokenizer.pad_token_id
         tokens = torch.full((len(rows), max(map(len, rows))), 0 if padding is None else padding)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
@@ -244,18 +211,39 @@ _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
-class Knowledge:
-    """The model's knowledge of one set of questions.
+class Questions:
+    """Multiple-choice questions under one of SAEBench's names."""
 
-    Args:
-        questions: The questions.
-        answerable: How many it answers right in all 24 orders.
-        folder: Folder with SAEBench's files on them.
-    """
+    name: str  # SAEBench's name
+    source: str  # where they are from: a path or a hub name
+    rows: list[dict[str, Any]]  # `question`, `choices` (4 texts) and `answer` (0 to 3) of each
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the rows as JSON: of what is asked, whatever file it came in."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents."""
+
+    source: str  # where they are from: a path or a hub name
+    documents: list[str]  # their text
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the documents as JSON."""
+        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """The model's knowledge of one set of questions."""
 
     questions: Questions
-    answerable: int
-    folder: Path
+    answerable: int  # how many it answers right in all 24 orders
+    folder: Path  # folder with SAEBench's files on them
 
     def copy_to(self, artifacts: Path) -> None:
         """Put SAEBench's files where its code looks for them."""
@@ -270,11 +258,7 @@ def find_knowledge(
     batch_size: int,
     report: Reporter,
 ) -> dict[str, Knowledge]:
-    """Ask all questions, or read what was answered before. SAEBench must be adapted already.
-
-    Returns:
-        By name, in the order of `questions`.
-    """
+    """Ask all questions, or read what was answered before. SAEBench must be adapted already."""
     found: dict[str, Knowledge] = {}
     for name, asked in questions.items():
         answers.progress = partial(report, f"unlearning: asking {name} in all orders")
@@ -346,24 +330,23 @@ def adapted(
     """Let SAEBench ask this model these questions, for the time of the block."""
 
     def load_dataset_with_retries(
-        dataset_path: str, dataset_name: str, split: str, retries: int = 5, delay: int = 20
+        _path: str, dataset_name: str, *_arguments: Any, **_options: Any
     ) -> list[dict[str, Any]]:
-        del dataset_path, split, retries, delay
         return questions[dataset_name].rows
 
     def load_dataset_from_name(dataset_name: str) -> list[dict[str, Any]]:
         return questions[dataset_name].rows
 
-    with ExitStack() as stack:
-        for owner, name, value in (
+    with (
+        all_replaced(
             (metrics, "load_dataset_with_retries", load_dataset_with_retries),
             (metrics, "load_dataset_from_name", load_dataset_from_name),
             (metrics, "GEMMA_INST_FORMAT", chat.for_saebench),
             (metrics, "get_output_probs_abcd", answers),
             (model.cfg, "model_name", NAME_WITH_A_FORMAT),
-        ):
-            stack.enter_context(replaced(owner, name, value))
-        stack.enter_context(hooks_set_aside(model))
+        ),
+        hooks_set_aside(model),
+    ):
         yield
 
 
@@ -378,13 +361,8 @@ def corpora_and_sweep(
     shuffled_tokens = feature_activation.get_shuffled_forget_retain_tokens
 
     def get_forget_retain_data(
-        forget_corpora: str = "bio-forget-corpus",
-        retain_corpora: str = "wikitext",
-        min_len: int = 50,
-        max_len: int = 2000,
-        batch_size: int = 4,
+        *_names: str, min_len: int = 50, **_sizes: int
     ) -> tuple[list[str], list[str]]:
-        del forget_corpora, retain_corpora, max_len, batch_size
         return _longer(forget, min_len), _longer(retain, min_len)
 
     def get_shuffled_forget_retain_tokens(
@@ -409,18 +387,13 @@ def corpora_and_sweep(
     def silent(items: Iterable[Any], *_arguments: Any, **_options: Any) -> Iterable[Any]:
         return items
 
-    with ExitStack() as stack:
-        for owner, name, value in (
-            (feature_activation, "get_forget_retain_data", get_forget_retain_data),
-            (
-                feature_activation,
-                "get_shuffled_forget_retain_tokens",
-                get_shuffled_forget_retain_tokens,
-            ),
-            (metrics, "tqdm", sweep),
-            (activation_collection, "tqdm", silent),
-        ):
-            stack.enter_context(replaced(owner, name, value))
+    shuffled: Any = get_shuffled_forget_retain_tokens
+    with all_replaced(
+        (feature_activation, "get_forget_retain_data", get_forget_retain_data),
+        (feature_activation, "get_shuffled_forget_retain_tokens", shuffled),
+        (metrics, "tqdm", sweep),
+        (activation_collection, "tqdm", silent),
+    ):
         yield
 
 
@@ -440,14 +413,16 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
 
     SAEBench resets all hooks between its steps, and what it computes with them on would differ
     from what it computes after. A hook that an SAE's failed evaluation leaves is removed.
-
-    Raises:
-        InputError: The model has permanent hooks, which change what no cache key covers.
     """
     points = list(model.hook_dict.values())
-    forward = [(point, handle) for point in points for handle in point.fwd_hooks]
-    backward = [(point, handle) for point in points for handle in point.bwd_hooks]
-    if any(handle.is_permanent for _, handle in forward + backward):
+    directions: tuple[Literal["fwd", "bwd"], ...] = ("fwd", "bwd")
+    handles = [
+        (point, handle, direction)
+        for direction in directions
+        for point in points
+        for handle in (point.fwd_hooks if direction == "fwd" else point.bwd_hooks)
+    ]
+    if any(handle.is_permanent for _, handle, _ in handles):
         raise InputError(
             "unlearning: the model has permanent hooks, with which it is another model",
             "call model.reset_hooks(including_permanent=True)",
@@ -458,14 +433,8 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
         yield
     finally:
         model.reset_hooks()
-        for point, handle in forward:
-            _put_back(point, handle, "fwd")
-        for point, handle in backward:
-            _put_back(point, handle, "bwd")
+        for point, handle, direction in handles:
+            if handle.user_hook is not None:  # TransformerLens keeps it for every `add_hook`
+                point.add_hook(handle.user_hook, dir=direction, level=handle.context_level)
         for name, context in contexts.items():
             model.hook_dict[name].ctx.update(context)
-
-
-def _put_back(point: HookPoint, handle: LensHandle, direction: Literal["fwd", "bwd"]) -> None:
-    if handle.user_hook is not None:  # TransformerLens keeps it for every hook of `add_hook`
-        point.add_hook(handle.user_hook, dir=direction, level=handle.context_level)

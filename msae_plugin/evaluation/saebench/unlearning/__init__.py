@@ -1,1 +1,0 @@
-"""SAEBench's unlearning evaluation."""
