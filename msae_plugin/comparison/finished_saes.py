@@ -131,7 +131,7 @@ _NOT_OF_AN_SAE = (
 # Raised when the same settings train another SAE.
 _FORMAT = 2
 _NOT_OF_TRAINING = (
-    "n_checkpoints", "keep_checkpoints", "store_batch_size_prompts",
+    "n_checkpoints", "checkpoint_minutes", "keep_checkpoints", "store_batch_size_prompts",
     "decode_kernel", "cuda_graphs",
 )  # fmt: skip
 
