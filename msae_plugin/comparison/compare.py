@@ -19,7 +19,7 @@ from typing import Any
 
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import TEMPORARY_PREFIX, write_json_atomic
+from msae_plugin.common.files import TEMPORARY_PREFIX, remove_leftovers, write_json_atomic
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison import activations, ground_truth, training_schedule
 from msae_plugin.comparison.finished_saes import missing_entries
@@ -105,6 +105,8 @@ def compare(
     shard = shard or Shard()
     share = None if shard.of == 1 else f"part-{shard.number}-of-{shard.of}"
     with claimed_output(output, share):
+        if share is None:
+            remove_leftovers(output)
         return _compare(config, output, report, language_model, shard, skip_missing=skip_missing)
 
 

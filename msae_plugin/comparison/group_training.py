@@ -21,7 +21,7 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.log import JsonLinesSink, MetricsLog
-from msae_plugin.training.plans import SAEPlan, build_sae
+from msae_plugin.training.plans import SAEPlan, build_sae, require_memory
 from msae_plugin.training.session import SessionSettings, TrainingSession
 
 
@@ -175,6 +175,7 @@ def train_group(
         )
         for entry in group.entries
     }
+    require_memory(list(plans.values()), run.device)
     folders = {} if keys is None else {name: run.folder(name) for name in plans}
     step = 0 if checkpoint is None else checkpoint.step
     metrics = MetricsLog([JsonLinesSink(folders, step)])

@@ -61,7 +61,7 @@ from msae_plugin.training.log import (
     tensorboard_wanted,
 )
 from msae_plugin.training.passes import CachedPass, RecipeSession, SharedPassRunner
-from msae_plugin.training.plans import SAEPlan, build_sae, default_device
+from msae_plugin.training.plans import SAEPlan, build_sae, default_device, require_memory
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import FinishedSAE, SessionSettings, sae_record
 
@@ -233,6 +233,7 @@ class MultiScaleRunner:
             self.plans = self._inputs.fitted(self.plans)
         own_batch_size(config.training.batch_size_tokens, ranks)
         self.device = default_device(config.model.device)
+        require_memory(self.plans, self.device)
         self._tensorboard = tensorboard_wanted(config.logging.tensorboard)
         if self._leads:
             check_output(output, resume)
@@ -265,8 +266,7 @@ class MultiScaleRunner:
         with claimed_output(self.output), disk_errors_told(self.output):
             # Another process may have finished there since this one began.
             check_output(self.output, self._resume)
-            for folder in (self.output, *self.folders.values()):
-                remove_leftovers(folder)
+            remove_leftovers(self.output)
             self._store = self._checkpoints(writes=True)
             self._store.remove_after(0 if self.checkpoint is None else self.checkpoint.step)
             return self._run()
