@@ -19,11 +19,10 @@ from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison.compare import check_comparison_folder, compare
-from msae_plugin.comparison.finished_saes import missing_entries
 from msae_plugin.comparison.language_model import LanguageModelTestbed
 from msae_plugin.comparison.methods import expand
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.comparison.training_schedule import Shard
+from msae_plugin.comparison.training_schedule import Shard, missing_entries
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 
 if TYPE_CHECKING:
