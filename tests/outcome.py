@@ -8,7 +8,7 @@ from typing import Any
 
 # A run that was stopped has other checkpoints, and its claim may be younger than its end.
 _NOT_RESULTS = ("checkpoints", "tensorboard", ".claim")
-_CLOCK = re.compile(r"created|seconds|per_second|started|resumed_at_steps|time")
+_CLOCK = re.compile(r"created|step_ms|seconds|per_second|started|resumed_at_steps|time")
 
 
 def outcome(folder: Path) -> dict[str, Any]:

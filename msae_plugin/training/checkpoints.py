@@ -7,6 +7,7 @@ what lacks a manifest or differs from it is not a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     TEMPORARY_PREFIX,
     file_sha256,
@@ -150,11 +151,18 @@ class CheckpointStore:
         """Remove what a run that goes on at this step has passed by: damaged checkpoints.
 
         They would count as the newest, and be kept in place of whole ones.
+
+        Raises:
+            RunFailure: One is whole: another process wrote it since this one looked.
         """
         kept = {checkpoint.path for checkpoint in self.complete() if checkpoint.step <= step}
         for path in self._folders():
-            if path not in kept:
-                self._remove(path)
+            if path in kept:
+                continue
+            with contextlib.suppress(InputError):  # named already
+                open_checkpoint(path)
+                raise RunFailure(f"{str(path)!r} was written meanwhile: resume once more")
+            self._remove(path)
 
     def save(
         self, step: int, tokens: int, config: dict[str, Any], write: Callable[[Path], None]
@@ -217,12 +225,12 @@ class CheckpointStore:
             InputError: If the path is no complete checkpoint, or this folder holds newer ones; if
                 all of this folder's are damaged.
         """
+        chosen = None if resume == "auto" else open_checkpoint(Path(resume))
         newest = self.newest()
-        if resume == "auto":
+        if chosen is None:
             for path in self._folders() if newest is None else ():
                 open_checkpoint(path)  # to name what is damaged: nothing is left to go on from
             return newest
-        chosen = open_checkpoint(Path(resume))
         if newest is not None and newest.step > chosen.step:
             raise InputError(
                 f"{resume!r} is at step {chosen.step} but this run already has the later "
