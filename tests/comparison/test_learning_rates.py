@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from msae_cli import app as cli
-from msae_plugin import InputError, RunFailure
+from msae_plugin import InputError
 from msae_plugin.comparison.compare import Comparison
 from msae_plugin.comparison.learning_rates import (
     TuningPlan,

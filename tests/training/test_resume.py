@@ -120,11 +120,10 @@ SEVERAL = (
     [
         (CHUNKS, "training.weight_decay=0.01", "training.accumulation_steps=2"),
         (CHUNKS, "training.lr_scheduler=cosineannealing", "training.feature_sampling_window=7"),
-        # The text is read more than once, and a pass of the model ends with it.
-        ("data.heldout_documents=70", "training.store_batch_size_prompts=7"),
+        ("training.store_batch_size_prompts=7", "training.n_batches_in_buffer=5"),
         SEVERAL,
     ],
-    ids=["accumulated", "scheduled", "epochs", "several"],
+    ids=["accumulated", "scheduled", "uneven", "several"],
 )
 @pytest.mark.parametrize("step", [4, 9])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
