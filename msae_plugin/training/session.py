@@ -262,9 +262,8 @@ class TrainingSession:
             RunFailure: When training diverged; the last good checkpoint stays.
         """
         trainer, progress = self.trainer, self.settings.progress
-        step = trainer.n_training_steps
         for revivals in self._revivals.values():
-            revivals.truncate_after(step)
+            revivals.truncate_after(trainer.n_training_steps)
             # An empty file says that nothing was revived; none would say that nobody looked.
             revivals.path.parent.mkdir(parents=True, exist_ok=True)
             revivals.path.touch()
@@ -279,11 +278,8 @@ class TrainingSession:
             return self.saes
         except InterruptedBySignalError as interruption:
             progress.stop()
-            store = self.settings.store
             if trainer.n_training_steps:
                 interruption.checkpoint = self.save_checkpoint()
-            elif store is not None and (newest := store.newest()) is not None:
-                interruption.checkpoint = newest.path
             raise
         finally:
             progress.stop()
