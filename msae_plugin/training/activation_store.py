@@ -396,6 +396,8 @@ class ActivationWriter:
 
     def save_progress(self) -> None:
         """Put everything so far onto the disk."""
+        if not self._tensors:  # nothing since an earlier pass saved
+            return
         self._sync()
         (state,) = states_of_all(self.position or {}, ALONE)
         with file_written_atomically(self._position_file(self.done)) as temporary:

@@ -104,8 +104,7 @@ def _make_cache(
         try:
             write_activations(runner, writer, guard, progress.advance)
         except InterruptedBySignalError:
-            if writer.done:
-                writer.save_progress()
+            writer.save_progress()
             raise
         finally:
             progress.stop()

@@ -15,6 +15,7 @@ from outcome import outcome
 from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.interruption import InterruptedBySignalError
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training import cached_activations
@@ -168,6 +169,9 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
         if appended == 12:
             raise SystemExit("killed")
 
+    def stop(_: Any) -> None:
+        raise InterruptedBySignalError(15)
+
     monkeypatch.setattr(cached_activations, "SECONDS_BETWEEN_SAVES", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(cached_activations.ActivationWriter, "append", killed)
@@ -177,6 +181,11 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
         open_cache(folder)
     with pytest.raises(InputError, match="unfinished cache of other activations"):
         cache(folder, *SHORT, "data.context_size=16")
+    # Stopped once more before the first batch: what was saved stays.
+    with monkeypatch.context() as patch:
+        patch.setattr(cached_activations.InterruptionGuard, "check", stop)
+        with pytest.raises(InterruptedBySignalError):
+            cache(folder, *SHORT)
     continued = cache(folder, *SHORT)
     rows, expected = continued.tensors[HOOK], whole.tensors[HOOK]
     assert torch.equal(rows, expected)
