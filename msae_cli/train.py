@@ -37,10 +37,14 @@ def train(
     from msae_plugin.common.progress import ConsoleProgress
     from msae_plugin.training.data_parallel import launched_ranks
     from msae_plugin.training.recipe import RunConfig
-    from msae_plugin.training.runner import MultiScaleRunner
+    from msae_plugin.training.runner import MultiScaleRunner, is_complete
 
     overrides = set_ or []
     recipe = RunConfig.load(config, overrides)
+    if resume == "auto" and is_complete(output, recipe):
+        if not other_rank():
+            say(f"the run in {output} is complete: there is nothing to resume")
+        return
     with launched_ranks(recipe.model.device) as ranks:
         runner = MultiScaleRunner(
             recipe, output, resume=resume, progress=ConsoleProgress(errors), ranks=ranks

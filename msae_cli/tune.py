@@ -68,6 +68,7 @@ def tune(
     check_output(output)
     tried = _rates(rates)
     # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    from msae_plugin.common.claims import claimed_output
     from msae_plugin.common.files import write_json_atomic, write_text_atomic
     from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.compare import compare
@@ -85,7 +86,8 @@ def tune(
     plan = TuningPlan.of(
         recipe, tried, l0=l0, seed=seed, metrics=metric or (), extend=extend, methods=only
     )
-    with continued_later(), step_reporter(errors) as report:
+    # A share of its own: between its comparisons nobody else takes the folder.
+    with continued_later(), step_reporter(errors) as report, claimed_output(output, "tune"):
         choices = find_rates(recipe, plan, lambda trials: compare(trials, output, report=report))
     write_json_atomic(output / RATES_FILE, rates_contents(plan, choices))
     read = yaml.safe_load(config.read_text(encoding="utf-8"))

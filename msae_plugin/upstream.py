@@ -6,15 +6,17 @@ fails `tests/test_upstream_canary.py` loudly instead of a training run quietly.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
+import torch
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from transformer_lens import loading_from_pretrained
 from transformer_lens.loading_from_pretrained import get_official_model_name
@@ -83,6 +85,42 @@ def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:
     replaces `fit`.
     """
     trainer._estimate_scaling_factors()  # pyright: ignore[reportPrivateUsage]
+
+
+def filtered_batches(store: ActivationsStore) -> Iterator[dict[str, torch.Tensor]]:
+    """Activations of one forward pass after another, (tokens, d_in) by hook, not mixed yet.
+
+    Stands for `ActivationsStore._iterate_filtered_multi_hook_activations`: the public
+    `get_multi_hook_data_loader` puts it into a mixing buffer whose contents nobody can save.
+    """
+    return store._iterate_filtered_multi_hook_activations()  # pyright: ignore[reportPrivateUsage]
+
+
+class CountedSequences:
+    """The token sequences of a store, counted since the text began (anew).
+
+    Stands for `ActivationsStore._iterate_tokenized_sequences`, which the store calls at the
+    beginning of every epoch. Its own `n_dataset_processed` counts documents, and many sequences
+    come out of one.
+
+    Attributes:
+        taken: How many were taken in this epoch.
+    """
+
+    def __init__(self, store: ActivationsStore) -> None:
+        self._epoch = store._iterate_tokenized_sequences  # pyright: ignore[reportPrivateUsage]
+        store._iterate_tokenized_sequences = self._begin  # pyright: ignore[reportPrivateUsage]
+        store.iterable_sequences = self._begin()
+        self.taken = 0
+
+    def _begin(self) -> Generator[torch.Tensor]:
+        self.taken = 0
+        return self._counted()
+
+    def _counted(self) -> Generator[torch.Tensor]:
+        for sequence in self._epoch():
+            self.taken += 1
+            yield sequence
 
 
 class HasSAEsAndConfig(Protocol):

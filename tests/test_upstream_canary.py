@@ -3,6 +3,7 @@
 import inspect
 
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from transformer_lens import loading_from_pretrained, supported_models
 
@@ -38,8 +39,14 @@ def test_the_wrapped_private_methods_of_saelens_are_still_what_its_own_loop_call
     # Our trainer and runner replace `fit` and `run`; these are the steps of theirs that they keep.
     assert "_estimate_scaling_factors" in MultiSAETrainer.fit.__code__.co_names
     assert "_set_sae_metadata" in MultiSAETrainingRunner.run.__code__.co_names
+    # Our stream replaces the buffer around the one, and counts what the other yields.
+    loader = ActivationsStore.get_multi_hook_data_loader.__code__.co_names
+    assert "_iterate_filtered_multi_hook_activations" in loader
+    assert "_iterate_tokenized_sequences" in ActivationsStore.get_batch_tokens.__code__.co_names
     for method in (
         MultiSAETrainer._estimate_scaling_factors,
         MultiSAETrainingRunner._set_sae_metadata,
+        ActivationsStore._iterate_filtered_multi_hook_activations,
+        ActivationsStore._iterate_tokenized_sequences,
     ):
         assert list(inspect.signature(method).parameters) == ["self"]

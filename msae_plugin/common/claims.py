@@ -71,6 +71,15 @@ def claimed_output(folder: Path, share: str | None = None) -> Generator[None]:
         _remove_empty(made)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process that lives, this one included, has claimed a folder."""
+    claim = folder / CLAIM
+    try:
+        return json.loads(claim.read_text(encoding="utf-8")) == _own() or _living(claim) is not None
+    except (OSError, ValueError):
+        return False
+
+
 def claim_when_free(folder: Path) -> None:
     """Wait until no other process holds a folder, then hold it until `release`.
 

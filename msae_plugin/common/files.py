@@ -175,14 +175,12 @@ def folder_written_atomically(target: Path) -> Generator[Path]:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete what a killed process left unfinished in a folder.
+    """Delete what a killed process left unfinished in a folder and those below it.
 
     Returns:
         The temporary files and folders that were deleted.
     """
-    if not folder.is_dir():
-        return []
-    leftovers = [path for path in folder.iterdir() if path.name.startswith(TEMPORARY_PREFIX)]
+    leftovers = list(folder.rglob(f"{TEMPORARY_PREFIX}*"))
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

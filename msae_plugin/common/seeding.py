@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,23 @@ class RandomStream:
         torch.set_rng_state(cpu)
         if self._cuda is not None and cuda is not None:
             torch.cuda.set_rng_state(cuda, self._cuda)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, as `torch.load` takes it with `weights_only`."""
+        python, numpy, cpu, cuda = self._state
+        kind, words, *rest = numpy  # pyright: ignore[reportGeneralTypeIssues]
+        return {
+            "python": python,
+            "numpy": (kind, torch.from_numpy(words.astype(np.int64)), *rest),
+            "cpu": cpu,
+            "cuda": cuda,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where another stream was."""
+        kind, words, *rest = state["numpy"]
+        numpy = (kind, words.numpy().astype(np.uint32), *rest)
+        self._state = state["python"], numpy, state["cpu"], state["cuda"]
 
     @contextmanager
     def active(self) -> Generator[None]:

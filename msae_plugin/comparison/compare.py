@@ -19,10 +19,9 @@ from typing import Any
 
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import TEMPORARY_PREFIX, write_json_atomic
+from msae_plugin.common.files import TEMPORARY_PREFIX, remove_leftovers, write_json_atomic
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison import activations, ground_truth, training_schedule
-from msae_plugin.comparison.finished_saes import missing_entries
 from msae_plugin.comparison.ground_truth import GroundTruthTestbed
 from msae_plugin.comparison.group_training import ComparisonRun
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER, LanguageModelTestbed
@@ -35,7 +34,7 @@ from msae_plugin.comparison.results import (
     control_row,
     training_metrics,
 )
-from msae_plugin.comparison.training_schedule import Shard, share_of, train_all
+from msae_plugin.comparison.training_schedule import Shard, missing_entries, share_of, train_all
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.run_record import read_run_record
@@ -105,6 +104,8 @@ def compare(
     shard = shard or Shard()
     share = None if shard.of == 1 else f"part-{shard.number}-of-{shard.of}"
     with claimed_output(output, share):
+        if share is None:
+            remove_leftovers(output)
         return _compare(config, output, report, language_model, shard, skip_missing=skip_missing)
 
 

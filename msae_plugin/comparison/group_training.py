@@ -1,28 +1,43 @@
-"""Training of SAEs that share their batches: one where batches are read, several where made."""
+"""Training of SAEs that share their batches, and its end: cut, export and record of each."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from typing_extensions import override
 
+from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import SilentProgress
 from msae_plugin.comparison.activations import ActivationSource, SeededBatches
-from msae_plugin.comparison.methods import Entry, entry_training, plan_entry, sae_folder
+from msae_plugin.comparison.methods import (
+    SAES_FOLDER,
+    Entry,
+    entry_training,
+    mean_l0,
+    plan_entry,
+    sae_folder,
+    scale_thresholds,
+)
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.evaluation.outcomes import Reporter
+from msae_plugin.saes.run_record import RunRecord, describe_device, software_versions
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.log import JsonLinesSink, MetricsLog
-from msae_plugin.training.plans import SAEPlan, build_sae
-from msae_plugin.training.session import SessionSettings, TrainingSession
+from msae_plugin.training.plans import SAEPlan, build_sae, require_memory
+from msae_plugin.training.session import SessionSettings, TrainingSession, sae_record
+
+# An L0 of zero has no logarithm.
+_SMALLEST_L0 = 0.05
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,7 @@ def train_group(
         )
         for entry in group.entries
     }
+    require_memory(list(plans.values()), run.device)
     folders = {} if keys is None else {name: run.folder(name) for name in plans}
     step = 0 if checkpoint is None else checkpoint.step
     metrics = MetricsLog([JsonLinesSink(folders, step)])
@@ -211,6 +227,149 @@ def _build(entry: Entry, plan: SAEPlan, device: str) -> TrainingSAE[Any]:
     if entry.method.frozen_decoder:
         sae.W_dec.requires_grad_(False)
     return sae
+
+
+def log_error(l0: float, target: float) -> float:
+    """log(l0 / target): zero at the target, positive where too many latents fire."""
+    return math.log(max(l0, _SMALLEST_L0) / target)
+
+
+def is_matched(l0: float, target: float, tolerance: float) -> bool:
+    """Whether an L0 is within a relative tolerance of its target, either way."""
+    return abs(log_error(l0, target)) <= math.log1p(tolerance) + 1e-9
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The inference cut of a trained SAE.
+
+    Args:
+        l0: Active latents per token on fresh activations.
+        calibration: What was changed for it; None for an architecture without a cut.
+    """
+
+    l0: float
+    calibration: Mapping[str, float] | None
+
+
+def set_cut(run: ComparisonRun, trained: GroupSession, entry: Entry) -> Cut:
+    """Set the cut of an SAE that has one to its target L0, and measure the L0."""
+    sae = trained.saes[entry.name]
+    sae.eval()
+    count = run.config.training.calibrate_batches
+    batches = trained.scaled(entry.name, run.source.fresh(entry.hook, entry.seed, count))
+    if needs_calibration(sae):
+        found = calibrate(sae, batches)
+        return Cut(found["l0_after"], found)
+    if isinstance(sae, JumpReLUTrainingSAE) and not entry.method.knob.searched:
+        found = scale_thresholds(sae, batches, entry.l0)
+        return Cut(found["l0_after"], found)
+    return Cut(mean_l0(sae, batches), None)
+
+
+def finish(
+    run: ComparisonRun,
+    trained: GroupSession,
+    cuts: Mapping[str, Cut],
+    keys: Mapping[str, str],
+    search_tokens: Mapping[str, int],
+) -> None:
+    """Fold, export and record every SAE of a group.
+
+    Raises:
+        RunFailure: An export does not agree with what was trained, or is silent.
+    """
+    trained.trainer.fold_scaling()
+    for entry in trained.group.entries:
+        name = entry.name
+        _finish_one(run, trained, entry, cuts[name], keys[name], search_tokens.get(name, 0))
+
+
+def _finish_one(
+    run: ComparisonRun, trained: GroupSession, entry: Entry, cut: Cut, key: str, search_tokens: int
+) -> None:
+    config, training, plan = run.config, trained.settings.training, trained.plans[entry.name]
+    lr, seconds = training.lr if plan.lr is None else plan.lr, trained.seconds[entry.name]
+    run.source.describe(trained.saes[entry.name].cfg.metadata, entry.hook)
+    try:
+        finished = trained.export(
+            entry.name,
+            run.source.samples(entry.hook, entry.seed),
+            # SAELens' names for what readers of a runner_cfg.json look for first.
+            lambda: {
+                "sae": plan.config.to_dict(),
+                "lr": lr,
+                "train_batch_size_tokens": training.batch_size_tokens,
+                "accumulation_steps": training.accumulation_steps,
+                "comparison": config.to_dict(),
+            },
+            calibration=cut.calibration,
+            l0=cut.l0,
+        )
+    except RunFailure as failure:
+        raise RunFailure(f"SAE {entry.name!r}: {failure}") from failure
+    RunRecord(
+        run.folder(entry.name),
+        {
+            "versions": software_versions(),
+            "seed": entry.seed,
+            "device": describe_device(run.device),
+            **run.source.record(),
+            "steps": trained.steps,
+            "tokens": trained.tokens,
+            "saes": {
+                entry.name: {
+                    **sae_record(plan, "."),
+                    **finished.record(trained.tokens / max(seconds, 1e-9)),
+                }
+            },
+            "config": config.to_dict(),
+            "comparison": {"key": key, "row": _row(trained, entry, config, cut, lr, search_tokens)},
+        },
+        seconds,
+    ).write("complete")
+
+
+def _row(
+    trained: GroupSession,
+    entry: Entry,
+    config: CompareConfig,
+    cut: Cut,
+    lr: float,
+    search_tokens: int,
+) -> dict[str, Any]:
+    """The SAE's row of comparison.json, without metrics."""
+    method, knob = entry.method, entry.method.knob
+    sae_config = trained.plans[entry.name].config
+    found = {knob.name: float(getattr(sae_config, knob.name))} if knob.searched else None
+    row = {
+        "name": entry.name,
+        "method": method.name,
+        "architecture": sae_config.architecture(),
+        "preset": method.section.get("preset"),
+        "hook": None if config.synthetic is not None else entry.hook,
+        "l0_target": entry.l0,
+        "l0_measured": cut.l0,
+        "l0_matched": is_matched(cut.l0, entry.l0, config.search.tolerance),
+        "seed": entry.seed,
+        "lr": lr,
+        "coefficient": found,
+        "folder": f"{SAES_FOLDER}/{entry.name}",
+        "training_steps": trained.steps,
+        "training_tokens": trained.tokens,
+        "search_tokens": search_tokens,
+        "seconds": trained.seconds[entry.name],
+        "control": "frozen random decoder" if method.frozen_decoder else None,
+    }
+    if method.variant is not None:
+        variant = method.variant
+        row |= {
+            "group": variant.group,
+            "mechanism": variant.mechanism,
+            "claim": variant.claim,
+            "against": variant.against,
+        }
+    return row
 
 
 def halves(group: Group) -> list[Group]:

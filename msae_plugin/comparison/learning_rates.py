@@ -18,9 +18,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.comparison.compare import Comparison
 from msae_plugin.comparison.methods import FROZEN
 from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.evaluation.metrics import definitions
 
 RATES_FILE = "rates.json"
 TUNED_FILE = "tuned.yaml"
@@ -116,6 +118,12 @@ class TuningPlan:
             raise InputError("the recipe has no 'saes' to tune; variants of a ladder share a rate")
         l0 = sorted(config.l0)[len(config.l0) // 2] if l0 is None else l0
         metrics = tuple(metrics) or DEFAULT_METRICS[config.kind]
+        own = ("training/", "heldout/" if config.synthetic is None else "ground_truth/")
+        measured = [name for name in definitions("comparison") if name.startswith(own)]
+        for name in metrics:
+            if name not in measured:
+                hint = did_you_mean(name, measured)
+                raise InputError(f"--metric {name!r} is none of this comparison's: {hint}")
         return cls(sorted(set(rates)), l0, seed, metrics, extend, methods)
 
 

@@ -256,6 +256,8 @@ class CompareConfig:
                     f"method name {name!r} cannot name a folder: use at most 80 letters, digits, "
                     "'_', '-' and '.'"
                 )
+        if len({name.lower() for name in self.saes}) < len(self.saes):
+            raise InputError("two methods have names that differ in case alone: rename one")
 
     def _check_lists(self) -> None:
         if not self.l0:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison.compare import check_comparison_folder, compare
-from msae_plugin.comparison.finished_saes import missing_entries
 from msae_plugin.comparison.language_model import LanguageModelTestbed
 from msae_plugin.comparison.methods import expand
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.comparison.training_schedule import Shard
+from msae_plugin.comparison.training_schedule import Shard, missing_entries
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class SweepJob:
 def _make_activations(config: CompareConfig, output: Path) -> None:
     testbed = LanguageModelTestbed(config, output, no_report, None, skip_missing=True)
     if missing_entries(expand(config, testbed.widths()).entries, config, output):
-        with InterruptionGuard() as guard:
+        with claimed_output(output), InterruptionGuard() as guard:
             testbed.source(guard)
 
 
@@ -126,13 +126,15 @@ def sweep(
     check_comparison_folder(output)
     submitter = _executor(output / JOBS_FOLDER, executor, parameters or {})
     recipe, where = config.to_dict(), output.resolve()
-    if config.synthetic is None:
-        _run(submitter, [SweepJob("activations", recipe, where)], report)
-    shards = [Shard(number, jobs) for number in range(1, jobs + 1)]
-    if jobs > 1:
-        _run(submitter, [SweepJob("training", recipe, where, shard) for shard in shards], report)
-    evaluation = SweepJob("evaluation", recipe, where, skip_missing=skip_missing)
-    _run(submitter, [evaluation], report)
+    # Of the jobs' folder: the comparison's own is claimed by the jobs.
+    with claimed_output(output / JOBS_FOLDER):
+        if config.synthetic is None:
+            _run(submitter, [SweepJob("activations", recipe, where)], report)
+        if jobs > 1:
+            shards = [Shard(number, jobs) for number in range(1, jobs + 1)]
+            _run(submitter, [SweepJob("training", recipe, where, s) for s in shards], report)
+        evaluation = SweepJob("evaluation", recipe, where, skip_missing=skip_missing)
+        _run(submitter, [evaluation], report)
 
 
 def _executor(folder: Path, executor: str, parameters: Mapping[str, Any]) -> submitit.AutoExecutor:

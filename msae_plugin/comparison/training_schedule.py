@@ -4,6 +4,10 @@ OUTPUT/search/<method>_l0-<k>.json holds every trial, so that a killed search go
 it cost are known. Short trials find the coefficient; L0 goes on falling with training, so the first
 seed's whole run is a trial as well: where it misses the target it is thrown away, paid for, and
 repeated with a corrected coefficient.
+
+L0 falls as the coefficient rises. Steps are taken in log coefficient and log L0, where sparsity
+penalties are close to straight lines; once one trial was too dense and another too sparse, every
+further one lies between them.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,31 +25,176 @@ from pathlib import Path
 from typing import Any, cast
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import key_digest, write_json_atomic
-from msae_plugin.comparison.finished_saes import (
-    Cut,
-    Trial,
-    best_trial,
-    corrected_coefficient,
-    entry_key,
-    finish,
-    finished_record,
-    is_matched,
-    next_coefficient,
-    search_key,
-    set_cut,
-)
+from msae_plugin.common.files import json_safe, key_digest, write_json_atomic
 from msae_plugin.comparison.group_training import (
     ComparisonRun,
+    Cut,
     Group,
     GroupSession,
+    finish,
+    is_matched,
+    log_error,
+    set_cut,
     train_group,
     trained_or_failed,
 )
-from msae_plugin.comparison.methods import Entry
+from msae_plugin.comparison.methods import Entry, sae_folder
+from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.saes.run_record import read_run_record
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 
 FOLDER = "search"
+# No step changes the coefficient by more than this factor; the first one has no slope to go by.
+_LARGEST_STEP = math.log(8.0)
+_FIRST_SLOPE = -1.0
+# Share of a bracket that a trial keeps away from its ends.
+_MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search.
+
+    Args:
+        coefficient: What was tried.
+        l0: What it gave, active latents per token.
+        tokens: What the run cost.
+        whole: Whether it was as long as the runs that are reported.
+    """
+
+    coefficient: float
+    l0: float
+    tokens: int
+    whole: bool = False
+
+
+def best_trial(trials: Sequence[Trial], target: float) -> Trial:
+    """The one whose L0 is closest to the target, in ratio.
+
+    Raises:
+        ValueError: There is no trial.
+    """
+    if not trials:
+        raise ValueError("a search needs at least one trial")
+    return min(trials, key=lambda trial: abs(log_error(trial.l0, target)))
+
+
+def next_coefficient(trials: Sequence[Trial], target: float, start: float) -> float:
+    """The next coefficient to try.
+
+    Args:
+        trials: So far, in their order, all of one length.
+        target: The L0 to reach.
+        start: The first to try.
+    """
+    if not trials:
+        return start
+    points = [(math.log(t.coefficient), log_error(t.l0, target)) for t in trials]
+    low = max((p for p in points if p[1] > 0), default=None)  # too dense: a larger one is needed
+    high = min((p for p in points if p[1] <= 0), default=None)
+    if low is not None and high is not None and low[0] < high[0]:
+        # Two trials on one side: the other end of the bracket is too far off to be trusted.
+        same_side = len(points) > 1 and (points[-1][1] > 0) == (points[-2][1] > 0)
+        return math.exp((low[0] + high[0]) / 2 if same_side else _between(low, high))
+    x, y = points[-1]
+    step = -y / slope(trials, target)
+    return math.exp(x + max(-_LARGEST_STEP, min(_LARGEST_STEP, step)))
+
+
+def corrected_coefficient(
+    coefficient: float, l0: float, target: float, trials: Sequence[Trial]
+) -> float:
+    """A coefficient corrected by what a whole run gave, along the slope of the short trials."""
+    step = -log_error(l0, target) / slope(trials, target)
+    return coefficient * math.exp(max(-_LARGEST_STEP, min(_LARGEST_STEP, step)))
+
+
+def slope(trials: Sequence[Trial], target: float) -> float:
+    """Slope d log L0 / d log coefficient between the two trials closest to the target; negative."""
+    ordered = sorted(trials, key=lambda trial: abs(log_error(trial.l0, target)))
+    for second in ordered[1:]:
+        run = math.log(second.coefficient) - math.log(ordered[0].coefficient)
+        rise = log_error(second.l0, target) - log_error(ordered[0].l0, target)
+        if run and rise / run < -0.05:
+            return rise / run
+    return _FIRST_SLOPE
+
+
+def _between(low: tuple[float, float], high: tuple[float, float]) -> float:
+    width = high[0] - low[0]
+    share = low[1] / (low[1] - high[1])
+    return low[0] + width * max(_MARGIN, min(1 - _MARGIN, share))
+
+
+# Changing these trains the same SAE.
+_NOT_OF_AN_SAE = (
+    "l0", "seeds", "saes", "ladder", "heldout", "evaluation", "reference", "quick",
+    "log_every_steps", "keep_activations", "common",
+)  # fmt: skip
+# Raised when the same settings train another SAE.
+_FORMAT = 2
+_NOT_OF_TRAINING = (
+    "n_checkpoints", "checkpoint_minutes", "keep_checkpoints", "store_batch_size_prompts",
+    "decode_kernel", "cuda_graphs",
+)  # fmt: skip
+
+
+def entry_key(entry: Entry, config: CompareConfig) -> str:
+    """A digest of everything that an SAE depends on."""
+    values = config.to_dict()
+    shared = {key: value for key, value in values.items() if key not in _NOT_OF_AN_SAE}
+    training = cast("dict[str, Any]", dict(shared["training"]))
+    for key in _NOT_OF_TRAINING:
+        training.pop(key)
+    shared["training"] = training
+    shared.get("model", {}).pop("device", None)
+    if "synthetic" in shared and shared["synthetic"] is not None:
+        for key in ("eval_samples", "eval_batch_size", "saes_at_once", "device"):
+            shared["synthetic"].pop(key)
+    if not entry.method.knob.searched:
+        shared.pop("search")
+    method = entry.method
+    own = [
+        json_safe(dict(method.section)), method.accumulation_steps, method.frozen_decoder,
+        entry.hook, entry.l0, entry.seed,
+    ]  # fmt: skip
+    return key_digest({"format": _FORMAT, "shared": json_safe(shared), "own": own})
+
+
+def search_key(entry: Entry, config: CompareConfig) -> str:
+    """The same for a search, which all seeds of a method at an L0 share."""
+    return entry_key(replace(entry, seed=0), config)
+
+
+def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
+    """The `run.json` of an SAE that is complete; None for one to train.
+
+    Raises:
+        InputError: The folder holds an SAE of this name that was trained otherwise.
+    """
+    record = read_run_record(folder)
+    if record is None or record.get("status") != "complete":
+        return None
+    stored = cast("Mapping[str, Any]", record.get("comparison") or {})
+    if stored.get("key") != key:
+        raise InputError(
+            f"{folder} holds an SAE that was trained with other settings: give another --output, "
+            "rename the method, or delete the folder to train it again"
+        )
+    return record
+
+
+def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Path) -> list[Entry]:
+    """The entries that are still to be trained.
+
+    Raises:
+        InputError: One was trained with other settings.
+    """
+    return [
+        entry
+        for entry in entries
+        if finished_record(sae_folder(output, entry.name), entry_key(entry, config)) is None
+    ]
 
 
 @dataclass
@@ -352,6 +502,7 @@ class _Schedule:
             members = [open_.pop(name) for name in names if name in open_]
             if members:
                 store = CheckpointStore(folder, self._run.config.training.keep_checkpoints)
+                store.remove_after(newest.step)
                 found.append((self._group(members), store, newest))
         return found
 

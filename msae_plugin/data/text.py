@@ -223,7 +223,7 @@ def _file_corpus(name: str, paths: tuple[Path, ...], text_column: str | None) ->
     for path in paths:
         columns = column_names(path)
         if columns:
-            wanted = None if columns == [_TEXT_COLUMN] else text_column
+            wanted = None if is_plain_text(path) else text_column
             column, tokenised = choose_column(columns, wanted, str(path), partial(first_row, path))
             size = sum(path.stat().st_size for path in paths)
             return FileCorpus(

@@ -21,7 +21,7 @@ from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
-from msae_plugin.saes.run_record import METRICS_FILE, RUN_FILE
+from msae_plugin.saes.run_record import METRICS_FILE, RUN_FILE, read_run_record
 from msae_plugin.training.log import REVIVALS_FILE
 
 COMPARISON_FILE = "comparison.json"
@@ -146,7 +146,8 @@ def _read_run(path: Path) -> Mapping[str, Any]:
     content = read_json(path)
     if not isinstance(content.get("saes"), dict):
         raise InputError(f"{str(path)!r} is no record of msae train: it names no 'saes'")
-    return content
+    # Its status as it is: the run's process may have died without a word.
+    return read_run_record(path.parent) or content
 
 
 def _of_format(path: Path, expected: int) -> Mapping[str, Any]:

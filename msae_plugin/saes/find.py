@@ -301,8 +301,8 @@ def unfinished_run(folder: Path) -> str | None:
         return None
     status = str(record.get("status"))
     state = {
-        "running": "is still running, or was killed",
-        "interrupted": "was interrupted",
+        "running": "is still running",
+        "interrupted": "was interrupted, or killed",
         "failed": f"failed ({record.get('failure', 'no reason recorded')})",
     }.get(status, f"has the status {status!r}")
     return (

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from msae_plugin.common.claims import is_held
 from msae_plugin.common.files import write_json_atomic
 
 METRICS_FILE = "metrics.jsonl"
@@ -54,11 +55,18 @@ def describe_device(device: str) -> dict[str, Any]:
 
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a run folder, None when there is none or it cannot be read."""
+    """The record of a run folder, None when there is none or it cannot be read.
+
+    A run whose process has died without a word (killed, out of memory) is `interrupted`.
+    """
     try:
-        return cast("dict[str, Any]", json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+        text = (folder / RUN_FILE).read_text(encoding="utf-8")
+        record = cast("dict[str, Any]", json.loads(text))
     except (OSError, ValueError):
         return None
+    if record.get("status") == "running" and not is_held(folder):
+        record["status"] = "interrupted"
+    return record
 
 
 def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 DIR/cache.json    what it holds, written last: its presence says "complete"
 DIR/<hook>.bin    (rows, d_in) in the model's own precision, in the order in which a run reads them
-DIR/progress.json while the pass goes on: from where a killed one continues
+DIR/progress.json, position-<rows>.pt while the pass goes on: from where a killed one continues
 
 The rows are the mini-batches that `msae train` would have made, mixed and with special tokens left
 out, so a run from the cache trains on what the live run trains on, bit for bit.
@@ -14,6 +14,7 @@ when killed, and its multi-SAE trainer reads no caches. Its activation store is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,10 +27,16 @@ import torch
 from typing_extensions import Self
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.common.claims import CLAIM
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import json_safe, write_json_atomic
+from msae_plugin.common.files import (
+    TEMPORARY_PREFIX,
+    file_written_atomically,
+    json_safe,
+    write_json_atomic,
+)
 from msae_plugin.models.loading import ModelShape
-from msae_plugin.training.data_parallel import own_batch_size
+from msae_plugin.training.data_parallel import own_batch_size, states_of_all
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
 
@@ -285,6 +292,14 @@ class CachedBatches:
         self._device = device
         self.position = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position."""
+        self.position = int(state["position"])
+
     def __iter__(self) -> Self:
         """Itself."""
         return self
@@ -329,7 +344,8 @@ class ActivationWriter:
         self._facts = dict(facts)
         self._manifest = manifest
         self._dtype = dtype
-        self.rows, self.done, self.position = int(facts["rows"]), 0, 0
+        self.rows, self.done = int(facts["rows"]), 0
+        self.position: dict[str, Any] | None = None
         # Made with the first batch, which shows their width.
         self._tensors: dict[str, torch.Tensor] = {}
         self._continue(hooks)
@@ -347,7 +363,11 @@ class ActivationWriter:
                 f"--output {str(self._folder)!r} holds an unfinished cache of other activations: "
                 "give another --output, or delete it"
             )
-        self.done, self.position = int(stored["done"]), int(stored["position"])
+        # None where nothing was saved yet, and of version 0.1: begun again.
+        with contextlib.suppress(FileNotFoundError):
+            path = self._position_file(int(stored["done"]))
+            self.position = torch.load(path, map_location="cpu", weights_only=True)
+            self.done = int(stored["done"])
 
     def _open(self, batch: Mapping[str, torch.Tensor]) -> None:
         dtype = self._dtype or next(iter(batch.values())).dtype
@@ -358,34 +378,49 @@ class ActivationWriter:
         missing = [rows.shape[1] for hook, rows in batch.items() if not files[hook].exists()]
         require_space(self._folder, self.rows * sum(missing) * dtype.itemsize)
         # Before the first file, so that a killed pass is known for one whenever it is killed.
-        self._write_progress(self.position)
+        self._write_progress()
         for hook, rows in batch.items():
             self._tensors[hook] = mapped(
                 files[hook], self.rows, rows.shape[1], dtype, writable=True
             )
 
-    def append(self, batch: Mapping[str, torch.Tensor]) -> None:
-        """Take as many rows of a batch as are missing."""
+    def append(self, batch: Mapping[str, torch.Tensor], position: dict[str, Any]) -> None:
+        """Take as many rows of a batch as are missing; the next batch is read at `position`."""
         if not self._tensors:
             self._open(batch)
         count = min(self.rows - self.done, len(next(iter(batch.values()))))
         for hook, tensor in self._tensors.items():
             tensor[self.done : self.done + count] = batch[hook][:count].to("cpu", tensor.dtype)
         self.done += count
+        self.position = position
 
-    def save_progress(self, position: int) -> None:
-        """Put everything so far onto the disk; `position` documents were read for it."""
+    def save_progress(self) -> None:
+        """Put everything so far onto the disk."""
+        if not self._tensors:  # nothing since an earlier pass saved
+            return
         self._sync()
-        self._write_progress(position)
+        (state,) = states_of_all(self.position or {}, ALONE)
+        with file_written_atomically(self._position_file(self.done)) as temporary:
+            temporary.write_bytes(state)
+        self._write_progress()
+        self._remove_positions(self._position_file(self.done))
 
-    def _write_progress(self, position: int) -> None:
-        progress = {"facts": self._facts, "done": self.done, "position": position}
-        write_json_atomic(self._folder / PROGRESS, progress)
+    def _position_file(self, done: int) -> Path:
+        return self._folder / f"position-{done}.pt"
+
+    def _remove_positions(self, kept: Path | None = None) -> None:
+        for path in self._folder.glob("position-*.pt"):
+            if path != kept:
+                path.unlink()
+
+    def _write_progress(self) -> None:
+        write_json_atomic(self._folder / PROGRESS, {"facts": self._facts, "done": self.done})
 
     def finish(self, seconds: float) -> None:
         """Declare the store complete."""
         self._sync()
         write_json_atomic(self._folder / self._manifest, {**self._facts, "seconds": seconds})
+        self._remove_positions()
         (self._folder / PROGRESS).unlink(missing_ok=True)
 
     def _sync(self) -> None:
@@ -407,7 +442,9 @@ def check_new_cache(folder: Path) -> None:
             f"--output {str(folder)!r} holds a complete cache: train from it with --set "
             f"cached_activations={folder}, or give another --output"
         )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PROGRESS).exists():
+    ours = (TEMPORARY_PREFIX, CLAIM)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if not all(name.startswith(ours) for name in names) and not (folder / PROGRESS).exists():
         raise InputError(
             f"--output {str(folder)!r} is not empty and holds no cache: give another --output"
         )

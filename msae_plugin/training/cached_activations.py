@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from msae_plugin.architecture.ranks import ALONE
+from msae_plugin.common.claims import claimed_output
+from msae_plugin.common.files import disk_errors_told, remove_leftovers
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
@@ -23,10 +23,9 @@ from msae_plugin.training.activation_store import (
     open_cache,
     rows_needed,
 )
-from msae_plugin.training.data_parallel import load_position, save_positions
 from msae_plugin.training.inputs import load_model_and_text
 from msae_plugin.training.passes import SharedPassRunner, reading_runner
-from msae_plugin.training.plans import default_device
+from msae_plugin.training.plans import SAEPlan, default_device
 from msae_plugin.training.recipe import RunConfig
 
 SECONDS_BETWEEN_SAVES = 30.0
@@ -44,8 +43,7 @@ def make_cache(
 
     Args:
         config: The recipe; its SAEs say only how many activations are needed.
-        output: A new or empty folder, or one with an unfinished cache, which is continued. The
-            mixing buffer of a pass that was killed is lost: the rows after it are mixed anew.
+        output: A new or empty folder, or one with an unfinished cache, which is continued.
         language_model: An already loaded model to use instead of `config.model.name`.
         text: Already loaded text to use instead of `config.data.source`.
         progress: Shows how far the pass is.
@@ -59,6 +57,22 @@ def make_cache(
     plans = config.validate(None if language_model is None else language_model.shape)
     rows = rows_needed(config, plans)
     check_new_cache(output)
+    with claimed_output(output), disk_errors_told(output):
+        # Another process may have finished there since this one began.
+        check_new_cache(output)
+        remove_leftovers(output)
+        return _make_cache(config, plans, rows, output, language_model, text, progress)
+
+
+def _make_cache(
+    config: RunConfig,
+    plans: list[SAEPlan],
+    rows: int,
+    output: Path,
+    language_model: LanguageModel | None,
+    text: TextData | None,
+    progress: ProgressDisplay,
+) -> CachedActivations:
     device = default_device(config.model.device)
     seed_everything(config.training.seed)
     inputs = load_model_and_text(config, device, progress, language_model=language_model, text=text)
@@ -84,17 +98,13 @@ def make_cache(
             "data": record["data"],
         }
         writer = ActivationWriter(output, facts, config.hooks)
-        store = runner.activations_store
-        if writer.position:
-            with TemporaryDirectory() as folder:
-                save_positions([writer.position], Path(folder))
-                load_position(store, Path(folder), ALONE)
+        if writer.position is not None:
+            runner.trainer.go_to(writer.position)
         progress.start(rows, writer.done, list(config.hooks))
         try:
             write_activations(runner, writer, guard, progress.advance)
         except InterruptedBySignalError:
-            if writer.done:
-                writer.save_progress(store.n_dataset_processed)
+            writer.save_progress()
             raise
         finally:
             progress.stop()
@@ -118,8 +128,8 @@ def write_activations(
     while writer.done < writer.rows:
         guard.check()
         (batch,) = runner.fresh_batches(1)
-        writer.append(batch)
+        writer.append(batch, runner.trainer.position())
         advance(writer.done)
         if time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
-            writer.save_progress(runner.activations_store.n_dataset_processed)
+            writer.save_progress()
             saved = time.perf_counter()

@@ -1,24 +1,28 @@
 """Checkpoints that are whole or absent.
 
 A checkpoint is a folder with SAELens' own files, one sub-folder per SAE, and a manifest with the
-size of every file. It is written under a temporary name, flushed to the disk and renamed; what
-lacks a manifest or differs from it is not a checkpoint.
+size and hash of every file. It is written under a temporary name, flushed to the disk and renamed;
+what lacks a manifest or differs from it is not a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     TEMPORARY_PREFIX,
+    file_sha256,
     folder_written_atomically,
+    json_safe,
+    key_digest,
     remove_leftovers,
     write_json_atomic,
 )
@@ -46,11 +50,15 @@ class Checkpoint:
     config: dict[str, Any]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
     """Read a checkpoint's manifest and check every file against it.
 
+    Args:
+        path: Its folder.
+        whole: Read and hash every file; else their sizes have to do. Version 0.1 kept no hashes.
+
     Raises:
-        InputError: If the folder is no checkpoint, or a file of it is missing or truncated.
+        InputError: If the folder is no checkpoint, or a file of it is missing or damaged.
     """
     manifest_path = path / MANIFEST_FILE
     if not manifest_path.is_file():
@@ -60,6 +68,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = cast("dict[str, Any]", json.loads(manifest_path.read_text(encoding="utf-8")))
         files = cast("dict[str, int]", manifest["files"])
+        hashes = cast("dict[str, str]", manifest.get("sha256", {}))
+        if manifest.get("digest") != (_digest(manifest) if hashes else None):
+            raise ValueError
         checkpoint = Checkpoint(
             path=path,
             step=int(manifest["step"]),
@@ -81,7 +92,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"checkpoint file {str(file)!r} is truncated ({file.stat().st_size} of {size} "
                 "bytes): resume from another checkpoint"
             )
+        if whole and name in hashes and file_sha256(file) != hashes[name]:
+            raise InputError(
+                f"checkpoint file {str(file)!r} is damaged (its bytes are not those that were "
+                "written): resume from another checkpoint"
+            )
     return checkpoint
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return key_digest({key: value for key, value in manifest.items() if key != "digest"})
 
 
 class CheckpointStore:
@@ -104,22 +124,45 @@ class CheckpointStore:
         return self.folder / str(tokens)
 
     def complete(self) -> list[Checkpoint]:
-        """All complete checkpoints, oldest first; damaged ones are named in a warning."""
-        found: list[Checkpoint] = []
-        if not self.folder.is_dir():
-            return found
-        for path in self.folder.iterdir():
-            if not path.is_dir() or path.name.startswith(TEMPORARY_PREFIX):
-                continue
-            try:
-                found.append(open_checkpoint(path))
-            except InputError as error:
-                logger.warning("%s", error)
-        return sorted(found, key=lambda checkpoint: checkpoint.step)
+        """All complete checkpoints by their files' sizes, oldest first; the others are named."""
+        found = (self._opened(path, whole=False) for path in self._folders())
+        return sorted(
+            (checkpoint for checkpoint in found if checkpoint is not None),
+            key=lambda checkpoint: checkpoint.step,
+        )
+
+    def _folders(self) -> list[Path]:
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        return [p for p in paths if p.is_dir() and not p.name.startswith(TEMPORARY_PREFIX)]
+
+    def _opened(self, path: Path, *, whole: bool) -> Checkpoint | None:
+        try:
+            return open_checkpoint(path, whole=whole)
+        except InputError as error:
+            logger.warning("%s", error)
+            return None
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, None without any."""
-        return next(iter(reversed(self.complete())), None)
+        """The newest complete checkpoint whose bytes are as they were written, None without any."""
+        found = (self._opened(checkpoint.path, whole=True) for checkpoint in self.complete()[::-1])
+        return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+
+    def remove_after(self, step: int) -> None:
+        """Remove what a run that goes on at this step has passed by: damaged checkpoints.
+
+        They would count as the newest, and be kept in place of whole ones.
+
+        Raises:
+            RunFailure: One is whole: another process wrote it since this one looked.
+        """
+        kept = {checkpoint.path for checkpoint in self.complete() if checkpoint.step <= step}
+        for path in self._folders():
+            if path in kept:
+                continue
+            with contextlib.suppress(InputError):  # named already
+                open_checkpoint(path)
+                raise RunFailure(f"{str(path)!r} was written meanwhile: resume once more")
+            self._remove(path)
 
     def save(
         self, step: int, tokens: int, config: dict[str, Any], write: Callable[[Path], None]
@@ -137,16 +180,16 @@ class CheckpointStore:
                 for path in sorted(temporary.rglob("*"))
                 if path.is_file()
             }
-            write_json_atomic(
-                temporary / MANIFEST_FILE,
-                {
-                    "format": MANIFEST_FORMAT,
-                    "step": step,
-                    "tokens": tokens,
-                    "files": files,
-                    "config": config,
-                },
-            )
+            manifest = {
+                "format": MANIFEST_FORMAT,
+                "step": step,
+                "tokens": tokens,
+                "files": files,
+                "sha256": {name: file_sha256(temporary / name) for name in files},
+                "config": json_safe(config),
+            }
+            manifest["digest"] = _digest(manifest)
+            write_json_atomic(temporary / MANIFEST_FILE, manifest)
         # While the run goes on the newest one is always kept: it is what a kill falls back to.
         self.prune(max(self._keep, 1))
         return target
@@ -155,10 +198,13 @@ class CheckpointStore:
         """Remove all but the newest `keep` complete checkpoints."""
         checkpoints = self.complete()
         for checkpoint in checkpoints[: max(len(checkpoints) - keep, 0)]:
-            # Renamed first: a kill half-way leaves what `remove_leftovers` knows to delete.
-            doomed = checkpoint.path.with_name(f"{TEMPORARY_PREFIX}{checkpoint.path.name}-pruned")
-            checkpoint.path.replace(doomed)
-            shutil.rmtree(doomed)
+            self._remove(checkpoint.path)
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first: a kill half-way leaves what `remove_leftovers` knows to delete.
+        doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-pruned")
+        path.replace(doomed)
+        shutil.rmtree(doomed)
 
     def finish(self) -> None:
         """The run is complete: keep what the user asked for."""
@@ -176,12 +222,15 @@ class CheckpointStore:
             None for `auto` when there is none yet: the run then starts from the beginning.
 
         Raises:
-            InputError: If the path is no complete checkpoint, or this folder holds newer ones.
+            InputError: If the path is no complete checkpoint, or this folder holds newer ones; if
+                all of this folder's are damaged.
         """
+        chosen = None if resume == "auto" else open_checkpoint(Path(resume))
         newest = self.newest()
-        if resume == "auto":
+        if chosen is None:
+            for path in self._folders() if newest is None else ():
+                open_checkpoint(path)  # to name what is damaged: nothing is left to go on from
             return newest
-        chosen = open_checkpoint(Path(resume))
         if newest is not None and newest.step > chosen.step:
             raise InputError(
                 f"{resume!r} is at step {chosen.step} but this run already has the later "

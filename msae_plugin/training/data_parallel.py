@@ -9,13 +9,13 @@ one process would have trained on the whole batches, to rounding. Rank 0 alone w
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -28,8 +28,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.standard_sae import StandardTrainingSAE
 from sae_lens.saes.topk_sae import TopKTrainingSAE
-from sae_lens.training.activations_store import ActivationsStore
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import distributed
 from typing_extensions import override
 
@@ -121,41 +120,51 @@ def gathered(
         yield {hook: ranks.concatenated(rows)[0] for hook, rows in batch.items()}
 
 
-def positions_of_all(store: ActivationsStore, ranks: Ranks) -> list[int]:
-    """How many documents of its share each rank has read."""
-    own = torch.tensor([store.n_dataset_processed], dtype=torch.int64)
-    return [int(n) for n in ranks.concatenated(own)[0].tolist()]
+def states_of_all(state: Mapping[str, Any], ranks: Ranks) -> list[bytes]:
+    """What each rank alone knows, as the files that `save_states` writes."""
+    buffer = io.BytesIO()
+    torch.save(_compact(state), buffer)
+    own = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    lengths = ranks.concatenated(torch.tensor([len(own)]))[0].tolist()
+    parts = ranks.concatenated(own)[0].split(lengths)
+    return [part.numpy().tobytes() for part in parts]
 
 
-def save_positions(positions: Sequence[int], folder: Path) -> None:
-    """Write them into a checkpoint: rank 0's as SAELens names it, the others' beside it."""
-    for rank, position in enumerate(positions):
-        state = {"n_dataset_processed": torch.tensor(position)}
-        save_file(state, folder / _position_file(rank))
+def _compact(value: Any) -> Any:
+    """The same on the CPU, each tensor without the storage that it is a view of."""
+    if isinstance(value, Mapping):
+        return {key: _compact(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
-def load_position(store: ActivationsStore, folder: Path, ranks: Ranks) -> None:
-    """Put a store where this rank's share of the text goes on.
-
-    A checkpoint of another number of ranks says how much of the text was read, not which documents:
-    each rank then goes on at its part of that number.
-    """
-    written = 0
-    while (folder / _position_file(written)).exists():
-        written += 1
-    if written == ranks.count:
-        store.load(str(folder / _position_file(ranks.rank)))
-        return
-    files = [load_file(folder / _position_file(rank)) for rank in range(written)]
-    read = sum(int(state["n_dataset_processed"]) for state in files)
-    with TemporaryDirectory() as temporary:
-        save_positions([read // ranks.count], Path(temporary))
-        store.load(str(Path(temporary) / _position_file(0)))
+def save_states(states: Sequence[bytes], folder: Path) -> None:
+    """Write the states of all ranks into a checkpoint."""
+    for rank, state in enumerate(states):
+        (folder / _state_file(rank)).write_bytes(state)
 
 
-def _position_file(rank: int) -> str:
+def load_states(folder: Path) -> list[dict[str, Any]]:
+    """The states of all ranks that wrote a checkpoint; none in one of version 0.1."""
+    states: list[dict[str, Any]] = []
+    while (path := folder / _state_file(len(states))).exists():
+        states.append(torch.load(path, map_location="cpu", weights_only=True))
+    return states
+
+
+def documents_read(folder: Path, states: Sequence[Mapping[str, Any]]) -> int:
+    """How much of the text all ranks together had read when a checkpoint was written."""
+    if states:
+        return sum(int(state["batches"]["documents"]) for state in states)
+    # Version 0.1 kept SAELens' file of each rank.
     name = Path(ACTIVATIONS_STORE_STATE_FILENAME)
-    return name.name if rank == 0 else f"{name.stem}.rank{rank}{name.suffix}"
+    return sum(
+        int(load_file(path)["n_dataset_processed"])
+        for path in folder.glob(f"{name.stem}*{name.suffix}")
+    )
+
+
+def _state_file(rank: int) -> str:
+    return f"session_state.rank{rank}.pt"
 
 
 def same_weights_everywhere(saes: Mapping[str, TrainingSAE[Any]], ranks: Ranks) -> None:

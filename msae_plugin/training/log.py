@@ -70,6 +70,17 @@ class TrainingWindow:
         self.tokens += tokens
         self.batches += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far."""
+        return {**vars(self), "_explained_variance": vars(self._explained_variance)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue from sums."""
+        vars(self).update(state)
+        self._explained_variance = ExplainedVarianceCalculator()
+        vars(self._explained_variance).update(state["_explained_variance"])
+        self._sums = {name: total.to(device) for name, total in self._sums.items()}
+
     def _add(self, name: str, value: torch.Tensor) -> None:
         value = value.detach().float()
         self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,8 @@ from msae_plugin.training.activation_store import (
     CachedBatches,
     norm_batches,
 )
-from msae_plugin.training.data_parallel import (
-    load_position,
-    own_batch_size,
-    own_share,
-    positions_of_all,
-    save_positions,
-)
+from msae_plugin.training.activation_stream import ActivationStream
+from msae_plugin.training.data_parallel import documents_read, own_batch_size, own_share
 from msae_plugin.training.log import MetricsLog
 from msae_plugin.training.plans import SAEPlan, build_sae
 from msae_plugin.training.recipe import RunConfig
@@ -170,17 +164,15 @@ class SharedPassRunner(RecipeSession, MultiSAETrainingRunner):
         # Of the whole run, whatever the number of ranks.
         self.cfg = cfg
         upstream.set_sae_metadata(self)
-        batches = self.activations_store.get_multi_hook_data_loader()
-        TrainingSession.__init__(self, settings, self.saes, batches)
+        hooks = [plan.hook for plan in settings.plans]
+        self._batches = ActivationStream(self.activations_store, hooks)
+        TrainingSession.__init__(self, settings, self.saes, self._batches)
 
     @override
-    def restore_position(self, folder: Path) -> None:
-        load_position(self.activations_store, folder, self.settings.ranks)
-
-    @override
-    def position_writer(self) -> Callable[[Path], None]:
-        positions = positions_of_all(self.activations_store, self.settings.ranks)
-        return partial(save_positions, positions)
+    def approach(self, folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
+        # It says how much of the text was read, not which documents are this rank's.
+        read = documents_read(folder, states)
+        self._batches.skip_documents(read // self.settings.ranks.count)
 
 
 class CachedPass(RecipeSession):
@@ -217,7 +209,7 @@ class CachedPass(RecipeSession):
         TrainingSession.__init__(self, settings, self.saes, self._batches)
 
     @override
-    def restore_position(self, folder: Path) -> None:
+    def approach(self, folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
         # A checkpoint carries the scaling: the batches it was estimated on are not read again.
         steps = self.trainer.n_training_steps * self.config.training.accumulation_steps
         self._batches.position = self._before_training + steps

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import psutil
 import torch
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
@@ -154,10 +155,9 @@ def plan_saes(
                     width_given=own.get("d_in") is not None,
                 )
             )
-    by_name = {plan.name: plan for plan in plans}
-    if len(by_name) < len(plans):
+    if len({plan.name.lower() for plan in plans}) < len(plans):
         raise InputError(
-            "two SAEs of the run get the same name "
+            "two SAEs of the run get the same name, or names that differ in case alone "
             f"({', '.join(sorted(plan.name for plan in plans))}): rename one in 'saes'"
         )
     return plans
@@ -286,6 +286,31 @@ def _from_preset(
     if "k" not in required:
         raise InputError(f"'{where}.k' is missing: give the mean number of active latents")
     return build_preset(preset, **required, training_steps=training_steps, **values)
+
+
+def require_memory(plans: Sequence[SAEPlan], device: str) -> None:
+    """Refuse SAEs that this machine cannot hold: weights, gradients and two moments of Adam.
+
+    Raises:
+        InputError: Naming the largest.
+    """
+
+    def size(plan: SAEPlan) -> int:
+        own = plan.config
+        return 4 * 2 * own.d_in * own.d_sae * getattr(torch, own.dtype).itemsize
+
+    needed = sum(map(size, plans))
+    if torch.device(device).type == "cuda":
+        present = torch.cuda.mem_get_info(torch.device(device))[1]
+    else:
+        present = psutil.virtual_memory().total
+    if needed > present:
+        largest = max(plans, key=size)
+        raise InputError(
+            f"SAE {largest.name!r} with d_sae {largest.config.d_sae} takes "
+            f"{size(largest) / 1e9:,.0f} GB to train, all SAEs {needed / 1e9:,.0f} GB, and this "
+            f"machine has {present / 1e9:,.0f} GB: lower d_sae"
+        )
 
 
 def build_sae(plan: SAEPlan, seed: int, device: str) -> TrainingSAE[Any]:

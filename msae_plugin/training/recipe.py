@@ -36,9 +36,15 @@ from msae_plugin.training.settings import (
     check_schedule,
 )
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-# Names inside a run folder that an SAE's folder must not take.
-_RESERVED = frozenset({"sae", "jumprelu", "checkpoints", "tensorboard"})
+# A hook's label and the mark of a temporary file are added to it.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
+# What the commands put into a run's folder: an SAE's folder must not take its place.
+_RESERVED = frozenset(
+    {
+        "sae", "jumprelu", "checkpoints", "tensorboard", "run.json", "export.json",
+        "metrics.jsonl", "revivals.jsonl", "evaluation", "report", "dashboards", "readme.md",
+    }
+)  # fmt: skip
 
 
 @dataclass(config=RECIPE)
@@ -141,10 +147,11 @@ class RunConfig:
         if not self.saes:
             raise InputError("'saes' is empty: give at least one SAE")
         for name in self.saes:
-            if not _NAME.fullmatch(name) or name in _RESERVED:
+            # As on a disk that does not tell upper from lower case.
+            if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
                 raise InputError(
-                    f"SAE name {name!r} cannot name a folder of the run: use letters, digits, "
-                    f"'_', '-' or '.', and none of {', '.join(sorted(_RESERVED))}"
+                    f"SAE name {name!r} cannot name a folder of the run: use at most 80 letters, "
+                    f"digits, '_', '-' or '.', and none of {', '.join(sorted(_RESERVED))}"
                 )
         return self.saes
 

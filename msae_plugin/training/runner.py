@@ -7,22 +7,29 @@ revivals.jsonl
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
+from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE
 
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.claims import CLAIM, claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import TEMPORARY_PREFIX, disk_errors_told
+from msae_plugin.common.files import (
+    TEMPORARY_PREFIX,
+    disk_errors_told,
+    read_json_object,
+    remove_leftovers,
+)
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
@@ -54,7 +61,7 @@ from msae_plugin.training.log import (
     tensorboard_wanted,
 )
 from msae_plugin.training.passes import CachedPass, RecipeSession, SharedPassRunner
-from msae_plugin.training.plans import SAEPlan, build_sae, default_device
+from msae_plugin.training.plans import SAEPlan, build_sae, default_device, require_memory
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import FinishedSAE, SessionSettings, sae_record
 
@@ -65,6 +72,7 @@ _MAY_CHANGE = (
     "model.device",
     "model.autocast",
     "training.n_checkpoints",
+    "training.checkpoint_minutes",
     "training.keep_checkpoints",
     "training.calibrate_batches",
     "training.store_batch_size_prompts",
@@ -99,20 +107,33 @@ def check_output(output: Path, resume: str | None) -> None:
         )
 
 
-def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Refuse to continue a checkpoint with a recipe that would train something else.
+def is_complete(output: Path, config: RunConfig) -> bool:
+    """Whether a folder holds the complete run of a recipe.
+
+    Raises:
+        InputError: It holds that of another recipe.
+    """
+    record = read_run_record(output)
+    if record is None or record.get("status") != "complete":
+        return False
+    check_same_run(output, record["config"], config)
+    return True
+
+
+def check_same_run(path: Path, earlier: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse to continue a run or checkpoint with a recipe that would train something else.
 
     Raises:
         InputError: Naming the first field that differs and both values.
     """
-    then = dict(_flatten(checkpoint.config))
+    then = dict(_flatten(earlier))
     now = dict(_flatten(config.to_dict()))
     for key in sorted(then.keys() | now.keys()):
         may_change = key.startswith(_MAY_CHANGE) or key.endswith(_OF_THE_MACHINE)
         if may_change or then.get(key) == now.get(key):
             continue
         raise InputError(
-            f"cannot resume {str(checkpoint.path)!r} with another recipe: {key!r} was "
+            f"cannot resume {str(path)!r} with another recipe: {key!r} was "
             f"{then.get(key)!r} and is now {now.get(key)!r}; change it back or start a new run"
         )
 
@@ -212,6 +233,7 @@ class MultiScaleRunner:
             self.plans = self._inputs.fitted(self.plans)
         own_batch_size(config.training.batch_size_tokens, ranks)
         self.device = default_device(config.model.device)
+        require_memory(self.plans, self.device)
         self._tensorboard = tensorboard_wanted(config.logging.tensorboard)
         if self._leads:
             check_output(output, resume)
@@ -222,7 +244,7 @@ class MultiScaleRunner:
         if resume is not None:
             self.checkpoint = self._store.resolve(resume)
         if self.checkpoint is not None:
-            check_same_run(self.checkpoint, config)
+            check_same_run(self.checkpoint.path, self.checkpoint.config, config)
         self.folders = {plan.name: plan.folder(output) for plan in self.plans}
 
     def _checkpoints(self, *, writes: bool) -> CheckpointStore:
@@ -244,7 +266,9 @@ class MultiScaleRunner:
         with claimed_output(self.output), disk_errors_told(self.output):
             # Another process may have finished there since this one began.
             check_output(self.output, self._resume)
+            remove_leftovers(self.output)
             self._store = self._checkpoints(writes=True)
+            self._store.remove_after(0 if self.checkpoint is None else self.checkpoint.step)
             return self._run()
 
     def _run(self) -> RunResult:
@@ -253,7 +277,7 @@ class MultiScaleRunner:
         self._saes = self._built(self.plans)
         self._require_disk()
         inputs = self._inputs or load_model_and_text(
-            self.config,
+            self._as_before(),
             self.device,
             self._progress,
             language_model=self._language_model,
@@ -280,11 +304,26 @@ class MultiScaleRunner:
                 interruption.checkpoint = newest.path
             record.write("interrupted")
             raise
-        except (InputError, RunFailure) as failure:
-            record.write("failed", failure=str(failure))
+        except KeyboardInterrupt:  # a second signal
+            record.write("interrupted")
+            raise
+        except Exception as failure:
+            told = isinstance(failure, (InputError, RunFailure))
+            # The disk may be what failed; without a word the run counts as interrupted.
+            with contextlib.suppress(OSError, RunFailure):
+                reason = str(failure) if told else f"{type(failure).__name__}: {failure}"
+                record.write("failed", failure=reason)
             raise
         finally:
             metrics.close()
+
+    def _as_before(self) -> RunConfig:
+        """The recipe; `auto` as it was chosen when the run began: a clock may choose otherwise."""
+        config = self.config
+        if self.checkpoint is None or config.model.autocast != "auto":
+            return config
+        chosen = read_json_object(self.checkpoint.path / RUNNER_CFG_FILENAME)["autocast_lm"]
+        return replace(config, model=replace(config.model, autocast=bool(chosen)))
 
     def _built(self, plans: Sequence[SAEPlan]) -> dict[str, TrainingSAE[Any]]:
         seed = self.config.training.seed

@@ -28,7 +28,12 @@ from msae_plugin.saes.export import REPORT_FILENAME, ExportReport, export_sae
 from msae_plugin.saes.health import HealthWatch
 from msae_plugin.saes.run_record import METRICS_FILE, read_rows
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
-from msae_plugin.training.data_parallel import gathered
+from msae_plugin.training.data_parallel import (
+    gathered,
+    load_states,
+    save_states,
+    states_of_all,
+)
 from msae_plugin.training.log import REVIVALS_FILE, JsonLines, MetricsLog
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.settings import TrainingSettings
@@ -168,7 +173,9 @@ class TrainingSession:
             for name, folder in settings.folders.items()
             if isinstance(saes[name], SupportsRevival) and settings.ranks.rank == 0
         }
-        options = _step_options(training)
+        self._events = {name: list[dict[str, Any]]() for name in saes}
+        self._saved_step = 0
+        options, minutes = _step_options(training), training.checkpoint_minutes
         self.trainer = LockstepTrainer(
             SAETrainerConfig(
                 **shared_settings(training),
@@ -189,6 +196,7 @@ class TrainingSession:
             on_step=lambda trainer: settings.progress.advance(trainer.n_training_samples),
             on_log=self._log,
             on_checkpoint=self.save_checkpoint,
+            checkpoint_seconds=minutes and 60 * minutes,
             ranks=settings.ranks,
         )
         self._health = HealthWatch(
@@ -216,15 +224,13 @@ class TrainingSession:
     def prepare(self) -> None:
         """Called before the first step."""
 
-    def restore_position(self, folder: Path) -> None:
-        """Put the batches where they stood when the checkpoint in this folder was written."""
+    def approach(self, folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
+        """Put the batches near where they were when a checkpoint was written.
 
-    def position_writer(self) -> Callable[[Path], None]:
-        """A function that writes that position into a folder.
-
-        This is called on every rank, the function on rank 0.
+        Args:
+            folder: The checkpoint, of another number of ranks or of version 0.1.
+            states: What its ranks knew.
         """
-        return lambda _: None
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint: weights, optimisers, schedules, position in the batches.
@@ -232,8 +238,21 @@ class TrainingSession:
         Raises:
             InputError: If a file of the checkpoint cannot be read or does not fit.
         """
-        self.trainer.load_checkpoint(checkpoint.path)
-        self.restore_position(checkpoint.path)
+        trainer, ranks = self.trainer, self.settings.ranks
+        trainer.load_checkpoint(checkpoint.path)
+        states = load_states(checkpoint.path)
+        if len(states) == ranks.count:
+            trainer.load_state_dict(states[ranks.rank])
+            self._events |= states[ranks.rank]["events"]
+        else:
+            self.approach(checkpoint.path, states)
+        store = self.settings.store
+        if store is not None and checkpoint.path == store.folder_of(trainer.n_training_samples):
+            self._saved_step = trainer.n_training_steps
+        for name, folder in self.settings.folders.items():
+            for row in read_rows(folder / METRICS_FILE):
+                # What was warned about is not warned about again.
+                self._health.check(name, row)
 
     def run(self) -> dict[str, TrainingSAE[Any]]:
         """Train to the end and write the checkpoint of the finished training.
@@ -243,9 +262,8 @@ class TrainingSession:
             RunFailure: When training diverged; the last good checkpoint stays.
         """
         trainer, progress = self.trainer, self.settings.progress
-        step = trainer.n_training_steps
         for revivals in self._revivals.values():
-            revivals.truncate_after(step)
+            revivals.truncate_after(trainer.n_training_steps)
             # An empty file says that nothing was revived; none would say that nobody looked.
             revivals.path.parent.mkdir(parents=True, exist_ok=True)
             revivals.path.touch()
@@ -256,16 +274,12 @@ class TrainingSession:
             trainer.fit()
             self._fit_seconds = time.perf_counter() - started
             # A kill while the SAEs are exported then costs no training.
-            if trainer.n_training_steps > step:
-                self.save_checkpoint()
+            self.save_checkpoint()
             return self.saes
         except InterruptedBySignalError as interruption:
             progress.stop()
-            store = self.settings.store
-            if trainer.n_training_steps > step:
+            if trainer.n_training_steps:
                 interruption.checkpoint = self.save_checkpoint()
-            elif store is not None and (newest := store.newest()) is not None:
-                interruption.checkpoint = newest.path
             raise
         finally:
             progress.stop()
@@ -279,19 +293,20 @@ class TrainingSession:
             self.settings.progress.metrics(name, row)
             for warning in self._health.check(name, row):
                 self.settings.progress.message(f"warning: {warning}")
-        self._drain_revivals(name, int(row["step"]))
+        for event in self._pending_events(name):
+            if name in self._revivals:
+                self._revivals[name].append({"logged_at_step": int(row["step"]), **event})
+        self._events[name] = []
 
-    def _drain_revivals(self, name: str, step: int) -> None:
+    def _pending_events(self, name: str) -> list[dict[str, Any]]:
+        """Revivals since the last log row."""
         sae = self.saes[name]
         if isinstance(sae, SupportsRevival):
-            for event in sae.pop_events():
-                if name in self._revivals:
-                    self._revivals[name].append({"logged_at_step": step, **event})
+            self._events[name] += sae.pop_events()
+        return self._events[name]
 
     def flush(self) -> None:
         """Put every log line onto the disk."""
-        for name in self.saes:
-            self._drain_revivals(name, self.trainer.n_training_steps)
         for revivals in self._revivals.values():
             revivals.flush()
         self.settings.metrics.flush()
@@ -301,20 +316,24 @@ class TrainingSession:
         store, trainer = self.settings.store, self.trainer
         if store is None:
             return None
-        self.flush()
-        write_position = self.position_writer()
-        if self.settings.ranks.rank > 0:
+        if self._saved_step == trainer.n_training_steps:
             return store.folder_of(trainer.n_training_samples)
-        return store.save(
-            trainer.n_training_steps,
-            trainer.n_training_samples,
-            self.described(),
-            lambda folder: self._write_files(folder, write_position),
-        )
+        self.flush()
+        events = {name: self._pending_events(name) for name in self.saes}
+        states = states_of_all({**trainer.state_dict(), "events": events}, self.settings.ranks)
+        if self.settings.ranks.rank == 0:
+            store.save(
+                trainer.n_training_steps,
+                trainer.n_training_samples,
+                self.described(),
+                lambda folder: self._write_files(folder, states),
+            )
+        self._saved_step = trainer.n_training_steps
+        return store.folder_of(trainer.n_training_samples)
 
-    def _write_files(self, folder: Path, write_position: Callable[[Path], None]) -> None:
+    def _write_files(self, folder: Path, states: Sequence[bytes]) -> None:
         self.trainer.write_checkpoint(folder)
-        write_position(folder)
+        save_states(states, folder)
         runner_config = self.runner_config()
         if runner_config is not None:
             (folder / RUNNER_CFG_FILENAME).write_text(

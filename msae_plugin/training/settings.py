@@ -116,7 +116,9 @@ class TrainingSettings:
     norm_estimate_batches: Count = 50
     """Mini-batches for an SAE's activation scaling, where it asks for one."""
     n_checkpoints: CountOrZero = 0
-    """Checkpoints spread over the run, beside the one at its end."""
+    """Checkpoints spread over the run, beside those by time and the one at its end."""
+    checkpoint_minutes: Positive | None = 10.0
+    """Minutes after which a checkpoint is written; null writes none by time."""
     keep_checkpoints: CountOrZero = 2
     """How many of the newest stay."""
     decode_kernel: DecodeKernel = "auto"

@@ -29,6 +29,7 @@ from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.seeding import RandomStream, derive_seed
+from msae_plugin.training.activation_stream import Positioned
 from msae_plugin.training.data_parallel import (
     gathered,
     same_weights_everywhere,
@@ -292,6 +293,22 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self._start_counting()
         return row
 
+    def state_dict(self) -> dict[str, Any]:
+        """What SAELens' state lacks: the log's window, of this rank, and the random numbers."""
+        return {
+            "stream": self.stream.state_dict(),
+            "window": self.window.state_dict(),
+            "firings_before": self._firings_before,
+            "tokens_before": self._tokens_before,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.stream.load_state_dict(state["stream"])
+        self.window.load_state_dict(state["window"], self.sae.device)
+        self._firings_before = state["firings_before"].to(self._firings_before)
+        self._tokens_before = int(state["tokens_before"])
+
     @override
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         """SAELens' state, and that of the learning-rate rule."""
@@ -341,6 +358,7 @@ class LockstepTrainer(MultiSAETrainer):
         on_step: Called after each step with this trainer.
         on_log: Called with an SAE's name and its log row.
         on_checkpoint: Called when a checkpoint is due.
+        checkpoint_seconds: Time after which one is due, whatever the position; None for none.
         ranks: The processes that share each mini-batch.
     """
 
@@ -362,6 +380,7 @@ class LockstepTrainer(MultiSAETrainer):
         on_step: Callable[[LockstepTrainer], None] | None = None,
         on_log: Callable[[str, dict[str, float]], None] | None = None,
         on_checkpoint: Callable[[], object] | None = None,
+        checkpoint_seconds: float | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(
@@ -377,6 +396,8 @@ class LockstepTrainer(MultiSAETrainer):
         self._on_step = on_step
         self._on_log = on_log
         self._on_checkpoint = on_checkpoint
+        self._checkpoint_seconds = checkpoint_seconds
+        self._checkpoint_at = time.monotonic()
         self._seed = seed
         self._data_stream = RandomStream(derive_seed(seed, "data"))
         rates = learning_rates or {}
@@ -387,6 +408,7 @@ class LockstepTrainer(MultiSAETrainer):
         # Under SAELens' name and type as well: its public methods look there.
         self.trainers = {**self.step_trainers}
         self._clock = _Clock()
+        self._between_steps = self.position()
 
     def _step_trainer(self, name: str, sae: TrainingSAE[Any], lr: float) -> StepTrainer:
         cfg = self.cfg
@@ -443,19 +465,27 @@ class LockstepTrainer(MultiSAETrainer):
         self.prepare_scaling()
         same_weights_everywhere(self.saes, self.ranks)
         self._clock = _Clock(self.n_training_samples)
+        self._between_steps = self.position()
+        self._checkpoint_at = time.monotonic()
         while self.n_training_samples < self.cfg.total_training_samples:
             stop_together(self._guard, self.ranks)
             self._one_step()
-            if (
-                self.checkpoint_thresholds
-                and self.n_training_samples > self.checkpoint_thresholds[0]
-            ):
-                self.prune_thresholds()
-                if self._on_checkpoint is not None:
-                    self._on_checkpoint()
+            if self._checkpoint_is_due() and self._on_checkpoint is not None:
+                self._on_checkpoint()
+                self._checkpoint_at = time.monotonic()
             if self._on_step is not None:
                 self._on_step(self)
         return self.saes
+
+    def _checkpoint_is_due(self) -> bool:
+        thresholds, done = self.checkpoint_thresholds, self.n_training_samples
+        passed = bool(thresholds and done > thresholds[0])
+        self.prune_thresholds()
+        if self._checkpoint_seconds is None:
+            return passed
+        late = time.monotonic() - self._checkpoint_at >= self._checkpoint_seconds
+        # All ranks take part in a checkpoint, and their clocks differ.
+        return bool(self.ranks.first(torch.tensor(late))) or passed
 
     def prepare_scaling(self) -> None:
         """Estimate each SAE's activation scaling on fresh batches, where it needs one."""
@@ -486,6 +516,7 @@ class LockstepTrainer(MultiSAETrainer):
                 rows[name] = trainer.read_row(output)
         self.n_training_steps = done
         self.n_training_samples = next(iter(self.step_trainers.values())).n_training_samples
+        self._between_steps = self.position()
         if logging_step:
             speed = self._clock.tokens_per_second(self.n_training_samples)
             for name, row in rows.items():
@@ -530,6 +561,35 @@ class LockstepTrainer(MultiSAETrainer):
                 scaler.whitening = None
             trainer.set_final_sae_metadata()
 
+    def position(self) -> dict[str, Any]:
+        """Where the batches and their random numbers are now."""
+        batches = self.data_provider
+        return {
+            "random": self._data_stream.state_dict(),
+            "batches": batches.state_dict() if isinstance(batches, Positioned) else None,
+        }
+
+    def go_to(self, position: Mapping[str, Any]) -> None:
+        """Take the next batch from a position; none was taken yet."""
+        self._data_stream.load_state_dict(position["random"])
+        if isinstance(self.data_provider, Positioned):
+            self.data_provider.load_state_dict(position["batches"])
+        self._between_steps = self.position()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank knows beside `write_checkpoint`, as of the last whole step.
+
+        A signal may have come while the next batch was made.
+        """
+        saes = {name: trainer.state_dict() for name, trainer in self.step_trainers.items()}
+        return {**self._between_steps, "saes": saes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, after `load_checkpoint`."""
+        for name, trainer in self.step_trainers.items():
+            trainer.load_state_dict(state["saes"][name])
+        self.go_to(state)
+
     def write_checkpoint(self, folder: Path) -> None:
         """Write every SAE's weights and trainer state into `folder`, one sub-folder each."""
         for name, trainer in self.step_trainers.items():
@@ -539,8 +599,8 @@ class LockstepTrainer(MultiSAETrainer):
     def load_checkpoint(self, path: str | Path) -> None:
         """Continue from a checkpoint's weights, optimisers and schedules.
 
-        Random numbers continue in new streams derived from the step: SAELens keeps neither the
-        mixing buffer nor the generators, so a resumed run is not bitwise the uninterrupted one.
+        Random numbers continue in new streams derived from the step, where `load_state_dict` does
+        not follow: with the checkpoint of another number of ranks, or of version 0.1.
 
         Raises:
             InputError: If a file of the checkpoint cannot be read or does not fit.

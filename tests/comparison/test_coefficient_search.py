@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from msae_plugin.comparison.finished_saes import (
+from msae_plugin.comparison.group_training import is_matched
+from msae_plugin.comparison.training_schedule import (
     Trial,
     best_trial,
     corrected_coefficient,
-    is_matched,
     next_coefficient,
     slope,
 )

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from msae_cli import app as cli
-from msae_plugin import InputError, RunFailure
+from msae_plugin import InputError
 from msae_plugin.comparison.compare import Comparison
 from msae_plugin.comparison.learning_rates import (
     TuningPlan,
@@ -133,8 +133,8 @@ def test_failed_collapsed_and_missed_trials(config: CompareConfig) -> None:
     assert choices["frozen"].lr is None
     assert not choices["frozen"].at_end
     assert len(run.configs) == 1
-    with pytest.raises(RunFailure, match=r"no metric 'x/y'; there are ground_truth/f1"):
-        tune(config, TuningPlan.of(config, [1e-3, 2e-3], metrics=["x/y"]), run)
+    with pytest.raises(InputError, match=r"--metric 'x/y' is none of .*: ground_truth/f1"):
+        TuningPlan.of(config, [1e-3, 2e-3], metrics=["x/y"])
 
 
 def test_where_every_l0_missed_the_nearest_counts(config: CompareConfig) -> None:

@@ -304,7 +304,7 @@ def test_a_run_its_saes_and_their_twins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [("running", "was killed"), ("interrupted", "was interrupted"), ("failed", "failed (loss")],
+    [("running", "or killed"), ("interrupted", "was interrupted"), ("failed", "failed (loss")],
 )
 def test_an_unfinished_run_says_how_to_go_on(status: str, said: str, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", ("one", "two"), status)

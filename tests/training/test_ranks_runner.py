@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from outcome import outcome
 from sae_lens import SAE
 from torch import distributed
 
@@ -20,7 +22,7 @@ from msae_plugin.architecture.ranks import ProcessRanks
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptedBySignalError
 from msae_plugin.training.checkpoints import CheckpointStore
-from msae_plugin.training.data_parallel import own_batch_size
+from msae_plugin.training.data_parallel import load_states, own_batch_size
 from msae_plugin.training.runner import RunResult
 
 Train = Callable[..., RunResult]
@@ -104,7 +106,26 @@ def test_two_ranks_leave_one_run(start: Any, tmp_path: Path, read_rows: Any) -> 
     written = json.loads((out / "sae" / "runner_cfg.json").read_text())
     assert written["train_batch_size_tokens"] == 128
     checkpoint = next((out / "checkpoints").iterdir())
-    assert (checkpoint / "activations_store_state.rank1.safetensors").exists()
+    states = load_states(checkpoint)
+    # Each rank has its own buffer, and its own place in its share of the text.
+    assert not torch.equal(states[0]["batches"]["rows"][:64], states[1]["batches"]["rows"][:64])
+
+
+def test_two_ranks_go_on_to_the_bit(start: Any, tmp_path: Path) -> None:
+    changes = (MSAE, "training.n_checkpoints=3", "training.keep_checkpoints=9")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert ended(start(*changes), tmp_path)[0] == [0, 0]
+    shutil.copytree(out, whole)
+    # As a kill of both at the second checkpoint, after two more log rows, leaves it.
+    for path in sorted((out / "checkpoints").iterdir(), key=lambda path: int(path.name))[2:]:
+        shutil.rmtree(path)
+    for name in ("sae", "jumprelu", "export.json"):
+        remove = shutil.rmtree if (out / name).is_dir() else Path.unlink
+        remove(out / name)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    assert ended(start(*changes, resume="auto"), tmp_path)[0] == [0, 0]
+    assert outcome(out) == outcome(whole)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
