@@ -57,8 +57,8 @@ def compare(
     from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.compare import compare as run_comparison
     from msae_plugin.comparison.recipe import CompareConfig
-    from msae_plugin.comparison.results import comparison_for_terminal
     from msae_plugin.comparison.training_schedule import Shard
+    from msae_plugin.reporting.terminal import comparison_for_terminal
 
     share = None if part is None else Shard.parse(part)
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
@@ -73,7 +73,7 @@ def compare(
             raise RunFailure(f"part {part} is not complete: see the lines above")
         results.print(f"part {part} is trained and measured: run without --part at the end")
         return
-    table = comparison_for_terminal(comparison.contents)
+    table = comparison_for_terminal(output)
     # A file has no width that a table would have to fit.
     place = results if results.is_terminal else Console(width=_FILE_WIDTH, highlight=False)
     place.print(table)
@@ -126,12 +126,14 @@ def report(
     chosen = latent_indices(latents)
     # As in compare: heavy imports.
     from msae_plugin.reporting.dashboards import DashboardRequest
+    from msae_plugin.reporting.terminal import answer_for_terminal
     from msae_plugin.saes.download import local_folder
 
     request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
     result = _written_report([local_folder(text) for text in folders], output, request)
+    results.print(answer_for_terminal(result.document.answers()))
     if result.not_measured:
-        results.print(f"{result.not_measured} entries were not measured: the page names them")
+        results.print(f"{result.not_measured} things were not measured: the page names them")
 
 
 def _written_report(

@@ -1,16 +1,24 @@
-"""The summary of an evaluation as tables: for the terminal and in Markdown."""
+"""Tables for a terminal: of an evaluation, and of a comparison with its answer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from msae_plugin.common.table import Column, Table
-from msae_plugin.reporting.measurements import EVERY_ROLE
+from msae_plugin.evaluation.contexts import ContextsForTerminal, LatentProfile, TokenContext
+from msae_plugin.reporting.answer import answers, findings_of
+from msae_plugin.reporting.document import Answer
+from msae_plugin.reporting.results import HEADLINES
+from msae_plugin.reporting.rows import results_of
+from msae_plugin.reporting.sections.results import headline_table
+from msae_plugin.reporting.sources import TrainedSAE, read_sources
 
 _MOST_COLUMNS = 6
 
@@ -24,11 +32,11 @@ def columns_of(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[tu
     for entry in entries:
         measured.update(dict.fromkeys(entry["metrics"]))
     found: list[tuple[str, str]] = []
-    for role in EVERY_ROLE:
-        # The first of a role's names alone: the others are poorer versions of it.
-        where, _, metric = role.names[0].rpartition("/")
+    for headline in HEADLINES.values():
+        # The first of its names alone: the others are poorer versions of it.
+        where, _, metric = headline.names[0].rpartition("/")
         if where == evaluation and metric in measured:
-            found.append((metric, role.short or role.heading))
+            found.append((metric, headline.short or headline.heading))
     return found or [(name, name) for name in list(measured)[:_MOST_COLUMNS]]
 
 
@@ -98,12 +106,30 @@ def unmeasured(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[st
     ]
 
 
-def summary_markdown(summary: Mapping[str, Any]) -> str:
-    """The same tables in Markdown."""
-    blocks: list[str] = []
-    for evaluation, entries in _by_evaluation(summary).items():
-        table = _table(evaluation, entries, narrow=False)
-        parts = [f"### {evaluation}"] + ([] if table is None else [table.markdown()])
-        lines = unmeasured(evaluation, entries)
-        blocks.append("\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]))
-    return "\n\n".join(blocks) + "\n"
+def answer_for_terminal(found: Sequence[Answer]) -> RenderableType:
+    """The sentences that everything else is there to support."""
+    return Group(*(Padding(Text(" ".join(answer.sentences)), (0, 0, 1, 0)) for answer in found))
+
+
+def comparison_for_terminal(folder: Path) -> RenderableType:
+    """A comparison's answer, its means over seeds by method and L0, warnings, what is missing."""
+    sources = read_sources([folder])
+    measured, findings = results_of(sources, []), findings_of(sources)
+    parts = [answer_for_terminal(answers(measured, findings))]
+    for results in measured:
+        title = results.title if len(measured) > 1 else None
+        parts.append(headline_table(results, "terminal").terminal(title=title))
+    parts += [Text(f"warning: {item.sae}: {item.message}") for item in findings]
+    missing = [item for results in measured for item in results.missing]
+    parts += [Text(f"{item.status}: {item.what}: {item.reason}") for item in missing]
+    return Group(*parts)
+
+
+def contexts_for_terminal(sae: TrainedSAE) -> RenderableType:
+    """The latents in context that a comparison stored of an SAE."""
+    return ContextsForTerminal([_profile(latent) for latent in sae.contexts()])
+
+
+def _profile(latent: Mapping[str, Any]) -> LatentProfile:
+    contexts = [TokenContext(**context) for context in latent["contexts"]]
+    return LatentProfile(**{**latent, "contexts": contexts})
