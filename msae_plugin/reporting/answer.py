@@ -96,60 +96,49 @@ def answer_of(results: Results, failing: Sequence[str], *, titled: bool) -> Answ
         failing: What in it failed to learn.
         titled: Whether to name the table first, on a page with several.
     """
-    sentences = [f"{results.title}:"] if titled else []
+    sentences, basis = _choice(results)
     if failing:
-        sentences.append(f"Failed to learn, see the warnings: {listed(failing)}.")
-    sentences += _choice(results)
+        sentences.insert(0, f"Failed to learn, see the warnings: {listed(failing)}.")
+    if titled:
+        sentences.insert(0, f"{results.title}:")
     unmeasured = [
         entry.heading
         for key, entry in HEADLINES.items()
         if results.kind in entry.expected and key not in results.headlines()
     ]
-    told = [f"{listed(unmeasured)}"] if unmeasured else []
+    told = [listed(unmeasured)] if unmeasured else []
     if results.missing:
         told.append(f"{len(results.missing)} listed at the end")
-    if told:
-        sentences.append(f"Not measured: {'; '.join(told)}.")
-    return Answer(sentences)
+    return Answer(sentences, [*basis, *([f"Not measured: {'; '.join(told)}."] if told else [])])
 
 
-def _choice(results: Results) -> list[str]:
-    """What to use for what, where the winners lose, and what this rests on."""
+def _choice(results: Results) -> tuple[list[str], list[str]]:
+    """What to use for what and where that loses; and what this rests on."""
     methods = list(dict.fromkeys(group.method for group in results.candidates))
     reference = results.reference_method
     if not results.over_training_seeds:
-        return [
-            f"{len(methods)} SAEs, each trained once: the spread is over evaluation seeds, and no "
-            "choice between methods is shown."
-        ]
+        said = f"{len(methods)} SAEs, each trained once: no choice between methods is shown."
+        return [said], ["The spread is over evaluation seeds."]
     if len(methods) < 2 or reference is None:
-        return [f"{listed(methods) if methods else 'No method'} alone: nothing to choose between."]
+        alone = listed(methods) if methods else "No method"
+        return [f"{alone} alone: nothing to choose between."], []
     missed = {group.method for group in results.candidates if group.missed_its_l0}
     compared = _over_all_l0s(results, missed)
-    purposes = {
-        key: metric for key, metric in results.headlines().items() if HEADLINES[key].purpose
-    }
     told: dict[str, list[str]] = {}
     winners: dict[str, None] = {}
-    for key, metric in purposes.items():
-        verdict, winner, text = _verdict(results, metric, compared, reference)
-        if winner is not None:
-            winners[winner] = None
-        told.setdefault(verdict, []).append(text.format(what=_what(key)))
-    if not told:
-        return [f"No difference from {reference} can be told: no seed or L0 in common."]
-    said = [f"{sentence(verdict)} {'; '.join(texts)}." for verdict, texts in told.items()]
+    for key, metric in results.headlines().items():
+        if HEADLINES[key].purpose:
+            verdict, winner, text = _verdict(results, key, metric, compared, reference)
+            winners |= {} if winner is None else {winner: None}
+            told.setdefault(verdict, []).append(text)
+    said = [f"{sentence(verdict)} {listed(texts)}." for verdict, texts in told.items()]
     others = [method for method in methods if method != reference and method not in missed]
     for method in list(winners) or others[:1]:
         said += _losses(results, compared, method, reference)
+    basis = [_extent(results, list(compared.values()))]
     if missed:
-        said.append(f"{sentence(listed(sorted(missed)))} missed the target L0 and is left out.")
-    return [*said, _extent(results, list(compared.values()))]
-
-
-def _what(key: str) -> str:
-    entry = HEADLINES[key]
-    return f"{entry.purpose} ({entry.heading})"
+        basis.append(f"Left out, for they missed the target L0: {listed(sorted(missed))}.")
+    return said or [f"Nothing can be told from {reference}: no seed or L0 in common."], basis
 
 
 Compared = dict[tuple[str, str], Difference]
@@ -168,27 +157,29 @@ def _over_all_l0s(results: Results, missed: set[str]) -> Compared:
 
 
 def _verdict(
-    results: Results, metric: str, compared: Compared, reference: str
+    results: Results, key: str, metric: str, compared: Compared, reference: str
 ) -> tuple[str, str | None, str]:
-    """A beginning, who is recommended, and a text with `{what}`, for one purpose."""
-    higher = results.higher_is_better(metric)
+    """The beginning of a sentence, who is recommended, and its end, for one purpose."""
+    entry, higher = HEADLINES[key], results.higher_is_better(metric)
     found = [item for (_, name), item in compared.items() if name == metric]
     if higher is None or not found:
-        return "not compared with the reference:", None, "{what}"
-    best = max(found, key=lambda item: item.found.mean if higher else -item.found.mean)
-    better = [item for item in found if wording(item.found, higher) == "better"]
-    if better:
-        best = max(better, key=lambda item: item.found.mean if higher else -item.found.mean)
-        return f"use {best.ours} for", best.ours, f"{{what}}: {interval(best.found)} on {reference}"
-    value = f"{best.ours} {interval(best.found)}"
-    word = wording(best.found, higher)
+        return "not compared with the reference:", None, entry.purpose
+    # Whoever is shown to be better is named before one that is further ahead in one lucky pair.
+    words = {item.ours: wording(item.found, higher) for item in found}
+    better = [item for item in found if words[item.ours] == "better"]
+    best = max(better or found, key=lambda item: item.found.mean if higher else -item.found.mean)
+    word, gain = words[best.ours], interval(best.found)
+    if word == "better":
+        text = f"{entry.purpose} ({entry.heading} {gain} on {reference})"
+        return f"use {best.ours} for", best.ours, text
+    start = f"{entry.purpose} ({entry.heading}"
     if word == "worse":
-        return f"use {reference} for", None, f"{{what}}: the next is {value}"
+        return f"use {reference} for", None, f"{start}, the next is {best.ours} {gain})"
     if word == "one pair":
-        return "not decided by one pair:", None, f"{{what}}, {value} on {reference}"
-    behind = [item for item in found if wording(item.found, higher) == "worse"]
-    worse = f", {listed([item.ours for item in behind])} behind" if behind else ""
-    return f"level with {reference} in", None, f"{{what}}: at best {value}{worse}"
+        return "not decided by one pair:", None, f"{start}, {best.ours} {gain} on {reference})"
+    behind = [method for method, said in words.items() if said == "worse"]
+    worse = f"; {listed(behind)} behind" if behind else ""
+    return f"level with {reference} in", None, f"{start}, at best {best.ours} {gain}{worse})"
 
 
 def _losses(results: Results, compared: Compared, method: str, reference: str) -> list[str]:
@@ -202,9 +193,9 @@ def _losses(results: Results, compared: Compared, method: str, reference: str) -
         if wording(item.found, results.higher_is_better(item.metric)) == "worse"
     ]
     if lost:
-        return [f"{sentence(method)} loses to {reference} in {listed(lost)}."]
+        return [f"Against {reference}, {method} loses in {listed(lost)}."]
     if any(item.found.low is not None for item in items):
-        return [f"{sentence(method)} is shown to be worse in none of {len(items)} metrics."]
+        return [f"Against {reference}, {method} is worse in none of {len(items)} metrics."]
     return []
 
 

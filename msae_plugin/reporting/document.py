@@ -33,7 +33,8 @@ class Text:
 class Answer:
     """What the numbers say of one comparison, before any of them."""
 
-    sentences: Sequence[str]
+    sentences: Sequence[str]  # what to use for what
+    basis: Sequence[str] = ()  # what that rests on, and what was not measured
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Headline:
     names: Sequence[str]
     heading: str = ""
     short: str = ""
+    terminal: str = ""
     use: Sequence[str] = ()
     purpose: str = ""
     expected: Sequence[str] = ()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.text import Text
 
@@ -15,12 +15,14 @@ from msae_plugin.common.table import Column, Table
 from msae_plugin.evaluation.contexts import ContextsForTerminal, LatentProfile, TokenContext
 from msae_plugin.reporting.answer import answers, findings_of
 from msae_plugin.reporting.document import Answer
-from msae_plugin.reporting.results import HEADLINES
+from msae_plugin.reporting.results import HEADLINES, Results
+from msae_plugin.reporting.results import Group as MeasuredGroup
 from msae_plugin.reporting.rows import results_of
-from msae_plugin.reporting.sections.results import headline_table
+from msae_plugin.reporting.sections.results import best_shown
 from msae_plugin.reporting.sources import TrainedSAE, read_sources
 
 _MOST_COLUMNS = 6
+_NUMBER_WIDTH = len(" 12.3±4.56 ")
 
 
 def columns_of(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -108,7 +110,15 @@ def unmeasured(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[st
 
 def answer_for_terminal(found: Sequence[Answer]) -> RenderableType:
     """The sentences that everything else is there to support."""
-    return Group(*(Padding(Text(" ".join(answer.sentences)), (0, 0, 1, 0)) for answer in found))
+    return Group(
+        *(
+            Padding(
+                Text.assemble((" ".join(answer.sentences), "bold"), "\n", " ".join(answer.basis)),
+                (0, 0, 1, 0),
+            )
+            for answer in found
+        )
+    )
 
 
 def comparison_for_terminal(folder: Path) -> RenderableType:
@@ -117,12 +127,55 @@ def comparison_for_terminal(folder: Path) -> RenderableType:
     measured, findings = results_of(sources, []), findings_of(sources)
     parts = [answer_for_terminal(answers(measured, findings))]
     for results in measured:
-        title = results.title if len(measured) > 1 else None
-        parts.append(headline_table(results, "terminal").terminal(title=title))
+        if len(measured) > 1:
+            parts.append(Text(results.title, style="bold"))
+        parts.append(_Means(results))
     parts += [Text(f"warning: {item.sae}: {item.message}") for item in findings]
     missing = [item for results in measured for item in results.missing]
     parts += [Text(f"{item.status}: {item.what}: {item.reason}") for item in missing]
     return Group(*parts)
+
+
+class _Means:
+    """The headline metrics for a terminal, in as many tables as its width asks for."""
+
+    def __init__(self, results: Results) -> None:
+        self._groups = [group for group in results.groups if not group.is_variant]
+        self._headlines = results.headlines("terminal")
+        self._best = best_shown(results, self._groups)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = [
+            group.label + (" (missed its L0)" if group.missed_its_l0 else "")
+            for group in self._groups
+        ]
+        room = options.max_width - max(map(len, ["method", *names])) - len(" target seeds")
+        per = max(1, room // _NUMBER_WIDTH)
+        every = list(self._headlines.items())
+        for start in range(0, len(every), per):
+            shown = dict(every[start : start + per])
+            rows = [
+                [
+                    name,
+                    "-" if group.l0_target is None else f"{group.l0_target:g}",
+                    str(len(group.saes)),
+                    *(_narrow(_cell(_as_json(group, metric), 3)) for metric in shown.values()),
+                ]
+                for name, group in zip(names, self._groups, strict=True)
+            ]
+            numbers = [Column(key, key, is_number=True) for key in ("target", "seeds")]
+            numbers += [
+                Column(key, HEADLINES[key].terminal or HEADLINES[key].heading, is_number=True)
+                for key in shown
+            ]
+            best = {(y, 3 + x) for y, k in self._best for x, key in enumerate(shown) if k == key}
+            columns = [Column("method", "method"), *numbers]
+            yield Table("means", "", columns, rows, best=frozenset(best)).terminal(dense=True)
+
+
+def _as_json(group: MeasuredGroup, metric: str) -> Mapping[str, Any] | None:
+    found = group.spread(metric)
+    return None if found is None else {"mean": found.mean, "std": found.std}
 
 
 def contexts_for_terminal(sae: TrainedSAE) -> RenderableType:

@@ -36,7 +36,9 @@ def document_of(folder: Path, contents: dict[str, Any]) -> Document:
 
 
 def told(document: Document) -> str:
-    return " ".join(sentence for answer in document.answers() for sentence in answer.sentences)
+    return " ".join(
+        sentence for answer in document.answers() for sentence in (*answer.sentences, *answer.basis)
+    )
 
 
 def table(document: Document, name: str) -> Table:
@@ -59,9 +61,9 @@ def test_who_is_ahead_by_how_much_over_what_and_what_is_missing(tmp_path: Path) 
     text = told(document)
     interval = f"+{mean:.4f} [+{mean - half:.4f}, +{mean + half:.4f}]"
     assert (
-        f"Use multiscale default for reconstruction (explained variance): {interval} on batchtopk."
+        f"Use multiscale default for reconstruction (explained variance {interval} on batchtopk)."
     ) in text
-    assert "Multiscale default is shown to be worse in none of 2 metrics." in text
+    assert "Against batchtopk, multiscale default is worse in none of 2 metrics." in text
     assert "Paired over 3 training seeds and 2 target L0s" in text
     assert "Not measured: loss recovered and probing top-1; 1 listed at the end." in text
     assert document.sections[0].name == "answer"
@@ -87,14 +89,14 @@ def test_an_interval_with_zero_is_level_and_a_worse_method_is_named(tmp_path: Pa
     assert (
         "Level with batchtopk in reconstruction (explained variance): at best other +0.0033" in text
     )
-    assert ", topk behind." in text
+    assert "; topk behind)." in text
     assert "Use " not in text
 
 
 def test_one_pair_decides_nothing(tmp_path: Path) -> None:
     text = told(document_of(tmp_path, ground_truth()))
     assert (
-        "Not decided by one pair: finding the true features (F1), multiscale default +0.300" in text
+        "Not decided by one pair: finding the true features (F1, multiscale default +0.300" in text
     )
     assert "Paired over 1 training seed and 1 target L0; what another seed would give" in text
 
@@ -122,7 +124,7 @@ def test_with_one_seed_the_pairs_are_the_data_sets_of_an_evaluation(tmp_path: Pa
     half = 4.3027 * statistics.stdev([0.1, 0.11, 0.09]) / math.sqrt(3)
     interval = f"+0.1000 [+{0.1 - half:.4f}, +{0.1 + half:.4f}]"
     text = told(document)
-    assert f"Use ours for sparse probing (probing top-1): {interval} on batchtopk." in text
+    assert f"Use ours for sparse probing (probing top-1 {interval} on batchtopk)." in text
     assert "1 target L0 and 3 data sets of an evaluation" in text
     (differences,) = table(document, "language-model-difference-table").rows
     assert 3 in differences

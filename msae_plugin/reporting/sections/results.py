@@ -180,26 +180,13 @@ def results_section(results: Results, styles: Mapping[str, Style]) -> Section:
     return Section(f"{results.name}-results", f"{results.title}: results", blocks)
 
 
-def headline_table(results: Results, use: str = "") -> Table:
-    """Means over seeds by method and L0; the best of a column where that is shown.
-
-    Args:
-        results: What was measured.
-        use: Headlines of this use alone, under their short names: for a terminal.
-    """
+def headline_table(results: Results) -> Table:
+    """Means over seeds by method and L0; the best of a column where that is shown."""
     groups = [group for group in results.groups if not group.is_variant]
-    headlines = results.headlines(use)
-    best: set[tuple[int, int]] = set()
-    if results.over_training_seeds:
-        columns = {metric: place for place, metric in enumerate(headlines.values(), 3)}
-        for lead in leads(results, "judged"):
-            if lead.shown and lead.metric in columns:
-                best.add((groups.index(lead.best), columns[lead.metric]))
+    headlines = results.headlines()
+    best = best_shown(results, groups)
+    marked = {(y, 3 + x) for y, key in best for x, name in enumerate(headlines) if name == key}
     again = _measured_twice(results, headlines.values())
-
-    def named(group: Group) -> str:
-        return f"{group.label} (missed its L0)" if use and group.missed_its_l0 else group.label
-
     table = table_of(
         f"{results.name}-headline",
         f"{results.title}: mean ± one standard deviation over {results.seeds_are}."
@@ -213,21 +200,19 @@ def headline_table(results: Results, use: str = "") -> Table:
             cell("l0_target", "target L0"),
             cell("seeds", "seeds", lambda group: len(group.saes)),
             *(
-                (_short(key, metric) if use else column_of(key, metric, results.definitions),
+                (column_of(key, metric, results.definitions),
                  lambda group, metric=metric: group.spread(metric))
                 for key, metric in headlines.items()
             ),
         ],
     )  # fmt: skip
-    return replace(table, best=frozenset(best))
+    return replace(table, best=frozenset(marked))
 
 
-def _short(key: str, metric: str) -> Column:
-    entry = HEADLINES[key]
-    shared = [other for other in HEADLINES.values() if other.short == entry.short]
-    # Of two evaluations' "top-1", each under its whole name.
-    is_short = entry.short and sum("terminal" in other.use for other in shared) == 1
-    return Column(metric, entry.short if is_short else entry.heading, absent="-", is_number=True)
+def best_shown(results: Results, groups: Sequence[Group]) -> set[tuple[int, str]]:
+    """Place among the groups and headline, of every best whose lead over the next is shown."""
+    found = leads(results, "judged") if results.over_training_seeds else []
+    return {(groups.index(lead.best), lead.key) for lead in found if lead.shown}
 
 
 def _measured_twice(results: Results, shown: Iterable[str]) -> str:
