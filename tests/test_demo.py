@@ -106,7 +106,7 @@ def test_the_terminal_gets_the_answer_the_table_and_the_contexts(finished):
     with console.capture() as capture:
         console.print(demo_for_terminal(finished))
     shown = capture.get()
-    assert shown.index("what another seed would give") < shown.index("loss rec")
+    assert shown.index("what another seed would give") < shown.index("expl.var")
     assert shown.count("fires on") == 10
     assert str(finished.output / "demo.md") in shown.replace("\n", "")
     assert "core" in shown

@@ -291,7 +291,7 @@ def curves(
     bottom: float | None = None,
     top: float | None = None,
 ) -> list[Figure]:
-    """Values of training logs against tokens; lines of one method look alike."""
+    """Values of training logs against tokens; lines of one method line alike."""
     lines = [line for line in lines if len(line[1]) > 1]
     if not lines:
         return []
@@ -421,9 +421,9 @@ def steps(
     with drawing(4.2) as canvas:
         labelled: dict[str, Any] = {}
         for label, heights in counts.items():
-            look: dict[str, Any] = {"color": styles[label].colour, "ls": styles[label].line}
-            canvas.axis.stairs(list(heights), list(edges), lw=1.8, **look)
-            (labelled[label],) = canvas.axis.plot([], [], lw=1.8, **look)
+            line_style: dict[str, Any] = {"color": styles[label].colour, "ls": styles[label].line}
+            canvas.axis.stairs(list(heights), list(edges), lw=1.8, **line_style)
+            (labelled[label],) = canvas.axis.plot([], [], lw=1.8, **line_style)
         canvas.axis.set_xlabel(x_label)
         canvas.axis.set_ylabel(y_label)
         canvas.axis.set_ylim(bottom=0)
@@ -449,15 +449,15 @@ def glance(
         training, quality, firing = canvas.axes
         for sae in saes:
             style = styles[sae.method]
-            look: dict[str, Any] = {"color": style.colour, "ls": style.line, "lw": 2}
+            line_style: dict[str, Any] = {"color": style.colour, "ls": style.line, "lw": 2}
             first, last = round(sae.curve[0][2]), round(sae.curve[-1][2])
             # Curves at different L0 must not be read as a comparison.
             span = f"{last}" if first == last else f"{first} falling to {last}"
             tokens = [point[0] / 1000 for point in sae.curve]
             label = f"{sae.method} (training L0 {span})"
-            training.plot(tokens, [point[1] for point in sae.curve], label=label, **look)
+            training.plot(tokens, [point[1] for point in sae.curve], label=label, **line_style)
             edges, counts, _ = sae.firing
-            firing.stairs(counts, edges, **look)
+            firing.stairs(counts, edges, **line_style)
         _draw_quality(quality, saes, results, styles)
         training.set(title="Training", xlabel="training tokens or samples (thousands)",
                      ylabel="explained variance of training batches", xlim=(0, None))  # fmt: skip

@@ -87,7 +87,7 @@ def test_an_interval_with_zero_is_level_and_a_worse_method_is_named(tmp_path: Pa
         item["metrics"] = {EV: base, "heldout/l0": 8.0}
     text = told(document_of(tmp_path, comparison(rows=rows, not_measured=[])))
     assert (
-        "Level with batchtopk in reconstruction (explained variance): at best other +0.0033" in text
+        "Level with batchtopk in reconstruction (explained variance, at best other +0.0033" in text
     )
     assert "; topk behind)." in text
     assert "Use " not in text
@@ -122,7 +122,7 @@ def test_with_one_seed_the_pairs_are_the_data_sets_of_an_evaluation(tmp_path: Pa
     contents = comparison(rows=rows, definitions=definitions, not_measured=[])
     document = document_of(tmp_path, contents)
     half = 4.3027 * statistics.stdev([0.1, 0.11, 0.09]) / math.sqrt(3)
-    interval = f"+0.1000 [+{0.1 - half:.4f}, +{0.1 + half:.4f}]"
+    interval = f"+0.100 [+{0.1 - half:.3f}, +{0.1 + half:.3f}]"
     text = told(document)
     assert f"Use ours for sparse probing (probing top-1 {interval} on batchtopk)." in text
     assert "1 target L0 and 3 data sets of an evaluation" in text
