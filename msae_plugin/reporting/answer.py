@@ -201,8 +201,8 @@ def _losses(results: Results, compared: Compared, method: str, reference: str) -
 
 def _extent(results: Results, compared: Sequence[Difference]) -> str:
     """What the differences rest on."""
-    seeds = results.saes["seed"].dropna().nunique()
-    targets = results.saes["l0_target"].dropna().nunique()
+    seeds = len(set(results.saes["seed"].dropna()))
+    targets = len(set(results.saes["l0_target"].dropna()))
     parts = [f"{seeds} training seed{'s' * (seeds != 1)}"]
     parts += [f"{targets} target L0{'s' * (targets != 1)}"] if targets else []
     sets = {item.found.n_pairs for item in compared if item.over == "data sets"}

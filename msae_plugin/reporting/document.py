@@ -282,6 +282,14 @@ def _breakable(text: str) -> Markup:
     return Markup(str(escape(text)).replace("_", "_<wbr>").replace("/", "/<wbr>"))
 
 
+def _kind(block: Block) -> str:
+    return type(block).__name__
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
 _TEMPLATES = Environment(
     loader=PackageLoader("msae_plugin.reporting"),
     autoescape=lambda name: name is not None and name.endswith(".html.j2"),
@@ -291,9 +299,8 @@ _TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 cast("dict[str, Any]", _TEMPLATES.filters).update(
-    base64=lambda data: base64.b64encode(data).decode("ascii"),
-    breakable=_breakable, cells=_cells, kind=lambda block: type(block).__name__, md=one_line,
-    quote=quote, sentences=_sentences, visible=visible,
+    base64=_base64, breakable=_breakable, cells=_cells, kind=_kind, md=one_line, quote=quote,
+    sentences=_sentences, visible=visible,
 )  # fmt: skip
 
 

@@ -199,9 +199,8 @@ def _joined(
 ) -> list[Results] | None:
     """The results with an evaluation's numbers; None where one of its SAEs is in none of them."""
     homes: dict[str, tuple[str, str]] = {}
-    for name in source.content["saes"]:
-        sae = known.get(name)
-        for results in found if sae is not None else ():
+    for name, sae in known.items():
+        for results in found:
             if results.source == sae.source and sae.recorded_as in set(results.saes["name"]):
                 homes[name] = results.name, sae.recorded_as
     # An SAE beside its twin is no one row: they are shown side by side.

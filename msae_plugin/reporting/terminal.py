@@ -185,4 +185,5 @@ def contexts_for_terminal(sae: TrainedSAE) -> RenderableType:
 
 def _profile(latent: Mapping[str, Any]) -> LatentProfile:
     contexts = [TokenContext(**context) for context in latent["contexts"]]
-    return LatentProfile(**{**latent, "contexts": contexts})
+    numbers = {key: value for key, value in latent.items() if key != "contexts"}
+    return LatentProfile(**numbers, contexts=contexts)

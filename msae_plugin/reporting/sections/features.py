@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,8 +126,17 @@ def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
         for group in groups
     ]
 
-    def mean(value: Any) -> Any:
-        return lambda row: sum(map(value, row[2])) / len(row[2])
+    def mean(value: Callable[[list[int]], float]) -> Callable[[Any], float]:
+        def of_row(row: tuple[AnalysedGroup, float, list[list[int]]]) -> float:
+            return sum(map(value, row[2])) / len(row[2])
+
+        return of_row
+
+    def largest(sizes: list[int]) -> float:
+        return max(sizes, default=0)
+
+    def inside(low: int, high: int | None) -> Callable[[list[int]], float]:
+        return lambda sizes: _share(sizes, low, high)
 
     return table_of(
         place.named("clusters"),
@@ -139,11 +148,9 @@ def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
             cell("l0_target", "target L0", lambda row: row[0].l0_target),
             cell("cosine", "cosine above", lambda row: f"{row[1]:g}"),
             cell("clusters", "clusters", mean(len), digits=0),
-            cell("largest", "largest", mean(lambda sizes: max(sizes, default=0)), "latents",
-                 digits=0),
+            cell("largest", "largest", mean(largest), "latents", digits=0),
             *(
-                cell(band, band, mean(lambda sizes, ends=ends: _share(sizes, *ends)), "share",
-                     digits=3)
+                cell(band, band, mean(inside(*ends)), "share", digits=3)
                 for band, ends in CLUSTER_BANDS.items()
             ),
         ],

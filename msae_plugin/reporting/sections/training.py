@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,8 @@ def runs_section(runs: Sequence[Source]) -> Section | None:
     def sae(row: tuple[Source, str]) -> Mapping[str, Any]:
         return row[0].content["saes"][row[1]]
 
-    def final(key: str) -> Any:
-        return lambda row: (sae(row).get("final") or {}).get(key)
+    def final(key: str) -> Callable[[tuple[Source, str]], CellValue]:
+        return lambda row: _value(sae(row).get("final"), key)
 
     table = table_of(
         "training-runs",
@@ -61,7 +61,7 @@ def runs_section(runs: Sequence[Source]) -> Section | None:
             cell(
                 "l0_exported",
                 "L0 of the export",
-                lambda r: (sae(r).get("export") or {}).get("l0_exported"),
+                lambda r: _value(sae(r).get("export"), "l0_exported"),
             ),
             cell(
                 "explained_variance",
@@ -86,6 +86,10 @@ def runs_section(runs: Sequence[Source]) -> Section | None:
         ],
     )
     return Section("runs", "Training runs", [table])
+
+
+def _value(recorded: Mapping[str, Any] | None, key: str) -> CellValue:
+    return (recorded or {}).get(key)
 
 
 def _text(value: object) -> str:
