@@ -163,7 +163,8 @@ def _verdict(
     entry, higher = HEADLINES[key], results.higher_is_better(metric)
     found = [item for (_, name), item in compared.items() if name == metric]
     if higher is None or not found:
-        return "not compared with the reference:", None, entry.purpose
+        why = "no seed in common, or measured L0s more than 10 % apart"
+        return f"not compared with {reference}, for {why}:", None, entry.purpose
     # Whoever is shown to be better is named before one that is further ahead in one lucky pair.
     words = {item.ours: wording(item.found, higher) for item in found}
     better = [item for item in found if words[item.ours] == "better"]

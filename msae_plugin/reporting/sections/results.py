@@ -84,8 +84,8 @@ def _methods_table(results: Results) -> Table:
         by_method.setdefault(group.method, []).append(group.saes)
     saes = {method: pd.concat(parts) for method, parts in by_method.items()}
 
-    def told(key: str, heading: str) -> Any:
-        return cell(key, heading, lambda method: _distinct(saes[method][key]))
+    def told(fact: str, heading: str, key: str = "") -> Any:
+        return cell(key or fact, heading, lambda method: _distinct(saes[method][fact]))
 
     def counted(key: str, heading: str) -> Any:
         def value(method: str) -> CellValue:
@@ -107,7 +107,7 @@ def _methods_table(results: Results) -> Table:
             told("preset", "preset"),
             told("control", "control for"),
             told("l0_target", "target L0"),
-            told("seed", "seeds"),
+            told("seed", "seeds", "seeds"),
             told("lr", "learning rate"),
             counted("training_steps", "steps"),
             counted("training_tokens", "tokens"),
