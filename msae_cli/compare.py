@@ -89,7 +89,7 @@ def _page_of_comparison(output: Path) -> None:
     from msae_plugin.common.errors import InputError
 
     try:
-        _written_report([output], output / REPORT_FOLDER)
+        _show_files(_written_report([output], output / REPORT_FOLDER))
     except InputError as error:
         # Without matplotlib, say: what was measured is there all the same.
         say(f"no page was made: {error}")
@@ -132,6 +132,7 @@ def report(
     request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
     result = _written_report([local_folder(text) for text in folders], output, request)
     results.print(answer_for_terminal(result.document.answers()))
+    _show_files(result)
     if result.not_measured:
         results.print(f"{result.not_measured} things were not measured: the page names them")
 
@@ -144,7 +145,9 @@ def _written_report(
     from msae_plugin.reporting.report import report as write_report
 
     with step_reporter(errors) as progress:
-        result = write_report(folders, output, progress, dashboards)
+        return write_report(folders, output, progress, dashboards)
+
+
+def _show_files(result: ReportResult) -> None:
     show(f"page: {result.page}")
     show(f"{len(result.tables)} tables, {len(result.figures)} figures in {result.output}")
-    return result

@@ -81,6 +81,8 @@ def _failing(results: Results, findings: Sequence[Finding]) -> list[str]:
         for item in findings
         if item.sae in methods and (item.where == results.source or not results.over_training_seeds)
     }
+    if not results.over_training_seeds:  # a row is an evaluation seed there
+        return list(dict.fromkeys(failed.values()))
     total, bad = Counter(results.saes["method"]), Counter(failed.values())
     return [
         method if total[method] == 1 else f"{n} of {total[method]} SAEs of {method}"
