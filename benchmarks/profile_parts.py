@@ -3,7 +3,7 @@
     python benchmarks/profile_parts.py              # two sizes, minutes on 2 cores
     python benchmarks/profile_parts.py --sizes 2304x16384 --tokens 2048 4096 --bf16
     python benchmarks/profile_parts.py --device cuda --all --kernels embedding_bag triton
-    python benchmarks/profile_parts.py --sizes --core-saes runs/demo/sae
+    python benchmarks/profile_parts.py --sizes --core-saes SAE_FOLDER
 
 Each part is timed alone, after an unmeasured call, and stands beside its roofline: the time that
 the measured peak of the machine in matrix products or in memory traffic, whichever is longer,

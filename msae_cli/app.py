@@ -223,7 +223,7 @@ def evaluate_command(
     from msae_plugin.common.progress import step_reporter
     from msae_plugin.evaluation.evaluate import evaluate
     from msae_plugin.evaluation.recipe import EvalConfig
-    from msae_plugin.reporting.evaluation_tables import summary_for_terminal
+    from msae_plugin.reporting.terminal import summary_for_terminal
     from msae_plugin.saes.load import load_saes
     from msae_plugin.training.plans import default_device
 
@@ -294,11 +294,20 @@ def demo(
         int | None, typer.Option(help="How many of them the losses are measured on.")
     ] = None,
     saebench: Annotated[bool, typer.Option(help="End with SAEBench's core and sae-probes.")] = True,
+    set_: SetOption = None,
 ) -> None:
     """Train multiscale beside batchtopk on a packaged language model and show what came out."""
     check_output(output)
     # As in train: heavy imports.
-    from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
+    from msae_plugin.common.errors import RunFailure
+    from msae_plugin.common.progress import step_reporter
+    from msae_plugin.demo import (
+        HOW_TO_INSTALL,
+        demo_for_terminal,
+        demo_recipe,
+        run_demo,
+        saebench_is_installed,
+    )
 
     given: dict[str, Any] = {
         "tokens": tokens,
@@ -310,12 +319,17 @@ def demo(
         "hook": hook,
         "heldout_tokens": heldout_tokens,
         "loss_tokens": loss_tokens,
-        "saebench": saebench,
     }
-    settings = DemoSettings(**{key: value for key, value in given.items() if value is not None})
-    with continued_later():
-        result = run_demo(settings, output, errors)
+    options = {key: value for key, value in given.items() if value is not None}
+    if saebench and not saebench_is_installed():
+        say(f"SAEBench's evaluations are left out: {HOW_TO_INSTALL}")
+        saebench = False
+    recipe = demo_recipe(options, set_ or [], saebench=saebench)
+    with continued_later(), step_reporter(errors) as progress:
+        result = run_demo(recipe, output, progress)
     results.print(demo_for_terminal(result))
+    if not result.complete:
+        raise RunFailure("not everything was trained and measured: see the lines above")
 
 
 for command in (cache, compare, tune, sweep, report, publish, download):

@@ -57,8 +57,8 @@ def compare(
     from msae_plugin.common.progress import step_reporter
     from msae_plugin.comparison.compare import compare as run_comparison
     from msae_plugin.comparison.recipe import CompareConfig
-    from msae_plugin.comparison.results import comparison_for_terminal
     from msae_plugin.comparison.training_schedule import Shard
+    from msae_plugin.reporting.terminal import comparison_for_terminal
 
     share = None if part is None else Shard.parse(part)
     recipe = CompareConfig.load(config, set_ or [], quick=quick)
@@ -73,7 +73,7 @@ def compare(
             raise RunFailure(f"part {part} is not complete: see the lines above")
         results.print(f"part {part} is trained and measured: run without --part at the end")
         return
-    table = comparison_for_terminal(comparison.contents)
+    table = comparison_for_terminal(output)
     # A file has no width that a table would have to fit.
     place = results if results.is_terminal else Console(width=_FILE_WIDTH, highlight=False)
     place.print(table)
@@ -89,7 +89,7 @@ def _page_of_comparison(output: Path) -> None:
     from msae_plugin.common.errors import InputError
 
     try:
-        _written_report([output], output / REPORT_FOLDER)
+        _show_files(_written_report([output], output / REPORT_FOLDER))
     except InputError as error:
         # Without matplotlib, say: what was measured is there all the same.
         say(f"no page was made: {error}")
@@ -126,12 +126,15 @@ def report(
     chosen = latent_indices(latents)
     # As in compare: heavy imports.
     from msae_plugin.reporting.dashboards import DashboardRequest
+    from msae_plugin.reporting.terminal import answer_for_terminal
     from msae_plugin.saes.download import local_folder
 
     request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
     result = _written_report([local_folder(text) for text in folders], output, request)
+    results.print(answer_for_terminal(result.document.answers()))
+    _show_files(result)
     if result.not_measured:
-        results.print(f"{result.not_measured} entries were not measured: the page names them")
+        results.print(f"{result.not_measured} things were not measured: the page names them")
 
 
 def _written_report(
@@ -142,7 +145,9 @@ def _written_report(
     from msae_plugin.reporting.report import report as write_report
 
     with step_reporter(errors) as progress:
-        result = write_report(folders, output, progress, dashboards)
+        return write_report(folders, output, progress, dashboards)
+
+
+def _show_files(result: ReportResult) -> None:
     show(f"page: {result.page}")
     show(f"{len(result.tables)} tables, {len(result.figures)} figures in {result.output}")
-    return result

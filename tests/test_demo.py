@@ -12,164 +12,156 @@ from typer.testing import CliRunner
 
 from msae_cli.app import app
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.progress import ConsoleProgress
+from msae_plugin.comparison import group_training
 from msae_plugin.data.text import load_text
-from msae_plugin.demo import DemoSettings, demo_for_terminal, run_demo
+from msae_plugin.demo import demo_for_terminal, demo_recipe, run_demo
 from msae_plugin.evaluation.heldout import evaluate_many
+from msae_plugin.evaluation.outcomes import no_report
 from msae_plugin.models.loading import load_language_model
+from msae_plugin.reporting.report import build
+from msae_plugin.reporting.sources import read_sources
 
 HOOK = "blocks.1.hook_resid_post"
+SAES = {"multiscale": "multiscale_l0-8_seed42", "batchtopk": "batchtopk_l0-8_seed42"}
+SMALL = [
+    "training.batch_size_tokens=256", "data.context_size=32", "training.lr=1e-2",
+    "training.n_batches_in_buffer=64", "model.autocast=false",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory, tiny_texts) -> Path:
+def options(tmp_path_factory, tiny_model_dir, tiny_texts) -> dict[str, object]:
     path = tmp_path_factory.mktemp("corpus") / "notes.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in tiny_texts))
-    return path
+    return {
+        "model": str(tiny_model_dir), "text": str(path), "hook": HOOK, "tokens": 12_800,
+        "d_sae": 128, "k": 8.0, "heldout_tokens": 1_600, "loss_tokens": 320,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model_dir, corpus) -> DemoSettings:
-    return DemoSettings(
-        model=str(tiny_model_dir),
-        text=str(corpus),
-        hook=HOOK,
-        tokens=12_800,
-        d_sae=128,
-        k=8,
-        lr=1e-2,
-        batch_size_tokens=256,
-        context_size=32,
-        heldout_tokens=1_600,
-        loss_tokens=320,
-        probes=(),  # texts of sae-probes are longer than the tiny model's context
-    )
+def recipe(options):
+    # Texts of sae-probes are longer than the tiny model's context.
+    core = json.dumps({"dataset": options["text"], "context_size": 32})
+    return demo_recipe(options, [*SMALL, f'evaluation.evaluations={{"core": {core}}}'])
 
 
 @pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
-    output = tmp_path_factory.mktemp("demo") / "out"
-    console = Console(record=True, width=100, quiet=True)
-    return run_demo(settings, output, console), output
-
-
-def test_it_leaves_a_report_a_figure_the_numbers_and_both_saes(finished):
-    result, output = finished
-    assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
-    numbers = json.loads((output / "demo.json").read_text())
-    assert [row["name"] for row in numbers["comparison"]["saes"]] == ["multiscale", "batchtopk"]
-    assert len(numbers["strongest_latents"]) == 10
-    for row in result.rows:
-        assert SAE.load_from_disk(output / row.name / "sae").cfg.d_sae == 128
-        assert row.metrics.l0 == pytest.approx(8, rel=0.2)
-        assert row.metrics.explained_variance > 0.2
-        assert row.tokens_per_second is not None
-        assert row.tokens_per_second > 0
-    assert (output / "multiscale" / "jumprelu").is_dir()
-    report = (output / "demo.md").read_text()
-    assert "| multiscale |" in report
-    assert "(demo.png)" in report
-    assert report.count("fires on") == 10
-
-
-def test_it_ends_with_saebenchs_own_core(finished):
+def finished(recipe, tmp_path_factory):
     pytest.importorskip("sae_bench")
-    result, output = finished
-    assert result.saebench is not None
-    stored = json.loads((output / "evaluation" / "summary.json").read_text())
-    assert [entry["status"] for entry in stored["results"]] == ["measured", "measured"]
-    for entry in stored["results"]:
-        theirs = json.loads((output / "evaluation" / entry["files"][0]).read_text())
+    output = tmp_path_factory.mktemp("demo") / "out"
+    return run_demo(recipe, output, no_report)
+
+
+def test_it_leaves_a_page_a_short_page_the_numbers_and_both_saes(finished):
+    assert finished.complete
+    assert finished.page.page.is_file()
+    rows = json.loads((finished.output / "comparison.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(SAES)
+    for row in rows:
+        assert SAE.load_from_disk(finished.output / row["folder"] / "sae").cfg.d_sae == 128
+        assert row["metrics"]["heldout/l0"] == pytest.approx(8, rel=0.2)
+        assert row["metrics"]["heldout/explained_variance"] > 0.2
+        assert row["metrics"]["training/step_ms"] > 0
+    assert (finished.output / "saes" / SAES["multiscale"] / "jumprelu").is_dir()
+    page = (finished.output / "demo.md").read_text()
+    lines = [line for line in page.splitlines() if line]
+    assert lines[2] == "## The answer"
+    assert lines[3].startswith("Not decided by one pair: reconstruction")
+    assert "1 training seed" in lines[4]
+    assert "| multiscale | 8 | 1 |" in page
+    assert "(report/figures/language-model-glance.png)" in page
+    assert (finished.output / "report/figures/language-model-glance.png").is_file()
+    assert page.count("fires on") == 20  # ten latents of either
+    assert "Where things are" in page
+
+
+def test_its_page_holds_saebenchs_own_core(finished):
+    stored = json.loads((finished.output / "evaluation" / "summary.json").read_text())
+    document, _ = build(read_sources([finished.output]))
+    (table,) = [t for t in document.tables() if t.name == "language-model-headline"]
+    column = [c.key for c in table.columns].index("core/ce_loss_score")
+    for entry, row in zip(stored["results"], table.rows, strict=True):
+        theirs = json.loads((finished.output / "evaluation" / entry["files"][0]).read_text())
         score = theirs["eval_result_metrics"]["model_performance_preservation"]["ce_loss_score"]
-        assert entry["metrics"]["ce_loss_score"]["mean"] == pytest.approx(score)
-    report = (output / "demo.md").read_text()
-    assert "## By SAEBench" in report
-    assert "| L0 | expl. var. |" in report
+        assert row[column].mean == pytest.approx(score)
 
 
-def test_the_table_holds_what_the_exported_saes_measure(finished, settings):
-    result, output = finished
-    language_model = load_language_model(settings.model, [HOOK])
-    saes = {row.name: SAE.load_from_disk(output / row.name / "sae") for row in result.rows}
+def test_the_numbers_are_what_the_exported_saes_measure(finished, recipe, options):
+    language_model = load_language_model(str(options["model"]), [HOOK])
+    folder = finished.output / "saes"
     again = evaluate_many(
-        saes,
-        language_model,
-        HOOK,
-        load_text(settings.text).heldout,
-        context_size=32,
-        max_tokens=1_600,
-        max_loss_tokens=320,
-        autocast=json.loads((output / "demo.json").read_text())["settings"]["autocast"],
-    )
-    for row in result.rows:
-        assert row.metrics.to_dict() == pytest.approx(again[row.name].to_dict(), rel=1e-5)
+        {method: SAE.load_from_disk(folder / name / "sae") for method, name in SAES.items()},
+        language_model, HOOK, load_text(str(options["text"])).heldout,
+        context_size=32, max_tokens=1_600, max_loss_tokens=320,
+    )  # fmt: skip
+    for row in json.loads((finished.output / "comparison.json").read_text())["rows"]:
+        measured, found = row["metrics"], again[row["method"]].to_dict()
+        for key in ("explained_variance", "l0", "dead_latents", "loss_recovered"):
+            assert measured[f"heldout/{key}"] == pytest.approx(found[key], rel=1e-5), key
 
 
-def test_the_terminal_gets_the_table_and_the_contexts(finished):
-    result, output = finished
+def test_the_terminal_gets_the_answer_the_table_and_the_contexts(finished):
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(demo_for_terminal(result))
+        console.print(demo_for_terminal(finished))
     shown = capture.get()
-    assert "loss recovered" in shown
+    assert shown.index("what another seed would give") < shown.index("expl.var")
     assert shown.count("fires on") == 10
-    assert str(output / "demo.png") in shown.replace("\n", "")
+    assert str(finished.output / "demo.md") in shown.replace("\n", "")
+    assert "core" in shown
 
 
-def test_contexts_are_from_the_held_out_documents(finished, settings):
-    result, _ = finished
-    heldout = load_text(settings.text).heldout
-    for profile in result.profiles:
-        assert profile.contexts
-        for context in profile.contexts:
-            sentence = context.before + context.token + context.after
-            assert sentence in heldout[context.document]
+def test_contexts_are_from_the_held_out_documents(finished, options):
+    heldout = load_text(str(options["text"])).heldout
+    contexts = finished.output / "saes" / SAES["multiscale"] / "contexts.json"
+    latents = json.loads(contexts.read_text())["latents"]
+    assert len(latents) == 10
+    for context in (context for latent in latents for context in latent["contexts"]):
+        sentence = context["before"] + context["token"] + context["after"]
+        assert sentence in heldout[context["document"]]
 
 
-def test_a_finished_folder_is_evaluated_again_but_never_with_other_settings(finished, settings):
-    result, output = finished
-    weights = output / "multiscale" / "sae" / "sae_weights.safetensors"
+def test_a_finished_folder_is_kept_and_never_mixed_with_other_settings(finished, recipe, options):
+    weights = finished.output / "saes" / SAES["multiscale"] / "sae" / "sae_weights.safetensors"
     before = weights.stat().st_mtime_ns
-    console = Console(width=100)
-    with console.capture() as capture:
-        again = run_demo(settings, output, console)
-    assert "evaluating it again" in capture.get()
+    rows = json.loads((finished.output / "comparison.json").read_text())["rows"]
+    run_demo(recipe, finished.output, no_report)
     assert weights.stat().st_mtime_ns == before
-    assert [row.to_dict() for row in again.rows] == [row.to_dict() for row in result.rows]
-    changed = DemoSettings(**{**vars(settings), "k": 9})
+    assert json.loads((finished.output / "comparison.json").read_text())["rows"] == rows
     with pytest.raises(InputError, match="other settings"):
-        run_demo(changed, output, Console(quiet=True))
+        run_demo(demo_recipe({**options, "k": 9.0}, SMALL), finished.output, no_report)
 
 
-def test_the_command_refuses_bad_input_with_status_2(tmp_path, settings):
+def test_the_command_refuses_bad_input_with_status_2(tmp_path, options):
     (tmp_path / "mine.txt").write_text("keep me")
-    arguments = ["--model", settings.model, "--text", settings.text, "--hook", HOOK]
+    arguments = ["--model", options["model"], "--text", options["text"], "--hook", HOOK]
     outcome = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), *arguments])
     assert outcome.exit_code == 2
     assert (tmp_path / "mine.txt").read_text() == "keep me"
-    outcome = CliRunner().invoke(
-        app, ["demo", "--output", str(tmp_path / "new"), *arguments, "--tokens", "10"]
-    )
-    assert outcome.exit_code == 2
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_stopped_demo_continues_with_the_same_command(tmp_path, settings, monkeypatch):
-    output = tmp_path / "out"
-    command = ["demo", "--output", str(output), "--model", settings.model, "--hook", HOOK]
-    command += ["--text", settings.text, "--tokens", "20480", "--d-sae", "96", "--k", "8"]
-    command += ["--heldout-tokens", "1600", "--loss-tokens", "320", "--no-saebench"]
-    with monkeypatch.context() as patch:
-
-        def stop_half_way(self: ConsoleProgress, done_tokens: int) -> None:
-            if done_tokens >= 10_240:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        patch.setattr(ConsoleProgress, "advance", stop_half_way)
-        assert CliRunner().invoke(app, command).exit_code == 128 + signal.SIGTERM
-    assert not (output / "demo.json").exists()
+    command = ["demo", "--output", str(tmp_path / "new"), *arguments, "--tokens", "10"]
     outcome = CliRunner().invoke(app, command)
-    assert outcome.exit_code == 0
-    assert "explained" in outcome.stdout
-    assert json.loads((output / "run.json").read_text())["resumed_at_steps"] == [20]
-    assert (output / "demo.json").exists()
+    assert outcome.exit_code == 2
+    assert not (tmp_path / "new" / "saes").exists()
+
+
+def test_a_stopped_demo_continues_with_the_same_command(tmp_path: Path, options, monkeypatch):
+    output = tmp_path / "out"
+    command = ["demo", "--output", str(output), "--model", options["model"], "--hook", HOOK]
+    command += ["--text", options["text"], "--tokens", "20480", "--d-sae", "96", "--k", "8"]
+    command += ["--heldout-tokens", "1600", "--loss-tokens", "320", "--no-saebench"]
+    command += [word for change in SMALL for word in ("--set", change)]
+    with monkeypatch.context() as patch:
+        finish = group_training.train_group
+
+        def stop_at_the_start(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return finish(*args, **kwargs)
+
+        patch.setattr("msae_plugin.comparison.training_schedule.train_group", stop_at_the_start)
+        assert CliRunner().invoke(app, command).exit_code == 128 + signal.SIGTERM
+    assert not (output / "comparison.json").exists()
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 0, outcome.output
+    assert "expl.var" in outcome.stdout
+    assert (output / "demo.md").exists()

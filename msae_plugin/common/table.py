@@ -161,6 +161,7 @@ class Table:
         columns: As many as each row has values. The first names the row.
         rows: Text, numbers, means with spreads, or None for what was not measured.
         folded: Closed at first, on a page.
+        best: Row and column of the cells to mark: the best of their column, and shown to be.
 
     Raises:
         ValueError: A row has more or fewer values than there are columns.
@@ -171,6 +172,7 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Sequence[CellValue]]
     folded: bool = False
+    best: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         """Every row has a value per column."""
@@ -220,7 +222,9 @@ class Table:
             one_line(column.heading) + (f" ({one_line(column.detail)})" if column.detail else "")
             for column in self.columns
         ]
-        cells = ([one_line(cell) for cell in row] for row in self.shown())
+        cells = [[one_line(cell) for cell in row] for row in self.shown()]
+        for row, column in self.best:
+            cells[row][column] = f"**{cells[row][column]}**"
         return markdown_rows(headings, self.numbers(), cells)
 
     def csv(self) -> str:
@@ -260,8 +264,9 @@ class Table:
                 overflow="fold",
                 no_wrap=right and dense,
             )
-        for row in self.shown():
-            table.add_row(*(Text(cell) for cell in row))
+        for y, row in enumerate(self.shown()):
+            marks = ("bold" if (y, x) in self.best else "" for x in range(len(row)))
+            table.add_row(*(Text(cell, style) for cell, style in zip(row, marks, strict=True)))
         return table
 
 

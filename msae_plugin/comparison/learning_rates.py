@@ -22,7 +22,7 @@ from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.comparison.compare import Comparison
 from msae_plugin.comparison.methods import FROZEN
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.evaluation.metrics import definitions
+from msae_plugin.evaluation.outcomes import definitions
 
 RATES_FILE = "rates.json"
 TUNED_FILE = "tuned.yaml"

@@ -23,7 +23,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.models.packaged import PACKAGED_PREFIX
-from msae_plugin.reporting.evaluation_tables import columns_of
+from msae_plugin.reporting.terminal import columns_of
 from msae_plugin.saes.clean_config import clean_run_config, require_inside
 from msae_plugin.saes.export import REPORT_FILENAME
 from msae_plugin.saes.find import StoredSAE, mechanisms_on

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from sae_lens.constants import (
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
@@ -30,7 +32,7 @@ from msae_plugin.hub.card_data import (
     measured_of,
     read_evaluation,
 )
-from msae_plugin.hub.remote import CARD_FILENAME, read_card, read_entries
+from msae_plugin.models.hub_access import hub_errors
 from msae_plugin.saes.clean_config import clean_run_config, private_traces, require_inside
 from msae_plugin.saes.download import RepositoryState, require_folder
 from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
@@ -39,6 +41,8 @@ from msae_plugin.saes.run_record import METRICS_FILE
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _TEXT_SUFFIXES = (".json", ".jsonl", ".md", ".csv")
+CARD_FILENAME = "README.md"
+_SMALL_FILES = (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME, REPORT_FILENAME, SUMMARY_FILENAME)
 
 
 @dataclass(frozen=True)
@@ -266,8 +270,8 @@ def make_plan(
         InputError: The card cannot be written.
         RunFailure: The Hub does not give what is in the repository.
     """
-    others = read_entries(state, leave_out=[sae.path for sae in folders])
-    existing = read_card(state)
+    others = _read_entries(state, leave_out=[sae.path for sae in folders])
+    existing = _read_card(state)
     with _only_expected_values(run):
         new_entries = tuple(_entry(sae) for sae in folders)
         entries = tuple(sorted([*others, *new_entries], key=lambda e: e.folder))
@@ -327,3 +331,39 @@ def _entry(folder: SAEFolder) -> CardEntry:
     """Card entry of an SAE, from the very files that are uploaded."""
     figures = [path for path, _ in folder.uploads() if path.endswith(".png")]
     return card_entry(folder.path, folder.json_file, folder.sae.twin is not None, figures)
+
+
+def _read_card(state: RepositoryState) -> str | None:
+    """The repository's README.md, None without one."""
+    if CARD_FILENAME not in state.files:
+        return None
+    path = _snapshot(state, [CARD_FILENAME]) / CARD_FILENAME
+    # As bytes: reading as text would change line breaks that are the user's.
+    return path.read_bytes().decode("utf-8")
+
+
+def _read_entries(state: RepositoryState, leave_out: Iterable[str] = ()) -> list[CardEntry]:
+    """Card entries of the SAEs in a repository."""
+    folders = [folder for folder in state.sae_folders() if folder not in set(leave_out)]
+    if not folders:
+        return []
+    root = _snapshot(state, [f"*{name}" for name in _SMALL_FILES])
+    return [_published(state, root, folder) for folder in folders]
+
+
+def _published(state: RepositoryState, root: Path, folder: str) -> CardEntry:
+    def read(name: str) -> Any:
+        path = root / folder / name
+        with hub_errors(f"reading {state.repo}:{folder}/{name}"):
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    has_twin = f"{folder}/{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files
+    figures = fnmatch.filter(state.files, f"{folder}/{FIGURES_FOLDER}/*.png")
+    return card_entry(folder, read, has_twin, figures)
+
+
+def _snapshot(state: RepositoryState, patterns: Sequence[str]) -> Path:
+    with hub_errors(f"reading {state.repo}"):
+        return Path(
+            snapshot_download(state.repo, revision=state.head, allow_patterns=list(patterns))
+        )

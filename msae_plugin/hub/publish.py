@@ -10,17 +10,16 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import folder_written_atomically
-from msae_plugin.hub import remote
 from msae_plugin.hub.card_data import CardEntry, hub_dataset, hub_model
 from msae_plugin.hub.plan import (
     PublishOptions,
@@ -29,7 +28,6 @@ from msae_plugin.hub.plan import (
     make_plan,
     private_content,
 )
-from msae_plugin.hub.remote import MAIN, Committed
 from msae_plugin.hub.verification import (
     Verification,
     check_build,
@@ -49,6 +47,7 @@ from msae_plugin.reporting.info import human_bytes
 from msae_plugin.saes.download import RepositoryState, read_state, require_repo_name
 from msae_plugin.saes.export import TWIN_FOLDER
 
+MAIN = "main"
 _UNKNOWN_DATASET = "DATASET_ON_THE_HUB"
 
 
@@ -115,6 +114,15 @@ def dashboard_hint() -> str:
     if dashboards.is_installed():
         return "SAEDashboard is installed here"
     return f"SAEDashboard is not installed here: {dashboards.INSTALL}"
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A commit."""
+
+    oid: str
+    url: str
+    pull_request: str | None  # page of the pull request; None without one
 
 
 Confirm = Callable[[str], bool]
@@ -190,11 +198,11 @@ def publish(
     say(f"uploading {len(plan.additions)} files to {repo}")
     committed = _commit(plan, options)
     say(f"checking commit {committed.oid[:12]}")
-    on_main = options.revision in (None, remote.MAIN) and not options.pr
+    on_main = options.revision in (None, MAIN) and not options.pr
     verifications = _verify(plan, committed, on_main)
     if options.tag is not None:
         try:
-            remote.add_tag(repo, options.tag, committed.oid)
+            _add_tag(repo, options.tag, committed.oid)
         except (InputError, RunFailure) as error:
             raise RunFailure(
                 f"published as commit {committed.oid} and checked, but without the tag: {error}; "
@@ -228,7 +236,7 @@ def _require_possible(state: RepositoryState, options: PublishOptions) -> None:
             "in its settings on the Hub"
         )
     tag = options.tag
-    if tag is not None and remote.existing_tag(state.repo, tag):
+    if tag is not None and _has_tag(state.repo, tag):
         raise InputError(f"{state.repo} has a tag {tag!r} already: choose another")
 
 
@@ -282,10 +290,10 @@ def _render(plan: PublishPlan, output: Path | None) -> Path:
 
 def _commit(plan: PublishPlan, options: PublishOptions) -> Committed:
     repo, before = plan.state.repo, plan.state
-    state = remote.prepare(before, options.private, options.revision)
+    state = _prepare(before, options.private, options.revision)
     made = "" if before.exists else f"; the repository {repo} was made and is empty"
     try:
-        return remote.commit(
+        return _create_commit(
             state,
             plan.additions,
             plan.deletions,
@@ -308,6 +316,66 @@ def _commit(plan: PublishPlan, options: PublishOptions) -> Committed:
             if landed is not None:
                 return landed
         raise type(reason)(f"{reason}; nothing was published{made}") from error
+
+
+def _prepare(state: RepositoryState, private: bool, revision: str | None) -> RepositoryState:
+    """Make the repository and the branch where they are missing.
+
+    Raises:
+        InputError: The token may not do it.
+        RunFailure: The Hub does not answer.
+    """
+    api = HfApi()
+    if not state.exists:
+        with hub_errors(f"creating {state.repo}"):
+            # None leaves it to the organisation's default; False would make it public.
+            api.create_repo(state.repo, private=True if private else None)
+        state = read_state(state.repo, revision)
+    if not state.has_revision and revision is not None:
+        with hub_errors(f"creating the branch {revision} of {state.repo}"):
+            api.create_branch(state.repo, branch=revision, revision=state.head)
+        state = read_state(state.repo, revision)
+    return state
+
+
+def _create_commit(
+    state: RepositoryState,
+    additions: Mapping[str, bytes | Path],
+    deletions: Iterable[str],
+    *,
+    message: str,
+    revision: str | None,
+    pull_request: bool,
+) -> Committed:
+    """Change the repository in one commit, or not at all.
+
+    The commit names its parent: had somebody else committed meanwhile, the Hub refuses it.
+    """
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationDelete(path, is_folder=False) for path in sorted(deletions)
+    ]
+    operations += [CommitOperationAdd(path, content) for path, content in additions.items()]
+    done = HfApi().create_commit(
+        state.repo,
+        operations,
+        commit_message=message,
+        revision=revision,
+        create_pr=pull_request,
+        parent_commit=state.head,
+    )
+    return Committed(done.oid, done.commit_url, done.pr_url)
+
+
+def _has_tag(repo: str, tag: str) -> bool:
+    """Whether a repository has a tag."""
+    with hub_errors(f"reading the tags of {repo}"):
+        return any(ref.name == tag for ref in HfApi().list_repo_refs(repo).tags)
+
+
+def _add_tag(repo: str, tag: str, oid: str) -> None:
+    """Give a commit a name."""
+    with hub_errors(f"tagging {repo}"):
+        HfApi().create_tag(repo, tag=tag, revision=oid)
 
 
 def _commit_that_landed(

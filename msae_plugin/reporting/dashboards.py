@@ -94,23 +94,23 @@ def write_dashboards(
         data = _data_section(sae, sources)
         if data is None:
             continue
-        subject = _subject(sae)
-        architecture = subject.sae.cfg.architecture()
+        evaluated = _evaluated(sae)
+        architecture = evaluated.sae.cfg.architecture()
         if architecture not in ARCHITECTURES:
             progress(f"no dashboard of {sae.name}: SAEDashboard does not know {architecture}")
             continue
-        key = model_for(None, [subject]), subject.hook_name
+        key = model_for(None, [evaluated]), evaluated.hook_name
         if key not in models:
             models[key] = load_language_model(key[0], [key[1]])
         progress(f"dashboard of {sae.name}", number, len(wanted))
         folder.mkdir(exist_ok=True)
         path = folder / f"{sae.name.replace('/', '_')}.html"
-        latents = _latents(sae, subject.sae.cfg.d_sae, request)
-        metadata = subject.sae.cfg.metadata
+        latents = _latents(sae, evaluated.sae.cfg.d_sae, request)
+        metadata = evaluated.sae.cfg.metadata
         text = (key, repr(data), metadata.context_size, metadata.prepend_bos)
         if text not in texts:
-            texts[text] = _tokens(subject, models[key], data, request.windows)
-        _write_page(subject.sae, models[key], texts[text], latents, subject.hook_name, path)
+            texts[text] = _tokens(evaluated, models[key], data, request.windows)
+        _write_page(evaluated.sae, models[key], texts[text], latents, evaluated.hook_name, path)
         pages[sae.name] = path
     if not pages:
         raise InputError(
@@ -131,7 +131,7 @@ def _data_section(sae: TrainedSAE, sources: Sources) -> Mapping[str, Any] | None
     return None
 
 
-def _subject(sae: TrainedSAE) -> EvaluatedSAE:
+def _evaluated(sae: TrainedSAE) -> EvaluatedSAE:
     """The SAE in unit decoder norms; the twin where there is one, which SAEDashboard knows."""
     twin = sae.folder / TWIN_FOLDER
     assert sae.export is not None
@@ -158,7 +158,7 @@ def _latents(sae: TrainedSAE, d_sae: int, request: DashboardRequest) -> list[int
 
 
 def _tokens(
-    subject: EvaluatedSAE, language_model: LanguageModel, data: Mapping[str, Any], windows: int
+    evaluated: EvaluatedSAE, language_model: LanguageModel, data: Mapping[str, Any], windows: int
 ) -> torch.Tensor:
     """(windows, context_size) tokens of the held-out text, laid out as in training."""
     text = load_text(
@@ -171,8 +171,8 @@ def _tokens(
         language_model.model,
         language_model.tokenizer,
         text.heldout_texts(language_model.tokenizer),
-        int(subject.sae.cfg.metadata.context_size or 128),
-        prepend_bos=bool(subject.sae.cfg.metadata.prepend_bos),
+        int(evaluated.sae.cfg.metadata.context_size or 128),
+        prepend_bos=bool(evaluated.sae.cfg.metadata.prepend_bos),
     )
     return torch.stack([window.tokens for window in islice(found, windows)])
 

@@ -1,4 +1,4 @@
-"""The contents of a report, free of how they look: sections, tables, figures, contexts.
+"""A report free of how it looks (sections, tables, figures, contexts), and as HTML and Markdown.
 
 Methods of two comparisons may share their names and target L0s without having anything in common:
 sections on weights and logs are made place by place.
@@ -6,12 +6,20 @@ sections on weights and logs are made place by place.
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from importlib.resources import files
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar, cast
+from urllib.parse import quote
 
-from msae_plugin.common.table import Table
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from msae_plugin.common.table import CellValue, Column, Spread, Table, one_line
+from msae_plugin.evaluation.contexts import one_line as visible
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,14 @@ class Text:
     """A paragraph."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the numbers say of one comparison, before any of them."""
+
+    sentences: Sequence[str]  # what to use for what
+    basis: Sequence[str] = ()  # what that rests on, and what was not measured
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,11 @@ class Figure:
         """Width and height in pixels, from the header."""
         return int.from_bytes(self.png[16:20], "big"), int.from_bytes(self.png[20:24], "big")
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it takes the width of the page."""
+        return self.size[0] > 2 * self.size[1]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -84,7 +105,7 @@ class Links:
     items: Sequence[tuple[str, str]]  # what each is, and where it lies relative to the page
 
 
-Block = Text | Subheading | Bullets | Facts | Table | Figure | LatentContexts | Links
+Block = Text | Answer | Subheading | Bullets | Facts | Table | Figure | LatentContexts | Links
 
 
 @dataclass(frozen=True)
@@ -128,6 +149,10 @@ class Document:
         """Every figure, in order."""
         return [block for block in self.blocks() if isinstance(block, Figure)]
 
+    def answers(self) -> list[Answer]:
+        """Every answer, in order."""
+        return [block for block in self.blocks() if isinstance(block, Answer)]
+
 
 def slug(text: str) -> str:
     """Letters, digits and single hyphens: safe as a file name and as an id."""
@@ -135,6 +160,32 @@ def slug(text: str) -> str:
 
 
 Item = TypeVar("Item")
+Cells = tuple[Column, Callable[[Any], CellValue]]
+
+
+def cell(
+    key: str,
+    heading: str,
+    value: str | Callable[[Any], CellValue] = "",
+    detail: str = "",
+    **options: Any,
+) -> Cells:
+    """A column of `table_of`, from an attribute of the items (`key` unless named) or a function.
+
+    A target L0 that is absent is none; anything else was not measured.
+    """
+    if key == "l0_target":
+        options["absent"] = "none"
+    read = attrgetter(value or key) if isinstance(value, str) else value
+    return Column(key, heading, detail, **options), read
+
+
+def table_of(
+    name: str, caption: str, items: Sequence[Item], cells: Sequence[Cells], *, folded: bool = False
+) -> Table:
+    """A table with a row per item."""
+    rows = [[value(item) for _, value in cells] for item in items]
+    return Table(name, caption, [column for column, _ in cells], rows, folded)
 
 
 @dataclass(frozen=True)
@@ -162,3 +213,103 @@ def places(
     if len(found) < 2:
         return [(Place(), members) for members in found.values()]
     return [(Place(name or "training runs"), members) for name, members in found.items()]
+
+
+WORDS_FROM = 24
+"""A text this long may wrap."""
+LONG_FROM = 80
+"""One this long gets a column of its own width."""
+SHORT_NAME = 26
+"""A row's name of at most so many letters stays on one line, but for a phone."""
+
+
+def asset(name: str) -> Markup:
+    """A style sheet or script that comes with the package."""
+    path = files("msae_plugin.reporting") / "templates" / name
+    return Markup(path.read_text(encoding="utf-8"))
+
+
+class Cell(NamedTuple):
+    """A cell of a table on the page."""
+
+    text: str
+    classes: str
+    sorted_by: str | None  # the value with all its digits; a mean sorts by itself
+
+
+def _cells(table: Table) -> Iterator[list[Cell]]:
+    numbers = table.numbers()
+    for y, (row, shown) in enumerate(zip(table.rows, table.shown(), strict=True)):
+        yield [
+            Cell(
+                text,
+                _classes(value, text, is_first=not x, is_number=numbers[x])
+                + (" best" if (y, x) in table.best else ""),
+                _order(value),
+            )
+            for x, (value, text) in enumerate(zip(row, shown, strict=True))
+        ]
+
+
+def _classes(value: CellValue, text: str, *, is_first: bool, is_number: bool) -> str:
+    if is_first:
+        return "short" if len(text) <= SHORT_NAME else ""
+    if value is None:
+        return "none"
+    if is_number:
+        return "number"
+    if text in ("better", "worse"):
+        return "good" if text == "better" else "bad"
+    if len(text) < WORDS_FROM:
+        return ""
+    return "words long" if len(text) >= LONG_FROM else "words"
+
+
+def _order(value: CellValue) -> str | None:
+    if isinstance(value, Spread):
+        return repr(value.mean)
+    return value if value is None or isinstance(value, str) else repr(value)
+
+
+def _sentences(text: str) -> tuple[str, str]:
+    """The first sentence and the rest."""
+    first, stop, rest = text.partition(". ")
+    return (f"{first}.", f" {rest}") if stop else (text, "")
+
+
+def _breakable(text: str) -> Markup:
+    """Names may break where a reader would break them."""
+    return Markup(str(escape(text)).replace("_", "_<wbr>").replace("/", "/<wbr>"))
+
+
+def _kind(block: Block) -> str:
+    return type(block).__name__
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("msae_plugin.reporting"),
+    autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+cast("dict[str, Any]", _TEMPLATES.filters).update(
+    base64=_base64, breakable=_breakable, cells=_cells, kind=_kind, md=one_line, quote=quote,
+    sentences=_sentences, visible=visible,
+)  # fmt: skip
+
+
+def page(document: Document) -> str:
+    """The whole page, one self-contained file."""
+    return _TEMPLATES.get_template("page.html.j2").render(document=document, asset=asset)
+
+
+def markdown(document: Document, figures_folder: str) -> str:
+    """The report in Markdown, figures linked."""
+    template = _TEMPLATES.get_template("report.md.j2")
+    return template.render(document=document, figures_folder=figures_folder)

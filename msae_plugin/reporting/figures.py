@@ -1,4 +1,4 @@
-"""The figures of a report, one style per method throughout."""
+"""The figures of a report: one style file, one palette, one style per method throughout."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import as_file, files
 from math import isfinite, nan
 from statistics import fmean
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.table import digits_for, number
 from msae_plugin.reporting.document import Figure, slug
-from msae_plugin.reporting.measurements import (
-    BY_KEY,
+from msae_plugin.reporting.results import (
+    HEADLINES,
     Definition,
     Difference,
     Group,
@@ -27,26 +28,11 @@ from msae_plugin.reporting.measurements import (
 COLOURS = ("#0072B2", "#D55E00", "#007A59", "#B3579A", "#000000", "#A86F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+HATCHES = ("", "///", "...", "xx", "\\\\", "++", "oo")
 DPI = 160
 WIDTH = 6.0
 """Inches. Narrow, so that text stays readable on a phone."""
-
-_STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters everywhere
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 6.5,
-}
+Points = Mapping[str, Sequence[tuple[float, float, Group]]]
 
 
 @dataclass(frozen=True)
@@ -93,29 +79,29 @@ class Canvas:
     def __init__(self, figure: Any, axes: Sequence[Any]) -> None:
         self.figure = figure
         self.axes = axes
+        self.axis = axes[0]
         self.png = b""
 
-    @property
-    def axis(self) -> Any:
-        """The first or only axes."""
-        return self.axes[0]
-
     def legend_below(
-        self, entries: Mapping[str, Any] | None = None, most_columns: int | None = None
+        self, labelled: Mapping[str, Any] | None = None, most_columns: int | None = None
     ) -> None:
         """A legend under the axes, where it hides nothing."""
-        if entries is None:
+        if labelled is None:
             handles, labels = self.axis.get_legend_handles_labels()
-            entries = dict(zip(labels, handles, strict=True))
-        if entries:
-            longest = max(map(len, entries))
+            labelled = dict(zip(labels, handles, strict=True))
+        if labelled:
+            longest = max(map(len, labelled))
             columns = most_columns or (1 if longest > 40 else 2 if longest > 22 else 3)
             self.figure.legend(
-                list(entries.values()),
-                list(entries),
-                loc="outside lower left",
-                ncols=min(columns, len(entries)),
-            )
+                list(labelled.values()), list(labelled),
+                loc="outside lower left", ncols=min(columns, len(labelled)),
+            )  # fmt: skip
+
+    def categories(self, labels: Sequence[str], every: int = 1) -> None:
+        """Names under the lowest axes, slanted where they are long."""
+        slanted = max(map(len, labels), default=0) > 6
+        turned = {"rotation": 35, "ha": "right", "fontsize": 9} if slanted else {}
+        self.axes[-1].set_xticks(range(0, len(labels), every), list(labels[::every]), **turned)
 
 
 @contextmanager
@@ -124,7 +110,8 @@ def drawing(
 ) -> Generator[Canvas]:
     """A figure in inches whose rows share their x axis; `png` holds it when the block ends."""
     plt = pyplot()
-    with plt.rc_context(_STYLE):
+    style = files("msae_plugin.reporting") / "templates" / "report.mplstyle"
+    with as_file(style) as path, plt.style.context(path):
         figure, axes = plt.subplots(
             rows, columns, figsize=(width, height), layout="constrained", sharex=rows > 1,
             squeeze=False,
@@ -144,9 +131,9 @@ def axis_label(heading: str, definition: Definition | None) -> str:
     """Heading, unit and direction of a metric."""
     if definition is None:
         return heading
-    unit = f" ({definition.unit})" if definition.unit not in ("", "none", "share") else ""
-    share = " (share)" if definition.unit.startswith("share") else ""
-    return f"{heading}{share or unit} {definition.arrow}".rstrip()
+    unit = "share" if definition.unit.startswith("share") else definition.unit
+    shown = f" ({unit})" if unit not in ("", "none") else ""
+    return f"{heading}{shown} {definition.arrow}".rstrip()
 
 
 def seeds_shown(results: Results) -> str:
@@ -157,9 +144,9 @@ def seeds_shown(results: Results) -> str:
 
 
 def pareto(
-    results: Results, role: str, metric: str, l0: str | None, styles: Mapping[str, Style]
+    results: Results, key: str, metric: str, l0: str | None, styles: Mapping[str, Style]
 ) -> list[Figure]:
-    """A metric against L0, a line per method, every seed shown."""
+    """A headline metric against L0, a line per method, every seed shown."""
     points: dict[str, list[tuple[float, float, Group]]] = {}
     for group in results.groups:
         if group.is_variant:
@@ -170,18 +157,16 @@ def pareto(
             points.setdefault(group.method, []).append((x, y, group))
     if all(len(line) < 2 for line in points.values()):
         return []
-    heading = BY_KEY[role].heading
-    definition = results.definitions.get(metric)
+    heading, definition = HEADLINES[key].heading, results.definitions.get(metric)
     with drawing(4.6) as canvas:
         for method, line in points.items():
             style = styles[method]
             line.sort(key=lambda point: point[0])
-            control = line[0][2].fact("control") is not None
+            control = line[0][2].is_control
             canvas.axis.plot(
                 [x for x, _, _ in line], [y for _, y, _ in line],
                 linestyle=":" if control else style.line, color=style.colour, marker=style.marker,
-                markerfacecolor="white" if control else style.colour,
-                label=f"{method} (control)" if control else method,
+                markerfacecolor="white" if control else style.colour, label=line[0][2].label,
             )  # fmt: skip
             for x, _, group in line:
                 xs = {} if l0 is None else group.values(l0)
@@ -194,16 +179,17 @@ def pareto(
         canvas.axis.set_xlabel("target L0" if l0 is None else "L0 (active latents per token)")
         canvas.axis.set_ylabel(axis_label(heading, definition))
         canvas.legend_below()
-    values = [y for line in points.values() for _, y, _ in line]
-    digits = digits_for(values)
+    digits = digits_for([y for line in points.values() for _, y, _ in line])
     told = [
         f"{method} " + ", ".join(f"{number(y, digits)} at L0 {number(x, 0)}" for x, y, _ in line)
         for method, line in points.items()
     ]
+    direction = {None: "", True: "Up is better.", False: "Down is better."}
     return [
         Figure(
-            name=f"{results.name}-pareto-{slug(role)}",
-            caption=f"{sentence(heading)} against L0. {_direction(definition)}"
+            name=f"{results.name}-pareto-{slug(key)}",
+            caption=f"{sentence(heading)} against L0. "
+            + direction[results.higher_is_better(metric)]
             + seeds_shown(results)
             + (f" Outside of the axes: {', '.join(hidden)}." if hidden else ""),
             alt=f"Lines of {heading} against L0: {'; '.join(told)}.",
@@ -212,11 +198,9 @@ def pareto(
     ]
 
 
-def _leave_out_far_controls(
-    axis: Any, points: Mapping[str, Sequence[tuple[float, float, Group]]]
-) -> list[str]:
+def _leave_out_far_controls(axis: Any, points: Points) -> list[str]:
     """Limits that fit what is compared; names and values of controls outside of them."""
-    ours = [(x, y) for line in points.values() for x, y, g in line if g.fact("control") is None]
+    ours = [(x, y) for line in points.values() for x, y, group in line if not group.is_control]
     if len(ours) < 2:
         return []
     xs, ys = [x for x, _ in ours], [y for _, y in ours]
@@ -248,16 +232,10 @@ def _l0_axis(axis: Any, values: Sequence[float]) -> None:
         axis.set_xlim(min(values) - reach, max(values) + reach)
 
 
-def _direction(definition: Definition | None) -> str:
-    if definition is None or definition.higher_is_better is None:
-        return ""
-    return "Up is better." if definition.higher_is_better else "Down is better."
-
-
 def difference_plot(
     results: Results,
     found: Sequence[Difference],
-    role: str,
+    key: str,
     styles: Mapping[str, Style],
     name: str | None = None,
 ) -> list[Figure]:
@@ -265,8 +243,7 @@ def difference_plot(
     drawn = [item for item in found if item.found.low is not None]
     if not drawn:
         return []
-    definition = results.definitions.get(drawn[0].metric)
-    heading = BY_KEY[role].heading
+    heading = HEADLINES[key].heading
     others = list(dict.fromkeys(item.theirs for item in drawn))
     targets = {item.l0_target for item in drawn}
     labels: list[str] = []
@@ -285,7 +262,8 @@ def difference_plot(
         canvas.axis.set_yticks(range(len(drawn)), labels, fontsize=8.5)
         canvas.axis.set_ylim(len(drawn) - 0.5, -0.5)
         minus = f", minus {others[0]}" if len(others) == 1 else ""
-        canvas.axis.set_xlabel(f"{axis_label(heading, definition)}{minus}", fontsize=10)
+        label = axis_label(heading, results.definitions.get(drawn[0].metric))
+        canvas.axis.set_xlabel(f"{label}{minus}", fontsize=10)
         canvas.axis.locator_params(axis="x", nbins=5)
         canvas.axis.grid(visible=False, axis="y")
     shown = sum(item.found.shown for item in drawn)
@@ -293,7 +271,7 @@ def difference_plot(
     where = "".join(f" at target L0 {l0:g}" for l0 in targets if l0 and len(targets) == 1)
     return [
         Figure(
-            name=name or f"{results.name}-differences-{slug(role)}",
+            name=name or f"{results.name}-differences-{slug(key)}",
             caption=f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. "
             "Filled marks: the interval leaves out zero; hollow: no difference shown.",
             alt=f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
@@ -313,7 +291,7 @@ def curves(
     bottom: float | None = None,
     top: float | None = None,
 ) -> list[Figure]:
-    """Values of training logs against tokens; lines of one method look alike."""
+    """Values of training logs against tokens; lines of one method line alike."""
     lines = [line for line in lines if len(line[1]) > 1]
     if not lines:
         return []
@@ -338,10 +316,8 @@ def curves(
         canvas.legend_below(labelled)
     digits = digits_for([values[-1] for _, _, values in lines])
     ends = "; ".join(f"{method} ends at {number(v[-1], digits)}" for method, _, v in lines)
-    return [Figure(
-        name, f"{caption} One line per SAE.", f"Curves of {heading} over training: {ends}.",
-        canvas.png,
-    )]  # fmt: skip
+    told = f"Curves of {heading} over training: {ends}."
+    return [Figure(name, f"{caption} One line per SAE.", told, canvas.png)]
 
 
 @dataclass(frozen=True)
@@ -352,6 +328,13 @@ class Panel:
     told: str  # in the alternative text
     # Per category one value per seed; an empty list where nothing was measured.
     values: Sequence[Sequence[float]]
+
+
+def panel_of(results: Results, key: str, metric: str, groups: Sequence[Group]) -> Panel:
+    """A headline metric over groups."""
+    heading = HEADLINES[key].heading
+    values = [list(group.values(metric).values()) for group in groups]
+    return Panel(axis_label(heading, results.definitions.get(metric)), heading, values)
 
 
 def panels(
@@ -367,10 +350,9 @@ def panels(
     shown = [panel for panel in shown if any(panel.values)]
     if not shown:
         return []
-    slanted = max(map(len, categories)) > 6
-    height = (3.6 if len(shown) == 1 else 0.9 + 1.55 * len(shown)) + (1.0 if slanted else 0.0)
+    height = 3.6 if len(shown) == 1 else 0.9 + 1.55 * len(shown)
     told: list[str] = []
-    with drawing(height, len(shown)) as canvas:
+    with drawing(height + (max(map(len, categories)) > 6), len(shown)) as canvas:
         for axis, panel in zip(canvas.axes, shown, strict=True):
             means = [fmean(values) if values else nan for values in panel.values]
             axis.plot(range(len(means)), means, "-o" if connected else "o", color=COLOURS[0])
@@ -386,8 +368,7 @@ def panels(
             digits = digits_for(list(known.values()))
             numbers = ", ".join(f"{c} {number(m, digits)}" for c, m in known.items())
             told.append(f"{panel.told}: {numbers}")
-        turned = {"rotation": 35, "ha": "right", "fontsize": 9} if slanted else {}
-        canvas.axes[-1].set_xticks(range(len(categories)), list(categories), **turned)
+        canvas.categories(categories)
         canvas.axes[-1].set_xlabel(x_label)
     return [Figure(name, caption, f"{'; '.join(told)}.", canvas.png)]
 
@@ -404,7 +385,6 @@ def bars(
     stacked: bool = False,
 ) -> Figure:
     """Bars with hatching, for parts and counts."""
-    hatches = ("", "///", "...", "xx", "\\\\", "++", "oo")
     with drawing(4.0) as canvas:
         width = 0.85 if stacked else 0.85 / max(1, len(series))
         base = [0.0] * len(labels)
@@ -413,15 +393,12 @@ def bars(
             canvas.axis.bar(
                 [i + shift for i in range(len(labels))], list(heights), width,
                 bottom=base if stacked else None, label=label,
-                color=COLOURS[place % len(COLOURS)], hatch=hatches[place % len(hatches)],
+                color=COLOURS[place % len(COLOURS)], hatch=HATCHES[place % len(HATCHES)],
                 edgecolor="white", linewidth=0.5,
             )  # fmt: skip
             if stacked:
                 base = [low + high for low, high in zip(base, heights, strict=True)]
-        every = max(1, -(-len(labels) // 10))
-        slanted = max(map(len, labels), default=0) > 6
-        turned = {"rotation": 35, "ha": "right", "fontsize": 9} if slanted else {}
-        canvas.axis.set_xticks(range(0, len(labels), every), labels[::every], **turned)
+        canvas.categories(labels, every=max(1, -(-len(labels) // 10)))
         canvas.axis.set_xlabel(x_label)
         canvas.axis.set_ylabel(y_label)
         canvas.axis.grid(visible=False, axis="x")
@@ -442,15 +419,95 @@ def steps(
 ) -> Figure:
     """Histograms as outlines, one per method."""
     with drawing(4.2) as canvas:
-        entries: dict[str, Any] = {}
+        labelled: dict[str, Any] = {}
         for label, heights in counts.items():
-            style = styles[label]
-            canvas.axis.stairs(
-                list(heights), list(edges), color=style.colour, ls=style.line, lw=1.8, label=label
-            )
-            (entries[label],) = canvas.axis.plot([], [], color=style.colour, ls=style.line, lw=1.8)
+            line_style: dict[str, Any] = {"color": styles[label].colour, "ls": styles[label].line}
+            canvas.axis.stairs(list(heights), list(edges), lw=1.8, **line_style)
+            (labelled[label],) = canvas.axis.plot([], [], lw=1.8, **line_style)
         canvas.axis.set_xlabel(x_label)
         canvas.axis.set_ylabel(y_label)
         canvas.axis.set_ylim(bottom=0)
-        canvas.legend_below(entries)
+        canvas.legend_below(labelled)
     return Figure(name, caption, alt, canvas.png)
+
+
+@dataclass(frozen=True)
+class Glance:
+    """One SAE in the figure at the top of a report."""
+
+    method: str
+    curve: Sequence[tuple[float, float, float]]  # tokens, explained variance and L0 while training
+    values: Mapping[str, float]  # headline metrics between 0 and 1, by key
+    firing: tuple[Sequence[float], Sequence[int], int]  # edges (log10), counts, never fired
+
+
+def glance(
+    name: str, title: str, saes: Sequence[Glance], results: Results, styles: Mapping[str, Style]
+) -> Figure:
+    """Training curves, quality and firing frequencies of a few SAEs side by side."""
+    with drawing(4.2, columns=3, width=13) as canvas:
+        training, quality, firing = canvas.axes
+        for sae in saes:
+            style = styles[sae.method]
+            line_style: dict[str, Any] = {"color": style.colour, "ls": style.line, "lw": 2}
+            first, last = round(sae.curve[0][2]), round(sae.curve[-1][2])
+            # Curves at different L0 must not be read as a comparison.
+            span = f"{last}" if first == last else f"{first} falling to {last}"
+            tokens = [point[0] / 1000 for point in sae.curve]
+            label = f"{sae.method} (training L0 {span})"
+            training.plot(tokens, [point[1] for point in sae.curve], label=label, **line_style)
+            edges, counts, _ = sae.firing
+            firing.stairs(counts, edges, **line_style)
+        _draw_quality(quality, saes, results, styles)
+        training.set(title="Training", xlabel="training tokens or samples (thousands)",
+                     ylabel="explained variance of training batches", xlim=(0, None))  # fmt: skip
+        # The first rows of a run are far below zero and would flatten everything after them.
+        training.set_ylim(max(training.get_ylim()[0], 0.0), 1.0)
+        firing.set(title="How often latents fire", ylabel="number of latents",
+                   xlabel="log10 of the share of training tokens")  # fmt: skip
+        firing.set_ylim(top=1.22 * firing.get_ylim()[1])  # room for the note
+        silent = "\n".join(f"{sae.method}: {sae.firing[2]} never fire" for sae in saes)
+        firing.text(0.98, 0.97, silent, transform=firing.transAxes, ha="right", va="top", size=9)
+        canvas.figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        canvas.legend_below(most_columns=len(saes))
+    told = "; ".join(
+        f"{sae.method} "
+        + ", ".join(f"{HEADLINES[key].heading} {value:.3f}" for key, value in sae.values.items())
+        for sae in saes
+    )
+    caption = "At a glance: explained variance while training, the exported SAEs on data not "
+    caption += "trained on, and how often latents fire in the last window of training."
+    return Figure(name, caption, f"Three panels; in the middle {told}.", canvas.png)
+
+
+def _draw_quality(
+    axis: Any, saes: Sequence[Glance], results: Results, styles: Mapping[str, Style]
+) -> None:
+    metrics = results.headlines("glance")
+    for index, sae in enumerate(saes):
+        style, offset = styles[sae.method], 0.16 * (index - (len(saes) - 1) / 2)
+        for place, key in enumerate(metrics):
+            value = sae.values.get(key)
+            if value is None:
+                continue
+            shown = min(max(value, 0.0), 1.0)
+            axis.vlines(place + offset, 0, shown, color=style.colour, lw=2, alpha=0.5)
+            axis.plot(place + offset, shown, style.marker, color=style.colour, ms=8)
+            axis.annotate(
+                f"{value:.2f}", (place + offset, shown), xytext=(-7 if offset < 0 else 7, 6),
+                textcoords="offset points", ha="center", fontsize=8, color=style.colour,
+            )  # fmt: skip
+    headings = [
+        "\n".join(f"{HEADLINES[key].heading} {_arrow(results, metric)}".split(" ", 1))
+        for key, metric in metrics.items()
+    ]
+    axis.set_xticks(range(len(headings)), headings, fontsize=9)
+    axis.set_ylim(0, 1.1)
+    axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+    axis.set(title="On data not trained on", ylabel="share or cosine")
+    axis.grid(visible=False, axis="x")
+
+
+def _arrow(results: Results, metric: str) -> str:
+    definition = results.definitions.get(metric)
+    return "" if definition is None else definition.arrow

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.files import folder_written_atomically, read_json_object
 from msae_plugin.evaluation.outcomes import Reporter, no_report
-from msae_plugin.reporting.analyses.per_sae import SAEAnalysis, analyse
+from msae_plugin.reporting.analyses import SAEAnalysis, analyse
+from msae_plugin.reporting.answer import answers, findings_of, health_section
 from msae_plugin.reporting.dashboards import (
     DASHBOARDS_FOLDER,
     DashboardRequest,
     require_dashboard,
     write_dashboards,
 )
-from msae_plugin.reporting.document import Document, Section, places
-from msae_plugin.reporting.figures import method_styles, pyplot
-from msae_plugin.reporting.measurements import Results
-from msae_plugin.reporting.page import markdown, page
-from msae_plugin.reporting.results import results_of
+from msae_plugin.reporting.document import Answer, Document, Figure, Section, markdown, page, places
+from msae_plugin.reporting.figures import Glance, Style, glance, method_styles, pyplot
+from msae_plugin.reporting.results import Results
+from msae_plugin.reporting.rows import results_of
 from msae_plugin.reporting.sections.features import (
     contexts_section,
     dashboards_section,
@@ -37,18 +37,19 @@ from msae_plugin.reporting.sections.results import (
     protocol_section,
     results_section,
 )
-from msae_plugin.reporting.sections.revival import revival_section
 from msae_plugin.reporting.sections.training import (
     curves_section,
-    health_section,
     missing_of_runs,
+    revival_section,
     runs_section,
 )
-from msae_plugin.reporting.sources import Sources, is_variant, read_json, read_sources, trained_saes
+from msae_plugin.reporting.sources import Sources, is_variant, read_sources, trained_saes
 
 PAGE_FILE, MARKDOWN_FILE, RECORD_FILE = "report.html", "report.md", "report.json"
 TABLES_FOLDER, FIGURES_FOLDER = "tables", "figures"
 FORMAT = 1
+MOST_AT_A_GLANCE = 4
+"""More SAEs would hide one another in the figure at the top."""
 _OWN = {
     PAGE_FILE, MARKDOWN_FILE, RECORD_FILE, TABLES_FOLDER, FIGURES_FOLDER, DASHBOARDS_FOLDER,
 }  # fmt: skip
@@ -62,7 +63,8 @@ class ReportResult:
     page: Path  # the page, one self-contained file
     tables: list[Path]
     figures: list[Path]
-    not_measured: int  # how many entries the list of what was not measured has
+    not_measured: int  # how many items the list of what was not measured has
+    document: Document
 
 
 def report(
@@ -109,13 +111,12 @@ def report(
         tables=sorted((output / TABLES_FOLDER).glob("*.csv")),
         figures=sorted((output / FIGURES_FOLDER).glob("*.png")),
         not_measured=not_measured,
+        document=document,
     )
 
 
 def build(
-    sources: Sources,
-    progress: Reporter = no_report,
-    dashboards: Sequence[tuple[str, str]] = (),
+    sources: Sources, progress: Reporter = no_report, dashboards: Sequence[tuple[str, str]] = ()
 ) -> tuple[Document, int]:
     """The document of a report, and how many things were not measured."""
     trained = trained_saes(sources)
@@ -126,8 +127,13 @@ def build(
     methods += [sae.method for sae in trained]
     # Those that share a figure with others come first: their styles differ most.
     styles = method_styles(sorted(methods, key=is_variant))
+    findings = findings_of(sources)
+    first: list[Answer | Figure] = list(answers(measured, findings))
+    for results in measured:
+        first += _glance(results, analyses, styles)
     parts: list[Section | None] = [
-        health_section(sources),
+        Section("answer", "The answer", first),
+        health_section(findings),
         protocol_section(measured) if measured else None,
     ]
     for results in measured:
@@ -170,6 +176,36 @@ def build(
     return document, len(missing)
 
 
+def _glance(
+    results: Results, analyses: Sequence[SAEAnalysis], styles: Mapping[str, Style]
+) -> list[Figure]:
+    """The figure at the top: one SAE per method at the middle L0, where they are few."""
+    targets = list(dict.fromkeys(group.l0_target for group in results.candidates))
+    of_source = {a.sae.recorded_as: a for a in analyses if a.sae.source == results.source}
+    shown: list[Glance] = []
+    for group in results.candidates:
+        analysis = of_source.get(str(group.fact("name")))
+        if group.l0_target != targets[len(targets) // 2] or analysis is None:
+            continue
+        keys = ("tokens", "explained_variance", "l0")
+        curve = [
+            (float(row["tokens"]), float(row["explained_variance"]), float(row["l0"]))
+            for row in analysis.sae.rows
+            if all(row.get(key) is not None for key in keys)
+        ]
+        density = analysis.density
+        if len(curve) < 2 or density is None:
+            continue
+        means = {key: group.mean(metric) for key, metric in results.headlines("glance").items()}
+        values = {key: value for key, value in means.items() if value is not None}
+        shown.append(
+            Glance(group.method, curve, values, (density.edges, density.counts, density.never))
+        )
+    if not 1 <= len(shown) <= MOST_AT_A_GLANCE:
+        return []
+    return [glance(f"{results.name}-glance", results.title, shown, results, styles)]
+
+
 def _write(document: Document, folder: Path) -> None:
     tables, figures = folder / TABLES_FOLDER, folder / FIGURES_FOLDER
     tables.mkdir()
@@ -192,7 +228,7 @@ def _check_output(output: Path, sources: Sources) -> None:
     if not output.is_dir() or not any(output.iterdir()):
         return
     record = output / RECORD_FILE
-    if not record.is_file() or read_json(record).get("page") != PAGE_FILE:
+    if not record.is_file() or read_json_object(record).get("page") != PAGE_FILE:
         raise InputError(f"--output {str(output)!r} is not empty and holds no report: give another")
     strange = sorted(path.name for path in output.iterdir() if path.name not in _OWN)
     if strange:

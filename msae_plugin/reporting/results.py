@@ -1,283 +1,475 @@
-"""Results of comparisons, evaluations and demos: measurements, definitions, what is missing."""
+"""The one long table of a report: a row per SAE and metric, groups over seeds, paired differences.
+
+Headline metrics, and what each is used for, are in headlines.yaml.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
+import yaml
 
-from msae_plugin.reporting.document import slug
-from msae_plugin.reporting.measurements import (
-    FACTS,
-    Definition,
-    Missing,
-    Results,
-    long_frame,
-    read_definition,
-)
-from msae_plugin.reporting.sources import (
-    VARIANTS,
-    RunSource,
-    Source,
-    Sources,
-    TrainedSAE,
-    finite,
-    flat_facts,
-    run_l0_target,
-)
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.table import Column, Spread, spread
+from msae_plugin.comparison.statistics import NO_DIFFERENCE, PairedDifference, paired_difference
 
+
+@dataclass(frozen=True)
+class Headline:
+    """A headline metric: an entry of headlines.yaml, which explains the fields."""
+
+    key: str
+    names: Sequence[str]
+    heading: str = ""
+    short: str = ""
+    terminal: str = ""
+    use: Sequence[str] = ()
+    purpose: str = ""
+    expected: Sequence[str] = ()
+
+
+HEADLINES: Mapping[str, Headline] = {
+    entry["key"]: Headline(**entry)
+    for entry in yaml.safe_load(
+        (files("msae_plugin.reporting") / "headlines.yaml").read_text(encoding="utf-8")
+    )
+}
+
+
+def metric_of(headline: Headline, metrics: Sequence[str]) -> str | None:
+    """The metric that a headline stands for among those measured; None when there is none."""
+    for name in headline.names:
+        if name in metrics:
+            return name
+        for metric in metrics if "/" not in name else ():
+            # core's metrics are named in full above, and training batches are no evaluation.
+            evaluation, _, leaf = metric.rpartition("/")
+            if leaf == name and evaluation not in ("", "core", "training"):
+                return metric
+    return None
+
+
+def headlines_of(keys: Iterable[str], metrics: Sequence[str]) -> dict[str, str]:
+    """Headline to metric, of those that were measured."""
+    found = {key: metric_of(HEADLINES[key], metrics) for key in keys}
+    return {key: metric for key, metric in found.items() if metric is not None}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Definition of a metric as a file holds it; missing parts are empty."""
+
+    name: str
+    definition: str = "no definition was given"  # a formula or a sentence
+    unit: str = ""  # of the value
+    tokens: str = ""  # what it covers
+    source: str = ""  # whose number it is
+    higher_is_better: bool | None = None  # none where neither is, or nobody said
+
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words."""
+        return {None: "neither", True: "higher", False: "lower"}[self.higher_is_better]
+
+    @property
+    def arrow(self) -> str:
+        """The same as an arrow, empty where neither is better."""
+        return {None: "", True: "↑", False: "↓"}[self.higher_is_better]
+
+
+def read_definition(name: str, value: Any) -> Definition:
+    """A definition as stored; what it lacks stays empty."""
+    given: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    texts = {key: str(given[key]) for key in ("definition", "unit", "tokens", "source")
+             if given.get(key)}  # fmt: skip
+    higher = given.get("higher_is_better")
+    return Definition(name, **texts, higher_is_better=higher if isinstance(higher, bool) else None)
+
+
+def column_of(key: str, metric: str, definitions: Mapping[str, Definition]) -> Column:
+    """The column of a headline metric: unit and direction under its heading."""
+    definition = definitions.get(metric)
+    detail = f"{definition.unit} {definition.arrow}".strip() if definition else ""
+    return Column(metric, HEADLINES[key].heading, "" if detail == "none" else detail)
+
+
+def percent(share: float) -> str:
+    """A share in whole percent."""
+    return f"{100 * share:.0f} %"
+
+
+def sentence(text: str) -> str:
+    """The same with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+FACTS = (
+    "name",
+    "method",  # its rows differ in L0 and seed
+    "architecture",  # as SAELens calls it; empty when not recorded
+    "preset",  # of `multiscale`
+    "hook",
+    "l0_target",  # None for what is not trained for one
+    "seed",  # pairs an SAE with those of other methods
+    "lr",
+    "training_steps",
+    "training_tokens",
+    "search_tokens",  # spent on finding the coefficient that gives the L0
+    "seconds",  # of its training
+    "control",  # what it controls for
+    "against",  # the method it is compared with; None for the reference of all
+    "part",  # of the source's ladder
+    "mechanism",  # what a variant of the ladder is
+    "claim",  # what it is for in the source
+    "l0_missed",  # the L0 it ended at, where that is not its target
+)
+"""Columns that describe an SAE; None where nothing was recorded."""
 Facts = Mapping[str, Any]
 MeasuredSAE = tuple[Facts, Mapping[str, float]]
 
-_TITLES = {"language_model": "Language model", "ground_truth": "Ground truth"}
-# What a comparison may say of itself beside rows and definitions.
-_PROTOCOL_KEYS = ("model", "data", "seeds", "protocol", "device", "versions")
-_NOT_PROTOCOL = {"per_seed", "weights_sha256"}
+
+def long_frame(saes: Iterable[MeasuredSAE], definitions: Mapping[str, Definition]) -> pd.DataFrame:
+    """A row per SAE and metric: `row` (numbers the SAEs), FACTS, `metric`, `value`, `unit`.
+
+    Args:
+        saes: Facts and finite metrics of each SAE, or of each evaluation seed of one.
+        definitions: By metric; the metrics of an SAE come in their order.
+    """
+    order = {name: place for place, name in enumerate(definitions)}
+    records = [
+        (row, *(facts.get(fact) for fact in FACTS), metric, metrics[metric],
+         definitions[metric].unit if metric in definitions else "")
+        for row, (facts, metrics) in enumerate(saes)
+        for metric in sorted(metrics, key=lambda name: (order.get(name, len(order)), name))
+    ]  # fmt: skip
+    # Objects: whole numbers stay whole beside None.
+    columns = pd.Index(["row", *FACTS, "metric", "value", "unit"])
+    return pd.DataFrame(records, columns=columns, dtype=object)
 
 
-def results_of(sources: Sources, trained: Sequence[TrainedSAE]) -> list[Results]:
-    """Everything that was measured; `trained` tells which SAEs an evaluation measured."""
-    several = len(sources.comparisons) > 1
-    found: list[Results] = []
-    for source in sources.comparisons:
-        found += _of_comparison(source, labelled=several)
-    by_hash: dict[str, TrainedSAE] = {}
-    if sources.evaluations:
-        by_hash = {digest: sae for sae in trained for digest in sae.weight_hashes()}
-    found += [_of_evaluation(source, by_hash) for source in sources.evaluations]
-    found += [_of_demo(run, run.demo) for run in sources.runs if run.demo is not None]
-    names = [results.name for results in found]
-    for name in names:
-        if names.count(name) > 1:
-            # Ids and file names are made of it.
-            raise ValueError(f"two sets of results are called {name!r}")
-    return found
+def one_per_sae(frame: pd.DataFrame) -> pd.DataFrame:
+    """The facts, a row per SAE."""
+    return frame.drop_duplicates("row")
 
 
-def _of_comparison(source: Source, *, labelled: bool) -> list[Results]:
-    """Results by hook: SAEs that read elsewhere are not compared."""
-    content = source.content
-    kind = str(content["kind"])
-    recorded = content["rows"]
-    missing = [
-        Missing(
-            source.label,
-            str(entry.get("what") or entry.get("name") or "something"),
-            str(entry.get("status") or "failed").replace("_", " "),
-            str(entry.get("reason") or "no reason was recorded"),
-        )
-        for entry in (content.get("not_measured") or [])
-    ]
-    saes: list[MeasuredSAE] = []
-    for values in recorded:
-        saes.append(_measured_sae(values))
-        missing += _missing_of_sae(source.label, *saes[-1], values)
-    measured = [sae for sae in saes if sae[1]]
-    protocol = {key: content[key] for key in _PROTOCOL_KEYS if content.get(key) not in (None, {})}
-    hooks = list(dict.fromkeys(facts["hook"] for facts, _ in measured)) or [None]
-    definitions = _definitions(content["definitions"])
-    found: list[Results] = []
-    for hook in hooks:
-        parts = [str(hook)] if len(hooks) > 1 else []
-        parts += [source.label] if labelled else []
-        title = _TITLES[kind]
-        found.append(
-            Results(
-                name=slug(" ".join([kind, *parts])),
-                title=f"{title} ({', '.join(parts)})" if parts else title,
-                kind=kind,
-                seeds_are="training seeds",
-                frame=long_frame([sae for sae in measured if sae[0]["hook"] == hook], definitions),
-                definitions=definitions,
-                facts=[*([] if hook is None else [("hook", hook)]), *flat_facts(protocol)],
-                # Told once, with the first.
-                missing=missing if hook == hooks[0] else [],
-                reference=content.get("reference"),
-            )
-        )
-    return found
+@dataclass(frozen=True)
+class Missing:
+    """Something that was not measured."""
+
+    where: str  # the comparison, evaluation or run
+    what: str  # SAEs or metrics
+    status: str  # failed, skipped, not measurable, ...
+    reason: str
 
 
-def _measured_sae(values: Mapping[str, Any]) -> MeasuredSAE:
-    """Facts and finite metrics of a row of a `comparison.json`; what it lacks is not recorded."""
-    facts: dict[str, Any] = {key: values.get(key) for key in FACTS}
-    for key in ("l0_target", "lr", "seconds"):
-        facts[key] = float(facts[key]) if isinstance(facts[key], (int, float)) else None
-    control = facts["control"]
-    missed = values.get("l0_measured") if values.get("l0_matched") is False else None
-    facts.update(
-        name=str(values["name"]),
-        method=str(values["method"]),
-        architecture=str(facts["architecture"] or ""),
-        # `control: true` says that it is one, a text says what for.
-        control=str(control) if control else None,
-        part=values.get("group"),
-        l0_missed=float(missed) if isinstance(missed, (int, float)) else None,
-    )
-    variant = VARIANTS.get(facts["method"])
-    if variant is not None and facts["part"] is None:
-        facts.update(
-            against=facts["against"] or variant.against,
-            part=variant.group,
-            mechanism=variant.mechanism,
-            claim=facts["claim"] or variant.claim,
-        )
-    return facts, finite(values["metrics"])
+@dataclass(frozen=True)
+class Group:
+    """SAEs of one method at one target L0: they differ in the seed."""
 
+    method: str
+    l0_target: float | None
+    frame: pd.DataFrame
 
-def _missing_of_sae(
-    label: str, facts: Facts, metrics: Mapping[str, float], recorded: Mapping[str, Any]
-) -> Iterator[Missing]:
-    name, missed, target = facts["name"], facts["l0_missed"], facts["l0_target"]
-    if not metrics:
-        reason = recorded.get("reason") or "the row holds no metric"
-        yield Missing(label, name, "not measured", reason)
-        return
-    if facts["training_steps"] == 0:
-        yield Missing(label, name, "never trained", "0 training steps: its numbers are of noise")
-    if missed is not None and target is not None:
-        reason = f"L0 {missed:.1f} where {target:g} was asked for"
-        yield Missing(label, f"{name} at its target L0", "missed", reason)
-    unmeasured = ", ".join(metric for metric in recorded["metrics"] if metric not in metrics)
-    if unmeasured:
-        reason = "no finite value recorded"
-        yield Missing(label, f"{unmeasured} of {name}", "not measured", reason)
+    @cached_property
+    def saes(self) -> pd.DataFrame:
+        """The facts, a row per SAE."""
+        return one_per_sae(self.frame)
 
+    def fact(self, name: str) -> Any:
+        """A fact of the first SAE, for what they share."""
+        return self.saes[name].iloc[0]
 
-def _definitions(given: Mapping[str, Any]) -> dict[str, Definition]:
-    return {name: read_definition(name, value) for name, value in given.items()}
+    @property
+    def is_variant(self) -> bool:
+        """Whether it belongs to the ladder alone: its references stand among others too."""
+        return self.fact("part") is not None and self.fact("against") is not None
 
+    @property
+    def is_control(self) -> bool:
+        """Whether it is a control, which nobody would use."""
+        return self.fact("control") is not None
 
-def _of_evaluation(source: Source, by_hash: Mapping[str, TrainedSAE]) -> Results:
-    content = source.content
-    saes = content["saes"]
-    results = content["results"]
-    known = {
-        name: by_hash[str(record.get("weights_sha256"))]
-        for name, record in saes.items()
-        if str(record.get("weights_sha256")) in by_hash
-    }
-    measured, seeds_are = _evaluated_saes(saes, results, known)
-    definitions = _definitions(content["metrics"])
-    model = content.get("model") or {}
-    protocol = {
-        "model": {k: v for k, v in model.items() if k not in _NOT_PROTOCOL},
-        "evaluated": content.get("created"),
-        "evaluation seeds": content.get("seeds"),
-        "versions": content.get("versions"),
-        "evaluations": (content.get("config") or {}).get("evaluations"),
-    }
-    return Results(
-        name=slug(f"evaluation-{source.label}"),
-        title=f"Evaluation ({source.label})",
-        kind="language_model",
-        seeds_are=seeds_are,
-        frame=long_frame(measured, definitions),
-        definitions=definitions,
-        facts=list(flat_facts({key: value for key, value in protocol.items() if value})),
-        missing=_missing_of_evaluation(source.label, saes, results),
-    )
+    @property
+    def missed_its_l0(self) -> bool:
+        """Whether an SAE ended at another L0 than its target: it is compared with nobody."""
+        return any(missed is not None for missed in self.saes["l0_missed"])
 
+    @property
+    def label(self) -> str:
+        """The method, and whether it is a control."""
+        return f"{self.method} (control)" if self.is_control else self.method
 
-def _evaluated_saes(
-    saes: Mapping[str, Mapping[str, Any]],
-    results: Sequence[Mapping[str, Any]],
-    known: Mapping[str, TrainedSAE],
-) -> tuple[list[MeasuredSAE], str]:
-    """Each SAE once where they are of several training seeds, else once per evaluation seed."""
-    instances = [(sae.method, sae.l0_target, sae.seed) for sae in known.values()]
-    of_seeds = len(known) == len(saes) and len({key[:2] for key in instances}) < len(instances)
-    of_seeds = of_seeds and len(set(instances)) == len(instances)
-    scores = pd.DataFrame(
-        [
-            (entry["sae"], f"{entry['evaluation']}/{metric}", int(seed), float(value))
-            for entry in results
-            for metric, recorded in (entry.get("metrics") or {}).items()
-            for seed, value in recorded["per_seed"].items()
-        ],
-        columns=pd.Index(["sae", "metric", "seed", "value"]),
-    )
-    found: list[MeasuredSAE] = []
-    for name, record in saes.items():
-        sae, own = known.get(name), scores[scores["sae"] == name]
-        facts = {
-            "name": name,
-            "method": name,
-            "architecture": str(record.get("architecture") or ""),
-            "l0_target": None if sae is None else sae.l0_target,
-            "training_steps": None if sae is None else sae.steps or None,
+    @cached_property
+    def _by_metric(self) -> dict[str, dict[int | None, float]]:
+        return {
+            str(metric): dict(zip(part["seed"], part["value"], strict=True))
+            for metric, part in self.frame.groupby("metric", sort=False)
         }
-        if of_seeds and sae is not None:
-            means = own.groupby("metric")["value"].mean()
-            found.append(({**facts, "method": sae.method, "seed": sae.seed}, means.to_dict()))
-        else:
-            for seed, part in own.groupby("seed"):
-                metrics = dict(zip(part["metric"], part["value"], strict=True))
-                found.append(({**facts, "seed": seed}, metrics))
-    kept = [sae for sae in found if sae[1]]
-    return kept, "training seeds" if of_seeds else "evaluation seeds"
+
+    def values(self, metric: str) -> dict[int | None, float]:
+        """Value by seed, of the SAEs that have it."""
+        return self._by_metric.get(metric, {})
+
+    def seconds(self) -> dict[int | None, float]:
+        """Training time by seed, of the SAEs that record it."""
+        known = self.saes.dropna(subset=["seconds"])
+        return dict(zip(known["seed"], known["seconds"], strict=True))
+
+    def spread(self, metric: str) -> Spread | None:
+        """Mean over seeds; None when no SAE has it."""
+        values = self.values(metric)
+        return spread(values.values()) if values else None
+
+    def mean(self, metric: str) -> float | None:
+        """The same without the spread."""
+        found = self.spread(metric)
+        return None if found is None else found.mean
 
 
-def _missing_of_evaluation(
-    label: str, saes: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
-) -> list[Missing]:
-    """One entry for all SAEs that lack an evaluation for the same reason."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for entry in results:
-        if entry.get("status") != "measured":
-            key = (str(entry["evaluation"]), str(entry.get("status")), str(entry.get("reason")))
-            reasons.setdefault(key, []).append(str(entry["sae"]))
-    found: list[Missing] = []
-    for (evaluation, status, reason), names in reasons.items():
-        who = "all SAEs" if len(names) == len(saes) > 1 else ", ".join(names)
-        found.append(Missing(label, f"{evaluation} of {who}", status.replace("_", " "), reason))
-    return found
+Sets = Mapping[tuple[str, str], Mapping[str, float]]
+"""Value by data set, of an SAE's name and a metric."""
 
 
-def _of_demo(run: RunSource, demo: Mapping[str, Any]) -> Results:
-    comparison = demo.get("comparison") or {}
-    texts = comparison.get("definitions") or {}
-    settings = demo.get("settings") or {}
-    records = run.content["saes"]
-    evaluated = comparison.get("saes") or []
-    saes: list[MeasuredSAE] = []
-    missing: list[Missing] = []
-    for values in evaluated:
-        name = str(values["name"])
-        record = records.get(name, {})
-        row = {
-            "name": name,
-            "method": name,
-            "architecture": record.get("architecture"),
-            "l0_target": run_l0_target(run, name) if record else None,
-            "seed": run.content.get("seed"),
-            "lr": settings.get("lr"),
-            "training_steps": run.content.get("steps"),
-            "training_tokens": run.content.get("tokens"),
-            "metrics": {f"heldout/{key}": values.get(key) for key in texts},
+@dataclass(frozen=True)
+class Results:
+    """SAEs measured on the same data in the same way."""
+
+    name: str
+    title: str
+    kind: str  # `language_model` or `ground_truth`
+    seeds_are: str  # what the spread is over: `training seeds` or `evaluation seeds`
+    frame: pd.DataFrame  # from `long_frame`
+    definitions: Mapping[str, Definition]
+    facts: Sequence[tuple[str, str]]
+    missing: Sequence[Missing]
+    reference: str | None = None  # method that the others are compared with, where the data says so
+    source: str = ""  # label of the folder that the SAEs are of
+    sets: Sets = field(default_factory=dict[tuple[str, str], Mapping[str, float]])
+
+    @cached_property
+    def saes(self) -> pd.DataFrame:
+        """The facts, a row per SAE."""
+        return one_per_sae(self.frame)
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Metrics that any SAE has, in the order of the definitions."""
+        present = set(self.frame["metric"])
+        ordered = [name for name in self.definitions if name in present]
+        return ordered + sorted(present - set(ordered))
+
+    def headlines(self, use: str = "") -> dict[str, str]:
+        """Headline to metric, of those measured: of a use, or all that a report has."""
+        keys = [
+            key for key, entry in HEADLINES.items()
+            if (use in entry.use if use else entry.heading)
+        ]  # fmt: skip
+        return headlines_of(keys, self.metrics)
+
+    def higher_is_better(self, metric: str) -> bool | None:
+        """As in the metric's definition; None where neither is, or nobody said."""
+        definition = self.definitions.get(metric)
+        return None if definition is None else definition.higher_is_better
+
+    @property
+    def over_training_seeds(self) -> bool:
+        """Whether differences between methods may be told from it at all."""
+        return self.seeds_are == "training seeds"
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Methods in their order, each by target L0, the lowest first.
+
+        Raises:
+            InputError: Two SAEs are the same method, L0, seed and learning rate.
+        """
+        order = {method: place for place, method in enumerate(self.saes["method"].unique())}
+        found: list[Group] = []
+        for (method, l0), frame in _grouped(self.frame, ["method", "l0_target"]):
+            if one_per_sae(frame)["seed"].is_unique:
+                found.append(Group(method, l0, frame))
+                continue
+            for (lr,), same in _grouped(frame, ["lr"]):
+                saes = one_per_sae(same)
+                if not saes["seed"].is_unique:
+                    first, second = saes["name"].iloc[:2]
+                    raise InputError(
+                        f"{self.title}: rows {first!r} and {second!r} may be the same "
+                        "method, L0 and seed: give what differs between them as another 'method'"
+                    )
+                label = method if lr is None else f"{method} (lr {lr:g})"
+                found.append(Group(label, l0, same.assign(method=label)))
+        found.sort(key=lambda group: order.get(group.method, len(order)))
+        return sorted(found, key=lambda g: math.inf if g.l0_target is None else g.l0_target)
+
+    @cached_property
+    def candidates(self) -> list[Group]:
+        """Groups that one may choose between: no controls, no rungs of the ladder."""
+        return [group for group in self.groups if not group.is_control and not group.is_variant]
+
+    @cached_property
+    def variants(self) -> set[str]:
+        """Methods that belong to the ladder alone."""
+        return {group.method for group in self.groups if group.is_variant}
+
+    @cached_property
+    def reference_method(self) -> str | None:
+        """Who the others are compared with: as the data says, else batchtopk, else the first."""
+        groups = [group for group in self.groups if not group.is_control]
+        methods = list(dict.fromkeys(group.method for group in groups))
+        plain = [group.method for group in groups if group.fact("architecture") == "batchtopk"]
+        chosen = [self.reference, "batchtopk", *plain, *methods]
+        return next((method for method in chosen if method in methods), None)
+
+
+def _grouped(
+    frame: pd.DataFrame, keys: list[str]
+) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """Parts by the values of some columns, None among them, in the order of the data."""
+    for _, part in frame.groupby(keys, dropna=False, sort=False):
+        yield tuple(part[key].iloc[0] for key in keys), part
+
+
+Wording = Literal["better", "worse", "higher", "lower", "no difference shown", "one pair"]
+Key = TypeVar("Key", bound=Hashable)
+
+OTHER_L0_RATIO = 1.1
+"""Measured L0s further apart than this are not called matched."""
+
+
+def difference_of(
+    ours: Mapping[Key, float], theirs: Mapping[Key, float]
+) -> PairedDifference | None:
+    """Ours minus theirs, over the pairs (a seed, or L0 and seed) that both have; None without."""
+    found = [value - theirs[key] for key, value in ours.items() if key in theirs]
+    return paired_difference(found) if found else None
+
+
+def wording(difference: PairedDifference, higher_is_better: bool | None) -> Wording:
+    """The word for a difference."""
+    if difference.low is None:
+        return "one pair"
+    if not difference.shown:
+        return NO_DIFFERENCE
+    if higher_is_better is None:
+        return "higher" if difference.mean > 0 else "lower"
+    return "better" if (difference.mean > 0) == higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method against another in one metric."""
+
+    ours: str
+    theirs: str
+    l0_target: float | None  # None for all of them together
+    metric: str
+    found: PairedDifference  # ours minus theirs
+    l0_note: str  # set when the two were measured at different L0s
+    over: str = "seeds"  # what the pairs are: seeds, or data sets where there is one seed
+
+
+def difference(
+    results: Results, pairs: Sequence[tuple[Group, Group]], metric: str
+) -> Difference | None:
+    """Ours against theirs within seeds, over one L0 or several; None when they share no seed.
+
+    With one pair of seeds, over the data sets where the evaluation has several: that one SAE is
+    better than that other, not that another seed would be.
+    """
+    ours, theirs = (
+        {
+            (pair[side].l0_target, seed): value
+            for pair in pairs
+            for seed, value in pair[side].values(metric).items()
         }
-        saes.append(_measured_sae(row))
-        missing += _missing_of_sae(run.label, *saes[-1], row)
-    n_tokens = evaluated[0].get("n_tokens", 0) if evaluated else 0
-    definitions = {
-        f"heldout/{key}": _demo_definition(f"heldout/{key}", text, f"{n_tokens:,} held-out tokens")
-        for key, text in texts.items()
-    }
-    return Results(
-        name=slug(f"heldout-{run.label}"),
-        title=f"Held-out text ({run.label})",
-        kind="language_model",
-        seeds_are="training seeds",
-        frame=long_frame([sae for sae in saes if sae[1]], definitions),
-        definitions=definitions,
-        facts=list(flat_facts({k: v for k, v in settings.items() if v is not None})),
-        missing=missing,
+        for side in (0, 1)
     )
+    found = difference_of(ours, theirs)
+    if found is None:
+        return None
+    first, other = pairs[0]
+    over = "seeds"
+    if found.n_pairs == 1:
+        ours_by_set, theirs_by_set = (
+            results.sets.get((str(group.fact("name")), metric), {}) for group in (first, other)
+        )
+        by_set = difference_of(ours_by_set, theirs_by_set)
+        if by_set is not None and by_set.n_pairs > 1:
+            found, over = by_set, "data sets"
+    l0 = first.l0_target if len(pairs) == 1 else None
+    return Difference(first.method, other.method, l0, metric, found, l0_note(results, pairs), over)
 
 
-def _demo_definition(name: str, text: str, tokens: str) -> Definition:
-    """demo.json has one sentence per metric, which ends in which way is better."""
-    sentence, _, direction = text.partition("; ")
-    higher = {"higher": True, "lower": False}.get(direction.split(" ")[0] if direction else "")
-    return Definition(name, sentence, "", tokens, "msae", higher)
+def l0_note(results: Results, pairs: Sequence[tuple[Group, Group]]) -> str:
+    """Says so when two groups were measured at different L0s; empty otherwise."""
+    metric = results.headlines().get("l0", "")
+    for ours, theirs in pairs:
+        a, b = ours.mean(metric), theirs.mean(metric)
+        if a is not None and b is not None and 0 < OTHER_L0_RATIO * min(a, b) < max(a, b):
+            return f"L0 {a:.1f} against {b:.1f}: not matched"
+    return ""
+
+
+def differences(results: Results, metrics: Sequence[str]) -> list[Difference]:
+    """Every method against the one that it is to be compared with.
+
+    At each target L0, paired by seed; with several, over all of them too, paired by L0 and seed.
+    """
+    by_key = {(group.method, group.l0_target): group for group in results.groups}
+    pairs: dict[tuple[str, str], list[tuple[Group, Group]]] = {}
+    for group in results.groups:
+        against = str(group.fact("against") or results.reference_method)
+        other = by_key.get((against, group.l0_target))
+        if other is not None and other is not group:
+            pairs.setdefault((group.method, against), []).append((group, other))
+    found: list[Difference | None] = []
+    for matched in pairs.values():
+        for metric in metrics:
+            found += [difference(results, [pair], metric) for pair in matched]
+            if len(matched) > 1:
+                found.append(difference(results, matched, metric))
+    return [item for item in found if item is not None]
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Who has the best mean of a metric at an L0, and the next."""
+
+    l0_target: float | None
+    key: str  # of the headline metric
+    metric: str
+    best: Group
+    second: Group
+    found: Difference | None  # best minus second; None when they share no seed
+
+    @property
+    def shown(self) -> bool:
+        """Whether best and next are told apart, at one L0."""
+        return self.found is not None and self.found.found.shown and not self.found.l0_note
+
+
+def leads(results: Results, use: str) -> list[Lead]:
+    """By target L0 and headline metric of a use, where two methods or more have it.
+
+    Controls and the ladder's variants are left out: among fifty, one is always ahead by chance. So
+    is what missed its L0: whoever fires ten times as often reconstructs better.
+    """
+    found: list[Lead] = []
+    groups = [group for group in results.candidates if not group.missed_its_l0]
+    for l0 in dict.fromkeys(group.l0_target for group in groups):
+        for key, metric in results.headlines(use).items():
+            higher = results.higher_is_better(metric)
+            known = [group for group in groups if group.l0_target == l0 and group.values(metric)]
+            if higher is None or len(known) < 2:
+                continue
+            first, second = sorted(known, key=lambda g: g.mean(metric) or 0.0, reverse=higher)[:2]
+            compared = difference(results, [(first, second)], metric)
+            found.append(Lead(l0, key, metric, first, second, compared))
+    return found

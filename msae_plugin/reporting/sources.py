@@ -16,19 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import file_sha256
+from msae_plugin.common.files import file_sha256, read_json_object
 from msae_plugin.comparison.ladder import ladder_variants
+from msae_plugin.comparison.language_model import CONTEXTS_FILE, EVALUATION_FOLDER
+from msae_plugin.comparison.results import COMPARISON_FILE
+from msae_plugin.comparison.results import FORMAT as COMPARISON_FORMAT
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
 from msae_plugin.saes.run_record import METRICS_FILE, RUN_FILE, read_run_record
 from msae_plugin.training.log import REVIVALS_FILE
 
-COMPARISON_FILE = "comparison.json"
-COMPARISON_FORMAT = 1
 DEMO_FILE = "demo.json"
+"""What the demo of version 0.1 left; it is a comparison now."""
 KNOWN_FILES = (COMPARISON_FILE, SUMMARY_FILE, RUN_FILE)
-KINDS = ("language_model", "ground_truth")
+TITLES = {"language_model": "Language model", "ground_truth": "Ground truth"}
 
 
 @dataclass(frozen=True)
@@ -38,31 +40,25 @@ class Source:
     label: str  # name of the folder, unique in the report
     folder: Path  # where it is
     content: Mapping[str, Any]  # what the file holds
-
-
-@dataclass(frozen=True)
-class RunSource(Source):
-    """A run folder."""
-
-    demo: Mapping[str, Any] | None  # content of `demo.json`; None without it
+    demo: Mapping[str, Any] | None = None  # content of `demo.json` beside a run
 
 
 @dataclass(frozen=True)
 class Sources:
     """Everything that a report reads, in the order in which it was named."""
 
-    comparisons: tuple[Source, ...]  # folders with `comparison.json`
-    evaluations: tuple[Source, ...]  # folders with `summary.json`
-    runs: tuple[RunSource, ...]  # folders with `run.json`
+    comparisons: Sequence[Source]  # folders with `comparison.json`
+    evaluations: Sequence[Source]  # folders with `summary.json`
+    runs: Sequence[Source]  # folders with `run.json`
 
     @property
-    def all(self) -> tuple[Source, ...]:
+    def all(self) -> Sequence[Source]:
         """Every source."""
         return (*self.comparisons, *self.evaluations, *self.runs)
 
 
 def read_sources(folders: Sequence[Path]) -> Sources:
-    """Recognise and read the folders.
+    """Recognise and read the folders; a run's own `evaluation/` is read with it.
 
     Raises:
         InputError: No folder, a folder without a known file, a broken file, or another format.
@@ -70,11 +66,10 @@ def read_sources(folders: Sequence[Path]) -> Sources:
     if not folders:
         raise InputError("give at least one folder: a run, an evaluation or a comparison")
     unique = list({folder.resolve(): folder for folder in folders}.values())
-    labels = dict(zip(unique, _labels(unique), strict=True))
     comparisons: list[Source] = []
     evaluations: list[Source] = []
-    runs: list[RunSource] = []
-    for folder, label in labels.items():
+    runs: list[Source] = []
+    for folder, label in zip(unique, _labels(unique), strict=True):
         if not folder.is_dir():
             raise InputError(
                 f"{str(folder)!r} is not a folder: give a run, an evaluation or a comparison"
@@ -86,13 +81,20 @@ def read_sources(folders: Sequence[Path]) -> Sources:
                 "of msae train, eval or compare"
             )
         if COMPARISON_FILE in present:
-            comparisons.append(Source(label, folder, read_comparison(folder / COMPARISON_FILE)))
+            comparisons.append(Source(label, folder, _read_comparison(folder / COMPARISON_FILE)))
         if SUMMARY_FILE in present:
-            evaluations.append(Source(label, folder, _read_summary(folder / SUMMARY_FILE)))
+            evaluations.append(Source(label, folder, read_summary(folder / SUMMARY_FILE)))
         if RUN_FILE in present:
-            demo = read_json(folder / DEMO_FILE) if (folder / DEMO_FILE).is_file() else None
-            runs.append(RunSource(label, folder, _read_run(folder / RUN_FILE), demo))
-    return Sources(tuple(comparisons), tuple(evaluations), tuple(runs))
+            demo = folder / DEMO_FILE
+            record = _read_run(folder / RUN_FILE)
+            runs.append(
+                Source(label, folder, record, read_json_object(demo) if demo.is_file() else None)
+            )
+            own = folder / EVALUATION_FOLDER
+            if (own / SUMMARY_FILE).is_file() and own.resolve() not in unique:
+                summary = read_summary(own / SUMMARY_FILE)
+                evaluations.append(Source(f"{label}/{own.name}", own, summary))
+    return Sources(comparisons, evaluations, runs)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -110,31 +112,27 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     return labels
 
 
-def read_comparison(path: Path) -> Mapping[str, Any]:
-    """A checked `comparison.json`.
-
-    Raises:
-        InputError: It cannot be read, is of another format, or a row lacks what every row has.
-    """
+def _read_comparison(path: Path) -> Mapping[str, Any]:
     content = _of_format(path, COMPARISON_FORMAT)
-    if content.get("kind") not in KINDS:
+    if content.get("kind") not in TITLES:
         raise InputError(
-            f"{str(path)!r}: kind must be one of {', '.join(KINDS)}; got {content.get('kind')!r}"
+            f"{str(path)!r}: kind must be one of {', '.join(TITLES)}; got {content.get('kind')!r}"
         )
     rows = content.get("rows")
     if not isinstance(rows, list) or not isinstance(content.get("definitions"), dict):
         raise InputError(f"{str(path)!r}: needs a list 'rows' and an object 'definitions'")
     for place, row in enumerate(cast("list[object]", rows)):
-        entries = row if isinstance(row, dict) else {}
+        values = row if isinstance(row, dict) else {}
         for key in ("name", "method", "metrics"):
-            if key not in entries:
+            if key not in values:
                 raise InputError(f"{str(path)!r}: row {place} has no {key!r}")
-        if not isinstance(entries["metrics"], dict):
+        if not isinstance(values["metrics"], dict):
             raise InputError(f"{str(path)!r}: 'metrics' of row {place} is not an object")
     return content
 
 
-def _read_summary(path: Path) -> Mapping[str, Any]:
+def read_summary(path: Path) -> Mapping[str, Any]:
+    """A checked `summary.json`."""
     content = _of_format(path, SUMMARY_FORMAT)
     for key, kind in (("saes", dict), ("results", list), ("metrics", dict)):
         if not isinstance(content.get(key), kind):
@@ -143,7 +141,7 @@ def _read_summary(path: Path) -> Mapping[str, Any]:
 
 
 def _read_run(path: Path) -> Mapping[str, Any]:
-    content = read_json(path)
+    content = read_json_object(path)
     if not isinstance(content.get("saes"), dict):
         raise InputError(f"{str(path)!r} is no record of msae train: it names no 'saes'")
     # Its status as it is: the run's process may have died without a word.
@@ -151,27 +149,12 @@ def _read_run(path: Path) -> Mapping[str, Any]:
 
 
 def _of_format(path: Path, expected: int) -> Mapping[str, Any]:
-    content = read_json(path)
+    content = read_json_object(path)
     if content.get("format") != expected:
         raise InputError(
             f"{str(path)!r} is of format {content.get('format')!r} and this version reads "
             f"{expected}: make it again with this version of msae_plugin"
         )
-    return content
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: The file cannot be read or holds something else.
-    """
-    try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} does not hold a JSON object")
     return content
 
 
@@ -215,7 +198,13 @@ def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[st
             yield name, str(value)
 
 
-CONTEXTS_FILE = "contexts.json"
+def finite(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers among metrics."""
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and isfinite(value)
+    }
 
 
 @dataclass(frozen=True)
@@ -232,8 +221,10 @@ class TrainedSAE:
     events: list[Mapping[str, Any]]
     config: Mapping[str, Any]  # `cfg.json` of the export; empty without one
     report: Mapping[str, Any]  # `export.json`; empty without one
-    # Which SAEs it is shown with: the comparison it is of, and the hook where that has
-    # several; empty for those of training runs.
+    source: str  # label of the comparison or run that it is of
+    recorded_as: str  # its name there
+    # Which SAEs it is shown with: the comparison it is of, and the hook where that has several;
+    # empty for those of training runs.
     place: str = ""
     # What a comparison measured of it, by `evaluation/metric`.
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -242,8 +233,7 @@ class TrainedSAE:
     def training(self) -> Mapping[str, Any]:
         """The training configuration that SAELens' metadata keeps; empty when there is none."""
         metadata = self.config.get("metadata") or {}
-        details = metadata.get("training_architecture_details")
-        return details or {}
+        return metadata.get("training_architecture_details") or {}
 
     @property
     def steps(self) -> int:
@@ -282,12 +272,9 @@ class TrainedSAE:
         return _tensor(path, "activations") if path.is_file() else None
 
     def contexts(self) -> list[Mapping[str, Any]]:
-        """Latents in context that the run stored, as in demo.json; none when it did not."""
+        """Latents in context that the comparison stored; none when it did not."""
         path = self.folder / CONTEXTS_FILE
-        if not path.is_file():
-            return []
-        latents = read_json(path).get("latents")
-        return latents or []
+        return (read_json_object(path).get("latents") or []) if path.is_file() else []
 
     def weight_hashes(self) -> set[str]:
         """sha256 of the exported weights and of their twin's."""
@@ -316,75 +303,50 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
         rows = source.content["rows"]
         several_hooks = len({row.get("hook") for row in rows}) > 1
         for row in rows:
-            folder = row_folder(source, row)
-            if folder is None or folder.resolve() in found:
+            folder = source.folder / str(row.get("folder"))
+            if not row.get("folder") or not folder.is_dir() or folder.resolve() in found:
                 continue
-            sae = _read(
-                str(row["name"]), str(row["method"]), row.get("l0_target"), row.get("seed"), folder
-            )
+            sae = _read_sae(source, str(row["name"]), row.get("l0_target"), row.get("seed"), folder)
             found[folder.resolve()] = replace(
                 sae,
+                method=str(row["method"]),
                 place=f"{source.label}, {row['hook']}" if several_hooks else source.label,
                 metrics=finite(row["metrics"]),
             )
     for run in sources.runs:
         for name in run.content["saes"]:
-            folder = run_sae_folder(run, name)
+            folder = run.folder / str(run.content["saes"][name].get("folder", name))
             if folder.is_dir() and folder.resolve() not in found:
+                l0, seed = run_l0_target(run, name), run.content.get("seed")
+                sae = _read_sae(run, name, l0, seed, folder)
                 unique = name if len(sources.runs) == 1 else f"{run.label}/{name}"
-                found[folder.resolve()] = _read(
-                    unique, name, run_l0_target(run, name), run.content.get("seed"), folder
-                )
+                found[folder.resolve()] = replace(sae, name=unique)
     return list(found.values())
 
 
-def finite(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among metrics."""
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and isfinite(value)
-    }
-
-
-def row_folder(source: Source, row: Mapping[str, Any]) -> Path | None:
-    """Folder of a comparison's row; None when it names none or the folder is not there."""
-    named = row.get("folder")
-    if not named:
-        return None
-    folder = source.folder / str(named)
-    return folder if folder.is_dir() else None
-
-
-def run_sae_folder(run: RunSource, name: str) -> Path:
-    """Folder of an SAE of a run."""
-    return run.folder / str(run.content["saes"][name].get("folder", name))
-
-
-def run_l0_target(run: RunSource, name: str) -> float | None:
+def run_l0_target(run: Source, name: str) -> float | None:
     """The L0 that an SAE of a run was trained for; None for one without such a setting."""
     export = run.content["saes"][name].get("export") or {}
     if export.get("l0_target") is not None:
         return float(export["l0_target"])
     config = run.content.get("config") or {}
     # A recipe of one SAE has it under `sae`, of several under `saes`.
-    saes = config.get("saes") or {}
-    settings = saes.get(name) or config.get("sae") or {}
+    settings = (config.get("saes") or {}).get(name) or config.get("sae") or {}
     return float(settings["k"]) if settings.get("k") is not None else None
 
 
-def _read(
-    name: str, method: str, l0_target: float | None, seed: int | None, folder: Path
+def _read_sae(
+    source: Source, name: str, l0_target: float | None, seed: int | None, folder: Path
 ) -> TrainedSAE:
     places = [folder / SAE_FOLDER, folder]
     export = next((p for p in places if (p / SAE_WEIGHTS_FILENAME).is_file()), None)
     config: Mapping[str, Any] = {}
     if export is not None and (export / SAE_CFG_FILENAME).is_file():
-        config = read_json(export / SAE_CFG_FILENAME)
+        config = read_json_object(export / SAE_CFG_FILENAME)
     report = folder / REPORT_FILENAME
     return TrainedSAE(
         name=name,
-        method=method,
+        method=name,
         l0_target=l0_target,
         seed=seed,
         folder=folder,
@@ -392,14 +354,15 @@ def _read(
         rows=read_json_lines(folder / METRICS_FILE),
         events=read_json_lines(folder / REVIVALS_FILE),
         config=config,
-        report=read_json(report) if report.is_file() else {},
+        report=read_json_object(report) if report.is_file() else {},
+        source=source.label,
+        recorded_as=name,
     )
 
 
 VARIANTS = {variant.name: variant for variant in ladder_variants()}
-_REFERENCES = {variant.name for variant in VARIANTS.values() if variant.against is None}
 
 
 def is_variant(method: str) -> bool:
     """Whether a method belongs to the ladder alone: its references stand among others too."""
-    return method in VARIANTS and method not in _REFERENCES
+    return method in VARIANTS and VARIANTS[method].against is not None

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from msae_plugin.comparison.statistics import NO_DIFFERENCE, paired_difference, spread
-from msae_plugin.reporting.measurements import wording
+from msae_plugin.reporting.results import wording
 
 
 def test_spread_is_the_sample_deviation() -> None:

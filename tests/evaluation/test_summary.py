@@ -12,11 +12,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.evaluate import read_outcomes, write_outcomes
 from msae_plugin.evaluation.outcomes import MetricDefinition, ScoreResult
 from msae_plugin.evaluation.summary import result_entry, summary, summary_csv, write_summary
-from msae_plugin.reporting.evaluation_tables import (
-    summary_for_terminal,
-    summary_markdown,
-    unmeasured,
-)
+from msae_plugin.reporting.terminal import summary_for_terminal, unmeasured
 
 L0 = MetricDefinition("latents that are not 0", "latents per token", "all", "saebench", None)
 
@@ -89,9 +85,9 @@ def test_files_hold_the_numbers_their_meaning_and_the_reasons(tmp_path: Path) ->
         ("unlearning", "", "", "skipped"),
     ]
     assert rows == list(csv.DictReader(io.StringIO(summary_csv(stored))))
-    page = summary_markdown(stored)
-    assert "| a | 30.0 |" in page
-    assert "unlearning skipped for all SAEs: no corpus" in page
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_for_terminal(stored))
+    assert "unlearning skipped for all SAEs: no corpus" in console.export_text()
 
 
 def test_the_same_reason_is_said_once() -> None:

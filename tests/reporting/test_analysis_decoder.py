@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msae_plugin.evaluation.heldout import max_decoder_cosines, mean_max_decoder_cosine
-from msae_plugin.reporting.analyses.decoder import decoder_diversity, effective_rank
+from msae_plugin.reporting.dictionaries import decoder_diversity, effective_rank
 
 
 def decoder(rows: int = 60, width: int = 12, seed: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msae_plugin.reporting.analyses.features import (
+from msae_plugin.reporting.dictionaries import (
     coactivation_by_cosine,
     firing_by_scale,
     firing_density,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from report_inputs import events
 
-from msae_plugin.reporting.analyses.revival import revival_statistics, revivals, timeline
+from msae_plugin.reporting.analyses import revival_statistics, revivals, timeline
 
 
 def test_every_revival_has_the_fate_that_the_log_tells():

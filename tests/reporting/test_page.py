@@ -24,8 +24,10 @@ from msae_plugin.reporting.document import (
     Section,
     Subheading,
     Text,
+    asset,
+    markdown,
+    page,
 )
-from msae_plugin.reporting.page import asset, markdown, page
 
 VOID = {"meta", "link", "img", "wbr", "br"}
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x03\xc0\x00\x00\x02\x80"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.report import build, report
-from msae_plugin.reporting.results import results_of
+from msae_plugin.reporting.rows import results_of
 from msae_plugin.reporting.sources import read_json_lines, read_sources, trained_saes
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from msae_plugin.common.table import digits_for, number, signed
-from msae_plugin.reporting.measurements import difference_of, roles_of, wording
+from msae_plugin.reporting.results import difference_of, headlines_of, wording
 
 
 def test_only_shared_pairs_count():
@@ -44,7 +44,7 @@ def test_numbers_of_a_column_share_their_digits():
     assert signed(-0.5, 2) == "−0.50"
 
 
-def test_roles_prefer_sound_numbers():
+def test_headlines_prefer_sound_numbers():
     metrics = [
         "core/explained_variance",  # SAEBench 0.6's, which is none
         "training/explained_variance",
@@ -53,13 +53,13 @@ def test_roles_prefer_sound_numbers():
         "heldout/dead_latents",
         "training/final_loss",
     ]
-    assert roles_of(("explained_variance", "dead", "final_loss", "f1"), metrics) == {
+    assert headlines_of(("explained_variance", "dead", "final_loss", "f1"), metrics) == {
         "explained_variance": "heldout/explained_variance",
         "dead": "heldout/dead_latents",
         "final_loss": "training/final_loss",
     }
     streaming = [*metrics, "core/explained_variance_streaming"]
-    assert roles_of(("explained_variance",), streaming) == {
+    assert headlines_of(("explained_variance",), streaming) == {
         "explained_variance": "core/explained_variance_streaming"
     }
-    assert roles_of(("explained_variance",), metrics[:2]) == {}
+    assert headlines_of(("explained_variance",), metrics[:2]) == {}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from msae_plugin.common.table import CellValue, Column, Table, columns, number
-from msae_plugin.reporting.analyses.features import CosineBin
-from msae_plugin.reporting.analyses.per_sae import AnalysedGroup, SAEAnalysis, coactivation, grouped
+from msae_plugin.common.table import Table, number
+from msae_plugin.reporting.analyses import AnalysedGroup, SAEAnalysis, coactivation, grouped
+from msae_plugin.reporting.dictionaries import CosineBin, DecoderDiversity, ScaleFiring
 from msae_plugin.reporting.document import (
     Block,
     Context,
@@ -20,16 +19,23 @@ from msae_plugin.reporting.document import (
     Section,
     Subheading,
     Text,
+    cell,
+    table_of,
 )
 from msae_plugin.reporting.figures import Style, bars, steps
-from msae_plugin.reporting.sources import RunSource, is_variant
+from msae_plugin.reporting.sources import Source, is_variant
 
 MOST_OUTLINES = 7
 """Histograms drawn over one another."""
 MOST_BARS = 4
 MOST_ROWS_OPEN = 24
 """Longer tables are folded."""
-CLUSTER_BANDS = ((1, 1), (2, 5), (6, 20), (21, None))
+CLUSTER_BANDS = {
+    "in clusters of 1": (1, 1), "of 2 to 5": (2, 5), "of 6 to 20": (6, 20),
+    "of 21 or more": (21, None),
+}  # fmt: skip
+MOST_LATENTS = 10
+"""Latents shown of each SAE."""
 
 
 def diversity_section(
@@ -40,10 +46,14 @@ def diversity_section(
     if not groups:
         return None
     drawn = _drawn(groups)
-    blocks: list[Block] = [_decoder_table(place, groups), _cluster_table(place, groups)]
-    blocks += _cosine_figure(place, drawn, styles) + _density_figure(place, drawn, styles)
-    blocks += _scales(place, groups)
-    blocks += _coactivation_blocks(place, drawn)
+    blocks: list[Block] = [
+        _decoder_table(place, groups),
+        _cluster_table(place, groups),
+        *_cosine_figure(place, drawn, styles),
+        *_density_figure(place, drawn, styles),
+        *_scales(place, groups),
+        *_coactivation_blocks(place, drawn),
+    ]
     return Section(place.named("features"), place.titled("Feature statistics"), blocks)
 
 
@@ -60,90 +70,92 @@ def _where(groups: Sequence[AnalysedGroup]) -> str:
     return "" if l0 is None else f", target L0 {l0:g}"
 
 
+def _diversities(group: AnalysedGroup) -> list[DecoderDiversity]:
+    return [a.diversity for a in group.saes if a.diversity is not None]
+
+
 def _decoder_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
-    rows: list[list[CellValue]] = []
-    for group in groups:
-        first = group.saes[0].diversity
-        norms = [a.diversity.norms for a in group.saes if a.diversity is not None]
-        rows.append(
-            [
-                group.method,
-                group.l0_target,
-                len(group.saes),
-                None if first is None else first.d_sae,
-                group.spread("mean_max_cosine"),
-                group.spread("effective_rank"),
-                None if first is None else first.d_in,
-                min(smallest for smallest, _, _ in norms),
-                max(largest for _, _, largest in norms),
-                group.spread("median_frequency"),
-                group.spread("never"),
-            ]
-        )
-    headings = (
-        ("method", "method", ""), ("l0_target", "target L0", ""), ("seeds", "seeds", ""),
-        ("d_sae", "latents", ""), ("mean_max_cosine", "mean max cosine", "↓"),
-        ("effective_rank", "effective rank", "dimensions ↑"), ("d_in", "of", "d_in"),
-        ("norm_min", "smallest norm", "decoder rows"),
-        ("norm_max", "largest norm", "decoder rows"),
-        ("median_frequency", "median firing", "share of tokens"),
-        ("never", "never fired", "latents, end of training"),
-    )  # fmt: skip
-    return Table(
+    return table_of(
         place.named("decoders"),
         "Decoders and firing. Mean ± one standard deviation over seeds. Effective rank: "
         "exp(entropy) of the normalised singular values of the unit decoder rows (Roy and "
         "Vetterli 2007). Firing is that of the last window of training.",
-        [replace(c, digits=4) if "norm" in c.key else c for c in columns(*headings)],
-        rows,
+        groups,
+        [
+            cell("method", "method"),
+            cell("l0_target", "target L0"),
+            cell("seeds", "seeds", lambda g: len(g.saes)),
+            cell("d_sae", "latents", lambda g: _diversities(g)[0].d_sae),
+            cell("mean_max_cosine", "mean max cosine", lambda g: g.spread("mean_max_cosine"), "↓"),
+            cell(
+                "effective_rank",
+                "effective rank",
+                lambda g: g.spread("effective_rank"),
+                "dimensions ↑",
+            ),
+            cell("d_in", "of", lambda g: _diversities(g)[0].d_in, "d_in"),
+            cell(
+                "norm_min",
+                "smallest norm",
+                lambda g: min(d.norms[0] for d in _diversities(g)),
+                "decoder rows",
+                digits=4,
+            ),
+            cell(
+                "norm_max",
+                "largest norm",
+                lambda g: max(d.norms[2] for d in _diversities(g)),
+                "decoder rows",
+                digits=4,
+            ),
+            cell(
+                "median_frequency",
+                "median firing",
+                lambda g: g.spread("median_frequency"),
+                "share of tokens",
+            ),
+            cell("never", "never fired", lambda g: g.spread("never"), "latents, end of training"),
+        ],
     )
 
 
 def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
-    rows: list[list[CellValue]] = []
-    thresholds: dict[float, None] = {}
-    for group in groups:
-        for analysis in group.saes:
-            if analysis.diversity is not None:
-                thresholds.update(dict.fromkeys(c.cosine for c in analysis.diversity.clusters))
-    for index, cosine in enumerate(thresholds):
-        for group in groups:
-            sizes = [
-                analysis.diversity.clusters[index].sizes
-                for analysis in group.saes
-                if analysis.diversity is not None
-            ]
-            rows.append(
-                [
-                    group.method,
-                    group.l0_target,
-                    f"{cosine:g}",
-                    sum(map(len, sizes)) / len(sizes),
-                    sum(max(s, default=0) for s in sizes) / len(sizes),
-                    *(
-                        sum(_share(s, low, high) for s in sizes) / len(sizes)
-                        for low, high in CLUSTER_BANDS
-                    ),
-                ]
-            )
-    bands = [
-        f"in clusters of {low}" if low == high else f"of {low} or more" if high is None
-        else f"of {low} to {high}"
-        for low, high in CLUSTER_BANDS
-    ]  # fmt: skip
-    return Table(
+    found = [
+        (group, clusters.cosine, [d.clusters[index].sizes for d in _diversities(group)])
+        for index, clusters in enumerate(_diversities(groups[0])[0].clusters)
+        for group in groups
+    ]
+
+    def mean(value: Callable[[list[int]], float]) -> Callable[[Any], float]:
+        def of_row(row: tuple[AnalysedGroup, float, list[list[int]]]) -> float:
+            return sum(map(value, row[2])) / len(row[2])
+
+        return of_row
+
+    def largest(sizes: list[int]) -> float:
+        return max(sizes, default=0)
+
+    def inside(low: int, high: int | None) -> Callable[[list[int]], float]:
+        return lambda sizes: _share(sizes, low, high)
+
+    return table_of(
         place.named("clusters"),
         "Clusters of decoder directions. Latents linked by chains of cosines above a threshold; "
         "shares are of all latents, means over seeds.",
+        found,
         [
-            *columns(("method", "method"), ("l0_target", "target L0"), ("cosine", "cosine above")),
-            Column("clusters", "clusters", digits=0),
-            Column("largest", "largest", "latents", digits=0),
-            *(Column(band, band, "share", digits=3) for band in bands),
+            cell("method", "method", lambda row: row[0].method),
+            cell("l0_target", "target L0", lambda row: row[0].l0_target),
+            cell("cosine", "cosine above", lambda row: f"{row[1]:g}"),
+            cell("clusters", "clusters", mean(len), digits=0),
+            cell("largest", "largest", mean(largest), "latents", digits=0),
+            *(
+                cell(band, band, mean(inside(*ends)), "share", digits=3)
+                for band, ends in CLUSTER_BANDS.items()
+            ),
         ],
-        rows,
-        folded=len(rows) > MOST_ROWS_OPEN,
-    )
+        folded=len(found) > MOST_ROWS_OPEN,
+    )  # fmt: skip
 
 
 def _share(sizes: Sequence[int], low: int, high: int | None) -> float:
@@ -159,7 +171,6 @@ def _first(group: AnalysedGroup) -> SAEAnalysis:
 def _cosine_figure(
     place: Place, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
 ) -> list[Block]:
-    edges = [i / 20 for i in range(21)]
     counts: dict[str, list[float]] = {}
     told: list[str] = []
     for group in groups:
@@ -176,7 +187,8 @@ def _cosine_figure(
             f"How close each decoder direction is to its nearest other one{_where(groups)}, first "
             "seed. Further left is less overlap.",
             f"Outlined histograms of the largest decoder cosine: {', '.join(told)}.",
-            edges, counts, "cosine to the nearest other direction", "share of latents", styles,
+            [i / 20 for i in range(21)], counts,
+            "cosine to the nearest other direction", "share of latents", styles,
         )
     ]  # fmt: skip
 
@@ -184,28 +196,22 @@ def _cosine_figure(
 def _density_figure(
     place: Place, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
 ) -> list[Block]:
-    counts: dict[str, list[float]] = {}
-    edges: list[float] = []
-    told: list[str] = []
-    silent: list[str] = []
-    for group in groups:
-        density = _first(group).density
-        if density is None:
-            continue
-        edges = density.edges
-        counts[group.method] = [float(count) for count in density.counts]
-        median = "none fires" if density.median is None else f"median {density.median:.2g}"
-        told.append(f"{group.method}: {median}, {density.never} never fired")
-        silent.append(f"{group.method} {density.never}")
-    if not counts:
+    found = {g.method: density for g in groups if (density := _first(g).density) is not None}
+    if not found:
         return []
+    told: list[str] = []
+    for method, density in found.items():
+        median = "none fires" if density.median is None else f"median {density.median:.2g}"
+        told.append(f"{method}: {median}, {density.never} never fired")
+    silent = ", ".join(f"{method} {density.never}" for method, density in found.items())
     return [
         steps(
             place.named("firing-density"),
             f"How often latents fire{_where(groups)}, first seed, last window of training. "
-            f"Latents that never fired are not drawn: {', '.join(silent)}.",
+            f"Latents that never fired are not drawn: {silent}.",
             f"Outlined histograms of log10 firing frequency. {'; '.join(told)}.",
-            edges, counts,
+            next(iter(found.values())).edges,
+            {method: [float(n) for n in density.counts] for method, density in found.items()},
             "log10 of the share of tokens on which a latent fires", "latents", styles,
         )
     ]  # fmt: skip
@@ -213,61 +219,49 @@ def _density_figure(
 
 def _scales(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
     nested = [group for group in groups if any(a.scales for a in group.saes)]
-    rows: list[list[CellValue]] = [
-        [
-            group.method,
-            group.l0_target,
-            f"{band.first:,} to {band.end - 1:,}",
-            band.end - band.first,
-            band.active,
-            band.share,
-            band.never,
-        ]
-        for group in nested
-        for band in next(a.scales for a in group.saes if a.scales)
-    ]
-    if not rows:
+    if not nested:
         return [Text("Firing by scale is not shown: no SAE here has nested prefixes.")]
-    headings = (
-        ("method", "method", ""), ("l0_target", "target L0", ""), ("band", "latents", ""),
-        ("width", "width", "latents"), ("active", "active", "latents per token"),
-        ("share", "of all activity", "share"), ("never", "never fired", "latents"),
-    )  # fmt: skip
-    table = Table(
+    table = table_of(
         place.named("scales"),
         "Firing by scale. What each nested prefix adds to the one before it; first seed, last "
         "window of training.",
-        columns(*headings),
-        rows,
+        [(group, band) for group in nested for band in _bands(group)],
+        [
+            cell("method", "method", lambda row: row[0].method),
+            cell("l0_target", "target L0", lambda row: row[0].l0_target),
+            cell("band", "latents", lambda row: f"{row[1].first:,} to {row[1].end - 1:,}"),
+            cell("width", "width", lambda row: row[1].end - row[1].first, "latents"),
+            cell("active", "active", lambda row: row[1].active, "latents per token"),
+            cell("share", "of all activity", lambda row: row[1].share, "share"),
+            cell("never", "never fired", lambda row: row[1].never, "latents"),
+        ],
         folded=True,
     )
-    return [*_scale_figure(place, _drawn(nested)), table]
-
-
-def _scale_figure(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
-    scales = {g.method: next(a for a in g.saes if a.scales).scales for g in groups[:MOST_BARS]}
+    scales = {group.method: _bands(group) for group in _drawn(nested)[:MOST_BARS]}
     first = next(iter(scales.values()))
+    ends = [band.end for band in first]
     same = {
-        method: bands
+        method: [band.active for band in bands]
         for method, bands in scales.items()
-        if [b.end for b in bands] == [b.end for b in first]
+        if [band.end for band in bands] == ends
     }
     told = "; ".join(
-        f"{method}: {', '.join(number(band.active, 1) for band in bands)}"
-        for method, bands in same.items()
+        f"{m}: {', '.join(number(n, 1) for n in active)}" for m, active in same.items()
     )
-    return [
-        bars(
-            place.named("firing-by-scale"),
-            f"Active latents per token in what each nested prefix adds{_where(groups)}.",
-            f"Bars of active latents per token by scale. {told}.",
-            [f"{band.first:,}–{band.end - 1:,}" if i else f"0–{band.end - 1:,}"
-             for i, band in enumerate(first)],
-            {method: [band.active for band in bands] for method, bands in same.items()},
-            "latents, in the exported order",
-            "active per token",
-        )
-    ]  # fmt: skip
+    figure = bars(
+        place.named("firing-by-scale"),
+        f"Active latents per token in what each nested prefix adds{_where(_drawn(nested))}.",
+        f"Bars of active latents per token by scale. {told}.",
+        [f"{band.first:,}–{band.end - 1:,}" for band in first],
+        same,
+        "latents, in the exported order",
+        "active per token",
+    )
+    return [figure, table]
+
+
+def _bands(group: AnalysedGroup) -> Sequence[ScaleFiring]:
+    return next(analysis.scales for analysis in group.saes if analysis.scales)
 
 
 def _coactivation_blocks(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
@@ -282,13 +276,6 @@ def _coactivation_blocks(place: Place, groups: Sequence[AnalysedGroup]) -> list[
         return [
             Text("Co-activation against decoder cosine is not measured: no run kept activations.")
         ]
-    first = next(iter(found.values()))
-    labels = [f"{b.low:g} to {b.high:g}" for b in first]
-    rows: list[list[CellValue]] = [
-        [method, label, b.pairs, b.coactivation, b.together]
-        for method, bins in found.items()
-        for label, b in zip(labels, bins, strict=True)
-    ]
     told = "; ".join(
         f"{method} rises to {max((b.coactivation or 0.0) for b in bins):.3f}"
         for method, bins in found.items()
@@ -302,48 +289,50 @@ def _coactivation_blocks(place: Place, groups: Sequence[AnalysedGroup]) -> list[
             f"activations) of all pairs by decoder cosine; {note}. The co-activation penalty acts "
             "on the right-hand end.",
             f"Bars of mean co-activation by decoder cosine: {told}.",
-            labels,
+            [_bin(b) for b in next(iter(found.values()))],
             {method: [b.coactivation or 0.0 for b in bins] for method, bins in found.items()},
             "cosine of two decoder directions",
             "mean co-activation",
         ),
-        Table(
+        table_of(
             place.named("coactivation-table"),
             f"Co-activation by decoder cosine. On {note}. Only latents that fire there count.",
-            columns(
-                ("method", "method"),
-                ("cosine", "decoder cosine"),
-                ("pairs", "pairs"),
-                ("coactivation", "co-activation", "mean cosine of activations"),
-                ("together", "fire together", "share of pairs"),
-            ),
-            rows,
+            [(method, b) for method, bins in found.items() for b in bins],
+            [
+                cell("method", "method", lambda row: row[0]),
+                cell("cosine", "decoder cosine", lambda row: _bin(row[1])),
+                cell("pairs", "pairs", lambda row: row[1].pairs),
+                cell(
+                    "coactivation",
+                    "co-activation",
+                    lambda row: row[1].coactivation,
+                    "mean cosine of activations",
+                ),
+                cell("together", "fire together", lambda row: row[1].together, "share of pairs"),
+            ],
             folded=True,
         ),
     ]
 
 
-CONTEXT_LATENTS = 8
-"""Latents shown of each SAE."""
+def _bin(found: CosineBin) -> str:
+    return f"{found.low:g} to {found.high:g}"
 
 
 def contexts_section(
-    runs: Sequence[RunSource], by_place: Sequence[tuple[Place, Sequence[SAEAnalysis]]]
+    runs: Sequence[Source], by_place: Sequence[tuple[Place, Sequence[SAEAnalysis]]]
 ) -> Section | None:
     """Latents with the text that activates them; None when no run stored any."""
     blocks: list[Block] = []
     for run in runs:
         if run.demo is not None and run.demo.get("strongest_latents"):
-            latents = run.demo["strongest_latents"]
             blocks.append(Subheading(f"{run.label}: the latents that move the reconstruction most"))
-            blocks += _latents(latents)
+            blocks += latent_blocks(run.demo["strongest_latents"])
     for place, analyses in by_place:
-        for analysis in analyses:
-            sae = analysis.sae
+        for sae in (analysis.sae for analysis in analyses):
             latents = [] if is_variant(sae.method) else sae.contexts()
             if latents:
-                blocks.append(Subheading(place.titled(sae.name)))
-                blocks += _latents(latents)
+                blocks += [Subheading(place.titled(sae.name)), *latent_blocks(latents)]
     if not blocks:
         return None
     intro = Text(
@@ -353,6 +342,23 @@ def contexts_section(
     return Section("contexts", "Sample features in context", [intro, *blocks])
 
 
+def latent_blocks(latents: Sequence[Mapping[str, Any]]) -> Iterable[Block]:
+    """Stored latents in context."""
+    for latent in latents[:MOST_LATENTS]:
+        frequency, mean = latent.get("frequency"), latent.get("mean_activation")
+        parts = [f"latent {latent.get('latent')}"]
+        parts += [] if frequency is None else [f"fires on {float(frequency):.2%} of the tokens"]
+        parts += [] if mean is None else [f"mean {float(mean):.3g} when it does"]
+        contexts = [
+            Context(
+                *(str(context.get(part, "")) for part in ("before", "token", "after")),
+                activation=float(context.get("activation", 0.0)),
+            )
+            for context in latent.get("contexts") or []
+        ]
+        yield LatentContexts(", ".join(parts), contexts)
+
+
 def dashboards_section(dashboards: Sequence[tuple[str, str]]) -> Section:
     """Links to the SAEDashboard pages."""
     intro = Text(
@@ -360,24 +366,3 @@ def dashboards_section(dashboards: Sequence[tuple[str, str]]) -> Section:
         "this page."
     )
     return Section("dashboards", "Latents in SAEDashboard", [intro, Links(dashboards)])
-
-
-def _latents(latents: Sequence[Mapping[str, Any]]) -> Iterable[Block]:
-    for latent in latents[:CONTEXT_LATENTS]:
-        contexts = latent.get("contexts") or []
-        frequency, mean = latent.get("frequency"), latent.get("mean_activation")
-        parts = [f"latent {latent.get('latent')}"]
-        parts += [] if frequency is None else [f"fires on {float(frequency):.2%} of the tokens"]
-        parts += [] if mean is None else [f"mean {float(mean):.3g} when it does"]
-        yield LatentContexts(
-            ", ".join(parts),
-            [
-                Context(
-                    str(context.get("before", "")),
-                    str(context.get("token", "")),
-                    str(context.get("after", "")),
-                    float(context.get("activation", 0.0)),
-                )
-                for context in contexts
-            ],
-        )

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from msae_plugin.common.table import (
-    CellValue,
-    Table,
-    columns,
-    digits_for_difference,
-    number,
-    signed,
-)
+from msae_plugin.common.table import Table, digits_for_difference, number, signed
 from msae_plugin.comparison.ladder import BASELINE
-from msae_plugin.reporting.document import Block, Section, Text
-from msae_plugin.reporting.figures import (
-    Panel,
-    Style,
-    axis_label,
-    difference_plot,
-    panels,
-    seeds_shown,
-)
-from msae_plugin.reporting.measurements import (
-    BY_KEY,
-    LADDER,
-    LADDER_PLOTS,
+from msae_plugin.reporting.document import Block, Section, Text, cell, table_of
+from msae_plugin.reporting.figures import Style, difference_plot, panel_of, panels, seeds_shown
+from msae_plugin.reporting.results import (
+    HEADLINES,
     Difference,
     Group,
     Results,
+    column_of,
     differences,
     l0_note,
     sentence,
     wording,
 )
-from msae_plugin.reporting.sections.results import by_chance, column_of
+from msae_plugin.reporting.sections.results import by_chance
 
 THE_SOURCE = (
     "The source is an experiment log of ten runs on Gemma-2-2B, each one mechanism more than the "
@@ -55,66 +40,59 @@ _READING = {
 }
 # Not judged by a verdict: L0 is matched, and losses of different objectives are not comparable.
 _NOT_JUDGED = ("l0", "final_loss")
-_DRAWN = ("explained_variance", "f1", "loss_recovered", "probing_1")
+MOST_PLOTS = 7
+"""As many as the source drew."""
 
 
 def ladder_section(results: Results, styles: Mapping[str, Style]) -> Section | None:
     """The ladder of a comparison; None when no rung was measured."""
-    groups = results.groups
-    if not any(group.is_variant for group in groups):
+    if not results.variants:
         return None
-    roles = results.roles(LADDER[results.kind])
-    found = differences(results, list(roles.values()))
+    headlines = results.headlines("ladder")
+    found = differences(results, list(headlines.values()))
     blocks: list[Block] = [Text(THE_SOURCE), Text(by_chance(found))]
-    for part, title in _PARTS.items():
-        members = [group for group in groups if _belongs(group, part)]
-        if not any(group.is_variant for group in members):
+    for part, members_are in _PARTS.items():
+        members = [group for group in results.groups if group.fact("part") == part]
+        methods = {group.method for group in members if group.is_variant}
+        if not methods:
             continue
-        name = f"{results.name}-ladder-{part}"
-        blocks += [
-            _measured(name, f"{results.title}: {title}", results, members, roles),
-            _verdicts(part, f"{results.title}: {title}", results, members, roles, found),
-        ]
+        name, title = f"{results.name}-ladder-{part}", f"{results.title}: {members_are}"
+        blocks.append(_measured(name, title, results, members, headlines))
+        blocks.append(_verdicts(part, title, results, members, headlines, found))
         if part == "cumulative":
-            blocks += _evolution(name, results, members, roles)
-        else:
-            methods = {group.method for group in members if group.is_variant}
-            blocks += _drawn_differences(name, methods, results, found, roles, styles)
+            blocks += _evolution(name, results, members, headlines)
+            continue
+        for key, metric in results.headlines("drawn").items():
+            items = [
+                item
+                for item in found
+                if item.metric == metric and item.l0_target is not None and item.ours in methods
+            ]
+            figure = f"{name}-{key.replace('_', '-')}"
+            blocks += difference_plot(results, items, key, styles, name=figure)
     return Section(f"{results.name}-ladder", f"{results.title}: the source's ladder", blocks)
 
 
-def _belongs(group: Group, part: str) -> bool:
-    return group.fact("part") == part
-
-
 def _measured(
-    name: str, title: str, results: Results, members: Sequence[Group], roles: Mapping[str, str]
+    name: str, title: str, results: Results, members: Sequence[Group], headlines: Mapping[str, str]
 ) -> Table:
-    rows: list[list[CellValue]] = [
-        [
-            group.method,
-            group.l0_target,
-            len(group.saes),
-            group.fact("training_steps"),
-            *(group.spread(metric) for metric in roles.values()),
-        ]
-        for group in members
-    ]
-    return Table(
+    return table_of(
         name,
         f"{title}. Mean ± one standard deviation over seeds. Final losses of different "
         "objectives are not comparable.",
+        members,
         [
-            *columns(
-                ("method", "variant"),
-                ("l0_target", "target L0"),
-                ("seeds", "seeds"),
-                ("training_steps", "steps"),
+            cell("method", "variant"),
+            cell("l0_target", "target L0"),
+            cell("seeds", "seeds", lambda group: len(group.saes)),
+            cell("training_steps", "steps", lambda group: group.fact("training_steps")),
+            *(
+                (column_of(key, metric, results.definitions),
+                 lambda group, metric=metric: group.spread(metric))
+                for key, metric in headlines.items()
             ),
-            *(column_of(role, metric, results.definitions) for role, metric in roles.items()),
         ],
-        rows,
-    )
+    )  # fmt: skip
 
 
 def _verdicts(
@@ -122,42 +100,42 @@ def _verdicts(
     title: str,
     results: Results,
     members: Sequence[Group],
-    roles: Mapping[str, str],
+    headlines: Mapping[str, str],
     found: Sequence[Difference],
 ) -> Table:
     groups = {(group.method, group.l0_target): group for group in results.groups}
-    rows: list[list[CellValue]] = []
-    for group in members:
-        against = group.fact("against")
-        other = groups.get((str(against), group.l0_target))
-        items = [
-            item
-            for item in found
-            if (item.ours, item.theirs, item.l0_target) == (group.method, against, group.l0_target)
-        ]
-        rows.append(
-            [
-                group.method,
-                group.l0_target,
-                group.fact("mechanism") or "not recorded",
-                group.fact("claim") or "not in the source",
-                against or "–",
-                "–" if other is None else _cost(group, other),
-                _verdict(results, group, other, against, items, roles),
-            ]
-        )
-    headings = (
-        ("method", "variant"), ("l0_target", "target L0"), ("mechanism", "what it is"),
-        ("claim", "what it is for in the source"), ("against", "compared with"),
-        ("cost", "training time"), ("verdict", "verdict"),
-    )  # fmt: skip
-    return Table(
+
+    def other(group: Group) -> Group | None:
+        return groups.get((str(group.fact("against")), group.l0_target))
+
+    def cost(group: Group) -> str:
+        against = other(group)
+        return "–" if against is None else _cost(group, against)
+
+    def verdict(group: Group) -> str:
+        key = group.method, group.fact("against"), group.l0_target
+        items = [item for item in found if (item.ours, item.theirs, item.l0_target) == key]
+        return _verdict(results, group, other(group), items, headlines)
+
+    return table_of(
         f"{results.name}-ladder-{part}-verdicts",
         f"{title}: verdicts. A verdict rests on paired differences within seeds with 95 % "
         "intervals; training time is a multiple of the compared variant's."
         + _READING.get(part, ""),
-        columns(*headings),
-        rows,
+        members,
+        [
+            cell("method", "variant"),
+            cell("l0_target", "target L0"),
+            cell("mechanism", "what it is", lambda g: g.fact("mechanism") or "not recorded"),
+            cell(
+                "claim",
+                "what it is for in the source",
+                lambda group: group.fact("claim") or "not in the source",
+            ),
+            cell("against", "compared with", lambda group: group.fact("against") or "–"),
+            cell("cost", "training time", cost),
+            cell("verdict", "verdict", verdict),
+        ],
     )
 
 
@@ -172,33 +150,35 @@ def _verdict(
     results: Results,
     group: Group,
     other: Group | None,
-    against: str | None,
     items: Sequence[Difference],
-    roles: Mapping[str, str],
+    headlines: Mapping[str, str],
 ) -> str:
+    against = group.fact("against")
     if against is None:
         return "reference"
     if other is None:
         return f"not judged: {against} was not measured at this L0"
-    headings = {metric: BY_KEY[role].heading for role, metric in roles.items()}
-    judged = {metric for role, metric in roles.items() if role not in _NOT_JUDGED}
-    better: list[str] = []
-    worse: list[str] = []
-    neutral: list[str] = []
-    single: list[str] = []
-    undirected: list[str] = []
+    headings = {
+        metric: HEADLINES[key].heading
+        for key, metric in headlines.items()
+        if key not in _NOT_JUDGED
+    }
+    by_word: dict[str, list[str]] = {}
     for item in items:
-        higher = results.higher_is_better(item.metric)
-        if item.metric not in judged:
+        if item.metric not in headings:
             continue
+        higher = results.higher_is_better(item.metric)
         word = wording(item.found, higher)
         change = signed(item.found.mean, digits_for_difference([item.found.mean]))
-        if higher is None:
-            if word in ("higher", "lower"):
-                undirected.append(f"{headings[item.metric]} {word}, {change}")
-            continue
-        target = {"better": better, "worse": worse, "one pair": single}.get(word, neutral)
-        target.append(f"{headings[item.metric]} {change}")
+        if higher is not None:
+            by_word.setdefault(word, []).append(f"{headings[item.metric]} {change}")
+        elif word in ("higher", "lower"):
+            told = f"{headings[item.metric]} {word}, {change}"
+            by_word.setdefault("undirected", []).append(told)
+    better, worse, single, undirected = (
+        by_word.get(word, []) for word in ("better", "worse", "one pair", "undirected")
+    )
+    neutral = by_word.get("no difference shown", [])
     # What no direction judges is told all the same: lower overlap is what some mechanisms are for.
     beside = f"; beside that: {', '.join(undirected)}" if undirected else ""
     note = l0_note(results, [(group, other)])
@@ -210,9 +190,8 @@ def _verdict(
         if not note:
             count = f"{len(neutral)} metric{'s' * (len(neutral) > 1)}"
             return f"neutral: no difference shown in {count}{beside}"
-    parts = ([f"better in {', '.join(better)}"] if better else []) + (
-        [f"worse in {', '.join(worse)}"] if worse else []
-    )
+    parts = [f"better in {', '.join(better)}"] if better else []
+    parts += [f"worse in {', '.join(worse)}"] if worse else []
     if neutral:
         parts.append(f"no difference shown in {len(neutral)} other{'s' * (len(neutral) > 1)}")
     word = "mixed" if better and worse else "helps" if better else "harmful"
@@ -223,10 +202,9 @@ def _verdict(
 
 
 def _evolution(
-    name: str, results: Results, members: Sequence[Group], roles: Mapping[str, str]
+    name: str, results: Results, members: Sequence[Group], headlines: Mapping[str, str]
 ) -> list[Block]:
     """The source's plots: a metric along the runs, one by one and together, for each L0."""
-    chosen = dict(list(roles.items())[:LADDER_PLOTS])
     blocks: list[Block] = []
     targets = list(dict.fromkeys(group.l0_target for group in members))
     for l0 in targets:
@@ -240,49 +218,14 @@ def _evolution(
         where = "" if l0 is None else f" at L0 {number(l0, 0)}"
         suffix = f"-l0-{l0:g}" if len(targets) > 1 and l0 is not None else ""
         shown = {
-            role: Panel(
-                axis_label(BY_KEY[role].heading, results.definitions.get(metric)),
-                BY_KEY[role].heading,
-                [list(group.values(metric).values()) for group in rungs],
-            )
-            for role, metric in chosen.items()
+            key: panel_of(results, key, metric, rungs)
+            for key, metric in list(headlines.items())[:MOST_PLOTS]
         }
-        drawn = [
-            panels(
-                f"{name}{suffix}-{role.replace('_', '-')}",
-                f"{sentence(panel.told)} along the source's runs{where}.{seeds_shown(results)}",
-                labels, [panel], "baseline and the source's runs",
-            )
-            for role, panel in shown.items()
-        ] + [
-            panels(
-                f"{name}{suffix}-combined",
-                f"The ladder{where}: all metrics along the source's runs.{seeds_shown(results)}",
-                labels, list(shown.values()), "baseline and the source's runs",
-            )
-        ]  # fmt: skip
-        blocks += [figure for figures in drawn for figure in figures]
-    return blocks
-
-
-def _drawn_differences(
-    name: str,
-    members: Collection[str],
-    results: Results,
-    found: Sequence[Difference],
-    roles: Mapping[str, str],
-    styles: Mapping[str, Style],
-) -> list[Block]:
-    blocks: list[Block] = []
-    for role in _DRAWN:
-        if role not in roles:
-            continue
-        items = [
-            item
-            for item in found
-            if item.metric == roles[role] and item.l0_target is not None and item.ours in members
-        ]
-        blocks += difference_plot(
-            results, items, role, styles, name=f"{name}-{role.replace('_', '-')}"
-        )
+        runs, seeds = "baseline and the source's runs", seeds_shown(results)
+        for key, panel in shown.items():
+            figure = f"{name}{suffix}-{key.replace('_', '-')}"
+            caption = f"{sentence(panel.told)} along the source's runs{where}.{seeds}"
+            blocks += panels(figure, caption, labels, [panel], runs)
+        caption = f"The ladder{where}: all metrics along the source's runs.{seeds}"
+        blocks += panels(f"{name}{suffix}-combined", caption, labels, list(shown.values()), runs)
     return blocks

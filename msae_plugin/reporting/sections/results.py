@@ -8,185 +8,32 @@ from typing import Any
 
 import pandas as pd
 
-from msae_plugin.common.table import (
-    CellValue,
-    Column,
-    Table,
-    columns,
-    digits_for_difference,
-    signed,
-    spread,
-)
+from msae_plugin.common.table import CellValue, Column, Table, digits_for_difference, signed, spread
 from msae_plugin.comparison.statistics import CONFIDENCE, PairedDifference
-from msae_plugin.reporting.document import Block, Facts, Section, Subheading, Text
+from msae_plugin.reporting.answer import interval
+from msae_plugin.reporting.document import Block, Facts, Section, Subheading, Text, cell, table_of
 from msae_plugin.reporting.figures import (
-    Panel,
     Style,
-    axis_label,
     difference_plot,
+    panel_of,
     panels,
     pareto,
     seeds_shown,
 )
-from msae_plugin.reporting.measurements import (
-    BY_KEY,
-    PARETO,
-    ROLES,
+from msae_plugin.reporting.results import (
+    HEADLINES,
     Definition,
     Difference,
     Group,
+    Lead,
     Missing,
     Results,
-    difference,
+    column_of,
     differences,
+    leads,
     wording,
 )
 
-JUDGED = (
-    "explained_variance", "loss_recovered", "kl", "f1", "mcc", "uniqueness", "alive", "dead",
-    "decoder_cosine", "probing_1", "probing_5", "sae_probes_1", "unlearning",
-)  # fmt: skip
-"""Roles that are compared pairwise."""
-DRAWN = ("explained_variance", "loss_recovered", "f1", "mcc", "probing_1")
-"""Roles whose differences are drawn too."""
-
-
-def column_of(role: str, metric: str, definitions: Mapping[str, Definition]) -> Column:
-    """The column of a metric: heading by its role, unit and direction under it."""
-    definition = definitions.get(metric)
-    if definition is None:
-        return Column(metric, BY_KEY[role].heading)
-    detail = f"{definition.unit} {definition.arrow}".strip()
-    return Column(metric, BY_KEY[role].heading, "" if detail == "none" else detail)
-
-
-def described(item: Difference, higher_is_better: bool | None) -> str:
-    """A difference in words, with its interval and what must be known of it."""
-    text = described_difference(item.found, higher_is_better)
-    return f"{text}; {item.l0_note}" if item.l0_note else text
-
-
-def described_difference(found: PairedDifference, higher_is_better: bool | None) -> str:
-    """A word, the mean difference and its interval."""
-    if found.low is None or found.high is None:
-        digits = digits_for_difference([found.mean])
-        return f"one pair, hence no interval ({signed(found.mean, digits)})"
-    digits = digits_for_difference([found.mean, found.low, found.high])
-    return (
-        f"{wording(found, higher_is_better)}, {signed(found.mean, digits)} "
-        f"[{signed(found.low, digits)}, {signed(found.high, digits)}]"
-    )
-
-
-def differences_section(results: Results, styles: Mapping[str, Style]) -> Section | None:
-    """Paired differences to the reference; None where seeds do not pair methods."""
-    roles = results.roles(JUDGED)
-    if results.seeds_are == "evaluation seeds" or not roles:
-        return None
-    found = differences(results, list(roles.values()))
-    if not any(item.found.low is not None for item in found):
-        return None
-    variants = results.variants()
-    main = [item for item in found if item.ours not in variants]
-    by_metric = {metric: role for role, metric in roles.items()}
-    others = list(dict.fromkeys(item.theirs for item in main)) or ["what it is compared with"]
-    blocks: list[Block] = [
-        Text(
-            f"Each method minus {' or '.join(others)}, within pairs of the same seed and target "
-            f"L0, with Student's intervals at 95 %. A difference whose interval holds "
-            f"zero is no win and no loss. {by_chance(found)}"
-        ),
-    ]
-    blocks += [_scorecard(results, main, by_metric)] if main else []
-    for role in DRAWN:
-        if role in roles:
-            drawn = [item for item in main if item.metric == roles[role]]
-            blocks += difference_plot(results, drawn, role, styles)
-    blocks.append(_difference_table(results, found, by_metric))
-    return Section(f"{results.name}-differences", f"{results.title}: paired differences", blocks)
-
-
-def by_chance(found: Sequence[Difference]) -> str:
-    """How many differences an interval of this confidence shows where there is none."""
-    tried = sum(item.found.low is not None for item in found)
-    return (
-        f"Intervals are not corrected for the number of comparisons: of {tried} here about "
-        f"{(1 - CONFIDENCE) * tried:.0f} would be shown by chance if no method differed from any."
-    )
-
-
-def _scorecard(results: Results, found: Sequence[Difference], roles: Mapping[str, str]) -> Table:
-    """A word per method and metric, over all L0s where there are several."""
-    metrics = list(dict.fromkeys(item.metric for item in found))
-    # The one over all L0s comes last, and is what is kept.
-    chosen = {(item.ours, item.theirs, item.metric): item for item in found}
-    rows: list[list[CellValue]] = []
-    for ours, theirs in dict.fromkeys((item.ours, item.theirs) for item in found):
-        cells: list[CellValue] = [ours, theirs]
-        for metric in metrics:
-            item = chosen.get((ours, theirs, metric))
-            if item is None:
-                cells.append(None)
-            elif item.l0_note:
-                cells.append("L0 not matched")
-            else:
-                cells.append(wording(item.found, results.higher_is_better(metric)))
-        rows.append(cells)
-    return Table(
-        f"{results.name}-scorecard",
-        f"{results.title}: what the differences show. Over all target L0s that two methods share. "
-        "L0 not matched: measured more than 10 % apart. One pair: no interval, nothing is shown.",
-        [
-            *columns(("method", "method"), ("against", "against")),
-            *(column_of(roles[metric], metric, results.definitions) for metric in metrics),
-        ],
-        rows,
-    )
-
-
-def _difference_table(
-    results: Results, found: Sequence[Difference], roles: Mapping[str, str]
-) -> Table:
-    rows: list[list[CellValue]] = []
-    for item in found:
-        low, high, mean = item.found.low, item.found.high, item.found.mean
-        values = [mean] if low is None or high is None else [mean, low, high]
-        digits = digits_for_difference(values)
-        interval = (
-            "no interval: one pair"
-            if low is None or high is None
-            else f"[{signed(low, digits)}, {signed(high, digits)}]"
-        )
-        rows.append(
-            [
-                item.ours,
-                item.theirs,
-                "all" if item.l0_target is None else f"{item.l0_target:g}",
-                BY_KEY[roles[item.metric]].heading,
-                mean,
-                interval,
-                item.found.n_pairs,
-                wording(item.found, results.higher_is_better(item.metric)),
-                item.l0_note or "–",
-            ]
-        )
-    headings = (
-        ("method", "method"), ("against", "against"), ("l0_target", "target L0"),
-        ("metric", "metric"), ("difference", "difference"), ("interval", "95 % interval"),
-        ("pairs", "pairs"), ("shown", "what is shown"), ("note", "note"),
-    )  # fmt: skip
-    if all(row[-1] == "–" for row in rows):
-        headings, rows = headings[:-1], [row[:-1] for row in rows]
-    return Table(
-        f"{results.name}-difference-table",
-        f"{results.title}: every paired difference.",
-        [replace(column, signed=column.key == "difference") for column in columns(*headings)],
-        rows,
-        folded=True,
-    )
-
-
-HEADLINE = tuple(role.key for role in ROLES)
 _FIRST = ("model.name", "seeds", "device")
 _FIRST_PARTS = ("data.", "protocol.")
 MOST_METHODS_OPEN = 14
@@ -201,8 +48,7 @@ def protocol_section(measured: Sequence[Results]) -> Section:
     """Who was compared, on what, with how much."""
     blocks: list[Block] = []
     for results in measured:
-        blocks += [Subheading(results.title), Text(_extent(results))]
-        blocks += _facts(results)
+        blocks += [Subheading(results.title), Text(_extent(results)), *_facts(results)]
         blocks += [_methods_table(results)] if len(results.frame) else []
     return Section("compared", "What was compared", blocks)
 
@@ -213,20 +59,18 @@ def _facts(results: Results) -> list[Facts]:
         fact for fact in results.facts if fact[0] in _FIRST or fact[0].startswith(_FIRST_PARTS)
     ]
     rest = [fact for fact in results.facts if fact not in first]
-    found = [Facts(first)] if first else []
     heading = f"{results.title}: configuration and versions ({len(rest)} entries)"
-    return found + ([Facts(rest, heading)] if rest else [])
+    return [*([Facts(first)] if first else []), *([Facts(rest, heading)] if rest else [])]
 
 
 def _extent(results: Results) -> str:
     saes = results.saes
-    seeds, targets = (
-        sorted(saes["seed"].dropna().unique()),
-        sorted(saes["l0_target"].dropna().unique()),
-    )
+    seeds = sorted(saes["seed"].dropna().unique())
+    targets = sorted(saes["l0_target"].dropna().unique())
+    methods = saes["method"].nunique()
     parts = [
-        f"{len(saes)} {'rows' if results.seeds_are == 'evaluation seeds' else 'SAEs'}",
-        f"{saes['method'].nunique()} methods",
+        f"{len(saes)} {'SAEs' if results.over_training_seeds else 'rows'}",
+        f"{methods} method{'s' * (methods != 1)}",
         f"{results.seeds_are} {', '.join(map(str, seeds))}" if seeds else "no seed recorded",
         f"target L0 {', '.join(f'{l0:g}' for l0 in targets)}" if targets else "no target L0",
     ]
@@ -234,36 +78,56 @@ def _extent(results: Results) -> str:
 
 
 def _methods_table(results: Results) -> Table:
+    searched = any(results.saes["search_tokens"])
     by_method: dict[str, list[pd.DataFrame]] = {}
     for group in results.groups:
         by_method.setdefault(group.method, []).append(group.saes)
-    told = ("architecture", "preset", "control", "l0_target", "seed", "lr")
-    counted = ("training_steps", "training_tokens", "search_tokens", "seconds")
-    rows: list[list[CellValue]] = []
-    for method, groups in by_method.items():
-        saes = pd.concat(groups)
-        if any(results.saes["search_tokens"]):
-            saes = saes.assign(search_tokens=[n or 0 for n in saes["search_tokens"]])
-        else:
-            saes = saes.assign(search_tokens=None)
-        texts = [_distinct(saes[fact]) for fact in told]
-        rows.append([method, *texts, *(_recorded(saes[fact]) for fact in counted)])
-    headings = (
-        ("method", "method"), ("architecture", "architecture"), ("preset", "preset"),
-        ("control", "control for"), ("l0_target", "target L0"), ("seeds", "seeds"),
-        ("lr", "learning rate"), ("training_steps", "steps"), ("training_tokens", "tokens"),
-        ("search_tokens", "tokens of the search"), ("seconds", "seconds"),
-    )  # fmt: skip
-    # Columns about which the data says nothing are left out.
-    kept = [i for i in range(len(headings)) if any(row[i] not in (None, "–") for row in rows)]
-    return Table(
+    saes = {method: pd.concat(parts) for method, parts in by_method.items()}
+
+    def told(fact: str, heading: str, key: str = "") -> Any:
+        return cell(key or fact, heading, lambda method: _distinct(saes[method][fact]))
+
+    def counted(key: str, heading: str) -> Any:
+        def value(method: str) -> CellValue:
+            column = saes[method][key]
+            if key == "search_tokens":
+                return _recorded([n or 0 for n in column]) if searched else None
+            return _recorded(column)
+
+        return cell(key, heading, value)
+
+    table = table_of(
         f"{results.name}-methods",
         f"{results.title}: methods and their budgets. Per SAE; where SAEs differ, mean ± one "
-        "standard deviation."
-        + (" Seconds are those of the machine at hand." if len(headings) - 1 in kept else ""),
-        columns(*(headings[place] for place in kept)),
-        [[row[place] for place in kept] for row in rows],
-        folded=len(rows) > MOST_METHODS_OPEN,
+        "standard deviation.",
+        list(saes),
+        [
+            cell("method", "method", str),
+            told("architecture", "architecture"),
+            told("preset", "preset"),
+            told("control", "control for"),
+            told("l0_target", "target L0"),
+            told("seed", "seeds", "seeds"),
+            told("lr", "learning rate"),
+            counted("training_steps", "steps"),
+            counted("training_tokens", "tokens"),
+            counted("search_tokens", "tokens of the search"),
+            counted("seconds", "seconds"),
+        ],
+        folded=len(saes) > MOST_METHODS_OPEN,
+    )
+    # Columns about which the data says nothing are left out.
+    kept = [
+        place
+        for place in range(len(table.columns))
+        if any(row[place] not in (None, "–") for row in table.rows)
+    ]
+    seconds = " Seconds are those of the machine at hand."
+    return replace(
+        table,
+        caption=table.caption + (seconds if len(table.columns) - 1 in kept else ""),
+        columns=[table.columns[place] for place in kept],
+        rows=[[row[place] for place in kept] for row in table.rows],
     )
 
 
@@ -280,90 +144,105 @@ def _recorded(values: Iterable[float | None]) -> CellValue:
 
 def results_section(results: Results, styles: Mapping[str, Style]) -> Section:
     """The headline table, the fronts, and the table of single SAEs."""
-    roles = results.roles(HEADLINE)
+    headlines = results.headlines()
     blocks: list[Block] = []
-    if results.seeds_are == "evaluation seeds":
-        blocks.append(Text(EVALUATION_SEEDS_ONLY))
+    if results.over_training_seeds:
+        found = leads(results, "drawn")
+        blocks += [_leads_table(results, found)] if found else []
     else:
-        leaders = _leaders(results)
-        blocks += [] if leaders is None else [leaders]
-    measured = [column_of(role, metric, results.definitions) for role, metric in roles.items()]
+        blocks.append(Text(EVALUATION_SEEDS_ONLY))
     groups = [group for group in results.groups if not group.is_variant]
-    rows: list[list[CellValue]] = [
-        [_label(group), group.l0_target, len(group.saes)]
-        + [group.spread(metric) for metric in roles.values()]
-        for group in groups
+    blocks.append(headline_table(results))
+    unfilled = [
+        entry.heading
+        for key, entry in HEADLINES.items()
+        if results.kind in entry.expected and key not in headlines
     ]
-    blocks.append(
-        Table(
-            f"{results.name}-headline",
-            f"{results.title}: mean ± one standard deviation over {results.seeds_are}.",
-            [
-                *columns(("method", "method"), ("l0_target", "target L0"), ("seeds", "seeds")),
-                *measured,
-            ],
-            rows,
-        )
-    )
-    unfilled = [BY_KEY[key].heading for key in _expected(results) if key not in roles]
     if unfilled:
         blocks.append(Text(f"Not measured in this data: {', '.join(unfilled)}."))
-    l0 = roles.get("l0")
     drawn: list[Block] = []
-    for role in PARETO:
-        if role in roles and len(groups) > 1:
-            drawn += pareto(results, role, roles[role], l0, styles)
-    if not drawn and len(groups) > 1:
-        drawn = _at_one_l0(results, groups, roles)
-    blocks += drawn
-    blocks.append(_single_saes(results, list(roles.values()), measured))
+    fronts = results.headlines("front")
+    if len(groups) > 1:
+        for key, metric in fronts.items():
+            drawn += pareto(results, key, metric, headlines.get("l0"), styles)
+        # Without a second L0 there is no front: the metrics method by method.
+        drawn = drawn or [
+            *panels(
+                f"{results.name}-metrics",
+                f"{results.title}: metrics by method, at a single L0 each.{seeds_shown(results)}",
+                [group.label for group in groups],
+                [panel_of(results, key, metric, groups) for key, metric in fronts.items()],
+                "",
+                connected=False,
+            )
+        ]
+    blocks += [*drawn, _single_saes(results)]
     return Section(f"{results.name}-results", f"{results.title}: results", blocks)
 
 
-def _at_one_l0(results: Results, groups: Sequence[Group], roles: Mapping[str, str]) -> list[Block]:
-    """Without a second L0 there is no front: the metrics method by method."""
-    return [
-        *panels(
-            f"{results.name}-metrics",
-            f"{results.title}: metrics by method, at a single L0 each.{seeds_shown(results)}",
-            [_label(group) for group in groups],
-            [
-                Panel(
-                    axis_label(BY_KEY[role].heading, results.definitions.get(roles[role])),
-                    BY_KEY[role].heading,
-                    [list(group.values(roles[role]).values()) for group in groups],
-                )
-                for role in PARETO
-                if role in roles
-            ],
-            "",
-            connected=False,
-        )
-    ]
+def headline_table(results: Results) -> Table:
+    """Means over seeds by method and L0; the best of a column where that is shown."""
+    groups = [group for group in results.groups if not group.is_variant]
+    headlines = results.headlines()
+    best = best_shown(results, groups)
+    marked = {(y, 3 + x) for y, key in best for x, name in enumerate(headlines) if name == key}
+    again = _measured_twice(results, headlines.values())
+    table = table_of(
+        f"{results.name}-headline",
+        f"{results.title}: mean ± one standard deviation over {results.seeds_are}."
+        + (" Bold: the best at its L0, by a paired difference to the next that is shown." if best
+           else "")
+        + (f" Measured twice, by other rules, and in the list of every metric: {again}." if again
+           else ""),
+        groups,
+        [
+            cell("method", "method", "label"),
+            cell("l0_target", "target L0"),
+            cell("seeds", "seeds", lambda group: len(group.saes)),
+            *(
+                (column_of(key, metric, results.definitions),
+                 lambda group, metric=metric: group.spread(metric))
+                for key, metric in headlines.items()
+            ),
+        ],
+    )  # fmt: skip
+    return replace(table, best=frozenset(marked))
 
 
-def _label(group: Group) -> str:
-    return group.method if group.fact("control") is None else f"{group.method} (control)"
+def best_shown(results: Results, groups: Sequence[Group]) -> set[tuple[int, str]]:
+    """Place among the groups and headline, of every best whose lead over the next is shown."""
+    found = leads(results, "judged") if results.over_training_seeds else []
+    return {(groups.index(lead.best), lead.key) for lead in found if lead.shown}
 
 
-def _expected(results: Results) -> tuple[str, ...]:
-    if results.kind == "ground_truth":
-        return ("l0", "explained_variance", "f1", "mcc", "uniqueness")
-    return ("l0", "explained_variance", "loss_recovered", "probing_1")
+def _measured_twice(results: Results, shown: Iterable[str]) -> str:
+    """Headings that another evaluation here measured too, and whose number is not the one shown."""
+    others = [metric for metric in results.metrics if metric not in set(shown)]
+    headlines = results.headlines()
+    return ", ".join(
+        f"{HEADLINES[key].heading} ({metric}, not {other})"
+        for key, metric in headlines.items()
+        for other in others
+        if other.rpartition("/")[2] in HEADLINES[key].names and not other.startswith("training/")
+    )
 
 
-def _single_saes(results: Results, metrics: Sequence[str], measured: Sequence[Column]) -> Table:
+def _single_saes(results: Results) -> Table:
+    headlines = results.headlines()
+    measured = [column_of(key, metric, results.definitions) for key, metric in headlines.items()]
     return Table(
         f"{results.name}-saes",
         f"{results.title}: every row. All its metrics are in "
         f"tables/{results.name}-all-metrics.csv.",
         [
-            *columns(("name", "SAE"), ("method", "method"), ("l0_target", "target L0")),
+            Column("name", "SAE"),
+            Column("method", "method"),
+            Column("l0_target", "target L0", absent="none"),
             Column("seed", "seed", absent="none"),
             *measured,
         ],
         [
-            [*facts, *(values.get(metric) for metric in metrics)]
+            [*facts, *(values.get(metric) for metric in headlines.values())]
             for facts, values in _by_sae(results)
         ],
         folded=True,
@@ -388,105 +267,206 @@ def all_metrics_table(results: Results) -> Table:
     )
 
 
-def _leaders(results: Results) -> Table | None:
-    """For each target L0 and metric who has the best mean, and whether it differs from the next.
+def _leads_table(results: Results, found: Sequence[Lead]) -> Table:
+    """For each target L0 and metric who has the best mean, and whether it differs from the next."""
 
-    Controls and the ladder's variants are left out: among fifty, one is always ahead by chance. So
-    is what missed its L0: whoever fires ten times as often reconstructs better.
-    """
-    groups = [
-        group
-        for group in results.groups
-        if group.fact("control") is None
-        and not group.is_variant
-        and all(missed is None for missed in group.saes["l0_missed"])
-    ]
-    rows: list[list[CellValue]] = []
-    for l0 in dict.fromkeys(group.l0_target for group in groups):
-        for role, metric in results.roles(DRAWN).items():
-            higher = results.higher_is_better(metric)
-            if higher is None:
-                continue
-            known = [group for group in groups if group.l0_target == l0]
-            ranked = sorted(
-                ((mean, group) for group in known if (mean := group.mean(metric)) is not None),
-                key=lambda pair: pair[0],
-                reverse=higher,
-            )
-            if len(ranked) < 2:
-                continue
-            (mean, best), (next_mean, second) = ranked[:2]
-            compared = difference(results, [(best, second)], metric)
-            shown = "no seed in common" if compared is None else described(compared, higher)
-            where = None if l0 is None else f"{l0:g}"
-            rows.append(
-                [BY_KEY[role].heading, where, best.method, mean, second.method, next_mean, shown]
-            )
-    if not rows:
-        return None
-    headings = (
-        ("metric", "metric"), ("l0_target", "target L0"), ("best", "best mean"), ("mean", "value"),
-        ("next", "next"), ("next_mean", "value"), ("lead", "is the lead shown?"),
-    )  # fmt: skip
-    return Table(
+    def shown(lead: Lead) -> str:
+        if lead.found is None:
+            return "no seed in common"
+        text = described_difference(lead.found.found, results.higher_is_better(lead.metric))
+        return f"{text}; {lead.found.l0_note}" if lead.found.l0_note else text
+
+    return table_of(
         f"{results.name}-leaders",
         f"{results.title}: who is ahead, and whether it is shown. Difference of best and next "
         "within seeds, with its 95 % interval. Methods that missed the target L0 are left out.",
-        columns(*headings),
-        rows,
+        found,
+        [
+            cell("metric", "metric", lambda lead: HEADLINES[lead.key].heading),
+            cell(
+                "l0_target",
+                "target L0",
+                lambda lead: None if lead.l0_target is None else f"{lead.l0_target:g}",
+            ),
+            cell("best", "best mean", "best.method"),
+            cell("mean", "value", lambda lead: lead.best.mean(lead.metric)),
+            cell("next", "next", "second.method"),
+            cell("next_mean", "value", lambda lead: lead.second.mean(lead.metric)),
+            cell("lead", "is the lead shown?", shown),
+        ],
     )
 
 
-def missing_section(missing: Sequence[Missing], absent: Sequence[str]) -> Section:
-    """Failed, skipped, not measurable and not recorded, with reasons."""
+def described_difference(found: PairedDifference, higher_is_better: bool | None) -> str:
+    """A word, the mean difference and its interval."""
+    if found.low is None:
+        return f"one pair, hence no interval ({interval(found)})"
+    return f"{wording(found, higher_is_better)}, {interval(found)}"
+
+
+def differences_section(results: Results, styles: Mapping[str, Style]) -> Section | None:
+    """Paired differences to the reference; None where seeds do not pair methods."""
+    headlines = results.headlines("judged")
+    if not results.over_training_seeds or not headlines:
+        return None
+    found = differences(results, list(headlines.values()))
+    if not any(item.found.low is not None for item in found):
+        return None
+    main = [item for item in found if item.ours not in results.variants]
+    others = list(dict.fromkeys(item.theirs for item in main)) or ["what it is compared with"]
+    over_sets = any(item.over == "data sets" for item in found)
+    blocks: list[Block] = [
+        Text(
+            f"Each method minus {' or '.join(others)}, within pairs of the same seed and target "
+            f"L0, with Student's intervals at 95 %. A difference whose interval holds "
+            f"zero is no win and no loss. {by_chance(found)}"
+            + (" With one seed, the pairs are the data sets of an evaluation: that says which of "
+               "these SAEs is better, not which method." if over_sets else "")
+        ),
+    ]  # fmt: skip
+    blocks += [_scorecard(results, main, headlines)] if main else []
+    for key, metric in results.headlines("drawn").items():
+        drawn = [item for item in main if item.metric == metric]
+        blocks += difference_plot(results, drawn, key, styles)
+    blocks.append(_difference_table(results, found, headlines))
+    return Section(f"{results.name}-differences", f"{results.title}: paired differences", blocks)
+
+
+def by_chance(found: Sequence[Difference]) -> str:
+    """How many differences an interval of this confidence shows where there is none."""
+    tried = sum(item.found.low is not None for item in found)
+    return (
+        f"Intervals are not corrected for the number of comparisons: of {tried} here about "
+        f"{(1 - CONFIDENCE) * tried:.0f} would be shown by chance if no method differed from any."
+    )
+
+
+def _scorecard(
+    results: Results, found: Sequence[Difference], headlines: Mapping[str, str]
+) -> Table:
+    """A word per method and metric, over all L0s where there are several."""
+    # The one over all L0s comes last, and is what is kept.
+    chosen = {(item.ours, item.theirs, item.metric): item for item in found}
+
+    def word(pair: tuple[str, str], metric: str) -> str | None:
+        item = chosen.get((*pair, metric))
+        if item is None or item.l0_note:
+            return None if item is None else "L0 not matched"
+        return wording(item.found, results.higher_is_better(metric))
+
+    return table_of(
+        f"{results.name}-scorecard",
+        f"{results.title}: what the differences show. Over all target L0s that two methods share. "
+        "L0 not matched: measured more than 10 % apart. One pair: no interval, nothing is shown.",
+        list(dict.fromkeys((item.ours, item.theirs) for item in found)),
+        [
+            cell("method", "method", lambda pair: pair[0]),
+            cell("against", "against", lambda pair: pair[1]),
+            *(
+                (column_of(key, metric, results.definitions),
+                 lambda pair, metric=metric: word(pair, metric))
+                for key, metric in headlines.items()
+                if any(item.metric == metric for item in found)
+            ),
+        ],
+    )  # fmt: skip
+
+
+def _difference_table(
+    results: Results, found: Sequence[Difference], headlines: Mapping[str, str]
+) -> Table:
+    headings = {metric: HEADLINES[key].heading for key, metric in headlines.items()}
+
+    def ends(item: Difference) -> str:
+        low, high, mean = item.found.low, item.found.high, item.found.mean
+        if low is None or high is None:
+            return "no interval: one pair"
+        digits = digits_for_difference([mean, low, high])
+        return f"[{signed(low, digits)}, {signed(high, digits)}]"
+
+    noted = any(item.l0_note for item in found)
+    return table_of(
+        f"{results.name}-difference-table",
+        f"{results.title}: every paired difference.",
+        found,
+        [
+            cell("method", "method", "ours"),
+            cell("against", "against", "theirs"),
+            cell(
+                "l0_target",
+                "target L0",
+                lambda item: "all" if item.l0_target is None else f"{item.l0_target:g}",
+            ),
+            cell("metric", "metric", lambda item: headings[item.metric]),
+            cell("difference", "difference", "found.mean", signed=True),
+            cell("interval", "95 % interval", ends),
+            cell("pairs", "pairs", "found.n_pairs"),
+            cell(
+                "shown",
+                "what is shown",
+                lambda item: wording(item.found, results.higher_is_better(item.metric)),
+            ),
+            *([cell("note", "note", lambda item: item.l0_note or "–")] if noted else []),
+        ],
+        folded=True,
+    )
+
+
+def missing_section(missing: Sequence[Missing], gaps: Sequence[str]) -> Section:
+    """Failed, skipped, not measurable and not recorded, with reasons.
+
+    Args:
+        missing: What was asked for and is not there.
+        gaps: What a page like this usually shows and nothing was given for.
+    """
     blocks: list[Block] = []
     if missing:
-        headings = (
-            ("where", "where"), ("what", "what"), ("status", "status"), ("reason", "reason"),
-        )  # fmt: skip
-        table = Table(
+        table = table_of(
             "not-measured",
             "What was to be measured and was not.",
-            columns(*headings),
-            [[item.where, item.what, item.status, item.reason] for item in missing],
+            missing,
+            [
+                cell("where", "where"),
+                cell("what", "what"),
+                cell("status", "status"),
+                cell("reason", "reason"),
+            ],
         )
         blocks.append(table)
     else:
-        blocks.append(Text("Everything that was to be measured was measured."))
-    if absent:
-        blocks.append(Text(f"No data was given for: {', '.join(absent)}."))
+        blocks.append(Text("Nothing that was asked for failed or was skipped."))
+    if gaps:
+        blocks.append(Text(f"No data was given for: {', '.join(gaps)}."))
     return Section("missing", "What was not measured", blocks)
 
 
 def definitions_section(measured: Sequence[Results]) -> Section | None:
     """Every metric that appears, defined once; None without metrics."""
     found: dict[Definition, list[str]] = {}
-    undefined: dict[str, None] = {}
+    undefined: dict[Definition, None] = {}
     for results in measured:
         for metric in results.metrics:
             definition = results.definitions.get(metric)
             if definition is None:
-                undefined[metric] = None
+                undefined[Definition(metric)] = None
             else:
                 found.setdefault(definition, []).append(results.title)
     if not found and not undefined:
         return None
-    rows: list[Sequence[CellValue]] = [
-        [d.name, d.definition, d.unit or "not recorded", d.direction, d.tokens or "not recorded",
-         d.source or "not recorded", "; ".join(where)]
-        for d, where in found.items()
-    ]  # fmt: skip
-    rows += [[name, "no definition was given", *["not recorded"] * 5] for name in undefined]
-    headings = (
-        ("metric", "metric"), ("definition", "definition"), ("unit", "unit"),
-        ("better", "better is"), ("tokens", "measured on"), ("source", "whose number"),
-        ("where", "in"),
-    )  # fmt: skip
-    table = Table(
+    unknown = "not recorded"
+    table = table_of(
         "definitions",
         "Every metric of this report. `saebench` numbers are SAEBench's own under its names; "
         "`msae` numbers are computed by msae_plugin.",
-        columns(*headings),
-        rows,
+        [*found, *undefined],
+        [
+            cell("metric", "metric", "name"),
+            cell("definition", "definition"),
+            cell("unit", "unit", lambda item: item.unit or unknown),
+            cell("better", "better is", lambda i: unknown if i in undefined else i.direction),
+            cell("tokens", "measured on", lambda item: item.tokens or unknown),
+            cell("source", "whose number", lambda item: item.source or unknown),
+            cell("where", "in", lambda item: "; ".join(found.get(item, [])) or unknown),
+        ],
     )
     return Section("definitions-section", "Definitions", [table])

@@ -1,108 +1,117 @@
-"""Training runs and their curves."""
+"""Training: the runs, their curves, and what revival and AuxK do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from msae_plugin.common.table import CellValue, Table, columns
-from msae_plugin.reporting.document import Block, Bullets, Place, Section, Text, slug
-from msae_plugin.reporting.figures import Style, curves
-from msae_plugin.reporting.measurements import Missing
-from msae_plugin.reporting.sources import RunSource, Sources, TrainedSAE, is_variant, run_l0_target
-from msae_plugin.saes.health import recorded_messages
+from msae_plugin.common.table import CellValue, Table, digits_for, mean_and_std, number
+from msae_plugin.reporting.analyses import (
+    FATES,
+    AnalysedGroup,
+    Fate,
+    SAEAnalysis,
+    grouped,
+    timeline,
+    twins,
+)
+from msae_plugin.reporting.document import (
+    Block,
+    Bullets,
+    Place,
+    Section,
+    Text,
+    cell,
+    slug,
+    table_of,
+)
+from msae_plugin.reporting.figures import Panel, Style, bars, curves, panels
+from msae_plugin.reporting.results import Missing, difference_of, percent, sentence
+from msae_plugin.reporting.sections.results import described_difference
+from msae_plugin.reporting.sources import Source, TrainedSAE, is_variant, run_l0_target
 
 MOST_CURVES_OF_L0 = 3
 
 
-def runs_section(runs: Sequence[RunSource]) -> Section | None:
+def runs_section(runs: Sequence[Source]) -> Section | None:
     """A row per SAE of every run; None without runs."""
     if not runs:
         return None
-    rows: list[list[CellValue]] = []
-    for run in runs:
-        record = run.content
-        for name, sae in record["saes"].items():
-            final = sae.get("final") or {}
-            export = sae.get("export") or {}
-            rows.append(
-                [
-                    name if len(runs) == 1 else f"{run.label}/{name}",
-                    str(sae.get("architecture") or "not recorded"),
-                    str(record.get("status") or "not recorded"),
-                    record.get("seed"),
-                    final.get("step"),
-                    final.get("tokens"),
-                    run_l0_target(run, name),
-                    export.get("l0_exported"),
-                    final.get("explained_variance"),
-                    final.get("loss"),
-                    final.get("dead_latents"),
-                    sae.get("tokens_per_second"),
-                    record.get("wall_seconds"),
-                ]
-            )
-    headings = (
-        ("name", "SAE", ""), ("architecture", "architecture", ""), ("status", "run", ""),
-        ("seed", "seed", ""), ("steps", "steps", ""), ("tokens", "tokens", ""),
-        ("l0_target", "target L0", ""), ("l0_exported", "L0 of the export", ""),
-        ("explained_variance", "explained variance", "last log window"),
-        ("final_loss", "final loss", "last log window"),
-        ("dead_latents", "dead", "latents, at the end"),
-        ("tokens_per_second", "speed", "tokens/s, SAE alone"),
-        ("wall_seconds", "time of the run", "s, all its SAEs"),
-    )  # fmt: skip
-    table = Table(
+
+    def sae(row: tuple[Source, str]) -> Mapping[str, Any]:
+        return row[0].content["saes"][row[1]]
+
+    def final(key: str) -> Callable[[tuple[Source, str]], CellValue]:
+        return lambda row: _value(sae(row).get("final"), key)
+
+    table = table_of(
         "training-runs",
         "Training runs. Explained variance and loss are those of the training batches of the last "
         "log window, at the L0 of training; they are no evaluation.",
-        columns(*headings),
-        rows,
+        [(run, name) for run in runs for name in run.content["saes"]],
+        [
+            cell("name", "SAE", lambda r: r[1] if len(runs) == 1 else f"{r[0].label}/{r[1]}"),
+            cell("architecture", "architecture", lambda r: _text(sae(r).get("architecture"))),
+            cell("status", "run", lambda r: _text(r[0].content.get("status"))),
+            cell("seed", "seed", lambda r: r[0].content.get("seed")),
+            cell("steps", "steps", final("step")),
+            cell("tokens", "tokens", final("tokens")),
+            cell("l0_target", "target L0", lambda r: run_l0_target(*r)),
+            cell(
+                "l0_exported",
+                "L0 of the export",
+                lambda r: _value(sae(r).get("export"), "l0_exported"),
+            ),
+            cell(
+                "explained_variance",
+                "explained variance",
+                final("explained_variance"),
+                "last log window",
+            ),
+            cell("final_loss", "final loss", final("loss"), "last log window"),
+            cell("dead_latents", "dead", final("dead_latents"), "latents, at the end"),
+            cell(
+                "tokens_per_second",
+                "speed",
+                lambda r: sae(r).get("tokens_per_second"),
+                "tokens/s, SAE alone",
+            ),
+            cell(
+                "wall_seconds",
+                "time of the run",
+                lambda r: r[0].content.get("wall_seconds"),
+                "s, all its SAEs",
+            ),
+        ],
     )
     return Section("runs", "Training runs", [table])
 
 
-def health_section(sources: Sources) -> Section | None:
-    """SAEs that failed to learn, a line each; None when all are healthy."""
-    found = [
-        f"{run.label}, {name}: {message}"
-        for run in sources.runs
-        for name, sae in run.content["saes"].items()
-        for message in recorded_messages(sae.get("health"))
-    ]
-    found += [
-        f"{source.label}, {row['name']}: {message}"
-        for source in sources.comparisons
-        for row in source.content["rows"]
-        for message in recorded_messages(row.get("health"))
-    ]
-    if not found:
-        return None
-    return Section("health", "Read this first: SAEs that failed to learn", [Bullets(found)])
+def _value(recorded: Mapping[str, Any] | None, key: str) -> CellValue:
+    return (recorded or {}).get(key)
 
 
-def missing_of_runs(runs: Sequence[RunSource], *, evaluated: bool) -> list[Missing]:
+def _text(value: object) -> str:
+    return str(value or "not recorded")
+
+
+def missing_of_runs(runs: Sequence[Source], *, evaluated: bool) -> list[Missing]:
     """Unfinished and unmeasured parts of runs."""
     found: list[Missing] = []
     for run in runs:
-        status = str(run.content.get("status") or "not recorded")
+        status, saes = _text(run.content.get("status")), run.content["saes"]
         if status != "complete":
             reason = str(run.content.get("failure") or "the run did not reach its end")
             found.append(Missing(run.label, "the whole run", status, reason))
-        saes = run.content["saes"]
         for name in saes:
             if status == "complete" and not saes[name].get("export"):
                 found.append(Missing(run.label, name, "not exported", "no export is recorded"))
         if run.content.get("steps") == 0:
             found.append(Missing(run.label, "all SAEs", "never trained", "0 training steps"))
         if run.demo is None and not evaluated:
-            found.append(
-                Missing(
-                    run.label,
-                    "held-out metrics",
-                    "not measured",
-                    "a training run measures none: give the folder of `msae eval` too",
-                )
-            )
+            reason = "a training run measures none: give the folder of `msae eval` too"
+            found.append(Missing(run.label, "held-out metrics", "not measured", reason))
     return found
 
 
@@ -126,19 +135,18 @@ def curves_section(
         )
     ]
     for l0 in targets[:MOST_CURVES_OF_L0]:
-        of_target = [sae for sae in logged if sae.l0_target == l0]
         where = "" if l0 is None else f", target L0 {l0:g}"
         tag = "" if l0 is None else f"-l0-{slug(f'{l0:g}')}"
         for key, heading, bottom, top in (
             ("explained_variance", "explained variance ↑", 0.0, 1.0),
             ("dead_latents", "dead latents ↓", None, None),
         ):
-            lines = [line for sae in of_target if (line := _line(sae, key)) is not None]
+            lines = [_line(sae, key) for sae in logged if sae.l0_target == l0]
             blocks += curves(
                 place.named(f"training-{key.replace('_', '-')}{tag}"),
                 heading,
                 f"{heading[:-2].capitalize()} during training{where}.",
-                lines,
+                [line for line in lines if line is not None],
                 styles,
                 bottom=bottom,
                 top=top,
@@ -156,3 +164,219 @@ def _line(sae: TrainedSAE, key: str) -> tuple[str, list[float], list[float]] | N
         if row.get(key) is not None and row.get("tokens") is not None
     ]
     return (sae.method, [x for x, _ in points], [y for _, y in points]) if points else None
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number of an SAE that revival may change."""
+
+    name: str  # in `SAEAnalysis.numbers`
+    heading: str  # with its unit
+    higher_is_better: bool
+
+    @property
+    def headed(self) -> str:
+        """The heading and which way is better."""
+        return f"{self.heading} {'↑' if self.higher_is_better else '↓'}"
+
+
+QUANTITIES = (
+    Quantity("dead", "dead latents at the end", False),
+    Quantity("uniqueness", "uniqueness (share)", True),
+    Quantity("effective_rank", "effective rank of the decoder (dimensions)", True),
+    Quantity("mean_max_cosine", "mean max decoder cosine", False),
+    Quantity("largest_cluster_0.2", "largest cluster at cos > 0.2 (latents)", False),
+    Quantity("largest_cluster_0.5", "largest cluster at cos > 0.5 (latents)", False),
+    Quantity("single_share_0.5", "latents without a neighbour at cos > 0.5 (share)", True),
+)
+REVIVAL_FIELDS, AUXK_FIELDS = ("revival_",), ("aux_loss_coefficient",)
+
+
+def revival_section(place: Place, analyses: Sequence[SAEAnalysis]) -> Section | None:
+    """Frequency, survival, distance and effect; None when no SAE was trained with revival."""
+    groups = grouped(analyses)
+    revived = [group for group in groups if any(a.revival is not None for a in group.saes)]
+    pairs = {
+        "revival": twins(groups, REVIVAL_FIELDS, "revival_every"),
+        "AuxK": twins(groups, AUXK_FIELDS, "aux_loss_coefficient"),
+    }
+    if not revived and not pairs["AuxK"]:
+        return None
+    blocks: list[Block] = []
+    if revived:
+        blocks += [Bullets([_told(group) for group in revived]), _revival_table(place, revived)]
+        for group in revived:
+            blocks += _revival_figures(place, group)
+    else:
+        blocks.append(Text("No SAE was trained with revival."))
+    for mechanism, found in pairs.items():
+        if found:
+            blocks += _effect_blocks(place, mechanism, found)
+        elif mechanism == "revival" and revived:
+            blocks.append(
+                Text(
+                    "The effect of revival on diversity is not measured: no SAE differs from one "
+                    "of these in revival alone."
+                )
+            )
+    return Section(place.named("revival"), place.titled("What revival does"), blocks)
+
+
+def _effect_blocks(
+    place: Place, mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]
+) -> list[Block]:
+    """A sentence per pair, the numbers, and a figure; nothing when nothing is recorded."""
+    rows: list[list[CellValue]] = []
+    told: list[str] = []
+    for on, off in pairs:
+        parts: list[str] = []
+        for quantity in QUANTITIES:
+            with_it, without = on.spread(quantity.name), off.spread(quantity.name)
+            if with_it is None or without is None:
+                continue
+            found = difference_of(on.values(quantity.name), off.values(quantity.name))
+            shown = "no seed in common"
+            if found is not None:
+                shown = described_difference(found, quantity.higher_is_better)
+            digits = digits_for([with_it.mean, without.mean])
+            rows.append(
+                [
+                    on.label, off.label, quantity.headed,
+                    mean_and_std(with_it, digits), mean_and_std(without, digits), shown,
+                ]
+            )  # fmt: skip
+            parts.append(
+                f"{quantity.heading} {number(without.mean, digits)} without and "
+                f"{number(with_it.mean, digits)} with it ({shown})"
+            )
+        if parts:
+            told.append(
+                f"{sentence(mechanism)}, {off.label} against {on.label}: {'; '.join(parts)}."
+            )
+    if not rows:
+        return []
+    headings = {
+        "on": f"{mechanism} on", "off": f"{mechanism} off", "quantity": "quantity",
+        "mean_on": "on", "mean_off": "off", "difference": "on minus off",
+    }  # fmt: skip
+    table = table_of(
+        place.named(f"effect-of-{slug(mechanism)}"),
+        f"SAEs that differ in {mechanism} alone. Mean ± one standard deviation over seeds, and "
+        "the paired difference with its 95 % interval.",
+        rows,
+        [cell(k, h, lambda row, i=i: row[i]) for i, (k, h) in enumerate(headings.items())],
+    )
+    # Every pair side by side, without the mechanism on the left.
+    several = len({on.l0_target for on, _ in pairs}) > 1
+    groups = [group for on, off in pairs for group in (off, on)]
+    figure = panels(
+        place.named(f"effect-of-{slug(mechanism)}-figure"),
+        f"Pairs of SAEs that differ in {mechanism} alone, the one without it first. Small marks: "
+        "single seeds; large ones: their mean.",
+        [group.label if several else group.method for group in groups],
+        [
+            Panel(q.headed, q.heading, [list(group.values(q.name).values()) for group in groups])
+            for q in QUANTITIES
+        ],
+        f"without {mechanism}, with it",
+        connected=False,
+    )
+    return [Bullets(told), table, *figure]
+
+
+def _told(group: AnalysedGroup) -> str:
+    found = [a.revival for a in group.saes if a.revival is not None]
+    total = sum(item.revivals for item in found)
+    settled = sum(item.settled for item in found)
+    seeds = f"{len(found)} {'seed' if len(found) == 1 else 'seeds'}"
+    start = f"{group.label} ({seeds}): {total:,} revivals"
+    if not total:
+        return f"{start}."
+    alive = sum(item.fates["alive"] for item in found)
+    again = sum(item.fates["dead"] + item.fates["revived again"] for item in found)
+    rates = [item.per_thousand_steps for item in found if item.per_thousand_steps is not None]
+    frequency = f", {sum(rates) / len(rates):,.1f} per 1000 steps" if rates else ""
+    outcome = (
+        f"of {settled:,} with a known fate {percent(alive / settled)} lived and "
+        f"{percent(again / settled)} died again"
+        if settled
+        else "no fate is known: the run ended before the first judgement"
+    )
+    distances = [item.distance for item in found if item.distance is not None]
+    moved = (
+        f"; median distance travelled {sum(distances) / len(distances):.2f} (1 minus the cosine of "
+        "the old and the new direction)"
+        if distances
+        else ""
+    )
+    return f"{start}{frequency}; {outcome}{moved}."
+
+
+def _revival_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
+    numbers = (
+        ("revivals", "revivals", "per run"), ("frequency", "frequency", "per 1000 steps"),
+        ("survival", "survival", "share of known fates"),
+        ("re_death", "re-death", "share of known fates"),
+        ("not_judged", "not judged", "the run ended first"),
+        ("repeated", "revived again", "latents"),
+        ("distance", "distance travelled", "1 - cosine, median"),
+        ("old_cosine", "old overlap", "cosine, median"),
+        ("firing_rate", "firing rate after", "share of tokens, median"),
+    )  # fmt: skip
+    on_off = {None: "not recorded", True: "on", False: "off"}
+    return table_of(
+        place.named("revival-totals"),
+        "Revivals. Survival: alive when judged, among revivals whose fate is known; re-death: dead "
+        "when judged, or revived once more before that.",
+        groups,
+        [
+            cell("method", "method"),
+            cell("l0_target", "target L0"),
+            cell("auxk", "AuxK", lambda group: on_off[group.saes[0].auxk]),
+            *(cell(k, heading, lambda g, k=k: g.spread(k), unit) for k, heading, unit in numbers),
+        ],
+    )
+
+
+def _revival_figures(place: Place, group: AnalysedGroup) -> list[Block]:
+    """Of the first seed with revivals: when they happened, and how far they went."""
+    chosen = next((a for a in group.saes if a.found_revivals), None)
+    if chosen is None or chosen.sae.steps < 1:
+        return []
+    label = group.label
+    seed = "" if chosen.sae.seed is None else f", seed {chosen.sae.seed}"
+    middles, counts = timeline(chosen.found_revivals, chosen.sae.steps)
+    kept: list[Fate] = [fate for fate in FATES if any(counts[fate])]
+    totals = ", ".join(f"{sum(counts[fate])} {fate}" for fate in kept)
+    name = place.named(slug(f"revival {label}"))
+    blocks: list[Block] = [
+        bars(
+            f"{name}-fates",
+            f"Revivals over training by what became of them: {label}{seed}.",
+            f"Stacked bars of revivals over training steps: {totals}.",
+            [f"{middle:,.0f}" for middle in middles],
+            {str(fate): [float(n) for n in counts[fate]] for fate in kept},
+            "training step",
+            "revivals",
+            stacked=True,
+        )
+    ]
+    distances = [r.distance for r in chosen.found_revivals if r.distance is not None]
+    if distances:
+        heights = [0.0] * 20
+        for distance in distances:
+            heights[min(19, max(0, int(distance * 10)))] += 1
+        median = sorted(distances)[len(distances) // 2]
+        blocks.append(
+            bars(
+                f"{name}-distance",
+                f"How far revived latents were turned: {label}{seed}. 0 is not at all, 1 a right "
+                "angle, 2 the opposite direction.",
+                f"Histogram of {len(distances)} distances travelled, median {median:.2f}.",
+                [f"{i / 10:.1f}" for i in range(20)],
+                {"revivals": heights},
+                "distance travelled (1 - cosine), lower end of the bin",
+                "revivals",
+            )
+        )
+    return blocks

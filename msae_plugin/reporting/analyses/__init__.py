@@ -1,1 +1,0 @@
-"""Analyses of the weights and logs of SAEs."""
