@@ -42,9 +42,9 @@ bench: env
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/decode_crossover.py
 	$(BIN)/python benchmarks/profile_parts.py
-	$(BIN)/msae compare --config examples/compare_ground_truth.yaml --output runs/compare_ground_truth
-	$(BIN)/msae compare --config examples/compare_smollm2.yaml --output runs/compare_smollm2
-	$(BIN)/msae compare --config examples/compare_between_presets.yaml --output runs/between_presets
+	$(BIN)/msae compare --config compare_ground_truth --output runs/compare_ground_truth
+	$(BIN)/msae compare --config compare_smollm2 --output runs/compare_smollm2
+	$(BIN)/msae compare --config compare_between_presets --output runs/between_presets
 
 clean:
 	rm -rf $(VENV) runs

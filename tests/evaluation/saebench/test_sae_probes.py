@@ -27,6 +27,7 @@ from sklearn.linear_model import LogisticRegression
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
+from msae_plugin.common.recipes import SHIPPED
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
 from msae_plugin.evaluation.protocols import check_settings
 from msae_plugin.evaluation.saebench import sae_probes
@@ -47,7 +48,7 @@ from msae_plugin.saes.load import EvaluatedSAE
 
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"
 SETTINGS: dict[str, Any] = {"dataset_names": [FLORIDA, BASEBALL], "ks": [1, 2]}
-OFFLINE_PROTOCOL = Path(__file__).parents[3] / "eval_configs" / "offline.yaml"
+OFFLINE_PROTOCOL = SHIPPED / "offline.yaml"
 ONE: dict[str, Any] = {"dataset_names": [FLORIDA], "ks": [1]}
 
 
