@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,29 +10,31 @@ import typer
 from rich.console import Console
 
 from msae_cli.arguments import (
-    ComparisonOption,
+    OnlyOption,
     OutputOption,
     QuickOption,
+    RecipeOption,
     SetOption,
     SkipMissingOption,
     check_config,
     check_output,
     latent_indices,
 )
-from msae_cli.terminal import continued_later, errors, results, say, show
+from msae_cli.terminal import continued_later, import_first, progress, results, say, show
+from msae_plugin.common.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
     from msae_plugin.reporting.dashboards import DashboardRequest
-    from msae_plugin.reporting.report import ReportResult
 
 REPORT_FOLDER = "report"
 _FILE_WIDTH = 160
 
 
 def compare(
-    config: ComparisonOption,
+    config: RecipeOption,
     output: OutputOption,
     set_: SetOption = None,
+    only: OnlyOption = None,
     quick: QuickOption = False,
     part: Annotated[
         str | None,
@@ -50,22 +53,24 @@ def compare(
 
     The same command goes on where a killed comparison stopped; finished SAEs are kept.
     """
-    check_config(config)
+    check_config(config, "compare")
     check_output(output)
-    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.common.errors import RunFailure
-    from msae_plugin.common.progress import step_reporter
-    from msae_plugin.comparison.compare import compare as run_comparison
-    from msae_plugin.comparison.recipe import CompareConfig
+    import_first("msae_plugin.comparison.compare")
+    # As in import_first.
+    from msae_plugin import api
     from msae_plugin.comparison.results import comparison_for_terminal
-    from msae_plugin.comparison.training_schedule import Shard
 
-    share = None if part is None else Shard.parse(part)
-    recipe = CompareConfig.load(config, set_ or [], quick=quick)
-    with continued_later(), step_reporter(errors) as report:
-        comparison = run_comparison(
-            recipe, output, report=report, shard=share, skip_missing=skip_missing
-        )
+    with continued_later():
+        comparison = api.compare(
+            config,
+            output,
+            changes=set_ or [],
+            only=only or [],
+            quick=quick,
+            part=part,
+            skip_missing=skip_missing,
+            progress=progress(),
+        ).details
     for name, reason in comparison.failures.items():
         say(f"{name}: {reason}")
     if comparison.contents is None:
@@ -85,9 +90,6 @@ def compare(
 
 
 def _page_of_comparison(output: Path) -> None:
-    # As in compare: heavy imports.
-    from msae_plugin.common.errors import InputError
-
     try:
         _written_report([output], output / REPORT_FOLDER)
     except InputError as error:
@@ -124,25 +126,22 @@ def report(
     """Tables, figures and one self-contained page of what was trained and measured."""
     check_output(output)
     chosen = latent_indices(latents)
-    # As in compare: heavy imports.
+    import_first("msae_plugin.reporting.report")
+    # As in import_first.
     from msae_plugin.reporting.dashboards import DashboardRequest
-    from msae_plugin.saes.download import local_folder
 
     request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
-    result = _written_report([local_folder(text) for text in folders], output, request)
-    if result.not_measured:
-        results.print(f"{result.not_measured} entries were not measured: the page names them")
+    for note in _written_report(folders, output, request):
+        results.print(note)
 
 
 def _written_report(
-    folders: list[Path], output: Path, dashboards: DashboardRequest | None = None
-) -> ReportResult:
-    # As in compare: heavy imports.
-    from msae_plugin.common.progress import step_reporter
-    from msae_plugin.reporting.report import report as write_report
+    folders: Sequence[str | Path], output: Path, dashboards: DashboardRequest | None = None
+) -> Sequence[str]:
+    from msae_plugin import api  # as in import_first
 
-    with step_reporter(errors) as progress:
-        result = write_report(folders, output, progress, dashboards)
-    show(f"page: {result.page}")
-    show(f"{len(result.tables)} tables, {len(result.figures)} figures in {result.output}")
-    return result
+    result = api.report(folders, output, dashboards=dashboards, progress=progress())
+    made = result.details
+    show(f"page: {made.page}")
+    show(f"{len(made.tables)} tables, {len(made.figures)} figures in {made.output}")
+    return result.notes

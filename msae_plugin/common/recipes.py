@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import itertools
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -151,6 +153,14 @@ def command_of(values: Mapping[str, Any]) -> str | None:
     """The command that a recipe is for: train, compare or eval; None where it does not show."""
     kinds = (("evaluations", "eval"), ("l0", "compare"), ("sae", "train"), ("saes", "train"))
     return next((command for key, command in kinds if key in values), None)
+
+
+def headline(file: Path) -> str:
+    """The first sentence of the comment that a recipe begins with."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("# "), file.read_text(encoding="utf-8").splitlines()
+    )
+    return re.split(r"\.(?:\s|$)", " ".join(line.removeprefix("# ") for line in lines))[0] + "."
 
 
 @functools.cache
