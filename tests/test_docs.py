@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -16,12 +17,23 @@ from msae_plugin.common.recipes import SHIPPED, command_of, read_yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TINY_TRUTH = {
+    "num_features": 48,
+    "hidden_dim": 16,
+    "seed": 3,
+    "firing_probability": {"generator_name": "zipfian", "max_prob": 0.3, "min_prob": 0.01},
+    "mean_firing_magnitudes": 4.0,
+    "std_firing_magnitudes": 0.5,
+}
 # Command lines that are others'.
 OTHERS = {"saebench", "saelens"}
 
 
 def python_blocks(page: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
+    if page.endswith(".ipynb"):
+        cells = json.loads(text)["cells"]
+        return ["".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code"]
     blocks = re.findall(r"(<!-- not run.*?-->\n)?```python\n(.*?)```", text, flags=re.DOTALL)
     return [code for not_run, code in blocks if not not_run]
 
@@ -40,7 +52,7 @@ def small_stand_ins(
     }
     ground_truth = yaml.safe_load((SHIPPED / "compare_ground_truth.yaml").read_text())
     ground_truth["quick"] = {
-        "synthetic.model": {"num_features": 48, "hidden_dim": 16, "seed": 3},
+        "synthetic.model": TINY_TRUTH,
         "synthetic.eval_samples": 2000,
         "common.d_sae": 24,
         "l0": [3],
@@ -63,11 +75,11 @@ def small_stand_ins(
         Path(name).write_text(yaml.safe_dump(values))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "examples/first_sae.ipynb"])
 def test_the_python_of_a_page_runs_as_printed(page: str, small_stand_ins: None) -> None:
     blocks = python_blocks(page)
     assert blocks
-    code = "\n".join(blocks).replace("100_000", "1_280")
+    code = re.sub(r"\b(100|60)_000\b", "1_280", "\n".join(blocks))
     exec(compile(code, page, "exec"), {})
 
 
