@@ -25,14 +25,11 @@ def recipes() -> None:
         show(f"{uses}:")
         width = max(map(len, found))
         for name, file in found.items():
-            line = Text(f"  {name:<{width}}  {headline(file)}")
-            # Cut at the edge of a terminal; whole in a pipe or a file.
-            results.print(
-                line,
-                no_wrap=results.is_terminal,
-                overflow="ellipsis",
-                soft_wrap=not results.is_terminal,
-            )
+            line = f"  {name:<{width}}  {headline(file)}"
+            if results.is_terminal:
+                results.print(Text(line), no_wrap=True, overflow="ellipsis")
+            else:
+                show(line)
     show("Take one by its name, --config smollm2, or msae init NAME writes it here to edit.")
 
 
@@ -88,12 +85,13 @@ def info(
     elif config is not None:
         check_config(config, "train")
     import_first("msae_plugin.reporting.info")
+    from msae_plugin.common.recipes import find_recipe
     from msae_plugin.reporting.info import describe_config, describe_folder
 
     if folder is not None:
         results.print(describe_folder(folder))
     elif config is not None:
-        results.print(describe_config(config, set_ or []))
+        results.print(describe_config(find_recipe(config, "train"), set_ or []))
 
 
 def demo(

@@ -47,6 +47,7 @@ Recipe: TypeAlias = "Place | Mapping[str, Any]"
 Changes: TypeAlias = "Mapping[str, Any] | Sequence[str]"
 """`{"training.lr": 1e-3}`, or as `--set` takes it, `["training.lr=1e-3"]`."""
 
+_YAML_END = "...\n"
 Details = TypeVar("Details")
 
 
@@ -343,8 +344,12 @@ def load(sae: Place, *, device: str = "cpu") -> SAE[Any]:
 def _sets(changes: Changes) -> list[str]:
     if not isinstance(changes, Mapping):
         return list(changes)
-    dumped = {key: yaml.safe_dump(value, default_flow_style=True) for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in dumped.items()]
+    # One line of YAML each, without the mark behind a scalar's end, which an error would show.
+    dumped = {
+        key: yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+        for key, value in changes.items()
+    }
+    return [f"{key}={text.removesuffix(_YAML_END).strip()}" for key, text in dumped.items()]
 
 
 def _listed(places: Place | Sequence[Place]) -> Sequence[Place]:
