@@ -45,6 +45,7 @@ def small_stand_ins(
     """Files with the names of shipped recipes, which come first: tiny ones, in their place."""
     monkeypatch.chdir(tmp_path)
     recipe: dict[str, Any] = yaml.safe_load(recipe_file.read_text())
+    recipe["training"]["lr"] = 1e-2
     sae = recipe.pop("sae")
     recipe["saes"] = {
         "multiscale": sae,
@@ -85,7 +86,7 @@ def test_the_python_of_a_page_runs_as_printed(page: str, small_stand_ins: None) 
         protocol = yaml.safe_load(Path("offline").read_text())
         protocol["evaluations"] |= {"sparse_probing": {}, "sparse_probing_sae_probes": {}}
         Path("offline").write_text(yaml.safe_dump(protocol))
-    code = re.sub(r"\b(100|60)_000\b", "1_280", "\n".join(blocks))
+    code = re.sub(r"\b(100|60)_000\b", "6_400", "\n".join(blocks))
     exec(compile(code, page, "exec"), {})
 
 
