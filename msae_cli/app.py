@@ -10,34 +10,28 @@ import logging
 import os
 import sys
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from msae_cli.arguments import (
-    ArgumentMistake,
-    OutputOption,
-    SetOption,
-    SkipMissingOption,
-    check_config,
-    check_folder,
-    check_output,
-    check_reference,
-)
 from msae_cli.compare import compare, report
+from msae_cli.evaluate import evaluate, saebench_script, saelens_script
 from msae_cli.hub import download, publish
 from msae_cli.scale import cache, sweep
-from msae_cli.terminal import continued_later, errors, other_rank, results, say
+from msae_cli.start import demo, info, init, recipes
+from msae_cli.terminal import be_quiet, errors, other_rank, say
 from msae_cli.train import train
 from msae_cli.tune import tune
+from msae_plugin import __version__
+from msae_plugin.common.errors import InputError, MissingInputError, RunFailure
 
 EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
+_OTHERS = {"saebench", "saelens"}
 
 
 class _ReportingGroup(TyperGroup):
@@ -45,17 +39,17 @@ class _ReportingGroup(TyperGroup):
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        # `--debug` is accepted anywhere on the line, as users write it.
-        words = joined_seeds([word for word in args if word != "--debug"])
-        return super().parse_args(ctx, ["--debug", *words] if "--debug" in args else words)
+        # These are accepted anywhere on the line, as users write them; what follows the name of
+        # another program's command line is that program's.
+        ours = args if not _OTHERS & set(args[:1]) else []
+        first = [word for word in ("--debug", "--quiet") if word in ours]
+        words = joined_seeds([word for word in args if word not in first])
+        return super().parse_args(ctx, [*first, *words])
 
     @override
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ArgumentMistake as error:
-            status, message = EXIT_INPUT, f"error: {error}"
-            _show_traceback_if_debugging()
         except KeyboardInterrupt as error:
             status, message = EXIT_INTERRUPTED, f"interrupted{f': {error}' if str(error) else ''}"
             _show_traceback_if_debugging()
@@ -85,9 +79,6 @@ def _reader_is_gone() -> bool:
 
 
 def _status_and_message(error: Exception) -> tuple[int, str]:
-    # Imported here: an error of a command comes after the command's own imports.
-    from msae_plugin.common.errors import InputError, MissingInputError, RunFailure
-
     if isinstance(error, MissingInputError):
         for item in error.items:
             say(f"missing: {item}")
@@ -104,9 +95,9 @@ app = typer.Typer(
     name="msae",
     cls=_ReportingGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Multi-scale orthogonal sparse autoencoders: train, export, inspect.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Multi-scale orthogonal sparse autoencoders: train, evaluate, compare, publish.",
 )
 
 _debug = False
@@ -129,14 +120,29 @@ def _format_warning(message: Warning | str, *_place: object, **_source: object) 
     return str(message)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"msae {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and more of the log.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show no progress: results, warnings and errors alone.")
+    ] = False,
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     global _debug  # noqa: PLW0603 - one process, one command line
     _debug = _debug or debug
+    if quiet:
+        be_quiet()
     logging.basicConfig(
         # Of several processes the first one warns for all.
         level=logging.INFO if _debug else logging.ERROR if other_rank() else logging.WARNING,
@@ -150,190 +156,45 @@ def _options(
         warnings.simplefilter("ignore", noise)
 
 
-app.command()(train)
-
-
-@app.command()
-def info(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="DIR", help="A run, an export or a checkpoint.", show_default=False),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="A recipe: what would its run cost?")
-    ] = None,
-    set_: SetOption = None,
-) -> None:
-    """Say what a checkpoint is, or what a run will cost in memory and tokens."""
-    if (folder is None) == (config is None):
-        raise ArgumentMistake(
-            "give either a folder or --config: msae info DIR, msae info --config FILE"
-        )
-    if folder is not None:
-        if set_:
-            raise ArgumentMistake("--set changes a recipe and needs --config")
-        check_folder(folder)
-    elif config is not None:
-        check_config(config)
-    # As in train: heavy imports.
-    from msae_plugin.reporting.info import describe_config, describe_folder
-
-    if folder is not None:
-        results.print(describe_folder(folder))
-    elif config is not None:
-        results.print(describe_config(config, set_ or []))
-
-
-@app.command(name="eval")
-def evaluate_command(
-    references: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SAE...",
-            help="Run folder, export, its jumprelu twin, any SAELens checkpoint folder, "
-            "user/repo:folder, or release:sae_id.",
-            show_default=False,
-        ),
-    ],
-    config: Annotated[
-        Path,
-        typer.Option("--config", "-c", help="Protocol: a YAML file, or the name of a shipped one."),
-    ],
-    output: OutputOption,
-    seeds: Annotated[
-        str | None, typer.Option(help="Seeds in place of the protocol's: --seeds 0,1,2.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the protocol."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Language model in place of the checkpoint's.")
-    ] = None,
-    hook: Annotated[str | None, typer.Option(help="Hook in place of the checkpoint's.")] = None,
-    skip_missing: SkipMissingOption = False,
-) -> None:
-    """Evaluate SAEs with SAEBench: core, sparse probing, sae-probes, unlearning and others."""
-    check_config(config)
-    check_output(output)
-    for reference in references:
-        check_reference(reference)
-    # As in train: heavy imports.
-    from msae_plugin.common.errors import RunFailure
-    from msae_plugin.common.progress import step_reporter
-    from msae_plugin.evaluation.evaluate import evaluate
-    from msae_plugin.evaluation.recipe import EvalConfig
-    from msae_plugin.reporting.terminal import summary_for_terminal
-    from msae_plugin.saes.load import load_saes
-    from msae_plugin.training.plans import default_device
-
-    changes = list(set_ or [])
-    if seeds is not None:
-        changes.append(f"seeds=[{seeds.replace(' ', ',')}]")
-    if model is not None:
-        changes.append(f"model.name={model}")
-    if hook is not None:
-        changes.append(f"hook={hook}")
-    protocol = EvalConfig.load(config, changes)
-    broken: dict[str, str] = {}
-    subjects = load_saes(
-        references,
-        device=default_device(protocol.model.device),
-        hook=protocol.hook,
-        model_name=protocol.model.name,
-        on_broken=broken.__setitem__,
-    )
-    with step_reporter(errors) as report:
-        result = evaluate(
-            protocol, subjects, output, skip_missing=skip_missing, broken=broken, report=report
-        )
-    results.print(summary_for_terminal(result.summary))
-    results.print(Text(f"summary: {output / 'summary.json'}, {output / 'summary.csv'}"))
-    if not any(entry["status"] == "measured" for entry in result.summary["results"]):
-        raise RunFailure("nothing was measured: see the lines above")
-    if not result.complete:
-        raise RunFailure("not everything was measured: see the lines above")
-
-
-@app.command(
-    name="saebench",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
+_BEGIN, _TRAIN, _MEASURE, _SHOW, _OTHER = (
+    "Begin",
+    "Train",
+    "Evaluate and compare",
+    "Report and publish",
+    "Other command lines, with multiscale registered",
 )
-def saebench_script(
-    context: typer.Context,
-    evaluation: Annotated[str, typer.Argument(help="core, sparse_probing, unlearning, ...")],
-) -> None:
-    """Run SAEBench's own script of an evaluation with `multiscale` registered.
-
-    Everything behind the evaluation's name is the script's: `msae saebench core --help`.
-    """
-    if evaluation in ("--help", "-h"):  # its own help; with an evaluation before it, SAEBench's
-        typer.echo(context.get_help())
-        raise typer.Exit
-    # As in train: heavy imports.
-    from msae_plugin.evaluation.saebench.command import run_saebench_script
-
-    run_saebench_script(evaluation, context.args)
-
-
-@app.command()
-def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the run, the report and the figure.")
-    ],
-    tokens: Annotated[int | None, typer.Option(help="Training tokens.")] = None,
-    d_sae: Annotated[int | None, typer.Option(help="Latents of each SAE.")] = None,
-    k: Annotated[float | None, typer.Option(help="Active latents per token.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything.")] = None,
-    model: Annotated[str | None, typer.Option(help="Language model, as in a recipe.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text, as data.source in a recipe.")] = None,
-    hook: Annotated[str | None, typer.Option(help="Where the activations are read.")] = None,
-    heldout_tokens: Annotated[int | None, typer.Option(help="Tokens to evaluate on.")] = None,
-    loss_tokens: Annotated[
-        int | None, typer.Option(help="How many of them the losses are measured on.")
-    ] = None,
-    saebench: Annotated[bool, typer.Option(help="End with SAEBench's core and sae-probes.")] = True,
-    set_: SetOption = None,
-) -> None:
-    """Train multiscale beside batchtopk on a packaged language model and show what came out."""
-    check_output(output)
-    # As in train: heavy imports.
-    from msae_plugin.common.errors import RunFailure
-    from msae_plugin.common.progress import step_reporter
-    from msae_plugin.demo import (
-        HOW_TO_INSTALL,
-        demo_for_terminal,
-        demo_recipe,
-        run_demo,
-        saebench_is_installed,
-    )
-
-    given: dict[str, Any] = {
-        "tokens": tokens,
-        "d_sae": d_sae,
-        "k": k,
-        "seed": seed,
-        "model": model,
-        "text": text,
-        "hook": hook,
-        "heldout_tokens": heldout_tokens,
-        "loss_tokens": loss_tokens,
-    }
-    options = {key: value for key, value in given.items() if value is not None}
-    if saebench and not saebench_is_installed():
-        say(f"SAEBench's evaluations are left out: {HOW_TO_INSTALL}")
-        saebench = False
-    recipe = demo_recipe(options, set_ or [], saebench=saebench)
-    with continued_later(), step_reporter(errors) as progress:
-        result = run_demo(recipe, output, progress)
-    results.print(demo_for_terminal(result))
-    if not result.complete:
-        raise RunFailure("not everything was trained and measured: see the lines above")
-
-
-for command in (cache, compare, tune, sweep, report, publish, download):
-    app.command()(command)
+# In the order of work: name, function, group, example.
+COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
+    ("demo", demo, _BEGIN, "demo --output runs/demo"),
+    ("recipes", recipes, _BEGIN, "recipes"),
+    ("init", init, _BEGIN, "init smollm2 mine.yaml"),
+    ("info", info, _BEGIN, "info --config gemma-2-2b"),
+    ("train", train, _TRAIN, "train --config smollm2 --output runs/smollm2"),
+    ("cache", cache, _TRAIN, "cache --config smollm2 --output runs/activations"),
+    ("eval", evaluate, _MEASURE, "eval runs/smollm2 --config offline --output runs/smollm2-eval"),
+    (
+        "compare",
+        compare,
+        _MEASURE,
+        "compare --config compare_smollm2 --output runs/compare",
+    ),
+    ("tune", tune, _MEASURE, "tune --config compare_smollm2 --rates 2e-3,4e-3 --output runs/rates"),
+    ("sweep", sweep, _MEASURE, "sweep --config compare_smollm2 --jobs 4 --output runs/compare"),
+    ("report", report, _SHOW, "report runs/smollm2 runs/smollm2-eval --output runs/report"),
+    ("publish", publish, _SHOW, "publish runs/smollm2 --repo you/smollm2-saes --dry-run"),
+    ("download", download, _SHOW, "download you/smollm2-saes --output saes"),
+    ("saebench", saebench_script, _OTHER, "saebench core --help"),
+    ("saelens", saelens_script, _OTHER, "saelens --architecture multiscale -k 32 --d_sae 16384"),
+]
+for _name, _function, _group, _example in COMMANDS:
+    _passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(
+        name=_name,
+        rich_help_panel=_group,
+        epilog=f"Example: msae {_example}",
+        context_settings=_passed_on if _name in _OTHERS else None,
+        add_help_option=_name not in _OTHERS,
+    )(_function)
 
 
 def joined_seeds(words: list[str]) -> list[str]:

@@ -1,21 +1,28 @@
-"""Options that several commands share, and checks that do not import `msae_plugin`.
+"""Options that several commands share, and checks that need neither SAELens nor torch.
 
 What the checks let through is checked again, in full, by the command itself.
 """
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from msae_plugin.common.errors import InputError
+
 RecipeOption = Annotated[
-    Path, typer.Option("--config", "-c", help="Recipe, a YAML file; see examples/.")
+    str,
+    typer.Option(
+        "--config", "-c", metavar="NAME|FILE", help="Recipe: a shipped one (msae recipes) or YAML."
+    ),
 ]
-ComparisonOption = Annotated[
-    Path, typer.Option("--config", "-c", help="Recipe; see examples/compare_*.yaml.")
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="NAME", help="Of the recipe's SAEs this one; may be repeated."),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 SetOption = Annotated[
@@ -28,34 +35,36 @@ SkipMissingOption = Annotated[
 ]
 
 
-class ArgumentMistake(ValueError):
-    """An argument that cannot work: exit status 2, as `msae_plugin.common.errors.InputError`."""
-
-
-def check_config(config: Path) -> None:
-    """Refuse a config that is a path to nothing; a bare name may be one of the shipped ones.
+def check_config(config: str, command: str) -> None:
+    """Refuse a recipe that is not there, cannot be read, or is for another command.
 
     Raises:
-        ArgumentMistake: It is a folder, or a path with folders in it and there is no such file.
+        InputError: Saying so.
     """
-    path = config.expanduser()
-    if path.is_dir():
-        raise ArgumentMistake(f"config {str(config)!r} is a folder: give a YAML file")
-    if not path.exists() and len(path.parts) > 1:
-        raise ArgumentMistake(f"config {str(config)!r} does not exist: {_nearby(path)}")
+    # Imported here: pydantic, which `msae --help` does without.
+    from msae_plugin.common.recipes import find_recipe, read_recipe
+
+    path = Path(config).expanduser()
+    try:
+        find_recipe(config, command)
+    except InputError as error:
+        if path.exists() or len(path.parts) == 1:
+            raise
+        raise InputError(f"recipe {config!r} does not exist: {_nearby(path)}") from error
+    read_recipe(config, command)
 
 
 def check_folder(folder: Path) -> None:
     """Refuse what is no folder.
 
     Raises:
-        ArgumentMistake: There is nothing at this path, or a file.
+        InputError: There is nothing at this path, or a file.
     """
     path = folder.expanduser()
     if path.is_file():
-        raise ArgumentMistake(f"{str(folder)!r} is a file: give the folder it is in")
+        raise InputError(f"{str(folder)!r} is a file: give the folder it is in")
     if not path.exists():
-        raise ArgumentMistake(f"{str(folder)!r} does not exist: {_nearby(path)}")
+        raise InputError(f"{str(folder)!r} does not exist: {_nearby(path)}")
 
 
 def check_reference(reference: str) -> None:
@@ -64,32 +73,37 @@ def check_reference(reference: str) -> None:
     `a/b`, `user/repo:folder` and `release:sae_id` may be on the hub: they are not judged here.
 
     Raises:
-        ArgumentMistake: It begins like a path and there is nothing.
+        InputError: It begins like a path and there is nothing.
     """
     if reference.startswith(("/", "./", "../", "~")) and ":" not in reference:
         check_folder(Path(reference))
 
 
 def check_output(output: Path) -> None:
-    """Refuse a file where a folder for results is asked for.
+    """Refuse a file where a folder for results is asked for, and a place that is not ours.
 
     Raises:
-        ArgumentMistake: It is a file.
+        InputError: It is a file, or nothing can be written there.
     """
-    if output.expanduser().is_file():
-        raise ArgumentMistake(f"--output {output} is a file: give a folder")
+    place = output.expanduser()
+    if place.is_file():
+        raise InputError(f"--output {output} is a file: give a folder")
+    while not place.exists():
+        place = place.absolute().parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--output {output}: cannot write in {place}")
 
 
 def latent_indices(text: str | None) -> tuple[int, ...]:
     """`3,17` as numbers; none for None.
 
     Raises:
-        ArgumentMistake: Something in it is no number of a latent.
+        InputError: Something in it is no number of a latent.
     """
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     for part in parts:
         if not part.isdecimal():
-            raise ArgumentMistake(f"--latents {text!r}: give numbers of latents, as in 3,17,40")
+            raise InputError(f"--latents {text!r}: give numbers of latents, as in 3,17,40")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,18 +10,21 @@ import typer
 from rich.console import Console
 
 from msae_cli.arguments import (
-    ComparisonOption,
+    OnlyOption,
     OutputOption,
     QuickOption,
+    RecipeOption,
     SetOption,
     SkipMissingOption,
     check_config,
     check_output,
     latent_indices,
 )
-from msae_cli.terminal import continued_later, errors, results, say, show
+from msae_cli.terminal import continued_later, import_first, progress, results, say, show
+from msae_plugin.common.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
+    from msae_plugin.api import Result
     from msae_plugin.reporting.dashboards import DashboardRequest
     from msae_plugin.reporting.report import ReportResult
 
@@ -29,9 +33,10 @@ _FILE_WIDTH = 160
 
 
 def compare(
-    config: ComparisonOption,
+    config: RecipeOption,
     output: OutputOption,
     set_: SetOption = None,
+    only: OnlyOption = None,
     quick: QuickOption = False,
     part: Annotated[
         str | None,
@@ -50,22 +55,24 @@ def compare(
 
     The same command goes on where a killed comparison stopped; finished SAEs are kept.
     """
-    check_config(config)
+    check_config(config, "compare")
     check_output(output)
-    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.common.errors import RunFailure
-    from msae_plugin.common.progress import step_reporter
-    from msae_plugin.comparison.compare import compare as run_comparison
-    from msae_plugin.comparison.recipe import CompareConfig
-    from msae_plugin.comparison.training_schedule import Shard
+    import_first("msae_plugin.comparison.compare")
+    # As in import_first.
+    from msae_plugin import api
     from msae_plugin.reporting.terminal import comparison_for_terminal
 
-    share = None if part is None else Shard.parse(part)
-    recipe = CompareConfig.load(config, set_ or [], quick=quick)
-    with continued_later(), step_reporter(errors) as report:
-        comparison = run_comparison(
-            recipe, output, report=report, shard=share, skip_missing=skip_missing
-        )
+    with continued_later():
+        comparison = api.compare(
+            config,
+            output,
+            changes=set_ or [],
+            only=only or [],
+            quick=quick,
+            part=part,
+            skip_missing=skip_missing,
+            progress=progress(),
+        ).details
     for name, reason in comparison.failures.items():
         say(f"{name}: {reason}")
     if comparison.contents is None:
@@ -85,9 +92,6 @@ def compare(
 
 
 def _page_of_comparison(output: Path) -> None:
-    # As in compare: heavy imports.
-    from msae_plugin.common.errors import InputError
-
     try:
         _show_files(_written_report([output], output / REPORT_FOLDER))
     except InputError as error:
@@ -124,30 +128,28 @@ def report(
     """Tables, figures and one self-contained page of what was trained and measured."""
     check_output(output)
     chosen = latent_indices(latents)
-    # As in compare: heavy imports.
+    import_first("msae_plugin.reporting.report")
+    # As in import_first.
     from msae_plugin.reporting.dashboards import DashboardRequest
     from msae_plugin.reporting.terminal import answer_for_terminal
-    from msae_plugin.saes.download import local_folder
 
     request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
-    result = _written_report([local_folder(text) for text in folders], output, request)
-    results.print(answer_for_terminal(result.document.answers()))
+    result = _written_report(folders, output, request)
+    results.print(answer_for_terminal(result.details.document.answers()))
     _show_files(result)
-    if result.not_measured:
-        results.print(f"{result.not_measured} things were not measured: the page names them")
+    for note in result.notes:
+        results.print(note)
 
 
 def _written_report(
-    folders: list[Path], output: Path, dashboards: DashboardRequest | None = None
-) -> ReportResult:
-    # As in compare: heavy imports.
-    from msae_plugin.common.progress import step_reporter
-    from msae_plugin.reporting.report import report as write_report
+    folders: Sequence[str | Path], output: Path, dashboards: DashboardRequest | None = None
+) -> Result[ReportResult]:
+    from msae_plugin import api  # as in import_first
 
-    with step_reporter(errors) as progress:
-        return write_report(folders, output, progress, dashboards)
+    return api.report(folders, output, dashboards=dashboards, progress=progress())
 
 
-def _show_files(result: ReportResult) -> None:
-    show(f"page: {result.page}")
-    show(f"{len(result.tables)} tables, {len(result.figures)} figures in {result.output}")
+def _show_files(result: Result[ReportResult]) -> None:
+    made = result.details
+    show(f"page: {made.page}")
+    show(f"{len(made.tables)} tables, {len(made.figures)} figures in {made.output}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from msae_cli.arguments import check_folder, check_output
-from msae_cli.terminal import say, show
+from msae_cli.terminal import import_first, say, show
 
 
 def _ask() -> Callable[[str], bool] | None:
@@ -70,15 +70,19 @@ def publish(
 ) -> None:
     """Publish SAEs on the Hugging Face Hub in one commit, and check what others will get."""
     check_folder(folder)
-    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.hub.publish import PublishOptions, report_lines
-    from msae_plugin.hub.publish import publish as publish_run
+    import_first("msae_plugin.hub.publish")
+    # As in import_first.
+    from msae_plugin import api
+    from msae_plugin.hub.publish import report_lines
 
-    options = PublishOptions(
-        folder=sae_folder,
-        evaluation=evaluation,
-        report=report,
+    result = api.publish(
+        folder,
+        repo,
         dry_run=dry_run,
+        evaluation=evaluation,
+        confirm=_ask(),
+        progress=say,
+        report=report,
         output=output,
         private=private,
         revision=revision,
@@ -87,9 +91,9 @@ def publish(
         licence=licence,
         overwrite=overwrite,
         allow_negative_variance=allow_negative_variance,
+        **({} if sae_folder is None else {"folder": sae_folder}),
     )
-    result = publish_run(folder, repo, options, confirm=_ask(), say=say)
-    for line in report_lines(result):
+    for line in report_lines(result.details):
         show(line)
 
 
@@ -101,7 +105,7 @@ def download(
 ) -> None:
     """Fetch an SAE, or a whole repository, from the Hugging Face Hub."""
     check_output(output)
-    # As in publish: heavy imports.
+    import_first("msae_plugin.saes.download")
     from msae_plugin.saes.download import download as download_reference
 
     show(str(download_reference(reference, output)))

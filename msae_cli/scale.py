@@ -10,8 +10,7 @@ import typer
 import yaml
 
 from msae_cli.arguments import (
-    ArgumentMistake,
-    ComparisonOption,
+    OnlyOption,
     OutputOption,
     QuickOption,
     RecipeOption,
@@ -20,7 +19,8 @@ from msae_cli.arguments import (
     check_config,
     check_output,
 )
-from msae_cli.terminal import continued_later, errors, show
+from msae_cli.terminal import continued_later, import_first, progress, show
+from msae_plugin.common.errors import InputError
 
 
 class Executor(str, Enum):
@@ -40,16 +40,17 @@ def cache(
     The same command goes on where a killed pass stopped. Then: msae train --set
     cached_activations=DIR.
     """
-    check_config(config)
+    check_config(config, "train")
     check_output(output)
-    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.common.progress import ConsoleProgress
+    import_first("msae_plugin.training.cached_activations")
+    # As in import_first.
+    from msae_plugin.common.progress import training_display
     from msae_plugin.training.cached_activations import make_cache
     from msae_plugin.training.recipe import RunConfig
 
     recipe = RunConfig.load(config, set_ or [])
     with continued_later():
-        made = make_cache(recipe, output, progress=ConsoleProgress(errors))
+        made = make_cache(recipe, output, progress=training_display(progress()))
     size = sum(tensor.numel() * tensor.element_size() for tensor in made.tensors.values())
     show(
         f"{made.rows:,} activations at {', '.join(made.tensors)} ({made.manifest['dtype']}, "
@@ -59,11 +60,12 @@ def cache(
 
 
 def sweep(
-    config: ComparisonOption,
+    config: RecipeOption,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the results, seen by all jobs.")
     ],
     set_: SetOption = None,
+    only: OnlyOption = None,
     quick: QuickOption = False,
     executor: Annotated[
         Executor, typer.Option(help="Processes of this machine, or jobs of a Slurm cluster.")
@@ -83,17 +85,18 @@ def sweep(
 
     The same command goes on where a failed or killed sweep stopped.
     """
-    check_config(config)
+    check_config(config, "compare")
     check_output(output)
     parameters = dict(_parameter(text) for text in job or [])
-    # As in cache: heavy imports.
-    from msae_plugin.common.progress import step_reporter
+    import_first("msae_plugin.comparison.sweep")
+    # As in import_first.
+    from msae_plugin.common.progress import shown_steps
     from msae_plugin.comparison.recipe import CompareConfig
     from msae_plugin.comparison.sweep import sweep as run_sweep
 
-    recipe = CompareConfig.load(config, set_ or [], quick=quick)
+    recipe = CompareConfig.load(config, set_ or [], quick=quick, only=only or [])
     advice = "the jobs are cancelled, the same command continues from here"
-    with continued_later(advice), step_reporter(errors) as report:
+    with continued_later(advice), shown_steps(progress()) as report:
         run_sweep(
             recipe,
             output,
@@ -110,5 +113,5 @@ def sweep(
 def _parameter(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise ArgumentMistake(f"--job {text!r} is not of the form KEY=VALUE")
+        raise InputError(f"--job {text!r} is not of the form KEY=VALUE")
     return key, yaml.safe_load(value)

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from msae_plugin.common.interruption import InterruptedBySignalError
+
 errors = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
+_quiet = False
+
+
+def be_quiet() -> None:
+    """Show no progress from here on."""
+    global _quiet  # noqa: PLW0603 - one process, one command line
+    _quiet = True
+
+
+def progress() -> Console | bool:
+    """Where a command shows its progress, as the functions of `msae_plugin.api` take it."""
+    return not _quiet and errors
+
+
+def import_first(*modules: str) -> None:
+    """Import what a command needs, and say so meanwhile on a terminal.
+
+    SAELens and torch take eight seconds of processor time.
+    """
+    waits = errors.is_terminal and not _quiet
+    with errors.status("loading SAELens and torch") if waits else nullcontext():
+        for module in modules:
+            import_module(module)
 
 
 def other_rank() -> str | None:
@@ -35,9 +61,6 @@ def show(line: str) -> None:
 @contextmanager
 def continued_later(advice: str = "the same command continues from here") -> Generator[None]:
     """Turn a signal that stopped the work into one line and its exit status."""
-    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.common.interruption import InterruptedBySignalError
-
     try:
         yield
     except InterruptedBySignalError as interruption:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from msae_cli.arguments import OutputOption, RecipeOption, SetOption, check_config, check_output
-from msae_cli.terminal import errors, other_rank, results, say, show
-
-if TYPE_CHECKING:
-    from msae_plugin.training.runner import RunResult
+from msae_cli.arguments import (
+    OnlyOption,
+    OutputOption,
+    RecipeOption,
+    SetOption,
+    check_config,
+    check_output,
+)
+from msae_cli.terminal import import_first, other_rank, progress, results, say, show
+from msae_plugin.common.interruption import InterruptedBySignalError
 
 
 def train(
     config: RecipeOption,
     output: OutputOption,
     set_: SetOption = None,
+    only: OnlyOption = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -30,83 +37,83 @@ def train(
     ] = None,
 ) -> None:
     """Train the SAEs of a recipe on a language model's activations and export them."""
-    check_config(config)
+    check_config(config, "train")
     check_output(output)
-    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
-    from msae_plugin.common.interruption import InterruptedBySignalError
-    from msae_plugin.common.progress import ConsoleProgress
-    from msae_plugin.training.data_parallel import launched_ranks
+    import_first("msae_plugin.training.runner")
+    # As in import_first.
+    from msae_plugin import api
     from msae_plugin.training.recipe import RunConfig
-    from msae_plugin.training.runner import MultiScaleRunner, is_complete
+    from msae_plugin.training.runner import is_complete
 
-    overrides = set_ or []
-    recipe = RunConfig.load(config, overrides)
+    recipe = RunConfig.load(config, set_ or [], only or [])
     if resume == "auto" and is_complete(output, recipe):
         if not other_rank():
             say(f"the run in {output} is complete: there is nothing to resume")
         return
-    with launched_ranks(recipe.model.device) as ranks:
-        runner = MultiScaleRunner(
-            recipe, output, resume=resume, progress=ConsoleProgress(errors), ranks=ranks
+    try:
+        result = api.train(
+            config,
+            output,
+            changes=set_ or [],
+            only=only or [],
+            resume=resume,
+            progress=progress(),
         )
-        try:
-            result = runner.run()
-        except InterruptedBySignalError as interruption:
-            if not other_rank():
-                saved = interruption.checkpoint
-                if saved is None:
-                    say(f"{interruption} before the first step: nothing to save")
-                else:
-                    say(f"{interruption}; everything so far is in {saved}")
-                say(f"continue with: {resume_command(config, overrides, output, ranks.count)}")
-            raise typer.Exit(interruption.exit_status) from interruption
+    except InterruptedBySignalError as interruption:
+        if not other_rank():
+            saved = interruption.checkpoint
+            if saved is None:
+                say(f"{interruption} before the first step: nothing to save")
+            else:
+                say(f"{interruption}; everything so far is in {saved}")
+            say(f"continue with: {resume_command(config, set_ or [], output, only or [])}")
+        raise typer.Exit(interruption.exit_status) from interruption
     if not other_rank():
-        _print_result(result)
+        _print_rows(result.rows)
+        for note in result.notes:
+            show(note)
+        results.print(
+            "expl. var. and dead: end of training. L0: the export, on real activations.\n"
+            "export check: largest relative difference to the trained SAE. twin: jumprelu copy."
+        )
+        for name, folder in result.details.folders.items():
+            show(f"{name}: {folder}")
+        overall = result.details.tokens_per_second.get("overall")
+        if overall is not None:
+            results.print(f"{overall:,.0f} tokens per second, language model included")
 
 
-def resume_command(config: Path, overrides: list[str], output: Path, processes: int = 1) -> str:
+def resume_command(
+    config: str, overrides: Sequence[str], output: Path, only: Sequence[str] = ()
+) -> str:
     """The command that continues a run, ready to paste into a shell (on every machine of it)."""
-    words = ["msae", "train", "--config", str(config)]
-    if processes > 1:
-        here = os.environ.get("LOCAL_WORLD_SIZE", str(processes))
+    words = ["msae", "train", "--config", config]
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        here = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
         words = ["torchrun", "--nproc-per-node", here, "-m", "msae_plugin", *words[1:]]
-    for change in overrides:
-        words += ["--set", change]
+    for option, values in (("--set", overrides), ("--only", only)):
+        for value in values:
+            words += [option, value]
     words += ["--output", str(output), "--resume", "auto"]
     return shlex.join(words)
 
 
-def _print_result(result: RunResult) -> None:
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     # As in train: heavy imports.
     from msae_plugin.common.table import Column, Table
 
-    rows: list[list[str | float | None]] = []
-    for name, export in result.exports.items():
-        final, agreement = result.final_rows[name], export.agreement
-        worst = max(agreement.max_latent_difference, agreement.max_reconstruction_difference)
-        rows.append(
-            [
-                name,
-                f"{final['explained_variance']:.3f}",
-                f"{final['dead_latents']:.0f}",
-                f"{export.l0_exported:.1f}",
-                "-" if export.l0_target is None else f"{export.l0_target:g}",
-                f"{worst:.0e}",
-                "yes" if export.has_twin else "no",
-            ]
-        )
+    cells: list[list[str | float | None]] = [
+        [
+            row["sae"],
+            f"{row['explained_variance']:.3f}",
+            f"{row['dead_latents']:.0f}",
+            f"{row['l0']:.1f}",
+            "-" if row["l0_target"] is None else f"{row['l0_target']:g}",
+            f"{row['export_difference']:.0e}",
+            "yes" if row["jumprelu_twin"] else "no",
+        ]
+        for row in rows
+    ]
     headings = ("SAE", "expl. var.", "dead", "L0", "of k", "export check", "twin")
     columns = [Column(heading, heading) for heading in headings]
-    results.print(Table("exports", "", columns, rows).terminal())
-    for name, export in result.exports.items():
-        for warning in export.warnings:
-            show(f"warning: {name}: {warning}")
-    results.print(
-        "expl. var. and dead: end of training. L0: the export, on real activations.\n"
-        "export check: largest relative difference to the trained SAE. twin: jumprelu copy."
-    )
-    for name, folder in result.folders.items():
-        show(f"{name}: {folder}")
-    overall = result.tokens_per_second.get("overall")
-    if overall is not None:
-        results.print(f"{overall:,.0f} tokens per second, language model included")
+    results.print(Table("exports", "", columns, cells).terminal())

@@ -8,15 +8,15 @@ import typer
 import yaml
 
 from msae_cli.arguments import (
-    ArgumentMistake,
-    ComparisonOption,
     OutputOption,
     QuickOption,
+    RecipeOption,
     SetOption,
     check_config,
     check_output,
 )
-from msae_cli.terminal import continued_later, errors, results, say, show
+from msae_cli.terminal import continued_later, import_first, progress, results, say, show
+from msae_plugin.common.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def tune(
-    config: ComparisonOption,
+    config: RecipeOption,
     output: OutputOption,
     rates: Annotated[
         str, typer.Option(metavar="LR,LR,...", help="Learning rates that every method is tried at.")
@@ -64,13 +64,15 @@ def tune(
     OUTPUT/tuned.yaml is the recipe for msae compare, with the same --set and --quick. The same
     command goes on where a killed one stopped.
     """
-    check_config(config)
+    check_config(config, "compare")
     check_output(output)
     tried = _rates(rates)
-    # Imported here: SAELens and torch take ten seconds to import, `msae --help` must not.
+    import_first("msae_plugin.comparison.compare")
+    # As in import_first.
     from msae_plugin.common.claims import claimed_output
     from msae_plugin.common.files import write_json_atomic, write_text_atomic
-    from msae_plugin.common.progress import step_reporter
+    from msae_plugin.common.progress import shown_steps
+    from msae_plugin.common.recipes import find_recipe, read_recipe
     from msae_plugin.comparison.compare import compare
     from msae_plugin.comparison.learning_rates import (
         RATES_FILE,
@@ -87,15 +89,15 @@ def tune(
         recipe, tried, l0=l0, seed=seed, metrics=metric or (), extend=extend, methods=only
     )
     # A share of its own: between its comparisons nobody else takes the folder.
-    with continued_later(), step_reporter(errors) as report, claimed_output(output, "tune"):
+    with continued_later(), shown_steps(progress()) as report, claimed_output(output, "tune"):
         choices = find_rates(recipe, plan, lambda trials: compare(trials, output, report=report))
     write_json_atomic(output / RATES_FILE, rates_contents(plan, choices))
-    read = yaml.safe_load(config.read_text(encoding="utf-8"))
-    tuned = with_rates(read, choices)
-    beside = config.resolve().parent / str(tuned.get("evaluation"))
+    file = find_recipe(config, "compare")
+    tuned = with_rates(read_recipe(file, "compare"), choices)
+    beside = file.resolve().parent / str(tuned.get("evaluation"))
     if isinstance(tuned.get("evaluation"), str) and beside.is_file():
         tuned["evaluation"] = str(beside)
-    head = f"# {config.name} with the rates of {RATES_FILE}, by msae tune.\n"
+    head = f"# {file.name} with the rates of {RATES_FILE}, by msae tune.\n"
     write_text_atomic(output / TUNED_FILE, head + yaml.safe_dump(tuned, sort_keys=False))
     results.print(_table(choices))
     for name, choice in choices.items():
@@ -110,7 +112,7 @@ def _rates(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ArgumentMistake(f"--rates {text!r}: give numbers, as in 2e-3,4e-3,8e-3") from error
+        raise InputError(f"--rates {text!r}: give numbers, as in 2e-3,4e-3,8e-3") from error
 
 
 def _table(choices: Mapping[str, RateChoice]) -> RenderableType:

@@ -1,6 +1,6 @@
 """`msae demo`: a comparison on a real language model, end to end, and what it says.
 
-The recipe is `demo.yaml` beside this file: `multiscale` and SAELens' own `batchtopk` on the same
+The recipe is `demo.yaml` in `recipes/`: `multiscale` and SAELens' own `batchtopk` on the same
 activations at the same L0. Everything is `msae compare` and `msae report`; what is added is a short
 page of their contents, `demo.md`, and the strongest latents in the terminal.
 """
@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import time
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rich.text import Text
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import read_json_object, write_text_atomic
-from msae_plugin.common.recipes import set_value
+from msae_plugin.common.recipes import SHIPPED, set_value
 from msae_plugin.common.table import Table
 from msae_plugin.comparison.compare import RECIPE_FILE, check_comparison_folder, compare
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER
@@ -64,8 +63,7 @@ def demo_recipe(
     Raises:
         InputError: A value cannot work.
     """
-    text = (files("msae_plugin") / "demo.yaml").read_text(encoding="utf-8")
-    recipe: dict[str, Any] = yaml.safe_load(text)
+    recipe: dict[str, Any] = yaml.safe_load((SHIPPED / "demo.yaml").read_text(encoding="utf-8"))
     training = recipe["training"]
     if "tokens" in options:
         share = options["tokens"] / training["tokens"]

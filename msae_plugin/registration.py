@@ -1,4 +1,7 @@
-"""Registration of the architecture with SAELens, which reads no entry points."""
+"""Registration of the architecture with SAELens, which reads no entry points.
+
+Importing this module registers. `msae_plugin` imports it as soon as SAELens is there.
+"""
 
 from __future__ import annotations
 
@@ -50,3 +53,6 @@ def _register(
             f"{present[0].__module__}.{present[0].__qualname__}; "
             "import only one of the two packages"
         )
+
+
+register()

@@ -1,8 +1,10 @@
 """The command line: what it prints, where, and its exit status."""
 
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from msae_cli import app as cli
+from msae_cli import terminal
 from msae_cli.train import resume_command
 from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.recipes import SHIPPED
 from msae_plugin.training import recipe
 
 
@@ -38,7 +44,7 @@ sys.argv = ["msae", *sys.argv[1:]]
 try:
     main()
 finally:
-    heavy = sorted({"torch", "sae_lens", "msae_plugin"} & set(sys.modules))
+    heavy = sorted({"torch", "sae_lens", "pandas"} & set(sys.modules))
     assert not heavy, heavy
 """
 
@@ -54,7 +60,15 @@ finally:
         (["info", "folder", "--set", "a=1"], 2, "error: --set changes a recipe"),
         (["info", "/nowhere/at/all"], 2, "error: '/nowhere/at/all' does not exist: / holds "),
         (["train", "-c", "here/fil.yaml", "-o", "out"], 2, "did you mean {here}/file.yaml?"),
-        (["train", "-c", "here", "-o", "out"], 2, "error: config 'here' is a folder: give a"),
+        (["train", "-c", "here", "-o", "out"], 2, "error: recipe 'here' is a folder; shipped "),
+        (["train", "-c", "smolm2", "-o", "out"], 2, "does not exist; did you mean smollm2?"),
+        (["train", "-c", "offline", "-o", "out"], 2, "'offline' is a recipe for msae eval, and "),
+        (["train", "-c", "here/bad.yaml", "-o", "out"], 2, "error: 'here/bad.yaml' is not valid "),
+        (["compare", "-c", "smollm2", "-o", "o"], 2, "'smollm2' is a recipe for msae train, and "),
+        (["init", "smolm2"], 2, "error: there is no recipe 'smolm2'; did you mean 'smollm2'?"),
+        (["recipes"], 0, "compare_smollm2  "),
+        (["--version"], 0, "msae 0."),
+        (["train", "-h"], 0, "Example: msae train --config smollm2"),
         (["compare", "-c", "here/file.yaml", "-o", "here/file.yaml"], 2, "is a file: give a"),
         (["eval", "./no", "-c", "smoke", "-o", "out"], 2, "error: 'no' does not exist: "),
         (["publish", "here/file.yaml", "--repo", "a/b"], 2, "is a file: give the folder it is in"),
@@ -64,7 +78,8 @@ def test_help_and_mistakes_do_not_wait_for_torch(
     tmp_path: Path, words: list[str], status: int, line: str
 ) -> None:
     (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "file.yaml").write_text("{}")
+    (tmp_path / "here" / "file.yaml").write_text("{l0: [3]}")
+    (tmp_path / "here" / "bad.yaml").write_text("{l0: [3")
     done = subprocess.run(
         [sys.executable, "-c", ANSWERED_AT_ONCE, *words],
         capture_output=True, text=True, cwd=tmp_path, check=False,
@@ -173,13 +188,15 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, recipe_file:
     assert "error: --set 'x' is not of the form key.path=value" in result.stderr
 
 
-def test_the_resume_command_can_be_pasted() -> None:
-    command = resume_command(Path("my recipe.yaml"), ["sae.k=3", "hooks=[a, b]"], Path("o"))
+def test_the_resume_command_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = resume_command("my recipe.yaml", ["sae.k=3", "hooks=[a, b]"], Path("o"), ["x"])
     assert command == (
-        "msae train --config 'my recipe.yaml' --set sae.k=3 --set 'hooks=[a, b]' "
+        "msae train --config 'my recipe.yaml' --set sae.k=3 --set 'hooks=[a, b]' --only x "
         "--output o --resume auto"
     )
-    assert resume_command(Path("r.yaml"), [], Path("o"), processes=2) == (
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resume_command("r.yaml", [], Path("o")) == (
         "torchrun --nproc-per-node 2 -m msae_plugin train --config r.yaml --output o --resume auto"
     )
 
@@ -219,3 +236,68 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["train", "--help"]])
+def test_head_prints_no_error(words: list[str]) -> None:
+    """However soon the reader goes: here it is gone before the first byte."""
+    script = "import sys; from msae_cli.app import main; sys.argv = ['msae', *sys.argv[1:]]; main()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("name", "example"), [(row[0], row[3]) for row in cli.COMMANDS])
+def test_the_example_of_every_command_can_be_typed(name: str, example: str) -> None:
+    words = shlex.split(example)
+    assert words[0] == name
+    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, words[1:])
+    config = words[words.index("--config") + 1] if "--config" in words else None
+    assert config is None or (SHIPPED / f"{config}.yaml").is_file()
+
+
+def test_init_writes_a_recipe_to_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert msae("init", "smollm2").exit_code == 0
+    assert (tmp_path / "smollm2.yaml").read_text() == (SHIPPED / "smollm2.yaml").read_text()
+    again = msae("init", "smollm2")
+    assert (again.exit_code, again.stderr) == (
+        2,
+        "error: smollm2.yaml exists: give another file behind the name\n",
+    )
+    made = msae("init", "offline", "mine.yaml")
+    assert made.stdout == (
+        "mine.yaml: edit it, then msae eval SAE --config mine.yaml --output runs/offline\n"
+    )
+
+
+def test_quiet_shows_results_alone(recipe_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(terminal, "_quiet", False)
+    words = ("train", "-c", str(recipe_file), "-o", str(tmp_path / "out"), "--quiet")
+    result = msae(*words, "--set", "training.tokens=640")
+    assert result.exit_code == 0, result.output
+    assert "tokens per second" in result.stdout
+    assert "%" not in result.stderr
+    assert "loading" not in result.stderr
+
+
+def test_a_sign_of_life_while_the_libraries_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(terminal, "errors", Console(file=stream, force_terminal=True))
+    terminal.import_first("json")
+    assert "loading SAELens and torch" in stream.getvalue()
+    in_a_pipe = io.StringIO()
+    monkeypatch.setattr(terminal, "errors", Console(file=in_a_pipe))
+    terminal.import_first("json")
+    assert in_a_pipe.getvalue() == ""
+
+
+def test_saelens_own_command_line_knows_the_architecture() -> None:
+    command = [sys.executable, "-m", "msae_plugin", "saelens", "--architecture", "multiscale", "-h"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--sparsity_scales" in done.stdout

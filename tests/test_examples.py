@@ -2,17 +2,16 @@
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from msae_plugin.common.recipes import SHIPPED, shipped_recipes
 from msae_plugin.models.loading import ModelShape
 from msae_plugin.training import recipe
 from msae_plugin.training.recipe import RunConfig
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 SHAPES = {
     "packaged:smollm2-135m": ModelShape(d_model=576, n_layers=30, vocabulary=49152),
     "packaged:gemma-3-270m": ModelShape(d_model=640, n_layers=18, vocabulary=262144),
@@ -52,15 +51,12 @@ def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def test_there_is_no_unknown_recipe() -> None:
-    recipes = {
-        path.stem for path in EXAMPLES.glob("*.yaml") if not path.stem.startswith("compare_")
-    }
-    assert recipes == set(TRAINING_RECIPES)
+    assert list(shipped_recipes("train")) == TRAINING_RECIPES
 
 
 @pytest.mark.parametrize("name", TRAINING_RECIPES)
 def test_the_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = RunConfig.load(EXAMPLES / f"{name}.yaml")
+    config = RunConfig.load(name)
     monkeypatch.setattr(recipe, "describe_model", SHAPES.__getitem__)
     assert RunConfig.from_dict(config.to_dict()) == config
     plans = config.validate()
@@ -70,7 +66,7 @@ def test_the_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", TRAINING_RECIPES)
 def test_every_key_is_shown_with_its_type_and_its_true_default(name: str) -> None:
-    written = keys_with_comments((EXAMPLES / f"{name}.yaml").read_text())
+    written = keys_with_comments((SHIPPED / f"{name}.yaml").read_text())
     for path, default in defaults(RunConfig()).items():
         assert path in written, f"{path} is not shown"
         comment = written[path][1]
@@ -84,7 +80,7 @@ def test_every_key_is_shown_with_its_type_and_its_true_default(name: str) -> Non
 
 @pytest.mark.parametrize("name", TRAINING_RECIPES)
 def test_every_key_of_an_sae_is_explained(name: str) -> None:
-    written = keys_with_comments((EXAMPLES / f"{name}.yaml").read_text())
+    written = keys_with_comments((SHIPPED / f"{name}.yaml").read_text())
     leaves = {path: item for path, item in written.items() if path.startswith("saes.") and item[0]}
     assert len(leaves) >= 6
     for path, (_, comment) in leaves.items():
@@ -92,7 +88,7 @@ def test_every_key_of_an_sae_is_explained(name: str) -> None:
 
 
 def test_the_source_recipe_has_the_numbers_of_the_source() -> None:
-    config = RunConfig.load(EXAMPLES / "gemma-2-2b-source.yaml")
+    config = RunConfig.load("gemma-2-2b-source")
     assert config.hooks == [f"blocks.{layer}.hook_resid_post" for layer in (5, 12, 19)]
     training = config.training
     assert (training.tokens, training.batch_size_tokens) == (1_000_000, 2048)
@@ -105,7 +101,7 @@ def test_the_source_recipe_has_the_numbers_of_the_source() -> None:
 
 def test_the_gemma_2_recipe_has_the_numbers_of_saebench() -> None:
     """arXiv 2503.09532: width 2^14, 500M tokens, decay over the last fifth."""
-    config = RunConfig.load(EXAMPLES / "gemma-2-2b.yaml")
+    config = RunConfig.load("gemma-2-2b")
     assert config.hooks == ["blocks.12.hook_resid_post"]
     assert config.model.dtype == "bfloat16"
     training = config.training
@@ -118,7 +114,7 @@ def test_the_gemma_2_recipe_has_the_numbers_of_saebench() -> None:
 
 
 def test_the_gemma_3_recipe_has_the_layers_of_the_source() -> None:
-    config = RunConfig.load(EXAMPLES / "gemma-3-270m.yaml")
+    config = RunConfig.load("gemma-3-270m")
     assert config.hooks == [f"blocks.{layer}.hook_resid_post" for layer in (5, 9, 12)]
     training = config.training
     steps = training.tokens // training.batch_size_tokens

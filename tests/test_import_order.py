@@ -32,6 +32,7 @@ ORDER = [
     "reporting",
     "hub",
     "demo",
+    "api",
     "msae_plugin",
     "msae_cli",
     "__main__",

@@ -1,5 +1,9 @@
 """The `multiscale` architecture: configuration, training and inference SAE, mechanisms."""
 
+# First of all: when SAELens is imported, the architecture is registered (`msae_plugin/__init__.py`)
+# and with it imported, which must not happen half-way through the imports below.
+import sae_lens  # noqa: F401
+
 from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.inference_sae import MultiScaleSAE
 from msae_plugin.architecture.presets import preset, preset_names, preset_summary

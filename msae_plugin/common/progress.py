@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+logger = logging.getLogger(__name__)
+
 PLAIN_LINE_SECONDS = 15.0
+WARNING_PREFIX = "warning: "
+"""What begins with it stays on the screen."""
 
 
 class ProgressDisplay(Protocol):
@@ -48,13 +53,14 @@ class ProgressDisplay(Protocol):
 
 
 class SilentProgress:
-    """Shows nothing: the default of the library."""
+    """Shows nothing, and logs warnings: the default of the library."""
 
     def start(self, total_tokens: int, done_tokens: int, names: list[str]) -> None:
         """Nothing."""
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Log a warning."""
+        warnings_alone(text)
 
     def advance(self, done_tokens: int) -> None:
         """Nothing."""
@@ -150,9 +156,6 @@ class ConsoleProgress:
             self._live = None
 
 
-WARNING_PREFIX = "warning: "
-
-
 class Advance(Protocol):
     """Called with the number of tokens done since the last call."""
 
@@ -191,6 +194,13 @@ class Report(Protocol):
         ...
 
 
+def warnings_alone(message: str, done: int | None = None, total: int | None = None) -> None:
+    """A `Report` that shows nothing, and logs warnings."""
+    del done, total
+    if message.startswith(WARNING_PREFIX):
+        logger.warning(message.removeprefix(WARNING_PREFIX))
+
+
 @contextmanager
 def step_reporter(console: Console) -> Generator[Report]:
     """Show steps whose names and lengths are not known beforehand.
@@ -224,3 +234,24 @@ def step_reporter(console: Console) -> Generator[Report]:
         console.print(Text(message + count), soft_wrap=True)
 
     yield lines
+
+
+def training_display(progress: bool | Console) -> ProgressDisplay:
+    """The display of a training run: on a console, on standard error (True), or silent (False)."""
+    return ConsoleProgress(_console(progress)) if progress else SilentProgress()
+
+
+@contextmanager
+def shown_steps(progress: bool | Console) -> Generator[Report]:
+    """As `step_reporter`, with the choice of `training_display`."""
+    if not progress:
+        yield warnings_alone
+        return
+    with step_reporter(_console(progress)) as report:
+        yield report
+
+
+def _console(progress: bool | Console) -> Console:
+    if isinstance(progress, Console):
+        return progress
+    return Console(stderr=True, highlight=False)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import itertools
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -74,6 +76,10 @@ _SPOKEN: Mapping[Any, str] = {
     list: "a list",
     dict: "a mapping of keys to values",
 }
+SHIPPED = Path(__file__).parents[1] / "recipes"
+"""The recipes that come with the package."""
+# Where they were in a clone before: commands of that time still work.
+_EARLIER_FOLDERS = ("examples", "eval_configs")
 # What `--set GROUP.NAME=null` removes, by group.
 _CAN_BE_LEFT_OUT = {"saes": "SAE", "evaluations": "evaluation"}
 
@@ -141,6 +147,90 @@ def read_yaml(path: Path, kind: str = "config") -> dict[str, Any]:
     if values is None:
         raise InputError(f"{kind} {str(path)!r} is empty")
     return as_mapping(values, str(path))
+
+
+def command_of(values: Mapping[str, Any]) -> str | None:
+    """The command that a recipe is for: train, compare or eval; None where it does not show."""
+    kinds = (("evaluations", "eval"), ("l0", "compare"), ("sae", "train"), ("saes", "train"))
+    return next((command for key, command in kinds if key in values), None)
+
+
+def headline(file: Path) -> str:
+    """The first sentence of the comment that a recipe begins with."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("# "), file.read_text(encoding="utf-8").splitlines()
+    )
+    return re.split(r"\.(?:\s|$)", " ".join(line.removeprefix("# ") for line in lines))[0] + "."
+
+
+@functools.cache
+def shipped_recipes(command: str) -> dict[str, Path]:
+    """The recipes of a command that come with the package, by name."""
+    files = {file.stem: file for file in SHIPPED.glob("*.yaml")}
+    return {n: file for n, file in sorted(files.items()) if command_of(read_yaml(file)) == command}
+
+
+def find_recipe(path: Path | str, command: str) -> Path:
+    """The file that a path or a name stands for; what exists on the disk comes first.
+
+    Args:
+        path: A YAML file, or the name of a shipped recipe.
+        command: Whose recipes are offered where there is no such file.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    name = file.name.removesuffix(".yaml")
+    shipped = SHIPPED / f"{name}.yaml"
+    by_name = len(file.parts) == 1 or file.parent.name in _EARLIER_FOLDERS
+    if by_name and not file.is_dir() and shipped.is_file():
+        return shipped
+    hint = did_you_mean(name, shipped_recipes(command), "shipped ones are ", shown=str)
+    problem = "is a folder" if file.is_dir() else "does not exist"
+    raise InputError(f"recipe {str(path)!r} {problem}; {hint}")
+
+
+def read_recipe(path: Path | str, command: str) -> dict[str, Any]:
+    """Read the recipe of a command, by path or name.
+
+    Raises:
+        InputError: It cannot be found or read, or is one for another command.
+    """
+    values = read_yaml(find_recipe(path, command))
+    found = command_of(values)
+    if found not in (command, None):
+        raise InputError(
+            f"{str(path)!r} is a recipe for msae {found}, and this command needs one for msae "
+            f"{command}"
+        )
+    return values
+
+
+def with_only(
+    values: Mapping[str, Any], names: Sequence[str], elsewhere: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A recipe with some of its `saes` alone; as it is where no name is given.
+
+    Args:
+        values: The recipe; it is not changed.
+        names: Of the SAEs that stay.
+        elsewhere: Names of SAEs that do not stand in `saes`.
+
+    Raises:
+        InputError: The recipe has not one of these.
+    """
+    saes = as_mapping(values.get("saes") or {}, "saes")
+    known = [*saes, *elsewhere]
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "it has no 'saes'"
+            raise InputError(f"--only {name!r} is no SAE of the recipe: {hint}")
+    if not names:
+        return dict(values)
+    return {**values, "saes": {name: saes[name] for name in saes if name in names}}
 
 
 def with_overrides(

@@ -1,7 +1,7 @@
 """The recipe of a comparison: settings of a training recipe, many SAEs, sparsities and seeds.
 
-`examples/compare_*.yaml` show every key. Whatever can be refused is refused before a language model
-is loaded; the SAEs themselves are checked by `methods.expand`.
+`msae_plugin/recipes/compare_*.yaml` show every key. Whatever can be refused is refused before a
+language model is loaded; the SAEs themselves are checked by `methods.expand`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from msae_plugin.common.recipes import (
     Whole,
     as_mapping,
     coerce,
-    read_yaml,
+    find_recipe,
+    read_recipe,
     set_value,
+    with_only,
     with_overrides,
 )
+from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hook_names import common_style, parse_hook_name
 from msae_plugin.training.settings import (
@@ -156,19 +159,29 @@ class CompareConfig:
     """Keep the stored activations at the end, for SAEs that are added later."""
 
     @classmethod
-    def load(cls, path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> Self:
+    def load(
+        cls,
+        path: Path | str,
+        overrides: Sequence[str] = (),
+        *,
+        quick: bool = False,
+        only: Sequence[str] = (),
+    ) -> Self:
         """Read the recipe of a comparison.
 
         Args:
-            path: A YAML file.
+            path: A YAML file, or the name of a shipped recipe.
             overrides: As of `common.recipes.with_overrides`, applied last.
             quick: Apply what the recipe's `quick` says.
+            only: Methods that are compared, of `saes` and of the ladder; all by default.
 
         Raises:
             InputError: The file cannot be read, or a value cannot work.
         """
-        folder = path.resolve().parent
-        return cls.from_dict(read_yaml(path), overrides, quick=quick, folder=folder)
+        folder = find_recipe(path, "compare").resolve().parent
+        return cls.from_dict(
+            read_recipe(path, "compare"), overrides, quick=quick, folder=folder, only=only
+        )
 
     @classmethod
     def from_dict(
@@ -178,6 +191,7 @@ class CompareConfig:
         *,
         quick: bool = False,
         folder: Path | None = None,
+        only: Sequence[str] = (),
     ) -> Self:
         """Build a comparison from plain dictionaries, as `to_dict` gives them.
 
@@ -186,11 +200,14 @@ class CompareConfig:
             overrides: As in `load`.
             quick: As in `load`.
             folder: What paths in the values are relative to.
+            only: As in `load`.
 
         Raises:
             InputError: As `load`.
         """
         merged = with_overrides(_quick(values) if quick else values, overrides)
+        if only:
+            merged = _with_only(merged, only)
         if "synthetic" in merged:
             for key in _LANGUAGE_MODEL_ONLY:
                 if key in merged:
@@ -273,6 +290,21 @@ class CompareConfig:
             raise InputError("'seeds' is empty: give at least one")
         if min(self.seeds) < 0:
             raise InputError(f"'seeds' must be 0 or more, not {min(self.seeds)}")
+
+
+def _with_only(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The recipe with some of its methods, of `saes` and of the ladder."""
+    ladder = values.get("ladder")
+    variants = [] if ladder is None else [variant.name for variant in ladder_variants()]
+    merged = with_only(values, names, variants)
+    left_out = [name for name in variants if name not in names]
+    if len(left_out) < len(variants):
+        merged["ladder"] = {**as_mapping(ladder, "ladder"), "leave_out": left_out}
+    else:
+        merged.pop("ladder", None)
+    if merged.get("reference") not in names:
+        merged.pop("reference", None)
+    return merged
 
 
 def _quick(values: Mapping[str, Any]) -> dict[str, Any]:

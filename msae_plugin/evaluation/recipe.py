@@ -1,7 +1,7 @@
 """The protocol of an evaluation.
 
-`eval_configs/*.yaml` show every key with its type and default. Paths in a file are relative to the
-file's folder.
+The protocols in `msae_plugin/recipes/` show every key with its type and default. Paths in a file
+are relative to the file's folder.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from msae_plugin.common.recipes import (
     Text,
     Whole,
     coerce,
-    did_you_mean,
-    read_yaml,
+    find_recipe,
+    read_recipe,
     with_overrides,
 )
 from msae_plugin.data.text_files import is_text_file
@@ -95,8 +95,8 @@ class EvalConfig:
         Raises:
             InputError: The file cannot be read, or a value cannot work.
         """
-        file = find_config(path)
-        values = _absolute(read_yaml(file, "evaluation config"), "", file.resolve().parent)
+        file = find_recipe(path, "eval")
+        values = _absolute(read_recipe(path, "eval"), "", file.resolve().parent)
         config = cls.from_dict(values, overrides)
         for warning in config.warnings():
             logger.warning("%s: %s", file.name, warning)
@@ -189,30 +189,6 @@ def datasets_of(evaluation: str, settings: Mapping[str, Any]) -> list[str]:
     key = "dataset_name" if evaluation == "autointerp" else "dataset_names"
     names = settings[key] if key in settings else default_of(evaluation, key)
     return [names] if isinstance(names, str) else list(names or [])
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by bare name."""
-    # Beside the package in the repository, inside it in an installed wheel.
-    package = Path(__file__).parents[1]
-    for folder in (package / "eval_configs", package.parent / "eval_configs"):
-        found = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-        if found:
-            return found
-    return {}
-
-
-def find_config(path: Path | str) -> Path:
-    """The file that a path or a bare name stands for; what exists on the disk comes first."""
-    file = Path(path).expanduser()
-    if file.is_file():
-        return file
-    shipped = shipped_configs()
-    if str(path) in shipped:
-        return shipped[str(path)]
-    hint = did_you_mean(file.stem, shipped, "shipped ones are ", shown=str)
-    problem = "is a folder" if file.is_dir() else "does not exist"
-    raise InputError(f"evaluation config {str(path)!r} {problem}; {hint}")
 
 
 def _is_part(dataset: str, hub_name: str) -> bool:

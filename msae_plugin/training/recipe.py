@@ -1,7 +1,7 @@
 """The recipe of a training run.
 
-`examples/*.yaml` show every key with its type and default. Whatever can be refused is refused
-before a language model is loaded.
+Those in `msae_plugin/recipes/` show every key with its type and default. Whatever can be refused is
+refused before a language model is loaded.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from msae_plugin.common.recipes import (
     Text,
     as_mapping,
     coerce,
-    read_yaml,
+    read_recipe,
+    with_only,
     with_overrides,
 )
 from msae_plugin.models.hook_names import common_style, parse_hook_name, validate_hook
@@ -71,17 +72,20 @@ class RunConfig:
     it, without the model."""
 
     @classmethod
-    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+    def load(
+        cls, path: Path | str, overrides: Sequence[str] = (), only: Sequence[str] = ()
+    ) -> Self:
         """Read a recipe.
 
         Args:
-            path: A YAML file.
+            path: A YAML file, or the name of a shipped recipe.
             overrides: As of `common.recipes.with_overrides`.
+            only: Names of `saes` that are trained; all by default.
 
         Raises:
             InputError: If the file cannot be read, a key is unknown, or a value cannot work.
         """
-        return cls.from_dict(read_yaml(path), overrides)
+        return cls.from_dict(with_only(with_overrides(read_recipe(path, "train"), overrides), only))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:

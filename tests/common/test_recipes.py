@@ -13,6 +13,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import (
     ON_OFF,
     RECIPE,
+    SHIPPED,
     Count,
     Flag,
     Number,
@@ -21,7 +22,11 @@ from msae_plugin.common.recipes import (
     Whole,
     coerce,
     did_you_mean,
+    find_recipe,
+    read_recipe,
     read_yaml,
+    shipped_recipes,
+    with_only,
     with_overrides,
 )
 
@@ -186,3 +191,40 @@ def test_files_that_are_no_recipe(content: bytes | None, message: str, tmp_path:
         read_yaml(path, "protocol")
     assert str(caught.value).startswith(message.format(path))
     assert "\n" not in str(caught.value)
+
+
+def test_recipes_have_names_and_a_command() -> None:
+    assert find_recipe("smollm2", "train") == SHIPPED / "smollm2.yaml"
+    # Commands written when the recipes were in a clone's folder examples/.
+    assert find_recipe("examples/smollm2.yaml", "train") == SHIPPED / "smollm2.yaml"
+    assert find_recipe("../x/eval_configs/offline.yaml", "eval") == SHIPPED / "offline.yaml"
+    with pytest.raises(InputError, match="'smolm2' does not exist; did you mean smollm2"):
+        find_recipe("smolm2", "train")
+    with pytest.raises(InputError, match=r"is a folder; shipped ones are offline,"):
+        find_recipe(SHIPPED, "eval")
+    with pytest.raises(InputError, match=r"other/smollm2.yaml' does not exist; did you mean"):
+        find_recipe("other/smollm2.yaml", "train")
+    files = {file.stem for file in SHIPPED.glob("*.yaml")}
+    kinds = [set(shipped_recipes(command)) for command in ("train", "compare", "eval")]
+    assert set.union(*kinds) == files
+    assert sum(map(len, kinds)) == len(files)
+
+
+def test_a_recipe_of_another_command_is_named_as_such() -> None:
+    for name, command, own in (
+        ("compare_smollm2", "train", "compare"),
+        ("smollm2", "compare", "train"),
+        ("offline", "train", "eval"),
+    ):
+        with pytest.raises(InputError, match=f"'{name}' is a recipe for msae {own}, "):
+            read_recipe(name, command)
+
+
+def test_only_keeps_the_named_saes() -> None:
+    recipe = {"saes": {"a": {"k": 1}, "b": {}}, "l0": [3]}
+    assert with_only(recipe, ["a"]) == {"saes": {"a": {"k": 1}}, "l0": [3]}
+    assert with_only(recipe, []) == recipe
+    with pytest.raises(InputError, match=r"--only 'c' is no SAE of the recipe: known are: a"):
+        with_only(recipe, ["a", "c"])
+    with pytest.raises(InputError, match="it has no 'saes'"):
+        with_only({"sae": {}}, ["a"])

@@ -3,7 +3,6 @@
 import copy
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,13 @@ import yaml
 
 from msae_plugin import InputError
 from msae_plugin.architecture.peers.registry import PEERS
+from msae_plugin.common.recipes import SHIPPED, shipped_recipes
 from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.comparison.methods import entry_training, expand, plan_entry
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.training.plans import SAEPlan
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-SHIPPED = sorted(path.stem for path in EXAMPLES.glob("compare_*.yaml"))
+NAMES = list(shipped_recipes("compare"))
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def plans(ground_truth_recipe: dict[str, Any]) -> Callable[..., dict[str, SAEPla
 
 
 def test_the_shipped_recipes_are_known() -> None:
-    assert SHIPPED == [
+    assert NAMES == [
         "compare_between_presets",
         "compare_ground_truth",
         "compare_ladder_ground_truth",
@@ -44,9 +43,9 @@ def test_the_shipped_recipes_are_known() -> None:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_sae_of_a_shipped_recipe_can_be_built(name: str, quick: bool) -> None:
-    config = CompareConfig.load(EXAMPLES / f"{name}.yaml", quick=quick)
+    config = CompareConfig.load(name, quick=quick)
     widths = dict.fromkeys(config.hooks or [SYNTHETIC_HOOK], 576)
     expansion = expand(config, widths)
     assert len(expansion.entries) == (
@@ -56,16 +55,16 @@ def test_every_sae_of_a_shipped_recipe_can_be_built(name: str, quick: bool) -> N
     assert CompareConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", NAMES)
 def test_quick_is_shorter(name: str) -> None:
-    whole, quick = (CompareConfig.load(EXAMPLES / f"{name}.yaml", quick=q) for q in (False, True))
+    whole, quick = (CompareConfig.load(name, quick=q) for q in (False, True))
     assert quick.training.tokens <= whole.training.tokens / 5
     assert len(quick.seeds) == 1
     assert (quick.model, quick.data, quick.saes) == (whole.model, whole.data, whole.saes)
 
 
 def test_synthsaebench_is_the_published_one() -> None:
-    values = yaml.safe_load((EXAMPLES / "compare_synthsaebench16k.yaml").read_text())
+    values = yaml.safe_load((SHIPPED / "compare_synthsaebench16k.yaml").read_text())
     model, training = values["synthetic"]["model"], values["training"]
     assert (model["num_features"], model["hidden_dim"], model["seed"]) == (16384, 768, 42)
     assert model["hierarchy"]["total_root_nodes"] == 128
@@ -255,3 +254,19 @@ def test_a_variant_differs_from_its_reference_in_its_mechanism_alone(
         reference = configs[str(variants[name].against)]
         different = {key for key, value in configs[name].items() if value != reference[key]}
         assert different - {"metadata"} == fields, name
+
+
+def test_methods_are_left_out_by_null_and_by_only(ground_truth_recipe: dict[str, Any]) -> None:
+    recipe = ground_truth_recipe | {"saes": {"a": {}, "b": {}}, "reference": "b"}
+    assert list(CompareConfig.from_dict(recipe, ["saes.b=null", "reference=null"]).saes) == ["a"]
+    only = CompareConfig.from_dict(recipe, only=["a"])
+    assert list(only.saes) == ["a"]
+    assert only.reference is None
+    with pytest.raises(InputError, match="--only 'c' is no SAE of the recipe"):
+        CompareConfig.from_dict(recipe, only=["c"])
+    laddered = recipe | {"ladder": {}}
+    name = ladder_variants()[0].name
+    config = CompareConfig.from_dict(laddered, only=["a", name])
+    methods = expand(config, {SYNTHETIC_HOOK: 16}).entries
+    assert {entry.method.name for entry in methods} == {"a", name}
+    assert CompareConfig.from_dict(laddered, only=["a"]).ladder is None

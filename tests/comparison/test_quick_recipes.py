@@ -14,7 +14,6 @@ from msae_plugin.comparison.ladder import ladder_variants
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 HELDOUT = [
     f"heldout/{name}"
     for name in (
@@ -60,8 +59,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder per recipe; about a quarter of an hour on two slow cores in all."""
     folder = tmp_path_factory.mktemp("quick")
     for name in MEASURED:
-        recipe = EXAMPLES / f"{name}.yaml"
-        msae("compare", "--config", recipe, "--quick", "--output", folder / name)
+        msae("compare", "--config", name, "--quick", "--output", folder / name)
     return {name: folder / name for name in MEASURED}
 
 

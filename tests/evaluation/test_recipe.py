@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.recipes import find_recipe
 from msae_plugin.evaluation import protocols
-from msae_plugin.evaluation.recipe import EvalConfig, find_config
+from msae_plugin.evaluation.recipe import EvalConfig
 
 CORE = {"core": {"context_size": 64}}
 
@@ -208,13 +209,13 @@ def test_local_copies_go_to_the_evaluations_that_read_them(
 
 def test_files_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_config("offline").name == "offline.yaml"
+    assert find_recipe("offline", "eval").name == "offline.yaml"
     (tmp_path / "offline").write_text("evaluations: {core: }")
     assert EvalConfig.load("offline").evaluations == {"core": {}}
     with pytest.raises(InputError, match="'offlin' does not exist; did you mean offline"):
-        find_config("offlin")
+        EvalConfig.load("offlin")
     with pytest.raises(InputError, match="is a folder; shipped ones are offline,"):
-        find_config(tmp_path)
+        EvalConfig.load(tmp_path)
     broken = tmp_path / "broken.yaml"
     for content, said in (
         ("a: [1", "is not valid YAML"),

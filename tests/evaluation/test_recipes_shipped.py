@@ -1,8 +1,7 @@
-"""Configs in eval_configs/: parsed, checked against SAEBench's classes, every key commented."""
+"""Shipped protocols: parsed, checked against SAEBench's classes, every key commented."""
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,12 +12,13 @@ from sae_bench.sae_bench_utils.activation_collection import (
     LLM_NAME_TO_DTYPE,
 )
 
+from msae_plugin.common.recipes import SHIPPED as FOLDER
+from msae_plugin.common.recipes import shipped_recipes
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES
 from msae_plugin.evaluation.protocols import SCHEMAS, config_class
-from msae_plugin.evaluation.recipe import EvalConfig, shipped_configs
+from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.evaluation.saebench.sae_probes import dataset_file
 
-FOLDER = Path(__file__).parents[2] / "eval_configs"
 NAMES = [
     "offline",
     "probing",
@@ -45,7 +45,7 @@ OURS: dict[str, Any] = {
 
 
 def test_all_are_found_by_name() -> None:
-    assert list(shipped_configs()) == NAMES == sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    assert list(shipped_recipes("eval")) == NAMES
 
 
 def test_smoke_reads_the_shortest_table_of_sae_probes() -> None:

@@ -304,7 +304,7 @@ def refusals(work: "Workplace", name: str) -> None:
         ("info", "nowhere"),
         ("info", "tiny-model"),
         ("info", run, "--set", "a=1"),
-        ("info", "-c", work.repository / "examples" / "pythia-160m.yaml"),
+        ("info", "-c", "examples/pythia-160m.yaml"),
         ("eval", "nowhere", "-c", "protocol.yaml", "-o", out),
         ("eval", "./nowhere", "-c", "protocol.yaml", "-o", out),
         ("eval", "full-folder", "-c", "protocol.yaml", "-o", out),

@@ -26,6 +26,7 @@ from sklearn.linear_model import LogisticRegression
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
+from msae_plugin.common.recipes import SHIPPED
 from msae_plugin.evaluation.outcomes import ModelContext, definitions, no_report
 from msae_plugin.evaluation.protocols import check_settings, reported_counts
 from msae_plugin.evaluation.saebench import sae_probes
@@ -47,6 +48,7 @@ COUNTS = reported_counts(EVALUATION)
 DEFINITIONS = definitions(EVALUATION, COUNTS)
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"
 SETTINGS: dict[str, Any] = {"dataset_names": [FLORIDA, BASEBALL], "ks": [1, 2]}
+OFFLINE_PROTOCOL = SHIPPED / "offline.yaml"
 ONE: dict[str, Any] = {"dataset_names": [FLORIDA], "ks": [1]}
 
 
