@@ -262,7 +262,9 @@ def _check_against(cls: type[Any], evaluation: str, given: Mapping[str, Any], wh
 def _check_counts(evaluation: str, settings: Mapping[str, Any], where: str) -> None:
     counted = SCHEMAS[evaluation].counted
     reported = reported_counts(evaluation)
-    for count in settings.get(counted[0], ()) if counted and reported else ():
+    if counted is None or not reported:
+        return
+    for count in settings.get(counted[0], ()):
         if count not in reported:
             raise InputError(
                 f"{where}.{counted[0]}: SAEBench's results have no field for {count}: choose from "

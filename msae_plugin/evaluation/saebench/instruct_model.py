@@ -26,6 +26,7 @@ from jinja2 import TemplateError
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.sae_bench_utils import activation_collection
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers import PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError, RunFailure
@@ -416,7 +417,7 @@ def hooks_set_aside(model: HookedTransformer) -> Generator[None, None, None]:
     """
     points = list(model.hook_dict.values())
     directions: tuple[Literal["fwd", "bwd"], ...] = ("fwd", "bwd")
-    handles = [
+    handles: list[tuple[HookPoint, LensHandle, Literal["fwd", "bwd"]]] = [
         (point, handle, direction)
         for direction in directions
         for point in points
