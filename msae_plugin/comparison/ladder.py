@@ -192,6 +192,15 @@ _DEFAULT_MECHANISMS = (
         ),
         {"firing_floor": 0.0},
     ),
+    (
+        _Mechanism(
+            "dense-limit",
+            "higher thresholds for dense latents",
+            None,
+            {"dense_share_limit": 0.3},
+        ),
+        {"dense_share_limit": 1.0},
+    ),
 )
 
 
@@ -300,6 +309,8 @@ def _default() -> list[Variant]:
             section["sparsity_scales"] = []
             if settings["firing_floor"]:
                 section["firing_floor"] = 0.0
+            if settings["dense_share_limit"] < 1:
+                section["dense_share_limit"] = 1.0
             without = "default-no-budgets"
             against = without if any(v.name == without for v in found) else DEFAULT
         text = f"default with: {item.mechanism}"

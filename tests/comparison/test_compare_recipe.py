@@ -34,11 +34,14 @@ def plans(ground_truth_recipe: dict[str, Any]) -> Callable[..., dict[str, SAEPla
 def test_the_shipped_recipes_are_known() -> None:
     assert NAMES == [
         "compare_between_presets",
+        "compare_gemma-3-270m_1m",
         "compare_ground_truth",
         "compare_ladder_ground_truth",
         "compare_ladder_language_model",
         "compare_smollm2",
+        "compare_smollm2_1m",
         "compare_synthsaebench16k",
+        "demo",
     ]
 
 
@@ -234,7 +237,8 @@ def test_a_variant_differs_from_its_reference_in_its_mechanism_alone(
         "only-importance": {"importance_power"},
         "only-no-auxk": {"aux_loss_coefficient"},
         "default-no-prefixes": {"prefix_fractions"},
-        "default-no-orthogonality": {"orthogonality_coefficient"},
+        "default-no-dense-limit": {"dense_share_limit"},
+        "default-plus-orthogonality": {"orthogonality_coefficient"},
         "default-no-auxk": {"aux_loss_coefficient"},
         "default-plus-attention": {
             "norm_scales", "norm_eps", "norm_eps_mode", "norm_attention",
