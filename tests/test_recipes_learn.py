@@ -1,4 +1,4 @@
-"""Every shipped recipe that trains offline gives a good SAE at its own size: minutes to hours each."""
+"""Every shipped recipe that trains offline gives a good SAE at its own size; minutes to hours."""
 
 from __future__ import annotations
 
