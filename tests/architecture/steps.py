@@ -18,6 +18,7 @@ EVERYTHING: dict[str, Any] = {
     "prefix_sort_every": 2,
     "standardise": 0.5,
     "firing_floor": 0.0,
+    "dense_share_limit": 1.0,
     "orthogonality_coefficient": 0.5,
     "sketch_rank": 4,
     "neighbour_count": 3,

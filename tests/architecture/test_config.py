@@ -82,7 +82,7 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("orthogonality_weighting", {"orthogonality_weighting": "cosine"}),
     (
         "sketch_rank",
-        {"orthogonality_pairs": "chunks", "orthogonality_weighting": "coactivation"},
+        {"orthogonality_coefficient": 1.0, "orthogonality_weighting": "coactivation"},
     ),
     ("sketch_rank", {"sketch_rank": -1}),
     ("orthogonality_tau", {"orthogonality_tau": 2.0}),
@@ -137,7 +137,7 @@ def test_inference_configs_are_checked_too(values: dict[str, Any]) -> None:
 def test_three_fields_are_enough() -> None:
     cfg = MultiScaleTrainingSAEConfig(d_in=6, d_sae=40, k=3)
     assert cfg.sparsity_scales == [2.0]
-    assert cfg.prefix_widths == [1, 2, 5, 10, 20, 40]
+    assert cfg.prefix_widths == [10, 20, 40]
 
 
 def test_lists_are_not_shared_between_configs() -> None:
@@ -206,7 +206,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "sparsity_scales": ({}, [2.0]),
     "sparsity_scale_weight": ({"sparsity_scales": [2.0]}, 0.9),
     "prefix_fractions": ({}, [0.3]),
-    "prefix_weight": (NESTED, 0.1),
+    "prefix_weight": (NESTED, 0.9),
     "detach_inner_prefixes": (NESTED, True),
     "prefix_sort_every": (NESTED, 0),
     "firing_rate_decay": ({**NESTED, "prefix_fractions": [0.2, 0.5]}, 0.0),
@@ -310,7 +310,7 @@ def test_a_run_repeats_itself() -> None:
 
 def test_the_named_presets_are_there() -> None:
     names = preset_names()
-    assert names[:2] == ["default", "reconstruction"]
+    assert names[:3] == ["default", "features", "reconstruction"]
     assert [f"source-run-{n}" for n in range(1, 11)] == [n for n in names if "run" in n]
     for name in names:
         summary = preset_summary(name)

@@ -21,7 +21,7 @@ from msae_plugin.architecture.input_units import InputUnits, estimate_units, geo
 from msae_plugin.architecture.presets import preset_names
 
 D_IN, D_SAE, K, N_STEPS, N_TOKENS = 12, 48, 4, 30, 64
-PRESETS = ("default", "reconstruction")
+PRESETS = ("default", "features", "reconstruction")
 _DOUBLE = torch.float64
 
 
