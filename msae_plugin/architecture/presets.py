@@ -33,7 +33,7 @@ class Preset:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Measured in docs/results.md, "How the presets were chosen".
+# Measured in docs/results.md, "How the first presets were chosen".
 _ANNEAL_MULTIPLIER, _ANNEAL_SHARE = 2.0, 0.4
 
 _RECONSTRUCTION: dict[str, Any] = {

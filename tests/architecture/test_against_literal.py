@@ -244,8 +244,8 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
     if fields["standardise"]:
         fields["firing_floor"] = 0.0
         fields["dense_share_limit"] = 1.0
-    # Two coordinates that are centred and divided by their deviation are (1, -1) or (-1, 1): tokens tie
-    # but for rounding.
+    # Two coordinates that are centred and divided by their deviation are (1, -1) or (-1, 1): tokens
+    # tie but for rounding.
     if n_scales and fields["norm_centre"]:
         fields["d_in"] = max(3, fields["d_in"])
     # Neighbours that are searched anew start their co-activation afresh; the full matrix of the
