@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.stored import StoredSummary, checked, read_json_object
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.models.packaged import PACKAGED_PREFIX
@@ -48,18 +48,17 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY_FILENAME
     require_inside(folder, path)
     try:
-        summary: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        summary = read_json_object(path)
+    except InputError as error:
         raise InputError(
-            f"{str(folder)!r} is no evaluation: {SUMMARY_FILENAME} cannot be read ({error}); give "
-            "the --output folder of `msae eval`"
+            f"{str(folder)!r} is no evaluation ({error}); give the --output folder of `msae eval`"
         ) from error
     if not is_summary(summary):
         raise InputError(
             f"{str(path)!r} is not a summary of format {SUMMARY_FORMAT}: evaluate again with this "
             "version of msae_plugin"
         )
-    return cast("dict[str, Any]", summary)
+    return checked(summary, repr(str(path)), StoredSummary)
 
 
 def is_summary(value: object) -> bool:

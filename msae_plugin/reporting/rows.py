@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from msae_plugin.common.files import read_json_object
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
 from msae_plugin.reporting.document import slug

@@ -27,12 +27,12 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     TEMPORARY_PREFIX,
     disk_errors_told,
-    read_json_object,
     remove_leftovers,
 )
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.export import ExportReport

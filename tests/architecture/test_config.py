@@ -330,6 +330,11 @@ def test_overrides_win_over_the_preset() -> None:
     assert (cfg.prefix_weight, cfg.k_anneal_steps) == (0.25, 0)
 
 
+def test_a_dictionary_smaller_than_the_default_k_is_all_active_at_most() -> None:
+    """SAELens' own command line with `--d_in 8 --d_sae 16` and no k."""
+    assert MultiScaleTrainingSAEConfig(d_in=8, d_sae=16).k == 16
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
