@@ -26,7 +26,6 @@ from outcome import outcome
 from reporting.report_inputs import comparison, write_comparison, write_evaluation
 
 from msae_plugin.common.files import file_sha256
-from msae_plugin.data.text import load_text
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.cached_activations import make_cache
 from msae_plugin.training.recipe import RunConfig
@@ -42,6 +41,8 @@ IMPORTED = (
 )
 SECONDS = 120
 HOOK = "blocks.1.hook_resid_post"
+SPENT: list[float] = []
+"""Seconds of processor time of each command."""
 LOADED = "the SAEs were loaded"
 
 
@@ -80,11 +81,9 @@ def whole(
         "logging": {"every_steps": 2, "tensorboard": "off"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    text = load_text(str(corpus), heldout_documents=20)
-    given: dict[str, Any] = {"language_model": tiny_language_model, "text": text}
     config = RunConfig.from_dict(recipe)
-    MultiScaleRunner(config, folder / "run", **given).run()
-    make_cache(config, folder / "cache", **given)
+    MultiScaleRunner(config, folder / "run", language_model=tiny_language_model).run()
+    make_cache(config, folder / "cache", language_model=tiny_language_model)
     # A run that was stopped at its second checkpoint: no export yet.
     stopped = shutil.copytree(folder / "run", folder / "stopped")
     record = json.loads((stopped / "run.json").read_text())
@@ -139,10 +138,11 @@ def msae(arguments: list[str], log: Path) -> int:
             sys.stderr.flush()
             os._exit(status)
     deadline = time.monotonic() + SECONDS
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+    while not (ended := os.wait4(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
+    SPENT.append(ended[2].ru_utime + ended[2].ru_stime)
     return os.waitstatus_to_exitcode(ended[1])
 
 
@@ -349,7 +349,8 @@ def fuzz(whole: Path, place: Path, kind: str, numbers: range) -> None:
         told, found = run_case(whole, place, kind, number)
         if found:
             failures.append(f"{', '.join(found)}\n    {told}")
-    print(f"{kind}: {len(numbers)} cases, {len(failures)} wrong")  # noqa: T201
+    seconds = sum(SPENT[-len(numbers) :])
+    print(f"{kind}: {len(numbers)} cases, {len(failures)} wrong, {seconds:.0f} s")  # noqa: T201
     assert not failures, "\n".join([f"{len(failures)} of {len(numbers)}", *failures])
 
 

@@ -323,6 +323,21 @@ def describe_model(name: str) -> ModelShape:
         ) from error
 
 
+def require_convertible(name: str) -> None:
+    """Refuse a model that TransformerLens cannot convert, from its config alone.
+
+    Raises:
+        InputError: It cannot, or there is no such model.
+    """
+    if name.startswith(PACKAGED_PREFIX):
+        return
+    folder, hub_name = local_folder(name), None
+    if folder is None:
+        hub_name = hub_name_of(name)
+        folder = model_config_folder(hub_name)
+    require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
+
+
 @torch.no_grad()
 def hook_widths(language_model: LanguageModel, hook_names: Sequence[str]) -> dict[str, int]:
     """The width of the activations at each hook, heads concatenated as SAELens does it.

@@ -32,7 +32,6 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("k", {"k": 0}),
     ("k", {"k": -1}),
     ("k", {"k": NAN}),
-    ("k", {"k": 41}),
     ("k_initial_multiplier", {"k_initial_multiplier": 0.5}),
     ("k_initial_multiplier", {"k_initial_multiplier": NAN}),
     (
