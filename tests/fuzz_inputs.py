@@ -103,6 +103,30 @@ def damage_json(path: Path, chance: random.Random) -> str:
     return "; ".join(told)
 
 
+def hostile_texts(path: Path, chance: random.Random) -> str:
+    """Markup, paths and control characters in the place of texts and names."""
+    value = json.loads(path.read_text())
+    told = []
+    for _ in range(chance.choice((1, 4, 12))):
+        texts = []
+        for place in _places(value):
+            holder = value
+            for step in place[:-1]:
+                holder = holder[step]
+            if isinstance(holder[place[-1]], str) or isinstance(holder, dict):
+                texts.append((holder, place[-1]))
+        holder, key = chance.choice(texts)
+        text = chance.choice(MARKUP)
+        if isinstance(holder[key], str):
+            told.append(f"{key} = {text[:30]!r}")
+            holder[key] = text
+        else:
+            told.append(f"{key} is called {text[:30]!r}")
+            holder[text] = holder.pop(key)
+    path.write_text(json.dumps(value))
+    return "; ".join(told)
+
+
 def damage_lines(path: Path, chance: random.Random) -> str:
     """The same for one line of a JSON-lines file."""
     lines = path.read_text().splitlines()

@@ -286,8 +286,26 @@ KINDS: dict[str, tuple[tuple[str, ...], Damage, str, tuple[str, ...]]] = {
         "evaluation",
         (REPORT, "publish --evaluation"),
     ),
+    "texts of a run": (
+        (SAE_FILES + "cfg.json", "run/run.json", "run/*/export.json", "run/*/*/runner_cfg.json"),
+        damage.hostile_texts,
+        "run",
+        (REPORT, PUBLISH, INFO),
+    ),
+    "texts of results": (
+        ("comparison/comparison.json",),
+        damage.hostile_texts,
+        "comparison",
+        (REPORT,),
+    ),
+    "texts of an evaluation": (
+        ("evaluation/summary.json",),
+        damage.hostile_texts,
+        "evaluation",
+        (REPORT, "publish --evaluation"),
+    ),
 }
-SAMPLE, ALL = 9, 100
+SAMPLE, ALL = 8, 84
 
 
 def run_case(whole: Path, place: Path, kind: str, number: int) -> tuple[str, list[str]]:
