@@ -26,7 +26,7 @@ from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.reporting.terminal import columns_of
 from msae_plugin.saes.clean_config import clean_run_config, require_inside
 from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import StoredSAE, mechanisms_on
+from msae_plugin.saes.find import StoredSAE, mechanisms_on, migrated_config
 from msae_plugin.saes.health import recorded_messages
 
 
@@ -376,7 +376,7 @@ def card_entry(
     summary = read(SUMMARY_FILENAME)
     return CardEntry(
         folder=folder,
-        config=read(SAE_CFG_FILENAME),
+        config=migrated_config(read(SAE_CFG_FILENAME), f"'{folder}/{SAE_CFG_FILENAME}'"),
         run=read(RUNNER_CFG_FILENAME) or {},
         export=read(REPORT_FILENAME) or {},
         summary=summary if is_summary(summary) else None,

@@ -304,9 +304,7 @@ def describe_model(name: str) -> ModelShape:
     """
     if name.startswith(PACKAGED_PREFIX):
         package = packaged_model(name)
-        return ModelShape(
-            package.d_model, package.n_layers, package.vocabulary, package.positions
-        )
+        return ModelShape(package.d_model, package.n_layers, package.vocabulary, package.positions)
     folder = local_folder(name)
     if folder is None:
         folder = model_config_folder(hub_name_of(name))

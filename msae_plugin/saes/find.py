@@ -166,7 +166,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSA
 def read_checkpoint(folder: Path) -> StoredSAE:
     """Describe one SAE from its config and the header of its weights, without loading them."""
     file = folder / SAE_CFG_FILENAME
-    config = _migrated(read_json_object(file), repr(str(file)))
+    config = migrated_config(read_json_object(file), repr(str(file)))
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
             raise InputError(f"{str(file)!r} has no {key!r}: not an SAE")
@@ -206,8 +206,12 @@ def read_checkpoint(folder: Path) -> StoredSAE:
     )
 
 
-def _migrated(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The config as SAELens 6 would write it: versions 2 to 5 had no metadata."""
+def migrated_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A cfg.json as SAELens 6 would write it: versions 2 to 5 had no metadata.
+
+    Raises:
+        InputError: It is damaged; `where` says which it is.
+    """
     checked(config, where, StoredConfig)
     if config.get("metadata") is not None or not {"hook_name", "hook_point"} & set(config):
         return config

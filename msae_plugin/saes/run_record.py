@@ -75,7 +75,10 @@ def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
     roots = {name: run / str(sae.get("folder", name)) for name, sae in saes.items()}
     for name, root in roots.items():
         if "\0" in str(root) or not root.resolve().is_relative_to(run.resolve()):
-            raise InputError(f"{str(run / RUN_FILE)!r}: the folder of {name!r} is not in the run")
+            raise InputError(
+                f"{str(run / RUN_FILE)!r}: the folder of {name!r} leads out of it"
+                f", to {root.resolve()}"
+            )
     return roots
 
 
