@@ -70,14 +70,24 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
-    """The folders of a run's SAEs by name, exported or not, as its record lists them."""
+    """The folders of a run's SAEs by name, exported or not, as its record lists them.
+
+    Raises:
+        InputError: One is not in the run.
+    """
     saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
     roots = {name: run / str(sae.get("folder", name)) for name, sae in saes.items()}
     for name, root in roots.items():
-        if "\0" in str(root) or not root.resolve().is_relative_to(run.resolve()):
+        try:
+            place = root.resolve(strict=False)
+            root.is_dir()
+        except (OSError, ValueError) as error:  # too long, or with a zero in it
             raise InputError(
-                f"{str(run / RUN_FILE)!r}: the folder of {name!r} leads out of it"
-                f", to {root.resolve()}"
+                f"{str(run / RUN_FILE)!r}: the folder of {name!r} can be none"
+            ) from error
+        if not place.is_relative_to(run.resolve()):
+            raise InputError(
+                f"{str(run / RUN_FILE)!r}: the folder of {name!r} leads out of it, to {place}"
             )
     return roots
 
