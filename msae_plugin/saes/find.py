@@ -126,6 +126,27 @@ class StoredSAE:
         return None if self.twin is None else file_sha256(self.twin / SAE_WEIGHTS_FILENAME)
 
 
+# Files that other libraries keep an SAE in.
+_FOREIGN = {
+    "sae.safetensors": "sparsify",
+    "ae.pt": "dictionary_learning",
+    "params.npz": "Gemma Scope",
+    "sparse_autoencoder.pt": "SAELens 1",
+}
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Name an SAE of another library, and the way to make it one of SAELens'."""
+    found = (file for name in _FOREIGN for file in (folder / name, *folder.glob(f"*/{name}")))
+    for file in found:
+        if file.is_file():
+            raise InputError(
+                f"{str(file)!r} is an SAE of {_FOREIGN[file.name]}, in another format: give "
+                "release:sae_id where SAELens lists it, or put its weights into an SAE of SAELens "
+                "and write that with save_model"
+            )
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether SAELens could load an SAE from the folder."""
     return (folder / SAE_CFG_FILENAME).is_file() and (folder / SAE_WEIGHTS_FILENAME).is_file()
@@ -154,6 +175,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSA
     else:
         found = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
         if not found:
+            _refuse_foreign(folder)
             raise InputError(
                 f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and "
                 f"{SAE_WEIGHTS_FILENAME} in it or in its sub-folders, or {RUN_FILE} of a run"
@@ -346,6 +368,7 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
         _require_whole_export(path / SAE_FOLDER)
         return [path / SAE_FOLDER]
     _refuse_unfinished(path.parent)
+    _refuse_foreign(path)
     half = [
         (name, other)
         for name, other in (
@@ -514,6 +537,7 @@ def _locate(run: Path) -> list[tuple[str, Path, Path]]:
         return [(run.resolve().name, run, run / SAE_FOLDER)]
     record = read_run_record(run)
     if record is None:
+        _refuse_foreign(run)
         raise InputError(
             f"{str(run)!r} holds no exported SAE: expected {SAE_FOLDER}/ as `msae train` writes "
             f"it, or {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
