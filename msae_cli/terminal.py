@@ -17,9 +17,12 @@ from msae_plugin.common.interruption import InterruptedBySignalError
 
 # What would move the cursor, colour the line or turn it round stands as a symbol: names come from
 # files that others wrote.
-_SYMBOLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 _TURNING = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_SYMBOLS |= dict.fromkeys(_TURNING, 0xFFFD)
+_SYMBOLS = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    **dict.fromkeys(_TURNING, 0xFFFD),
+    127: 0x2421,
+}
 
 
 class Terminal(Console):

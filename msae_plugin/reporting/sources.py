@@ -189,8 +189,8 @@ class TrainedSAE:
     seed: int | None  # of the training; None when not recorded
     folder: Path  # holds the logs
     export: Path | None  # holds the weights; None when nothing was exported
-    rows: list[Mapping[str, Any]]
-    events: list[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
     config: Mapping[str, Any]  # `cfg.json` of the export; empty without one
     report: Mapping[str, Any]  # `export.json`; empty without one
     source: str  # label of the comparison or run that it is of
