@@ -367,6 +367,7 @@ def fuzz(whole: Path, place: Path, kind: str, numbers: range) -> None:
         told, found = run_case(whole, place, kind, number)
         if found:
             failures.append(f"{', '.join(found)}\n    {told}")
+            print(failures[-1], flush=True)  # noqa: T201 - a thousand cases take long
     seconds = sum(SPENT[-len(numbers) :])
     print(f"{kind}: {len(numbers)} cases, {len(failures)} wrong, {seconds:.0f} s")  # noqa: T201
     assert not failures, "\n".join([f"{len(failures)} of {len(numbers)}", *failures])
