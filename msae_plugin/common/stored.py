@@ -20,6 +20,27 @@ Facts = dict[str, Any]
 
 
 @_stored
+class StoredTraining(TypedDict, total=False):
+    """Settings of the training architecture that an export keeps."""
+
+    k: float | None
+    aux_loss_coefficient: float | None
+    prefix_fractions: list[float] | None
+    sparsity_scales: list[float] | None
+    revival_every: int | None
+
+
+@_stored
+class StoredRunnerConfig(TypedDict, total=False):
+    """SAELens' runner_cfg.json."""
+
+    lr: float | None
+    training_tokens: int | None
+    train_batch_size_tokens: int | None
+    accumulation_steps: int | None
+
+
+@_stored
 class StoredMetadata(TypedDict, total=False):
     """`metadata` of SAELens' cfg.json."""
 
@@ -31,7 +52,7 @@ class StoredMetadata(TypedDict, total=False):
     seed: int | None
     l0: float | None
     training_architecture: str | None
-    training_architecture_details: Facts | None
+    training_architecture_details: StoredTraining | None
     model_from_pretrained_kwargs: Facts | None
     dataset_path: str | None
     sae_lens_version: str | None

@@ -19,7 +19,13 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.stored import StoredSummary, checked, read_json_object
+from msae_plugin.common.stored import (
+    StoredExport,
+    StoredRunnerConfig,
+    StoredSummary,
+    checked,
+    read_json_object,
+)
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.models.packaged import PACKAGED_PREFIX
@@ -374,11 +380,16 @@ def card_entry(
 ) -> CardEntry:
     """The entry of an SAE; `read` gives the contents of one of its JSON files, None without it."""
     summary = read(SUMMARY_FILENAME)
+
+    def stored(name: str, shape: Any) -> Mapping[str, Any]:
+        found = read(name)
+        return {} if found is None else checked(found, f"'{folder}/{name}'", shape)
+
     return CardEntry(
         folder=folder,
         config=migrated_config(read(SAE_CFG_FILENAME), f"'{folder}/{SAE_CFG_FILENAME}'"),
-        run=read(RUNNER_CFG_FILENAME) or {},
-        export=read(REPORT_FILENAME) or {},
+        run=stored(RUNNER_CFG_FILENAME, StoredRunnerConfig),
+        export=stored(REPORT_FILENAME, StoredExport),
         summary=summary if is_summary(summary) else None,
         has_twin=has_twin,
         figures=tuple(sorted(figures)),

@@ -223,7 +223,14 @@ def _loading_errors(where: str, architecture: str) -> Generator[None, None, None
             f"{', '.join(sorted(SAE_CLASS_REGISTRY))}; import the package that registers it"
         ) from error
     # Weights that do not fit the config (load_state_dict), configs that lack or repeat fields.
-    except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, InputError | EntryNotFoundError | HFValidationError):
             raise  # the hub's, which are ValueErrors too
         raise InputError(
