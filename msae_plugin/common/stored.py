@@ -122,9 +122,6 @@ class StoredRun(TypedDict, total=False):
     resumed_at_steps: list[int]
 
 
-Metrics = dict[str, Any]
-
-
 @_stored
 class StoredDefinition(TypedDict, total=False):
     """What a metric means."""
@@ -142,7 +139,11 @@ class StoredComparisonRow(TypedDict, total=False):
 
     name: Required[str]
     method: Required[str]
-    metrics: Required[Metrics]
+    metrics: Required[Facts]
+    architecture: str | None
+    preset: str | None
+    mechanism: str | None
+    claim: str | None
     hook: str | None
     seed: int | None
     folder: str | None
@@ -157,7 +158,7 @@ class StoredComparison(TypedDict, total=False):
 
     kind: str
     rows: Required[list[StoredComparisonRow]]
-    definitions: Required[dict[str, StoredDefinition]]
+    definitions: Required[Facts]
     not_measured: list[Facts] | None
     reference: str | None
     versions: Facts
