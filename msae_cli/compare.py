@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from msae_cli.arguments import (
     OnlyOption,
@@ -20,7 +19,7 @@ from msae_cli.arguments import (
     check_output,
     latent_indices,
 )
-from msae_cli.terminal import continued_later, import_first, progress, results, say, show
+from msae_cli.terminal import Terminal, continued_later, import_first, progress, results, say, show
 from msae_plugin.common.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def compare(
         return
     table = comparison_for_terminal(output)
     # A file has no width that a table would have to fit.
-    place = results if results.is_terminal else Console(width=_FILE_WIDTH, highlight=False)
+    place = results if results.is_terminal else Terminal(width=_FILE_WIDTH, highlight=False)
     place.print(table)
     show(f"comparison: {output / 'comparison.json'}")
     if page:

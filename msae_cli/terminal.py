@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
+from typing_extensions import override
 
 from msae_plugin.common.interruption import InterruptedBySignalError
 
-errors = Console(stderr=True, highlight=False)
-results = Console(highlight=False)
+# What would move the cursor, colour the line or turn it round stands as a symbol: names come from
+# files that others wrote.
+_TURNING = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_SYMBOLS = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    **dict.fromkeys(_TURNING, 0xFFFD),
+    127: 0x2421,
+}
+
+
+class Terminal(Console):
+    """Prints text as text."""
+
+    @override
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(segment.text.translate(_SYMBOLS), segment.style)
+
+
+errors = Terminal(stderr=True, highlight=False)
+results = Terminal(highlight=False)
 _quiet = False
 
 

@@ -19,8 +19,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import read_json_object, write_text_atomic
+from msae_plugin.common.files import write_text_atomic
 from msae_plugin.common.recipes import SHIPPED, set_value
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.common.table import Table
 from msae_plugin.comparison.compare import RECIPE_FILE, check_comparison_folder, compare
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER

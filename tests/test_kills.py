@@ -182,6 +182,10 @@ def killed_and_continued(
 SLOW = {"one": 30, "several": 25, "from_cache": 25, "cache": 10, "compare": 12}
 
 
+@pytest.mark.promise(
+    "Resuming is exact: a run that is stopped at any moment and resumed ends with the "
+    "bits of the uninterrupted one."
+)
 @pytest.mark.parametrize(
     ("case", "kills"),
     [

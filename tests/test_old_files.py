@@ -46,6 +46,7 @@ def test_the_fixtures_hold_the_fields_that_may_be_dropped() -> None:
     assert recipe["sae"].keys() >= DROPPED
 
 
+@pytest.mark.promise("Files of earlier versions still load, resume, report and get published.")
 @pytest.mark.parametrize("run", ["finished", "explicit"])
 def test_an_old_export_and_its_twin_give_the_same_latents(run: str) -> None:
     sae, twin = (SAE.load_from_disk(OLD / run / name) for name in ("sae", "jumprelu"))
@@ -85,6 +86,7 @@ def test_old_folders_are_described(folder: str, said: str) -> None:
     assert said in result.output
 
 
+@pytest.mark.promise("Files of earlier versions still load, resume, report and get published.")
 def test_an_old_run_goes_on(old: Path) -> None:
     command = ("train", "-c", "interrupted.yaml", "-o", "interrupted", "--resume", "auto")
     result = msae(*command)
@@ -100,6 +102,7 @@ def test_an_old_run_goes_on(old: Path) -> None:
     assert 1e-2 < float((end - start).abs().max()) < 2.0
 
 
+@pytest.mark.promise("Files of earlier versions still load, resume, report and get published.")
 def test_an_old_comparison_is_taken_up(old: Path) -> None:
     before = json.loads((old / "comparison/comparison.json").read_text())["rows"]
     weights = "comparison/saes/default_l0-3_seed0/sae/sae_weights.safetensors"

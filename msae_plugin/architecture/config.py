@@ -5,6 +5,7 @@ description names. Fields that an exported SAE needs live in the inference confi
 training configuration repeats them under the same name, because SAELens copies them by name.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,8 @@ from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 from typing_extensions import override
 
 from msae_plugin.common.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "multiscale"
 
@@ -90,7 +93,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
 
     Args:
         k (float): Mean number of active latents per token, and the target L0 of every selection
-            rule.
+            rule; d_sae where that is smaller.
         k_initial_multiplier (float): Training starts at this multiple of k. 1 disables the
             schedule.
         k_anneal_steps (int): Steps over which the multiple falls linearly to 1. 0 disables.
@@ -263,6 +266,11 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        if 1 <= self.d_sae < self.k < math.inf:
+            # As in SAELens' batchtopk, whose default k a small dictionary may lie below: all
+            # latents may be active. Recipes and presets, where k was chosen, refuse it.
+            logger.warning("k=%g exceeds d_sae=%d: k is %d", self.k, self.d_sae, self.d_sae)
+            self.k = float(self.d_sae)
         validate_training(self)
         super().__post_init__()
 
@@ -407,7 +415,6 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
     check = partial(_check, cfg)
     validate_inference(cfg)
     check("k", math.isfinite(cfg.k) and cfg.k > 0, "be positive")
-    check("k", cfg.k <= cfg.d_sae, f"not exceed d_sae={cfg.d_sae}")
     check("k_initial_multiplier", cfg.k_initial_multiplier >= 1, "be at least 1")
     check("k_anneal_steps", cfg.k_anneal_steps >= 0, "not be negative")
     check("topk_threshold_lr", 0 < cfg.topk_threshold_lr <= 1, "be in (0, 1]")

@@ -211,6 +211,8 @@ def preset(
     recipe = get_preset(name)
     if training_steps < 1:
         raise InputError(f"training_steps must be at least 1; got {training_steps}")
+    if k > d_sae:
+        raise InputError(f"k must not exceed d_sae={d_sae}; got {k!r}")
     known = {item.name for item in fields(MultiScaleTrainingSAEConfig)}
     for field_name in overrides:
         if field_name not in known:

@@ -129,21 +129,6 @@ def json_safe(value: Any) -> Any:
     return str(value)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        InputError: It cannot be read, or holds something else.
-    """
-    try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} does not hold a JSON object")
-    return cast("dict[str, Any]", content)
-
-
 @contextmanager
 def folder_written_atomically(target: Path) -> Generator[Path]:
     """Give a temporary folder that becomes `target` when the block ends well.

@@ -29,6 +29,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.fields import FieldInfo
+from typing_extensions import get_type_hints, is_typeddict
 
 from msae_plugin.common.errors import InputError
 
@@ -141,7 +142,8 @@ def read_yaml(path: Path, kind: str = "config") -> dict[str, Any]:
         raise InputError(f"cannot read the {kind} {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{kind} {str(path)!r} is not a text file") from error
-    except yaml.YAMLError as error:
+    # ValueError: dates and numbers that are none. RecursionError: brackets in brackets.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"{str(path)!r} is not valid YAML: {problem}") from error
     if values is None:
@@ -257,7 +259,7 @@ def with_overrides(
             raise InputError(f"{where} is not of the form key.path=value")
         try:
             value: object = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{where}: the value is not valid YAML") from error
         set_value(merged, path.strip(), adjust(value, path.strip()), where)
     return {key: value for key, value in merged.items() if value is not None}
@@ -347,6 +349,11 @@ def _one_line(error: ValidationError, annotation: Any, where: str) -> InputError
             limits = [*fields[str(step)].metadata, *limits]
         elif get_origin(wanted) in (list, dict):
             wanted, limits = _bare(get_args(wanted)[-1])
+        elif is_typeddict(wanted):
+            if first["type"] == "missing" and step == steps[-1]:
+                place = repr(where) if where else "it"
+                return InputError(f"{place} has no {step!r}")
+            wanted, limits = _bare(get_type_hints(wanted).get(str(step)))
         else:
             break  # A member of a union.
         where = f"{where}[{step}]" if isinstance(step, int) else f"{where}.{step}".lstrip(".")
@@ -378,7 +385,7 @@ def _spoken(wanted: Any) -> str:
         return f"one of {', '.join(map(str, members))}"
     if origin in (Union, types.UnionType):
         return " or ".join(_spoken(_bare(member)[0]).removeprefix("one of ") for member in members)
-    if hasattr(wanted, "__pydantic_fields__"):
+    if hasattr(wanted, "__pydantic_fields__") or is_typeddict(wanted):
         return _SPOKEN[dict]
     return _SPOKEN.get(origin or wanted, str(wanted))
 

@@ -253,13 +253,15 @@ def _missing_packaged(name: str) -> list[Problem]:
 
 
 def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
-    """SAEs that cannot be of this model: a layer too many, another width."""
+    """SAEs that cannot be of this model: a layer too many, no layer, another width."""
     shape = describe_model(name)
     found: list[Problem] = []
     for evaluated in saes:
         d_in, problem = evaluated.sae.cfg.d_in, None
         try:
-            validate_hook(evaluated.hook_name, shape.n_layers)
+            if validate_hook(evaluated.hook_name, shape.n_layers).layer is None:
+                problem = "SAEBench finds the layer in the name of a hook, and "
+                problem += f"{evaluated.hook_name!r} names none"
             if "hook_resid" in evaluated.hook_name and d_in != shape.d_model:
                 problem = f"it has d_in {d_in}, the residual stream is {shape.d_model} wide"
         except InputError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,20 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.stored import (
+    StoredExport,
+    StoredRunnerConfig,
+    StoredSummary,
+    checked,
+    read_json_object,
+)
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.reporting.terminal import columns_of
 from msae_plugin.saes.clean_config import clean_run_config, require_inside
 from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import StoredSAE, mechanisms_on
+from msae_plugin.saes.find import StoredSAE, mechanisms_on, migrated_config
 from msae_plugin.saes.health import recorded_messages
 
 
@@ -48,18 +54,17 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY_FILENAME
     require_inside(folder, path)
     try:
-        summary: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        summary = read_json_object(path)
+    except InputError as error:
         raise InputError(
-            f"{str(folder)!r} is no evaluation: {SUMMARY_FILENAME} cannot be read ({error}); give "
-            "the --output folder of `msae eval`"
+            f"{str(folder)!r} is no evaluation ({error}); give the --output folder of `msae eval`"
         ) from error
     if not is_summary(summary):
         raise InputError(
             f"{str(path)!r} is not a summary of format {SUMMARY_FORMAT}: evaluate again with this "
             "version of msae_plugin"
         )
-    return cast("dict[str, Any]", summary)
+    return checked(summary, repr(str(path)), StoredSummary)
 
 
 def is_summary(value: object) -> bool:
@@ -375,11 +380,16 @@ def card_entry(
 ) -> CardEntry:
     """The entry of an SAE; `read` gives the contents of one of its JSON files, None without it."""
     summary = read(SUMMARY_FILENAME)
+
+    def stored(name: str, shape: Any) -> Mapping[str, Any]:
+        found = read(name)
+        return {} if found is None else checked(found, f"'{folder}/{name}'", shape)
+
     return CardEntry(
         folder=folder,
-        config=read(SAE_CFG_FILENAME),
-        run=read(RUNNER_CFG_FILENAME) or {},
-        export=read(REPORT_FILENAME) or {},
+        config=migrated_config(read(SAE_CFG_FILENAME), f"'{folder}/{SAE_CFG_FILENAME}'"),
+        run=stored(RUNNER_CFG_FILENAME, StoredRunnerConfig),
+        export=stored(REPORT_FILENAME, StoredExport),
         summary=summary if is_summary(summary) else None,
         has_twin=has_twin,
         figures=tuple(sorted(figures)),

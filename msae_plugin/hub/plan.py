@@ -22,6 +22,7 @@ from sae_lens.constants import (
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import file_sha256
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
 from msae_plugin.hub.card import make_card
 from msae_plugin.hub.card_data import (
@@ -135,7 +136,7 @@ def _figures(places: Sequence[Path]) -> Iterator[Path]:
 
 
 def _cleaned(path: Path) -> bytes:
-    return _as_json(clean_run_config(json.loads(path.read_text(encoding="utf-8"))))
+    return _as_json(clean_run_config(read_json_object(path)))
 
 
 def _as_json(value: Mapping[str, Any]) -> bytes:
@@ -355,7 +356,7 @@ def _published(state: RepositoryState, root: Path, folder: str) -> CardEntry:
     def read(name: str) -> Any:
         path = root / folder / name
         with hub_errors(f"reading {state.repo}:{folder}/{name}"):
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            return read_json_object(path) if path.is_file() else None
 
     has_twin = f"{folder}/{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files
     figures = fnmatch.filter(state.files, f"{folder}/{FIGURES_FOLDER}/*.png")

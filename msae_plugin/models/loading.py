@@ -304,7 +304,7 @@ def describe_model(name: str) -> ModelShape:
     """
     if name.startswith(PACKAGED_PREFIX):
         package = packaged_model(name)
-        return ModelShape(package.d_model, package.n_layers, package.vocabulary)
+        return ModelShape(package.d_model, package.n_layers, package.vocabulary, package.positions)
     folder = local_folder(name)
     if folder is None:
         folder = model_config_folder(hub_name_of(name))
@@ -321,6 +321,21 @@ def describe_model(name: str) -> ModelShape:
             f"the config of {name!r} does not describe a language model ({error})",
             "give a causal language model",
         ) from error
+
+
+def require_convertible(name: str) -> None:
+    """Refuse a model that TransformerLens cannot convert, from its config alone.
+
+    Raises:
+        InputError: It cannot, or there is no such model.
+    """
+    if name.startswith(PACKAGED_PREFIX):
+        return
+    folder, hub_name = local_folder(name), None
+    if folder is None:
+        hub_name = hub_name_of(name)
+        folder = model_config_folder(hub_name)
+    require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
 
 
 @torch.no_grad()

@@ -56,6 +56,7 @@ class PackagedModel:
     d_model: int
     n_layers: int
     vocabulary: int  # number of rows of the embedding
+    positions: int  # longest text in tokens
     terms: str = ""  # terms of use that are not those of a free licence; empty for none
 
 
@@ -72,6 +73,7 @@ PACKAGED_MODELS = {
             d_model=576,
             n_layers=30,
             vocabulary=49_152,
+            positions=8192,
         ),
         PackagedModel(
             key="gemma-3-270m",
@@ -88,6 +90,7 @@ PACKAGED_MODELS = {
             d_model=640,
             n_layers=18,
             vocabulary=262_144,
+            positions=32_768,
             terms="Gemma's terms of use apply: https://ai.google.dev/gemma/terms",
         ),
     )

@@ -11,9 +11,9 @@ went in: its configuration, and its logits.
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
-import shutil
 import tempfile
 import warnings
 from collections.abc import Generator, Mapping
@@ -231,7 +231,8 @@ def require_supported(folder: Path, config: PretrainedConfig, name: str) -> None
         except (NotImplementedError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"TransformerLens cannot convert the model in {folder} ({error})",
-                "use module hooks such as model.layers.9, which work with every model",
+                "msae train takes module hooks such as model.layers.9 of any model, but msae eval "
+                "cannot measure their SAEs: SAEBench needs TransformerLens",
             ) from error
 
 
@@ -350,5 +351,9 @@ def _config_by_name(
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text(revision)
         (repository / "snapshots" / revision).mkdir(parents=True)
-        shutil.copyfile(folder / "config.json", repository / "snapshots" / revision / "config.json")
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if hasattr(config, "n_positions"):
+            # TransformerLens reads what transformers 5 writes no longer.
+            values.setdefault("n_ctx", config.n_positions)
+        (repository / "snapshots" / revision / "config.json").write_text(json.dumps(values))
         yield {"cache_dir": cache, "local_files_only": True}

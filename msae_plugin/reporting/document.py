@@ -7,6 +7,7 @@ sections on weights and logs are made place by place.
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -154,9 +155,15 @@ class Document:
         return [block for block in self.blocks() if isinstance(block, Answer)]
 
 
+_SLUG_LENGTH = 60
+
+
 def slug(text: str) -> str:
-    """Letters, digits and single hyphens: safe as a file name and as an id."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+    """Letters, digits and single hyphens: safe as a part of a file name and as an id."""
+    short = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+    if len(short) <= _SLUG_LENGTH:
+        return short
+    return f"{short[:_SLUG_LENGTH]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 Item = TypeVar("Item")

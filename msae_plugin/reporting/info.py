@@ -15,6 +15,7 @@ from msae_plugin.models.loading import describe_model
 from msae_plugin.reporting.costs import LOADED_MODEL_FACTOR, RunCost, run_cost
 from msae_plugin.saes.find import StoredSAE, mechanisms_on, read_folder
 from msae_plugin.saes.health import recorded_messages
+from msae_plugin.saes.load import check_evaluable
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
 
@@ -123,6 +124,7 @@ def describe_config(path: Path, overrides: Sequence[str] = ()) -> RenderableType
     config = RunConfig.load(path, overrides)
     shape = describe_model(config.model.name)
     plans = config.validate(shape)
+    check_evaluable(config.model.name, config.hooks)
     cost = run_cost(config, plans, shape)
     return Group(
         _facts(

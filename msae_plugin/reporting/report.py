@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import folder_written_atomically, read_json_object
+from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.reporting.analyses import SAEAnalysis, analyse
 from msae_plugin.reporting.answer import answers, findings_of, health_section

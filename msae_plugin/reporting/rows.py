@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from msae_plugin.common.files import read_json_object
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
 from msae_plugin.reporting.document import slug
@@ -58,11 +58,12 @@ def results_of(sources: Sources, trained: Sequence[TrainedSAE]) -> list[Results]
             if str(record.get("weights_sha256")) in by_hash
         }
         found = _joined(found, source, known) or [*found, _of_evaluation(source, known)]
-    names = [results.name for results in found]
-    for name in names:
-        if names.count(name) > 1:
-            # Ids and file names are made of it.
-            raise ValueError(f"two sets of results are called {name!r}")
+    # Ids and file names are made of the name, in which what tells two hooks apart may be lost.
+    seen: Counter[str] = Counter()
+    for place, results in enumerate(found):
+        seen[results.name] += 1
+        if seen[results.name] > 1:
+            found[place] = replace(results, name=f"{results.name}-{seen[results.name]}")
     return found
 
 

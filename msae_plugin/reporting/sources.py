@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import file_sha256, read_json_object
+from msae_plugin.common.files import file_sha256
+from msae_plugin.common.stored import (
+    StoredComparison,
+    StoredConfig,
+    StoredExport,
+    StoredRun,
+    StoredSummary,
+    checked,
+    read_json_object,
+)
 from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.comparison.language_model import CONTEXTS_FILE, EVALUATION_FOLDER
 from msae_plugin.comparison.results import COMPARISON_FILE
@@ -24,7 +32,13 @@ from msae_plugin.comparison.results import FORMAT as COMPARISON_FORMAT
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
-from msae_plugin.saes.run_record import METRICS_FILE, RUN_FILE, read_run_record
+from msae_plugin.saes.run_record import (
+    METRICS_FILE,
+    RUN_FILE,
+    read_rows,
+    read_run_record,
+    sae_roots,
+)
 from msae_plugin.training.log import REVIVALS_FILE
 
 DEMO_FILE = "demo.json"
@@ -113,77 +127,35 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_comparison(path: Path) -> Mapping[str, Any]:
-    content = _of_format(path, COMPARISON_FORMAT)
+    content = _of_format(path, COMPARISON_FORMAT, StoredComparison)
     if content.get("kind") not in TITLES:
         raise InputError(
             f"{str(path)!r}: kind must be one of {', '.join(TITLES)}; got {content.get('kind')!r}"
         )
-    rows = content.get("rows")
-    if not isinstance(rows, list) or not isinstance(content.get("definitions"), dict):
-        raise InputError(f"{str(path)!r}: needs a list 'rows' and an object 'definitions'")
-    for place, row in enumerate(cast("list[object]", rows)):
-        values = row if isinstance(row, dict) else {}
-        for key in ("name", "method", "metrics"):
-            if key not in values:
-                raise InputError(f"{str(path)!r}: row {place} has no {key!r}")
-        if not isinstance(values["metrics"], dict):
-            raise InputError(f"{str(path)!r}: 'metrics' of row {place} is not an object")
     return content
 
 
 def read_summary(path: Path) -> Mapping[str, Any]:
     """A checked `summary.json`."""
-    content = _of_format(path, SUMMARY_FORMAT)
-    for key, kind in (("saes", dict), ("results", list), ("metrics", dict)):
-        if not isinstance(content.get(key), kind):
-            raise InputError(f"{str(path)!r}: needs {key!r}: evaluate again with this version")
-    return content
+    return _of_format(path, SUMMARY_FORMAT, StoredSummary)
 
 
 def _read_run(path: Path) -> Mapping[str, Any]:
-    content = read_json_object(path)
-    if not isinstance(content.get("saes"), dict):
+    content = read_json_object(path, StoredRun)
+    if "saes" not in content:
         raise InputError(f"{str(path)!r} is no record of msae train: it names no 'saes'")
     # Its status as it is: the run's process may have died without a word.
     return read_run_record(path.parent) or content
 
 
-def _of_format(path: Path, expected: int) -> Mapping[str, Any]:
+def _of_format(path: Path, expected: int, shape: Any) -> Mapping[str, Any]:
     content = read_json_object(path)
     if content.get("format") != expected:
         raise InputError(
             f"{str(path)!r} is of format {content.get('format')!r} and this version reads "
             f"{expected}: make it again with this version of msae_plugin"
         )
-    return content
-
-
-def read_json_lines(path: Path) -> list[Mapping[str, Any]]:
-    """Objects of a JSON-lines file; none when there is no file.
-
-    A last line that a kill cut short is left out, as a resumed run does.
-
-    Raises:
-        InputError: Another line is broken.
-    """
-    if not path.is_file():
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
-    found: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value: object = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{str(path)!r}, line {number}, is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise InputError(f"{str(path)!r}, line {number}, is not a JSON object")
-        found.append(value)
-    return found
+    return checked(content, repr(str(path)), shape)
 
 
 def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -217,8 +189,8 @@ class TrainedSAE:
     seed: int | None  # of the training; None when not recorded
     folder: Path  # holds the logs
     export: Path | None  # holds the weights; None when nothing was exported
-    rows: list[Mapping[str, Any]]
-    events: list[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
     config: Mapping[str, Any]  # `cfg.json` of the export; empty without one
     report: Mapping[str, Any]  # `export.json`; empty without one
     source: str  # label of the comparison or run that it is of
@@ -314,8 +286,7 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
                 metrics=finite(row["metrics"]),
             )
     for run in sources.runs:
-        for name in run.content["saes"]:
-            folder = run.folder / str(run.content["saes"][name].get("folder", name))
+        for name, folder in sae_roots(run.folder, run.content).items():
             if folder.is_dir() and folder.resolve() not in found:
                 l0, seed = run_l0_target(run, name), run.content.get("seed")
                 sae = _read_sae(run, name, l0, seed, folder)
@@ -342,7 +313,7 @@ def _read_sae(
     export = next((p for p in places if (p / SAE_WEIGHTS_FILENAME).is_file()), None)
     config: Mapping[str, Any] = {}
     if export is not None and (export / SAE_CFG_FILENAME).is_file():
-        config = read_json_object(export / SAE_CFG_FILENAME)
+        config = read_json_object(export / SAE_CFG_FILENAME, StoredConfig)
     report = folder / REPORT_FILENAME
     return TrainedSAE(
         name=name,
@@ -351,10 +322,10 @@ def _read_sae(
         seed=seed,
         folder=folder,
         export=export,
-        rows=read_json_lines(folder / METRICS_FILE),
-        events=read_json_lines(folder / REVIVALS_FILE),
+        rows=read_rows(folder / METRICS_FILE),
+        events=read_rows(folder / REVIVALS_FILE, dict[str, Any]),
         config=config,
-        report=read_json_object(report) if report.is_file() else {},
+        report=read_json_object(report, StoredExport) if report.is_file() else {},
         source=source.label,
         recorded_as=name,
     )

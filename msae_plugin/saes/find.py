@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.loading.pretrained_saes_directory import (
     get_pretrained_saes_directory,
     get_repo_id_and_folder_name,
@@ -30,7 +31,14 @@ from safetensors import SafetensorError, safe_open
 
 from msae_plugin.architecture.config import ARCHITECTURE, mechanisms_off
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import TEMPORARY_PREFIX, file_sha256, read_json_object
+from msae_plugin.common.files import TEMPORARY_PREFIX, file_sha256
+from msae_plugin.common.stored import (
+    StoredConfig,
+    StoredExport,
+    StoredRun,
+    checked,
+    read_json_object,
+)
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
 from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
 from msae_plugin.saes.run_record import (
@@ -118,6 +126,27 @@ class StoredSAE:
         return None if self.twin is None else file_sha256(self.twin / SAE_WEIGHTS_FILENAME)
 
 
+# Files that other libraries keep an SAE in.
+_FOREIGN = {
+    "sae.safetensors": "sparsify",
+    "ae.pt": "dictionary_learning",
+    "params.npz": "Gemma Scope",
+    "sparse_autoencoder.pt": "SAELens 1",
+}
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Name an SAE of another library, and the way to make it one of SAELens'."""
+    found = (file for name in _FOREIGN for file in (folder / name, *folder.glob(f"*/{name}")))
+    for file in found:
+        if file.is_file():
+            raise InputError(
+                f"{str(file)!r} is an SAE of {_FOREIGN[file.name]}, in another format: give "
+                "release:sae_id where SAELens lists it, or put its weights into an SAE of SAELens "
+                "and write that with save_model"
+            )
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether SAELens could load an SAE from the folder."""
     return (folder / SAE_CFG_FILENAME).is_file() and (folder / SAE_WEIGHTS_FILENAME).is_file()
@@ -140,11 +169,13 @@ def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSA
     elif (folder / RUN_FILE).is_file():
         record = read_run_record(folder)
         if record is None:
-            raise InputError(f"{str(folder / RUN_FILE)!r} cannot be read: it is not JSON")
+            read_json_object(folder / RUN_FILE, StoredRun)  # says why
+            raise InputError(f"{str(folder / RUN_FILE)!r} cannot be read")
         found = {name: root / SAE_FOLDER for name, root in sae_roots(folder, record).items()}
     else:
         found = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
         if not found:
+            _refuse_foreign(folder)
             raise InputError(
                 f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and "
                 f"{SAE_WEIGHTS_FILENAME} in it or in its sub-folders, or {RUN_FILE} of a run"
@@ -156,19 +187,14 @@ def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSA
 
 def read_checkpoint(folder: Path) -> StoredSAE:
     """Describe one SAE from its config and the header of its weights, without loading them."""
-    config = read_json_object(folder / SAE_CFG_FILENAME)
+    file = folder / SAE_CFG_FILENAME
+    config = migrated_config(read_json_object(file), repr(str(file)))
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
-            raise InputError(f"{str(folder / SAE_CFG_FILENAME)!r} has no {key!r}: not an SAE")
+            raise InputError(f"{str(file)!r} has no {key!r}: not an SAE")
     for key in ("d_in", "d_sae"):
         if type(config[key]) is not int or config[key] < 1:
-            raise InputError(
-                f"{str(folder / SAE_CFG_FILENAME)!r}: {key} is {config[key]!r}, which is no width"
-            )
-    for part in (config, config.get("metadata") or {}):
-        for key in ("metadata", "training_architecture_details"):
-            if not isinstance(part, dict) or not isinstance(part.get(key) or {}, dict):
-                raise InputError(f"{str(folder / SAE_CFG_FILENAME)!r}: {key} is no mapping")
+            raise InputError(f"{str(file)!r}: {key} is {config[key]!r}, which is no width")
     parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
     metadata = cast("dict[str, Any]", config.get("metadata") or {})
     details = cast("dict[str, Any]", metadata.get("training_architecture_details") or {})
@@ -198,8 +224,27 @@ def read_checkpoint(folder: Path) -> StoredSAE:
         mechanisms=mechanisms_on({**details, **config})
         if ARCHITECTURE in (architecture, trained_as)
         else [],
-        report=read_json_object(report) if exported else None,
+        report=read_json_object(report, StoredExport) if exported else None,
     )
+
+
+def migrated_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """A cfg.json as SAELens 6 would write it: versions 2 to 5 had no metadata.
+
+    Raises:
+        InputError: It is damaged; `where` says which it is.
+    """
+    checked(config, where, StoredConfig)
+    if config.get("metadata") is not None or not {"hook_name", "hook_point"} & set(config):
+        return config
+    try:
+        training = {key: config[key] for key in ("decoder_init_norm",) if key in config}
+        return checked({**handle_config_defaulting(config), **training}, where, StoredConfig)
+    # Whatever SAELens' migration stumbles over in fields that are not what they should be.
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where} cannot be read as SAELens 5 wrote it ({error})") from error
 
 
 def mechanisms_on(config: Mapping[str, Any]) -> list[str]:
@@ -323,6 +368,7 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
         _require_whole_export(path / SAE_FOLDER)
         return [path / SAE_FOLDER]
     _refuse_unfinished(path.parent)
+    _refuse_foreign(path)
     half = [
         (name, other)
         for name, other in (
@@ -491,6 +537,7 @@ def _locate(run: Path) -> list[tuple[str, Path, Path]]:
         return [(run.resolve().name, run, run / SAE_FOLDER)]
     record = read_run_record(run)
     if record is None:
+        _refuse_foreign(run)
         raise InputError(
             f"{str(run)!r} holds no exported SAE: expected {SAE_FOLDER}/ as `msae train` writes "
             f"it, or {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"

@@ -33,12 +33,14 @@ from safetensors import SafetensorError
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256, tensors_sha256
+from msae_plugin.models.hook_names import common_style, parse_hook_name
 from msae_plugin.models.hub_access import (
     HubUnreachableError,
     cached_file,
     hub_refusal,
     require_repository,
 )
+from msae_plugin.models.loading import require_convertible
 from msae_plugin.registration import register
 from msae_plugin.saes.find import (
     HubSource,
@@ -221,7 +223,14 @@ def _loading_errors(where: str, architecture: str) -> Generator[None, None, None
             f"{', '.join(sorted(SAE_CLASS_REGISTRY))}; import the package that registers it"
         ) from error
     # Weights that do not fit the config (load_state_dict), configs that lack or repeat fields.
-    except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        SafetensorError,
+    ) as error:
         if isinstance(error, InputError | EntryNotFoundError | HFValidationError):
             raise  # the hub's, which are ValueErrors too
         raise InputError(
@@ -332,6 +341,23 @@ def transformer_lens_hook(hook: str) -> str:
             "the same activations as --hook, for example blocks.9.hook_resid_post"
         )
     return f"blocks.{layer.group(1)}.hook_resid_post"
+
+
+def check_evaluable(model_name: str, hooks: Sequence[str]) -> None:
+    """Say before a model is loaded which of its hooks can be trained on and not evaluated.
+
+    Raises:
+        InputError: The hooks are TransformerLens', which cannot convert the model.
+    """
+    if common_style(hooks) == "transformer_lens":
+        require_convertible(model_name)
+    try:
+        require_convertible(model_name)
+        for hook in hooks:
+            if parse_hook_name(transformer_lens_hook(hook)).layer is None:
+                raise InputError(f"SAEBench finds the layer in a hook's name, {hook!r} names none")
+    except InputError as error:
+        logger.warning("SAEs of this run can be trained, msae eval cannot measure them: %s", error)
 
 
 def fold_decoder_norms(sae: SAE[Any], name: str) -> None:

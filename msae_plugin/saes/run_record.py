@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -13,7 +12,9 @@ from typing import Any, Literal, cast
 import torch
 
 from msae_plugin.common.claims import is_held
+from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import write_json_atomic
+from msae_plugin.common.stored import StoredRow, StoredRun, checked, parsed, read_json_object
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -60,9 +61,8 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
     A run whose process has died without a word (killed, out of memory) is `interrupted`.
     """
     try:
-        text = (folder / RUN_FILE).read_text(encoding="utf-8")
-        record = cast("dict[str, Any]", json.loads(text))
-    except (OSError, ValueError):
+        record = read_json_object(folder / RUN_FILE, StoredRun)
+    except InputError:
         return None
     if record.get("status") == "running" and not is_held(folder):
         record["status"] = "interrupted"
@@ -70,9 +70,26 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
-    """The folders of a run's SAEs by name, exported or not, as its record lists them."""
+    """The folders of a run's SAEs by name, exported or not, as its record lists them.
+
+    Raises:
+        InputError: One is not in the run.
+    """
     saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
-    return {name: run / str(sae["folder"]) for name, sae in saes.items()}
+    roots = {name: run / str(sae.get("folder", name)) for name, sae in saes.items()}
+    for name, root in roots.items():
+        try:
+            place = root.resolve(strict=False)
+            root.is_dir()
+        except (OSError, ValueError) as error:  # too long, or with a zero in it
+            raise InputError(
+                f"{str(run / RUN_FILE)!r}: the folder of {name!r} can be none"
+            ) from error
+        if not place.is_relative_to(run.resolve()):
+            raise InputError(
+                f"{str(run / RUN_FILE)!r}: the folder of {name!r} leads out of it, to {place}"
+            )
+    return roots
 
 
 class RunRecord:
@@ -127,8 +144,28 @@ class RunRecord:
         )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file; none when there is no file."""
-    if not path.exists():
+def read_rows(path: Path, shape: Any = StoredRow) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file; none when there is no file.
+
+    A last line that a kill cut short is left out, as a resumed run does.
+
+    Raises:
+        InputError: Another line is broken, or the file cannot be read.
+    """
+    if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error}") from error
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        where = f"{str(path)!r}, line {number},"
+        try:
+            row = parsed(line, where)
+        except InputError:
+            if number == len(lines):
+                break
+            raise
+        found.append(checked(row, where, shape))
+    return found

@@ -35,6 +35,7 @@ from msae_plugin.common.files import (
     json_safe,
     write_json_atomic,
 )
+from msae_plugin.common.stored import StoredCache, checked, read_json_object
 from msae_plugin.models.loading import ModelShape
 from msae_plugin.training.data_parallel import own_batch_size, states_of_all
 from msae_plugin.training.plans import SAEPlan
@@ -212,8 +213,8 @@ def open_cache(folder: Path) -> CachedActivations:
         InputError: There is no complete cache, it is of another version, or a file is damaged.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = read_json_object(folder / MANIFEST)
+    except InputError as error:
         what = "an unfinished cache" if (folder / PROGRESS).exists() else "no cache"
         raise InputError(
             f"{str(folder)!r} holds {what} of activations: run msae cache with this recipe and "
@@ -221,6 +222,7 @@ def open_cache(folder: Path) -> CachedActivations:
         ) from error
     if manifest.get("format") != FORMAT:
         raise InputError(f"the cache {str(folder)!r} is of another version: make it again")
+    checked(manifest, f"the cache {str(folder)!r}", StoredCache)
     tensors = read_activations(
         folder, manifest, "the cache file {} is damaged: make the cache again"
     )

@@ -27,15 +27,16 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     TEMPORARY_PREFIX,
     disk_errors_told,
-    read_json_object,
     remove_leftovers,
 )
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay, SilentProgress
 from msae_plugin.common.seeding import seed_everything
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.export import ExportReport
+from msae_plugin.saes.load import check_evaluable
 from msae_plugin.saes.run_record import (
     RUN_FILE,
     RunRecord,
@@ -228,6 +229,8 @@ class MultiScaleRunner:
         elif language_model is not None:
             shape = language_model.shape
         self.plans = config.validate(shape)
+        if shape is None and self._leads:
+            check_evaluable(config.model.name, config.hooks)
         if self._inputs is not None:
             check_cache(self._inputs.cache, config, self.plans)
             self.plans = self._inputs.fitted(self.plans)

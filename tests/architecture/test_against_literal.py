@@ -181,6 +181,7 @@ def randomised(sae: MultiScaleTrainingSAE, seed: int = 5) -> MultiScaleTrainingS
     return sae
 
 
+@pytest.mark.promise("The SAE computes the equations of docs/method.md.")
 @pytest.mark.parametrize("with_dead", [False, True], ids=["all alive", "some dead"])
 @pytest.mark.parametrize("name", CASES)
 def test_float64_mechanisms_match_the_equations(name: str, with_dead: bool) -> None:
@@ -258,6 +259,7 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
     return fields
 
 
+@pytest.mark.promise("The SAE computes the equations of docs/method.md.")
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(random_fields(), st.integers(0, 3), st.booleans())
 def test_any_combination_matches_the_equations(

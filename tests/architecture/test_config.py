@@ -32,7 +32,6 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("k", {"k": 0}),
     ("k", {"k": -1}),
     ("k", {"k": NAN}),
-    ("k", {"k": 41}),
     ("k_initial_multiplier", {"k_initial_multiplier": 0.5}),
     ("k_initial_multiplier", {"k_initial_multiplier": NAN}),
     (
@@ -328,6 +327,11 @@ def test_schedules_follow_the_length_of_the_run() -> None:
 def test_overrides_win_over_the_preset() -> None:
     cfg = preset("default", **BASE, training_steps=10, prefix_weight=0.25, k_anneal_steps=0)
     assert (cfg.prefix_weight, cfg.k_anneal_steps) == (0.25, 0)
+
+
+def test_a_dictionary_smaller_than_the_default_k_is_all_active_at_most() -> None:
+    """SAELens' own command line with `--d_in 8 --d_sae 16` and no k."""
+    assert MultiScaleTrainingSAEConfig(d_in=8, d_sae=16).k == 16
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def trained(
     return sae, losses
 
 
+@pytest.mark.promise("Scale and mean of the activations do not matter to training.")
 @pytest.mark.parametrize("name", PRESETS)
 @given(
     log_scale=st.floats(-3, 4),
@@ -87,6 +88,7 @@ def test_training_is_equivariant(name: str, log_scale: float, log_shift: float, 
         torch.testing.assert_close(found[same] / scale, expected[same], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.promise("Scale and mean of the activations do not matter to training.")
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 def test_units_fold_at_export(name: str, apply_b_dec: bool, tmp_path: Path) -> None:

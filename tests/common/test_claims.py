@@ -38,6 +38,7 @@ def holder(tmp_path: Path, request: pytest.FixtureRequest) -> "Iterator[multipro
     process.kill()
 
 
+@pytest.mark.promise("Two commands at once do not share a folder: one is refused, or waits.")
 def test_a_folder_is_held_by_one_process_until_it_dies(
     holder: "multiprocessing.Process", tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def fill(root: Path, order: "multiprocessing.Queue[str]") -> None:
     kept_folder(root, "kind", {"a": 1}, compute)
 
 
+@pytest.mark.promise("Two commands at once do not share a folder: one is refused, or waits.")
 def test_a_cache_folder_is_filled_once_by_processes_that_want_it_together(tmp_path: Path) -> None:
     order: multiprocessing.Queue[str] = SPAWN.Queue()
     processes = [SPAWN.Process(target=fill, args=(tmp_path, order)) for _ in range(2)]

@@ -10,8 +10,8 @@ from msae_plugin.common.files import (
     file_written_atomically,
     kept_folder,
     package_folder,
-    read_json_object,
 )
+from msae_plugin.common.stored import read_json_object
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

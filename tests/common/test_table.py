@@ -36,6 +36,9 @@ def test_csv_keeps_all_digits_with_spread_and_count_beside_the_mean():
     ]
 
 
+@pytest.mark.promise(
+    "Text from outside stays text: in the page, the card, tables, spreadsheets and the terminal."
+)
 def test_a_terminal_reads_no_style_in_a_name():
     console = Console(width=80)
     with console.capture() as capture:
@@ -44,6 +47,9 @@ def test_a_terminal_reads_no_style_in_a_name():
     assert "0.8000 ± 0.0500" in capture.get()
 
 
+@pytest.mark.promise(
+    "Text from outside stays text: in the page, the card, tables, spreadsheets and the terminal."
+)
 @pytest.mark.parametrize("text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "-"])
 def test_a_spreadsheet_executes_no_cell(text):
     table = Table("t", "", [Column(text, "SAE"), Column("f1", "F1")], [[text, -0.5], ["a=b", 1]])

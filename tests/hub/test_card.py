@@ -361,6 +361,9 @@ def test_rendering_changes_no_entry():
     assert measured == before
 
 
+@pytest.mark.promise(
+    "Text from outside stays text: in the page, the card, tables, spreadsheets and the terminal."
+)
 def test_names_hold_no_html():
     finding = {"kind": "x", "message": "<img src=x>", "setting": "x"}
     hostile = entry(metadata={"hook_name": "<b>hook</b>"}, export={"health": [finding]})
@@ -372,6 +375,9 @@ def test_names_hold_no_html():
 HOSTILE = f"x`\n\n# Free weights\n\n[here](javascript:alert(1)) ```\n{END}\n<script>"
 
 
+@pytest.mark.promise(
+    "Text from outside stays text: in the page, the card, tables, spreadsheets and the terminal."
+)
 def test_names_are_never_markdown():
     measured = summary(core={**CORE, HOSTILE: metric(0.5)})
     measured["model"] |= {"name": HOSTILE}

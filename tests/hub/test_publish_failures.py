@@ -84,6 +84,7 @@ def test_interrupted_in_the_middle_of_an_upload(hub, worker, run):
     assert hub.files(REPO).keys() == {".gitattributes"}
 
 
+@pytest.mark.promise("What fails after a commit names the commit.")
 @pytest.mark.parametrize("damage", ["corrupt", 404])
 def test_what_does_not_come_back_is_said_and_the_commit_named(hub, worker, run, damage):
     hub.fail("GET", "/large/", damage)

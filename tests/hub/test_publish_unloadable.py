@@ -45,6 +45,9 @@ def refusal(run: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.promise(
+    "Nothing that cannot be loaded gets published, and no file from outside of the run."
+)
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -55,7 +58,7 @@ def refusal(run: Path) -> str:
         ('{"d_sae": 1000000000}', "1,000,000,000 latents"),
         ('{"d_sae": "many"}', "d_sae is 'many', which is no width"),
         ('{"d_sae": 95}', "must belong together"),
-        ('{"metadata": ["x"]}', "metadata is no mapping"),
+        ('{"metadata": ["x"]}', "'metadata' must be a mapping"),
     ],
 )
 def test_an_export_that_cannot_be_loaded_is_refused(run, how, words):
@@ -63,6 +66,9 @@ def test_an_export_that_cannot_be_loaded_is_refused(run, how, words):
     assert words in refusal(run / "batchtopk")
 
 
+@pytest.mark.promise(
+    "Nothing that cannot be loaded gets published, and no file from outside of the run."
+)
 @pytest.mark.parametrize(
     ("how", "words"), [("no W_dec", "W_dec"), ("another decoder", "computes something else")]
 )
@@ -83,6 +89,9 @@ def test_the_hub_is_not_asked(hub, worker, run, dry_run):
     assert hub.repos == {}
 
 
+@pytest.mark.promise(
+    "Nothing that cannot be loaded gets published, and no file from outside of the run."
+)
 @pytest.mark.parametrize(
     "name",
     [

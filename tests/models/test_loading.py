@@ -187,6 +187,10 @@ GEMMA_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.promise(
+    "No model is converted silently wrong: its configuration and its logits are compared "
+    "with the original."
+)
 @pytest.mark.parametrize("fields", GEMMA_VARIANTS.values(), ids=GEMMA_VARIANTS.keys())
 def test_gemma_is_converted_with_its_own_configuration(
     tiny_model_dir: Path, tmp_path: Path, tokens: torch.Tensor, fields: dict[str, Any]
@@ -278,6 +282,10 @@ def test_listed_gemmas_have_the_configuration_that_transformer_lens_gives_them()
     assert {key: (own[key], listed[key]) for key in own if own[key] != listed[key]} == {}
 
 
+@pytest.mark.promise(
+    "No model is converted silently wrong: its configuration and its logits are compared "
+    "with the original."
+)
 def test_a_conversion_with_another_configuration_is_named(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +316,10 @@ def test_relative_paths_are_recorded_in_full(
     assert load_language_model(tiny_model_dir.name, [MODULE]).model_name == str(tiny_model_dir)
 
 
+@pytest.mark.promise(
+    "No model is converted silently wrong: its configuration and its logits are compared "
+    "with the original."
+)
 def test_wrong_conversion_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     # TransformerLens derives the head size from the width and ignores `head_dim`; a rotary scaling
     # that it does not know is dropped without a word, which gives a different model.

@@ -77,6 +77,7 @@ def test_folder_is_an_ordinary_one(converted_folder: Path) -> None:
         shape.n_layers,
         shape.vocabulary,
     )
+    assert config.max_position_embeddings == shape.positions
     assert config.architectures == ["LlamaForCausalLM"]
     assert not hasattr(config, "quantization_config")
     tokenizer = AutoTokenizer.from_pretrained(converted_folder)

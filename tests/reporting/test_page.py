@@ -142,6 +142,9 @@ def test_nothing_is_loaded_from_anywhere(html, parsed):
         assert not re.search(r"https?:|url\(|@import|fetch|XMLHttp|import\(", code), name
 
 
+@pytest.mark.promise(
+    "Text from outside stays text: in the page, the card, tables, spreadsheets and the terminal."
+)
 def test_hostile_text_stays_text(html, parsed):
     assert len(parsed.all("script")) == 1  # ours
     assert not parsed.all("b")

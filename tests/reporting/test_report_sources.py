@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.report import build, report
 from msae_plugin.reporting.rows import results_of
-from msae_plugin.reporting.sources import read_json_lines, read_sources, trained_saes
+from msae_plugin.reporting.sources import read_sources, trained_saes
+from msae_plugin.saes.run_record import read_rows
 
 
 def refused(folders, match):
@@ -52,7 +53,7 @@ def test_what_is_no_source_is_refused_in_one_line(tmp_path):
     (tmp_path / "summary.json").write_text("[]")
     refused([tmp_path], "does not hold a JSON object")
     (tmp_path / "summary.json").write_text('{"format": 1, "saes": {}}')
-    refused([tmp_path], "needs 'results'")
+    refused([tmp_path], "it has no 'results'")
     (tmp_path / "summary.json").unlink()
     (tmp_path / "run.json").write_text("{}")
     refused([tmp_path], "is no record of msae train")
@@ -64,10 +65,10 @@ def test_what_is_no_source_is_refused_in_one_line(tmp_path):
         ({"format": 2}, r"is of format 2 and this version reads 1"),
         ({"format": None}, r"is of format None"),
         ({"kind": "images"}, "kind must be one of language_model, ground_truth; got 'images'"),
-        ({"rows": {}}, "needs a list 'rows'"),
-        ({"rows": [{"name": "a", "metrics": {}}]}, "row 0 has no 'method'"),
-        ({"rows": [3]}, "row 0 has no 'name'"),
-        ({"rows": [row("a", 1.0, 1, metrics=[])]}, "'metrics' of row 0 is not an object"),
+        ({"rows": {}}, "'rows' must be a list"),
+        ({"rows": [{"name": "a", "metrics": {}}]}, r"'rows\[0\]' has no 'method'"),
+        ({"rows": [3]}, r"'rows\[0\]' must be a mapping"),
+        ({"rows": [row("a", 1.0, 1, metrics=[])]}, r"'rows\[0\]\.metrics' must be a mapping"),
     ],
 )
 def test_a_comparison_of_another_shape_is_refused(tmp_path, changes, match):
@@ -77,14 +78,14 @@ def test_a_comparison_of_another_shape_is_refused(tmp_path, changes, match):
 def test_a_last_line_cut_by_a_kill_is_left_out_and_any_other_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
-    assert read_json_lines(path) == [{"step": 1}]
+    assert read_rows(path) == [{"step": 1}]
     path.write_text('{"st\n{"step": 1}\n')
-    with pytest.raises(InputError, match="line 1, is not JSON"):
-        read_json_lines(path)
+    with pytest.raises(InputError, match="line 1, cannot be read"):
+        read_rows(path)
     path.write_text("3\n")
-    with pytest.raises(InputError, match="line 1, is not a JSON object"):
-        read_json_lines(path)
-    assert read_json_lines(tmp_path / "none") == []
+    with pytest.raises(InputError, match="line 1, does not hold a JSON object"):
+        read_rows(path)
+    assert read_rows(tmp_path / "none") == []
 
 
 def test_two_rows_that_cannot_be_told_apart_are_refused(tmp_path):

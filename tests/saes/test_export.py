@@ -91,6 +91,7 @@ MULTISCALE_CONFIGS = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("An export computes what was trained, or it is not written.")
 @pytest.mark.parametrize("cfg", SAELENS_CONFIGS, ids=lambda cfg: cfg.architecture())
 def test_saelens_architectures_export_what_was_trained(cfg, tmp_path):
     sae = trained(cfg)
@@ -103,6 +104,7 @@ def test_saelens_architectures_export_what_was_trained(cfg, tmp_path):
     assert not (tmp_path / "jumprelu").exists()
 
 
+@pytest.mark.promise("An export computes what was trained, or it is not written.")
 @pytest.mark.parametrize("name", MULTISCALE_CONFIGS)
 def test_multiscale_exports_what_was_trained(name, tmp_path):
     preset = name if name in ("default", "reconstruction") else "default"
@@ -184,6 +186,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.promise("An export computes what was trained, or it is not written.")
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_export_that_computes_something_else_is_refused_and_not_written(
     change, tmp_path, monkeypatch

@@ -113,6 +113,10 @@ def test_an_older_checkpoint_of_the_same_run_is_refused(tmp_path: Path) -> None:
         store.resolve(str(old))
 
 
+@pytest.mark.promise(
+    "No checkpoint is lost: a kill at any moment leaves the one before, and damaged ones "
+    "are named and passed by."
+)
 def test_a_failed_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     with folder_written_atomically(target) as folder:
@@ -174,6 +178,10 @@ def save_and_be_killed(folder: str, kill_at: int) -> None:
     save(store, 2)
 
 
+@pytest.mark.promise(
+    "No checkpoint is lost: a kill at any moment leaves the one before, and damaged ones "
+    "are named and passed by."
+)
 def test_a_kill_at_any_call_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     steps: list[int] = []

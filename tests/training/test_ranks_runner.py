@@ -111,6 +111,10 @@ def test_two_ranks_leave_one_run(start: Any, tmp_path: Path, read_rows: Any) -> 
     assert not torch.equal(states[0]["batches"]["rows"][:64], states[1]["batches"]["rows"][:64])
 
 
+@pytest.mark.promise(
+    "Resuming is exact: a run that is stopped at any moment and resumed ends with the "
+    "bits of the uninterrupted one."
+)
 def test_two_ranks_go_on_to_the_bit(start: Any, tmp_path: Path) -> None:
     changes = (MSAE, "training.n_checkpoints=3", "training.keep_checkpoints=9")
     out, whole = tmp_path / "out", tmp_path / "whole"

@@ -115,6 +115,10 @@ SEVERAL = (
 )
 
 
+@pytest.mark.promise(
+    "Resuming is exact: a run that is stopped at any moment and resumed ends with the "
+    "bits of the uninterrupted one."
+)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -224,6 +228,10 @@ def test_a_stop_while_exporting_loses_nothing(
     assert json.loads((out / "run.json").read_text())["status"] == "complete"
 
 
+@pytest.mark.promise(
+    "No checkpoint is lost: a kill at any moment leaves the one before, and damaged ones "
+    "are named and passed by."
+)
 @pytest.mark.parametrize("damage", ["one bit", "zeros", "manifest"])
 def test_a_damaged_checkpoint_is_passed_by_for_the_one_before(
     train: Train, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
@@ -265,6 +273,7 @@ def test_a_checkpoint_is_written_by_the_clock(train: Train, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.promise("A run that has died is never called running.")
 @pytest.mark.parametrize("failure", [MemoryError("no room"), OSError("the disk is gone")])
 def test_a_run_that_died_does_not_say_running(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
@@ -354,6 +363,10 @@ def test_a_truncated_checkpoint_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.promise(
+    "No checkpoint is lost: a kill at any moment leaves the one before, and damaged ones "
+    "are named and passed by."
+)
 @pytest.mark.parametrize("file", ["sae/sae_weights.safetensors", "sae/trainer_state.pt"])
 def test_a_scrambled_checkpoint_of_the_right_size_is_refused(
     train: Train, stopped_run: Path, file: str

@@ -109,6 +109,7 @@ def test_changed_text_under_the_same_path_is_not_the_same_evaluation(
         evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
 
 
+@pytest.mark.promise("One SAE's failure does not end the evaluation of the others.")
 def test_a_failed_sae_makes_the_evaluation_incomplete_and_keeps_the_others(
     tiny_language_model: LanguageModel,
     subjects: list[EvaluatedSAE],
@@ -246,6 +247,7 @@ def test_seeds_are_written_as_people_write_them() -> None:
     assert joined_seeds(["msae", "info", "3"]) == ["msae", "info", "3"]
 
 
+@pytest.mark.promise("One SAE's failure does not end the evaluation of the others.")
 def test_an_sae_that_does_not_fit_is_left_out_and_the_others_are_measured(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
