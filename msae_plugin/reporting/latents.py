@@ -119,7 +119,7 @@ def examples(
         context_size: Tokens in a window.
 
     Returns:
-        The groups, of lists [address of the token, place in the window, shade, place, shade, ...]: the
+        The groups, of lists [address of the token, place in the window, shade, place, ...]: the
         tokens of its window that belong to its document and on which the latent fires.
     """
     size = np.abs(values)

@@ -32,7 +32,7 @@ def write_latents_inputs(
             sae.W_dec.copy_(torch.nn.functional.normalize(directions, dim=1))
             sae.W_enc.copy_(sae.W_dec.T + 0.05)
             # Most are sparse, the first fires always, the last never.
-            sae.b_enc.fill_(-2.5).index_fill_(0, torch.tensor([0]), 30.0)
+            sae.b_enc.fill_(-1.0).index_fill_(0, torch.tensor([0]), 30.0)
             sae.b_enc[-1] = -1e6
         metadata = sae.cfg.metadata
         metadata.model_name, metadata.hook_name = str(model), HOOK
