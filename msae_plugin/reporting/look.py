@@ -125,7 +125,9 @@ def _fires_on(evaluated: EvaluatedSAE, browser: Path | None) -> Callable[[int], 
         return tokens_it_fires_on(browser, evaluated)
     stored = None if evaluated.folder is None else evaluated.folder.parent / CONTEXTS_FILE
     entries = read_json_object(stored)["latents"] if stored is not None and stored.is_file() else []
-    known = {e["latent"]: [context["token"] for context in e["contexts"]] for e in entries}
+    known: dict[int, list[str]] = {
+        entry["latent"]: [context["token"] for context in entry["contexts"]] for entry in entries
+    }
     return lambda latent: known.get(latent, [])
 
 
