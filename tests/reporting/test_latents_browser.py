@@ -137,6 +137,9 @@ def test_it_fits_the_screen(browser, scheme, width, phone):
         browser.value(f'location.hash = "#{place}"')
         time.sleep(0.5)
         assert browser.value("document.documentElement.scrollWidth") <= width
+        if not place:
+            widths = 'Array.from(document.querySelectorAll("#head button"), (b) => b.offsetWidth)'
+            assert sum(width > 20 for width in browser.value(widths)) == (4 if phone else 6)
         dark = browser.value("getComputedStyle(document.body).backgroundColor")
         assert (dark == "rgb(22, 25, 29)") == (scheme == "dark")
     assert browser.value('document.querySelectorAll("main h1").length') == 1
