@@ -20,7 +20,17 @@ import wrapt
 from msae_plugin.common.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
-    from msae_plugin.api import Result, compare, evaluate, load, publish, report, train
+    from msae_plugin.api import (
+        Result,
+        compare,
+        evaluate,
+        latents,
+        load,
+        look,
+        publish,
+        report,
+        train,
+    )
     from msae_plugin.architecture import (
         MultiScaleSAE,
         MultiScaleSAEConfig,
@@ -45,7 +55,9 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "latents",
     "load",
+    "look",
     "preset",
     "preset_names",
     "preset_summary",
@@ -55,7 +67,9 @@ __all__ = [
     "train",
 ]
 
-_API = ("Result", "compare", "evaluate", "load", "publish", "report", "train")
+_API = {
+    "Result", "compare", "evaluate", "latents", "load", "look", "publish", "report", "train",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from msae_plugin.evaluation.evaluate import EvaluationResult
     from msae_plugin.hub.publish import PublishResult
     from msae_plugin.reporting.dashboards import DashboardRequest
+    from msae_plugin.reporting.latent_browser import LatentBrowser
+    from msae_plugin.reporting.look import Look
     from msae_plugin.reporting.report import ReportResult
     from msae_plugin.training.runner import RunResult
 
@@ -283,6 +285,73 @@ def report(
     missing = made.not_measured
     notes = [f"{missing} things were not measured: the page names them"] if missing else []
     return Result("report", Path(output), made, rows, notes)
+
+
+def latents(
+    saes: Place | Sequence[Place],
+    output: Place,
+    *,
+    text: str | None = None,
+    tokens: int = 100_000,
+    only: Sequence[str] = (),
+    model: str | None = None,
+    progress: bool | Console = True,
+) -> Result[LatentBrowser]:
+    """A folder in which every latent can be looked at, with `index.html` to open.
+
+    Args:
+        saes: Runs, comparisons, exports or published SAEs, all of one language model.
+        output: New or empty, or an earlier one, which is replaced.
+        text: Held-out text in place of the recipe's: a file, a data set, `packaged:NAME`.
+        tokens: How much of it is read.
+        only: Names of SAEs or methods that are shown; all by default.
+        model: The language model, for SAEs that name none.
+        progress: As in `train`.
+
+    Raises:
+        InputError: An SAE, the text or the output cannot be used.
+    """
+    from msae_plugin.reporting.latent_browser import write_latents
+
+    references = [os.fspath(sae) for sae in _listed(saes)]
+    with shown_steps(progress) as steps:
+        made = write_latents(
+            references, Path(output), text=text, tokens=tokens, model=model, only=only, report=steps
+        )
+    return Result("latents", Path(output), made, made.rows)
+
+
+def look(
+    sae: Place,
+    text: str,
+    *,
+    top: int = 5,
+    browser: Place | None = None,
+    model: str | None = None,
+    progress: bool | Console = True,
+) -> Result[Look]:
+    """The most active latents of an SAE on each token of a text: a row per token and latent.
+
+    Args:
+        sae: One SAE, as in `load`.
+        text: Any text.
+        top: Latents per token.
+        browser: An output of `latents` with this SAE: it knows what each latent fires on.
+        model: The language model, for an SAE that names none.
+        progress: As in `train`.
+
+    Raises:
+        InputError: The SAE or its model cannot be used, or the text is empty or too long.
+    """
+    from msae_plugin.reporting.look import look as look_at
+
+    with shown_steps(progress) as steps:
+        found = look_at(
+            os.fspath(sae), text, top=top, model=model, report=steps,
+            browser=None if browser is None else Path(browser),
+        )  # fmt: skip
+    rows = [vars(row) for row in found.rows]
+    return Result("look", Path(sae), found, rows)
 
 
 def publish(
