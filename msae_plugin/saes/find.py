@@ -33,6 +33,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import TEMPORARY_PREFIX, file_sha256, read_json_object
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
 from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
+from msae_plugin.saes.other_formats import other_format_error
 from msae_plugin.saes.run_record import (
     METRICS_FILE,
     RUN_FILE,
@@ -145,7 +146,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSA
     else:
         found = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
         if not found:
-            raise InputError(
+            raise other_format_error(folder) or InputError(
                 f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and "
                 f"{SAE_WEIGHTS_FILENAME} in it or in its sub-folders, or {RUN_FILE} of a run"
             )
@@ -313,7 +314,9 @@ def unfinished_run(folder: Path) -> str | None:
 
 def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
     if path.is_file():
-        raise InputError(f"SAE {reference!r} is a file: give the folder it is in, {path.parent}")
+        raise other_format_error(path) or InputError(
+            f"SAE {reference!r} is a file: give the folder it is in, {path.parent}"
+        )
     if is_checkpoint(path):
         _require_whole_export(path)
         return [path]
@@ -333,7 +336,9 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
     ]
     if half:
         has, lacks = half[0]
-        raise InputError(f"SAE folder {path} has {has} but no {lacks}: copy the whole folder")
+        raise other_format_error(path) or InputError(
+            f"SAE folder {path} has {has} but no {lacks}: copy the whole folder"
+        )
     inside = [
         found
         for child in sorted(path.iterdir())
@@ -345,7 +350,7 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
         return inside
     contents = sorted(child.name for child in path.iterdir())
     what = f"it holds {_listed(contents)}" if contents else "it is empty"
-    raise InputError(
+    raise other_format_error(path) or InputError(
         f"there is no SAE in {path}: {what}; give a run of msae train, or a folder with "
         f"{SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
     )
