@@ -1,14 +1,14 @@
 """delphi: the cache of latents that its explainers and scorers read.
 
-Schema: `delphi.latents.cache.LatentCache.save_splits` and `delphi.latents.loader.TensorBuffer`, read
-in eai-delphi 0.1.3. latents/MODULE/START_END.safetensors holds, of the latents START to END,
+Schema: `delphi.latents.cache.LatentCache.save_splits` and `delphi.latents.loader.TensorBuffer`,
+read in eai-delphi 0.1.3. latents/MODULE/START_END.safetensors holds, of the latents START to END,
 `locations` (n, 3) unsigned: window, position, latent - START; `activations` (n,) float16; and
 `tokens` (windows, context). config.json beside them is its `CacheConfig` with the model's name.
 """
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def _latents(sae: EvaluatedSAE, data: Any, windows: int) -> tuple[Any, Any, Any]
 
 def _write_splits(place: Path, locations: Any, activations: Any, tokens: Any, d_sae: int) -> None:
     bounds = np.linspace(0, d_sae, SPLITS + 1).astype(int)
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         own = (locations[:, 2] >= start) & (locations[:, 2] < end)
         shifted = locations[own] - np.array([0, 0, start])
         small = not shifted.size or shifted.max() < 2**16

@@ -26,7 +26,7 @@ COLUMNS = (
 
 
 def write(request: ExportRequest, folder: Path) -> list[str]:
-    """Write `SAE/latent_N.pt`, which adds, and with a repository `SAE/latent_N.csv`, which clamps."""
+    """Write `SAE/latent_N.pt`, which adds, and for a repository `.csv`, which clamps."""
     if not request.latents:
         raise InputError("lm-eval steers with single latents: name them, --latents 3,17")
     lines: list[str] = []
