@@ -1,4 +1,4 @@
-"""Names that SAELens will remove are not used: its deprecated functions, and what its texts name."""
+"""Names that SAELens will remove are not used: its deprecated functions, and others it warns of."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def used(source: str, banned: set[str]) -> Iterator[str]:
             yield f"line {node.lineno}: {node.value}"
         if isinstance(node, ast.Subscript) and is_loading(node.value):
             yield f"line {node.lineno}: from_pretrained(...)[...]"
-        if isinstance(node, ast.Assign) and is_loading(node.value):
-            if any(isinstance(target, ast.Tuple) for target in node.targets):
-                yield f"line {node.lineno}: ... , ... = from_pretrained(...)"
+        unpacked = isinstance(node, ast.Assign) and is_loading(node.value)
+        if unpacked and any(isinstance(target, ast.Tuple) for target in node.targets):
+            yield f"line {node.lineno}: ... , ... = from_pretrained(...)"
 
 
 def test_saelens_still_marks_what_it_deprecates() -> None:

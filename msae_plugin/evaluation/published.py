@@ -26,14 +26,7 @@ def interpolated(points: Mapping[int, float], l0: float) -> float | None:
 
 
 def standing(summary: Mapping[str, Any]) -> list[str]:
-    """A line per SAE and metric of an evaluation that has published numbers at the SAE's L0.
-
-    Args:
-        summary: The contents of summary.json.
-
-    Returns:
-        The lines; none for other models, hooks, widths and L0s.
-    """
+    """A line per SAE and metric of a summary.json; none of other models, hooks, widths and L0s."""
     place = files("msae_plugin.evaluation") / "published.yaml"
     published = cast("Mapping[str, Any]", yaml.safe_load(place.read_text(encoding="utf-8")))
     measured: dict[str, dict[str, float]] = {}

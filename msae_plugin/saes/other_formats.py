@@ -37,8 +37,11 @@ _DICTIONARIES = (
     "AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "GatedAutoEncoder", "JumpReluAutoEncoder",
     "MatryoshkaBatchTopKSAE",
 )  # fmt: skip
-_MODULES = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out"}
-_REGISTERED = "SAELens reads it from the Hub: give release:sae_id of a release that it knows"
+_POINTS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out"}
+_ON_THE_HUB = {
+    "hyperparams.json": "Llama Scope",
+    "params.safetensors": "Gemma Scope 2",
+}
 
 
 @dataclass(frozen=True)
@@ -51,24 +54,24 @@ class OtherFormat:
     how: str = ""  # that way
 
     @property
-    def advice(self) -> str:
-        """What to do with it."""
-        return self.how or f"msae import {self.path} --output DIR makes a folder for SAELens of it"
+    def error(self) -> InputError:
+        """What to tell a user who gives it to another command."""
+        ours = f"msae import {self.path} --output DIR makes a folder for SAELens of it"
+        return InputError(f"{self.path} holds an SAE of {self.name}", self.how or ours)
 
 
 def recognise(path: Path) -> OtherFormat | None:
     """The format of a file or folder that SAELens cannot load; None for anything unknown."""
     files = {file.name: file for file in (sorted(path.iterdir()) if path.is_dir() else [path])}
     folder = path if path.is_dir() else path.parent
-    config = _json(folder / "config.json")
     if "sae.safetensors" in files:
         return OtherFormat("sparsify", folder, _sparsify)
-    if "ae.pt" in files and "trainer" in config:
+    if "ae.pt" in files and "trainer" in _json(folder / "config.json"):
         return OtherFormat("dictionary_learning", folder, _dictionary_learning)
-    if {"hyperparams.json", "lm_config.json"} & files.keys():
-        return OtherFormat("Llama Scope", folder, None, _REGISTERED)
-    if "params.safetensors" in files:
-        return OtherFormat("Gemma Scope 2", folder, None, _REGISTERED)
+    for file, name in _ON_THE_HUB.items():
+        if file in files:
+            how = "SAELens reads it from the Hub: give release:sae_id of a release that it knows"
+            return OtherFormat(name, folder, None, how)
     arrays = [file for file in files.values() if file.suffix == ".npz"]
     if len(arrays) == 1:
         return OtherFormat("Gemma Scope", arrays[0], _gemma_scope)
@@ -77,11 +80,11 @@ def recognise(path: Path) -> OtherFormat | None:
 
 
 def other_format_error(path: Path) -> InputError | None:
-    """What to tell a user who gives such a file or folder to another command."""
+    """What to tell a user who gives such a file or folder, or one of such folders."""
     inside = sorted(path.iterdir()) if path.is_dir() else []
     places = [path, *(child for child in inside if child.is_dir())]
     found = next(filter(None, map(recognise, places)), None)
-    return found and InputError(f"{path} holds an SAE of {found.name}", found.advice)
+    return found and found.error
 
 
 def import_sae(
@@ -93,34 +96,34 @@ def import_sae(
         source: Its file or folder.
         output: A new or empty folder.
         model: The language model, where the files do not say.
-        hook: Where in the model it reads, where the files do not say or are mistaken.
+        hook: Where in the model it reads, where the files do not say.
 
     Raises:
         InputError: The format is unknown or has another way, or the files do not fit together.
     """
     if not source.exists():
-        raise InputError(f"{source} does not exist", "give the file or folder of an SAE")
+        raise InputError(f"{source} is not there", "give the file or folder of an SAE")
     found = recognise(source)
     if found is None:
-        raise InputError(
+        raise other_format_error(source) or InputError(
             f"{source} holds no SAE in a format known here",
             "msae import takes sparsify (cfg.json, sae.safetensors), dictionary_learning "
             "(config.json, ae.pt), Gemma Scope (params.npz) and .pt files of weights",
         )
     convert = found.convert
     if convert is None:
-        raise InputError(f"{source} holds an SAE of {found.name}", found.advice)
+        raise found.error
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output} is not empty", "give a new folder")
-    given = {"model_name": model, "hook_name": hook}
 
     def loader(_path: str | Path, _device: str | None, cfg_overrides: Any = None) -> Loaded:
         config, weights = convert(found.path)
-        config |= {key: value for key, value in given.items() if value} | (cfg_overrides or {})
-        for key in given:
-            if not config.get(key):
+        for key, given in (("model_name", model), ("hook_name", hook)):
+            config[key] = given or config.get(key)
+            if not config[key]:
                 raise InputError(f"{source} does not say its {key}", f"give --{key[:-5]}")
-        return config, {name: tensor.float().contiguous() for name, tensor in weights.items()}
+        float32 = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+        return config | (cfg_overrides or {}), float32
 
     try:
         sae = SAE.load_from_disk(found.path, dtype="float32", converter=loader)
@@ -146,11 +149,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _hook(module: str) -> str | None:
     """TransformerLens' hook of a module of transformers; None where that is not sure."""
     match = re.search(r"(?:^|\.)(?:layers|h)[._](\d+)(?:\.(\w+))?$", module)
-    if match is None:
-        return None
-    layer, part = match.groups()
-    point = "hook_resid_post" if part is None else _MODULES.get(part)
-    return None if point is None else f"blocks.{layer}.{point}"
+    point = match and ("hook_resid_post" if match[2] is None else _POINTS.get(match[2]))
+    return f"blocks.{match[1]}.{point}" if match and point else None
 
 
 def _sparsify(folder: Path) -> Loaded:
@@ -161,19 +161,12 @@ def _sparsify(folder: Path) -> Loaded:
     if config.get("activation", "topk") != "topk" or config.get("signed"):
         raise InputError(f"{folder}: its activation is not plain topk", "no SAELens class has it")
     stored = load_file(folder / "sae.safetensors")
-    # Versions before 0.2 kept the decoder as nn.Linear has it, (d_in, d_sae).
+    # The first versions kept the decoder as nn.Linear has it, (d_in, d_sae).
     decoder = stored["W_dec"] if "W_dec" in stored else stored["decoder.weight"].T
-    weights = {
-        "W_enc": stored["encoder.weight"].T,
-        "b_enc": stored["encoder.bias"],
-        "W_dec": decoder,
-        "b_dec": stored["b_dec"],
-    }
-    run = _json(folder.parent / "config.json")
-    own = {"architecture": "topk", "k": config["k"], "apply_b_dec_to_input": True}
-    return _described(
-        weights, own | {"model_name": run.get("model"), "hook_name": _hook(folder.name)}
-    )
+    weights = {"W_enc": stored["encoder.weight"].T, "b_enc": stored["encoder.bias"]}
+    weights |= {"W_dec": decoder, "b_dec": stored["b_dec"]}
+    own = {"architecture": "topk", "k": config["k"], "hook_name": _hook(folder.name)}
+    return _sized(weights, own | {"model_name": _json(folder.parent / "config.json").get("model")})
 
 
 def _dictionary_learning(folder: Path) -> Loaded:
@@ -181,32 +174,30 @@ def _dictionary_learning(folder: Path) -> Loaded:
     name = trainer["dict_class"]
     if name not in _DICTIONARIES:
         raise InputError(f"{folder}: its class is {name}", f"known are {', '.join(_DICTIONARIES)}")
-    _tensors(folder / "ae.pt")  # Refuses pickled code, which SAELens' loader would run.
+    _tensors(folder / "ae.pt")  # refuses pickled code, which SAELens' loader would run
     with files_from(folder):
         config, weights, _ = dictionary_learning_sae_huggingface_loader_1("", "", "cpu")
     if "resid" not in str(trainer.get("submodule_name") or "resid"):
-        config["hook_name"] = None  # SAELens takes every one for the residual stream.
+        config["hook_name"] = None  # SAELens takes every one for the residual stream
     return config, weights
 
 
 def _gemma_scope(file: Path) -> Loaded:
-    """relu(z) where z = x @ W_enc + b_enc is above the threshold."""
-    place = str(file.resolve())
+    """relu(z) where z = x @ W_enc + b_enc is above the threshold; model and hook by its path."""
+    place = file.resolve().as_posix()
     release = re.search(r"gemma-scope-\d+b-(?:pt|it)-(?:res|mlp|att)", place)
-    layer = re.search(r"(?:layer_\d+|embedding)/.*", place.replace("\\", "/"))
+    layer = re.search(r"(?:layer_\d+|embedding)/.*", place)
     with np.load(file) as arrays:
         d_in, d_sae = arrays["W_enc" if "W_enc" in arrays else "w_enc"].shape
-    sizes = {"d_in": d_in, "d_sae": d_sae}
+    names = (release and release[0], layer and layer[0])
     with files_from(file.parent, {"params.npz": file.name}):
         config, weights, _ = gemma_2_sae_huggingface_loader(
-            release.group() if release else "gemma-scope-2b-pt-res",
-            layer.group() if layer else "layer_0",
-            cfg_overrides=sizes,
+            names[0] or "gemma-scope-2b-pt-res",
+            names[1] or "layer_0",
+            cfg_overrides={"d_in": d_in, "d_sae": d_sae},
         )
-    if release is None:
-        config["model_name"] = None
-    if release is None or layer is None:
-        config["hook_name"] = None
+    config["model_name"] = names[0] and config["model_name"]
+    config["hook_name"] = names[0] and names[1] and config["hook_name"]
     return config, weights
 
 
@@ -214,14 +205,13 @@ def _of_pickle(file: Path) -> OtherFormat | None:
     try:
         stored = _tensors(file)
     except InputError as error:
-        return OtherFormat("pickled objects", file, None, error.how or str(error))
+        return OtherFormat("pickled objects", file, None, error.how or "")
     weights = cast("Mapping[str, Any]", stored.get("state_dict", stored))
-    if "pre_bias" in weights and "latent_bias" in weights:
-        how = "save relu or topk of W_enc (transposed), b_enc = latent_bias and b_dec as a .pt"
+    if {"pre_bias", "latent_bias"} <= weights.keys():
+        how = "torch.save its W_enc and W_dec (d_in first in W_enc), b_enc = latent_bias and b_dec"
         return OtherFormat("OpenAI's sparse_autoencoder", file, None, how)
-    if {"W_enc", "W_dec"} <= weights.keys():
-        return OtherFormat("a .pt file of weights", file, _plain_weights)
-    return None
+    plain = {"W_enc", "W_dec"} <= weights.keys()
+    return OtherFormat("a .pt file of weights", file, _plain_weights) if plain else None
 
 
 def _plain_weights(file: Path) -> Loaded:
@@ -232,14 +222,12 @@ def _plain_weights(file: Path) -> Loaded:
     recorded = cast("dict[str, Any]", stored.get("cfg") or beside)
     own = {"architecture": "jumprelu" if "threshold" in weights else "standard"}
     own["hook_name"] = recorded.get("hook_point") or recorded.get("act_name")
-    known = {key: value for key, value in recorded.items() if value is not None}
-    return _described(weights, own | known)
+    return _sized(weights, own | {k: v for k, v in recorded.items() if v is not None})
 
 
-def _described(weights: dict[str, torch.Tensor], config: Mapping[str, Any]) -> Loaded:
+def _sized(weights: dict[str, torch.Tensor], config: Mapping[str, Any]) -> Loaded:
     d_in, d_sae = weights["W_enc"].shape
-    sizes = {"d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}
-    return {**config, **sizes}, weights
+    return {**config, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}, weights
 
 
 def _tensors(file: Path) -> dict[str, Any]:

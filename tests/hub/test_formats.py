@@ -103,16 +103,14 @@ def test_neuronpedia_gets_its_rows_and_saebench_its_own_json(
         file.stem: [json.loads(line) for line in file.read_text().splitlines()]
         for file in place.glob("*.jsonl")
     }
-    [source], [source_set], [whole] = rows["source"], rows["sourceset"], rows["release"]
+    [source], [source_set] = rows["source"], rows["sourceset"]
     assert source["id"] == place.name
     assert source["setName"] == source_set["name"]
-    assert source_set["releaseName"] == whole["name"]
     assert source["hfFolderId"] == listed["path"]
     # In Neuronpedia's tables these have no default, but for the creator, whom it knows.
     for row, needed in (
         (source, {"id", "modelId", "setName"}),
         (source_set, {"modelId", "name", "description", "creatorName"}),
-        (whole, {"name", "description", "creatorName"}),
     ):
         assert all(row[key] for key in needed)
     pytest.importorskip("sae_bench")

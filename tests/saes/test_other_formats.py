@@ -203,7 +203,7 @@ def refused(place: Path, output: Path, **given: str) -> str:
 
 def test_what_cannot_be_imported_is_refused_with_a_reason(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "does not exist" in refused(tmp_path / "nothing", out)
+    assert "is not there" in refused(tmp_path / "nothing.npz", out)
     (tmp_path / "empty").mkdir()
     assert "no SAE in a format known here" in refused(tmp_path / "empty", out)
     unknown = dictionary(tmp_path / "new", "AutoEncoderNew", linear(weights()))

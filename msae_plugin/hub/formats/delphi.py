@@ -8,9 +8,8 @@ read in eai-delphi 0.1.3. latents/MODULE/START_END.safetensors holds, of the lat
 
 from __future__ import annotations
 
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +17,14 @@ from safetensors.numpy import save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import write_json_atomic
-from msae_plugin.data.text import load_text
-from msae_plugin.data.windows import batched_windows, iterate_windows
 from msae_plugin.evaluation.evaluate import model_for
-from msae_plugin.hub.formats.request import ExportRequest, dense_latents, hf_module, loaded
+from msae_plugin.hub.formats.request import ExportRequest, hf_module
 from msae_plugin.models.forward_pass import activations_at
-from msae_plugin.models.loading import load_language_model
-from msae_plugin.saes.load import EvaluatedSAE
+from msae_plugin.models.loading import LanguageModel, load_language_model
+from msae_plugin.reporting.dashboards import heldout_tokens
+from msae_plugin.saes.load import EvaluatedSAE, load_saes
 
-SPLITS = 5
-BATCH = 32
+SPLITS, BATCH = 5, 32
 SMALLEST = 1e-5  # delphi takes smaller values for zero
 
 
@@ -35,75 +32,46 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
     """Run the model over held-out text and write `SAE/latents/`."""
     data = request.data
     if not data:
-        raise InputError(
-            "delphi's cache needs text, and the run names none", "give --text, as data.source"
-        )
+        raise InputError("delphi's cache needs text, and the run names none", "give --text")
     for stored in request.saes:
-        sae = loaded(stored)
+        [sae] = load_saes([str(stored.folder)])
         place = folder / stored.name / "latents" / hf_module(sae)
         place.mkdir(parents=True)
-        locations, activations, tokens = _latents(sae, data, request.windows)
-        _write_splits(place, locations, activations, tokens, sae.sae.cfg.d_sae)
-        config = {
-            "dataset_repo": str(data["source"]),
-            "dataset_split": str(data.get("split") or "train"),
-            "dataset_name": "",
-            "dataset_column": str(data.get("text_column") or "text"),
-            "batch_size": BATCH,
-            "cache_ctx_len": tokens.shape[1],
-            "n_tokens": tokens.size,
-            "n_splits": SPLITS,
-            "model_name": sae.model_name,
-        }
+        model = load_language_model(model_for(None, [sae]), [sae.hook_name])
+        tokens = heldout_tokens(sae, model, data, request.windows)
+        locations, activations = _active(sae, model, tokens)
+        bounds = np.linspace(0, sae.sae.cfg.d_sae, SPLITS + 1).astype(int)
+        for start, end in pairwise(bounds):
+            own = (locations[:, 2] >= start) & (locations[:, 2] < end)
+            shifted = locations[own] - np.array([0, 0, start])
+            small = not shifted.size or shifted.max() < 2**16
+            content = {
+                "locations": shifted.astype(np.uint16 if small else np.uint32),
+                "activations": activations[own].astype(np.float16),
+                "tokens": tokens.numpy(),
+            }
+            save_file(content, place / f"{start}_{end - 1}.safetensors")
+        config = {"dataset_repo": str(data["source"]), "dataset_name": ""}
+        config |= {"dataset_split": str(data.get("split") or "train")}
+        config |= {"dataset_column": str(data.get("text_column") or "text")}
+        config |= {"batch_size": BATCH, "n_splits": SPLITS, "n_tokens": tokens.numel()}
+        config |= {"cache_ctx_len": tokens.shape[1], "model_name": sae.model_name}
         write_json_atomic(place / "config.json", config)
     return ["LatentDataset(raw_dir='SAE/latents', ...) of delphi reads each"]
 
 
-def _latents(sae: EvaluatedSAE, data: Any, windows: int) -> tuple[Any, Any, Any]:
-    """Places (n, 3), values (n,) and tokens (windows, context) of everything that is active."""
-    model = load_language_model(model_for(None, [sae]), [sae.hook_name])
-    metadata = sae.sae.cfg.metadata
-    text = load_text(
-        str(data["source"]),
-        split=str(data.get("split") or "train"),
-        text_column=data.get("text_column"),
-        heldout_documents=int(data.get("heldout_documents") or 200),
-    )
-    found = iterate_windows(
-        model.model,
-        model.tokenizer,
-        text.heldout_texts(model.tokenizer),
-        int(metadata.context_size or 128),
-        prepend_bos=metadata.prepend_bos is not False,
-    )
+@torch.no_grad()
+def _active(
+    sae: EvaluatedSAE, model: LanguageModel, tokens: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Window, position and latent (n, 3) of everything that is active, and the values (n,)."""
     places: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
-    tokens: list[torch.Tensor] = []
-    for batch in batched_windows(islice(found, windows), BATCH):
-        ids = torch.stack([window.tokens for window in batch])
-        activations = activations_at(model.model, ids, [sae.hook_name])[sae.hook_name]
-        latents = dense_latents(sae.sae, activations).cpu()
+    for number, batch in enumerate(tokens.split(BATCH)):
+        read = activations_at(model.model, batch, [sae.hook_name])[sae.hook_name]
+        latents = sae.sae.encode(read)
+        latents = (latents.to_dense() if latents.is_sparse else latents).cpu()
         active = (latents.abs() > SMALLEST).nonzero()
         values.append(latents[tuple(active.T)])
-        active[:, 0] += sum(map(len, tokens))
-        places.append(active)
-        tokens.append(ids)
-    if not tokens:
-        raise InputError(
-            f"{data['source']}: its held-out text is shorter than a window", "give more text"
-        )
-    return tuple(torch.cat(parts).numpy() for parts in (places, values, tokens))
-
-
-def _write_splits(place: Path, locations: Any, activations: Any, tokens: Any, d_sae: int) -> None:
-    bounds = np.linspace(0, d_sae, SPLITS + 1).astype(int)
-    for start, end in pairwise(bounds):
-        own = (locations[:, 2] >= start) & (locations[:, 2] < end)
-        shifted = locations[own] - np.array([0, 0, start])
-        small = not shifted.size or shifted.max() < 2**16
-        content = {
-            "locations": shifted.astype(np.uint16 if small else np.uint32),
-            "activations": activations[own].astype(np.float16),
-            "tokens": tokens,
-        }
-        save_file(content, place / f"{start}_{end - 1}.safetensors")
+        places.append(active + torch.tensor([number * BATCH, 0, 0]))
+    return torch.cat(places).numpy(), torch.cat(values).numpy()

@@ -1,17 +1,16 @@
 """Neuronpedia: the entry of SAELens' list, the rows of its source set, and SAEBench's results.
 
-Schema: the tables `SourceRelease`, `SourceSet`, `Source` and `Eval` of Neuronpedia's
-apps/webapp/prisma/schema.prisma (github.com/hijohnnylin/neuronpedia), in the files that
-`sae_dashboard.neuronpedia.neuronpedia_export` of SAEDashboard writes them into, a JSON row a line.
-An `Eval` holds SAEBench's own JSON, for which Neuronpedia generates its types from SAEBench's
-schemas; there is one per source and evaluation, so that of several seeds the first is taken.
+Schema: the tables `SourceSet`, `Source` and `Eval` of apps/webapp/prisma/schema.prisma in
+github.com/hijohnnylin/neuronpedia, a JSON row a line in the files that SAEDashboard's
+`neuronpedia_export` has for them. An `Eval` holds SAEBench's own JSON, from whose schemas
+Neuronpedia has its types; there is one per source and evaluation: of several seeds the first.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from msae_plugin.hub.formats.request import ExportRequest
 from msae_plugin.hub.plan import PublishOptions, SAEFolder, build_folders
 from msae_plugin.hub.publish import plain_path, pretrained_saes_stanza
 
-Row = Mapping[str, Any]
 _DETAILS = ("eval_result_details", "eval_result_unstructured")
 
 
@@ -33,57 +31,34 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
     if repo is None:
         raise InputError("Neuronpedia loads SAEs from the Hub: publish them, and give --repo")
     folders = build_folders(request.run, repo, PublishOptions(evaluation=request.evaluation))
-    entries = [card_entry(f.path, f.json_file, f.sae.twin is not None, ()) for f in folders]
-    user, name = repo.lower().split("/", 1)
-    ids = _source_ids(entries, _id(name))
-    stanza = yaml.safe_load(pretrained_saes_stanza(repo, entries)) or {}
+    found = [(f, card_entry(f.path, f.json_file, f.sae.twin is not None, ())) for f in folders]
+    entries = [entry for _, entry in found]
+    stanza = yaml.safe_load(pretrained_saes_stanza(repo, entries))
     if not stanza:
         raise InputError("Neuronpedia loads with SAELens alone: no SAE has a jumprelu twin")
-    by_folder = {entry.folder: source for entry, source in zip(entries, ids, strict=True)}
-    for release in stanza.values():
-        for listed in release["saes"]:
-            listed["neuronpedia"] = "/".join(by_folder[listed["id"]])
+    user, name = repo.split("/", 1)
+    ids = dict(zip((e.folder for e in entries), _source_ids(entries, _id(name)), strict=True))
+    for listed in (listed for release in stanza.values() for listed in release["saes"]):
+        listed["neuronpedia"] = "/".join(ids[listed["id"]])
     (folder / "pretrained_saes.yaml").write_text(yaml.safe_dump(stanza, sort_keys=False))
-    for sae, entry, (model, source) in zip(folders, entries, ids, strict=True):
-        if plain_path(entry) is None:
+    for sae, entry in found:
+        path, (model, source) = plain_path(entry), ids[entry.folder]
+        if path is None:
             continue
-        shared = {"creatorName": user, "visibility": "PUBLIC"}
+        shared = {"modelId": model, "visibility": "PUBLIC"}
         description = f"{entry.trained_as} SAEs of {model}"
-        rows: dict[str, list[Row]] = {
-            "release": [{"name": _id(name), "description": description, **shared}],
-            "sourceset": [
-                {
-                    "modelId": model,
-                    "name": _id(name),
-                    "description": description,
-                    "type": entry.trained_as,
-                    "urls": [f"https://huggingface.co/{repo}"],
-                    "releaseName": _id(name),
-                    **shared,
-                }
-            ],
-            "source": [
-                {
-                    "id": source,
-                    "modelId": model,
-                    "setName": _id(name),
-                    "visibility": "PUBLIC",
-                    "saelensConfig": dict(entry.config),
-                    "saelensRelease": repo,
-                    "saelensSaeId": plain_path(entry),
-                    "hfRepoId": repo,
-                    "hfFolderId": plain_path(entry),
-                    "dataset": hub_dataset(str(entry.metadata.get("dataset_path") or "")),
-                    "num_tokens_in_prompt": entry.metadata.get("context_size"),
-                }
-            ],
-            "eval": list(_evaluations(sae, model, source)),
-        }
+        set_row = {"name": _id(name), "description": description, "type": entry.trained_as}
+        set_row |= {"creatorName": user, "urls": [f"https://huggingface.co/{repo}"], **shared}
+        text = hub_dataset(str(entry.metadata.get("dataset_path")))
+        row = {"id": source, "setName": _id(name), "hfRepoId": repo, "hfFolderId": path, **shared}
+        row |= {"saelensRelease": repo, "saelensSaeId": path, "saelensConfig": dict(entry.config)}
+        row |= {"dataset": text, "num_tokens_in_prompt": entry.metadata.get("context_size")}
         place = folder / model / source
         place.mkdir(parents=True)
-        for table, lines in rows.items():
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (place / f"{table}.jsonl").write_text(text, encoding="utf-8")
+        evaluations = [{"modelId": model, "sourceId": source, **e} for e in _evaluations(sae)]
+        for table, rows in (("sourceset", [set_row]), ("source", [row]), ("eval", evaluations)):
+            lines = "".join(json.dumps(line) + "\n" for line in rows)
+            (place / f"{table}.jsonl").write_text(lines, encoding="utf-8")
     return ["the entry is for SAELens' pretrained_saes.yaml; the rows are for Neuronpedia's upload"]
 
 
@@ -92,7 +67,7 @@ def _id(name: str) -> str:
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-")
 
 
-def _source_ids(entries: list[CardEntry], name: str) -> list[tuple[str, str]]:
+def _source_ids(entries: Sequence[CardEntry], name: str) -> list[tuple[str, str]]:
     """(model, source) of each SAE: LAYER-SET, and behind `__` what tells those of a layer apart."""
     plain: list[tuple[str, str]] = []
     for entry in entries:
@@ -100,22 +75,18 @@ def _source_ids(entries: list[CardEntry], name: str) -> list[tuple[str, str]]:
         model = _id(entry.recorded("model_name").rsplit("/", 1)[-1])
         plain.append((model, f"{layer.group() if layer else 0}-{name}"))
     return [
-        found if plain.count(found) == 1 else (found[0], f"{found[1]}__{_id(last)}")
-        for found, last in zip(plain, (e.folder.rsplit("/", 1)[-1] for e in entries), strict=True)
+        found
+        if plain.count(found) == 1
+        else (found[0], f"{found[1]}__{_id(entry.folder.rsplit('/', 1)[-1])}")
+        for found, entry in zip(plain, entries, strict=True)
     ]
 
 
-def _evaluations(sae: SAEFolder, model: str, source: str) -> Iterator[Row]:
-    measured = sae.measured
-    for entry in () if measured is None else measured.summary["results"]:
-        for file in list(entry["files"])[:1]:
-            path = sae.files[file]
-            output = json.loads(path if isinstance(path, bytes) else path.read_bytes())
-            details = {key: output.pop(key) for key in _DETAILS if key in output}
-            yield {
-                "typeName": output.get("eval_type_id", entry["evaluation"]),
-                "modelId": model,
-                "sourceId": source,
-                "output": output,
-                "detailedMetrics": details.get(_DETAILS[0]),
-            }
+def _evaluations(sae: SAEFolder) -> Iterator[Mapping[str, Any]]:
+    results = [] if sae.measured is None else sae.measured.summary["results"]
+    for file in (entry["files"][0] for entry in results if entry["files"]):
+        stored = sae.files[file]
+        output = json.loads(stored if isinstance(stored, bytes) else stored.read_bytes())
+        details = {key: output.pop(key, None) for key in _DETAILS}
+        row = {"typeName": output["eval_type_id"], "output": output}
+        yield row | {"detailedMetrics": details[_DETAILS[0]]}

@@ -16,58 +16,46 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.hub.card_data import hub_dataset
 from msae_plugin.hub.formats.request import ExportRequest, plain_folder
 from msae_plugin.reporting.dashboards import ARCHITECTURES
-from msae_plugin.saes.find import StoredSAE, read_checkpoint
+from msae_plugin.saes.find import read_checkpoint
 
-VERSION = "0.8.0"
 SCRIPT = "make_dashboards.sh"
+_BEGINNING = """#!/bin/sh
+set -eu
+cd "$(dirname "$0")"
+python3 -m venv environment
+environment/bin/pip install sae-dashboard==0.8.0
+"""
 
 
-def runner_options(request: ExportRequest, sae: StoredSAE, set_name: str) -> list[str]:
-    """Options of `neuronpedia-runner` for an SAE in a folder of its name beside the script.
-
-    Raises:
-        InputError: Its text has no name on the Hub, where SAEDashboard reads it.
-    """
-    recorded = request.text or str(sae.metadata.get("dataset_path") or "")
-    dataset = hub_dataset(recorded)
-    if dataset is None:
-        raise InputError(
-            f"SAEDashboard reads text from the Hub, and {recorded or 'none recorded'} is not there",
-            "name a dataset of the Hub, --text monology/pile-uncopyrighted",
-        )
-    return [
-        "--from-local-sae",
-        "--sae-set", set_name,
-        "--sae-path", sae.name,
-        "--np-set-name", set_name,
-        "--dataset-path", dataset,
-        "--n-prompts", str(request.windows),
-        "--n-tokens-in-prompt", str(sae.metadata.get("context_size") or 128),
-        "--output-dir", "neuronpedia_outputs/",
-    ]  # fmt: skip
+def runner_options(
+    set_name: str, sae_path: str, name: str, dataset: str, context: object
+) -> list[str]:
+    """Options of `neuronpedia-runner` for one SAE."""
+    size = [] if context is None else ["--n-tokens-in-prompt", str(context)]
+    words = ["--sae-set", set_name, "--sae-path", sae_path, "--np-set-name", name.lower()]
+    return [*words, "--dataset-path", dataset, *size, "--output-dir", "neuronpedia_outputs/"]
 
 
 def write(request: ExportRequest, folder: Path) -> list[str]:
     """Write a folder per SAE and the script."""
-    set_name = (request.repo or request.run.resolve().name).rsplit("/", 1)[-1].lower()
-    lines = [
-        "#!/bin/sh",
-        "set -eu",
-        'cd "$(dirname "$0")"',
-        "python3 -m venv environment",
-        f"environment/bin/pip install sae-dashboard=={VERSION}",
-    ]
+    name = (request.repo or request.run.resolve().name).rsplit("/", 1)[-1]
+    script = _BEGINNING
     for sae in request.saes:
         source = plain_folder(sae, "SAEDashboard")
-        architecture = read_checkpoint(source).architecture
-        if architecture not in ARCHITECTURES:
+        if (architecture := read_checkpoint(source).architecture) not in ARCHITECTURES:
             raise InputError(f"SAEDashboard does not know {sae.name}'s architecture {architecture}")
+        text = request.text or str(sae.metadata.get("dataset_path"))
+        dataset = hub_dataset(text)
+        if dataset is None:
+            raise InputError(
+                f"SAEDashboard reads text from the Hub, and {text} is not there",
+                "name a dataset of the Hub, --text monology/pile-uncopyrighted",
+            )
         (folder / sae.name).mkdir()
-        for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-            shutil.copyfile(source / name, folder / sae.name / name)
-        options = shlex.join(runner_options(request, sae, set_name))
-        lines.append(f"environment/bin/neuronpedia-runner {options}")
-    script = folder / SCRIPT
-    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    script.chmod(0o755)
+        for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+            shutil.copyfile(source / file, folder / sae.name / file)
+        options = runner_options(name, sae.name, name, dataset, sae.metadata.get("context_size"))
+        options += ["--from-local-sae", "--n-prompts", str(request.windows)]
+        script += f"environment/bin/neuronpedia-runner {shlex.join(options)}\n"
+    (folder / SCRIPT).write_text(script, encoding="utf-8")
     return [f"sh {SCRIPT}"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
@@ -10,7 +9,7 @@ from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.hub.formats import delphi, lm_eval, neuronpedia, sae_dashboard
 from msae_plugin.hub.formats.request import ExportRequest
 
-FORMATS: Mapping[str, Callable[[ExportRequest, Path], list[str]]] = {
+FORMATS = {
     "neuronpedia": neuronpedia.write,
     "lm-eval": lm_eval.write,
     "sae-dashboard": sae_dashboard.write,
@@ -20,18 +19,13 @@ FORMATS: Mapping[str, Callable[[ExportRequest, Path], list[str]]] = {
 
 
 def export_for(tool: str, request: ExportRequest, output: Path) -> list[str]:
-    """Write the SAEs of a run as a tool takes them, whole or not at all.
-
-    Args:
-        tool: One of `FORMATS`.
-        request: What to write.
-        output: A new or empty folder.
+    """Write SAEs as a tool takes them into a new or empty folder, whole or not at all.
 
     Returns:
         What to do next, a line each, to be typed in `output`.
 
     Raises:
-        InputError: The tool is not known, or cannot take these SAEs.
+        InputError: The tool is not one of `FORMATS`, or cannot take these SAEs.
     """
     if tool not in FORMATS:
         raise InputError(f"--to {tool}: known are {', '.join(FORMATS)}")
