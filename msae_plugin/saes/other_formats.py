@@ -38,10 +38,7 @@ _DICTIONARIES = (
     "MatryoshkaBatchTopKSAE",
 )  # fmt: skip
 _POINTS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out"}
-_ON_THE_HUB = {
-    "hyperparams.json": "Llama Scope",
-    "params.safetensors": "Gemma Scope 2",
-}
+_ON_THE_HUB = {"hyperparams.json": "Llama Scope", "params.safetensors": "Gemma Scope 2"}
 
 
 @dataclass(frozen=True)
