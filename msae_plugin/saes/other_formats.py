@@ -113,7 +113,7 @@ def import_sae(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output} is not empty", "give a new folder")
 
-    def loader(_path: str | Path, _device: str | None, cfg_overrides: Any = None) -> Loaded:
+    def loader(path: str | Path, device: str, cfg_overrides: Any = None) -> Loaded:  # noqa: ARG001
         config, weights = convert(found.path)
         for key, given in (("model_name", model), ("hook_name", hook)):
             config[key] = given or config.get(key)
@@ -218,8 +218,8 @@ def _plain_weights(file: Path) -> Loaded:
     beside = _json(file.with_name(f"{file.stem}_cfg.json")) or _json(file.parent / SAE_CFG_FILENAME)
     recorded = cast("dict[str, Any]", stored.get("cfg") or beside)
     own = {"architecture": "jumprelu" if "threshold" in weights else "standard"}
-    own["hook_name"] = recorded.get("hook_point") or recorded.get("act_name")
-    return _sized(weights, own | {k: v for k, v in recorded.items() if v is not None})
+    hook = {"hook_name": recorded.get("hook_point") or recorded.get("act_name")}
+    return _sized(weights, own | hook | {k: v for k, v in recorded.items() if v is not None})
 
 
 def _sized(weights: dict[str, torch.Tensor], config: Mapping[str, Any]) -> Loaded:

@@ -39,7 +39,8 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
         place.mkdir(parents=True)
         model = load_language_model(model_for(None, [sae]), [sae.hook_name])
         tokens = heldout_tokens(sae, model, data, request.windows)
-        locations, activations = _active(sae, model, tokens)
+        places, values = _active(sae, model, tokens)
+        locations, activations = places.numpy(), values.numpy()
         bounds = np.linspace(0, sae.sae.cfg.d_sae, SPLITS + 1).astype(int)
         for start, end in pairwise(bounds):
             own = (locations[:, 2] >= start) & (locations[:, 2] < end)
@@ -63,7 +64,7 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
 @torch.no_grad()
 def _active(
     sae: EvaluatedSAE, model: LanguageModel, tokens: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Window, position and latent (n, 3) of everything that is active, and the values (n,)."""
     places: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
@@ -74,4 +75,4 @@ def _active(
         active = (latents.abs() > SMALLEST).nonzero()
         values.append(latents[tuple(active.T)])
         places.append(active + torch.tensor([number * BATCH, 0, 0]))
-    return torch.cat(places).numpy(), torch.cat(values).numpy()
+    return torch.cat(places), torch.cat(values)
