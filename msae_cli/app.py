@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from msae_cli.compare import compare, report
 from msae_cli.evaluate import evaluate, saebench_script, saelens_script
-from msae_cli.hub import download, publish
+from msae_cli.hub import download, export, import_, publish
 from msae_cli.latents import latents, look
 from msae_cli.scale import cache, sweep
 from msae_cli.start import demo, info, init, recipes
@@ -170,6 +170,7 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
     ("recipes", recipes, _BEGIN, "recipes"),
     ("init", init, _BEGIN, "init smollm2 mine.yaml"),
     ("info", info, _BEGIN, "info --config gemma-2-2b"),
+    ("import", import_, _BEGIN, "import layers.9 --output saes/theirs"),
     ("train", train, _TRAIN, "train --config smollm2 --output runs/smollm2"),
     ("cache", cache, _TRAIN, "cache --config smollm2 --output runs/activations"),
     ("eval", evaluate, _MEASURE, "eval runs/smollm2 --config offline --output runs/smollm2-eval"),
@@ -186,6 +187,7 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
     ("look", look, _SHOW, 'look runs/smollm2/multiscale "The cat sat on the mat."'),
     ("publish", publish, _SHOW, "publish runs/smollm2 --repo you/smollm2-saes --dry-run"),
     ("download", download, _SHOW, "download you/smollm2-saes --output saes"),
+    ("export", export, _SHOW, "export runs/smollm2 --to delphi --output delphi"),
     ("saebench", saebench_script, _OTHER, "saebench core --help"),
     ("saelens", saelens_script, _OTHER, "saelens --architecture multiscale -k 32 --d_sae 16384"),
 ]

@@ -1,4 +1,4 @@
-"""The commands that speak to the Hugging Face Hub."""
+"""The commands that take SAEs elsewhere, and bring them: the Hub, other tools, other libraries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from msae_cli.arguments import check_folder, check_output
+from msae_cli.arguments import check_folder, check_output, latent_indices
 from msae_cli.terminal import import_first, say, show
 
 
@@ -109,3 +109,62 @@ def download(
     from msae_plugin.saes.download import download as download_reference
 
     show(str(download_reference(reference, output)))
+
+
+_NewFolder = Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")]
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, one SAE of it, or an export.")],
+    to: Annotated[str, typer.Option(help="neuronpedia, lm-eval, sae-dashboard or delphi.")],
+    output: _NewFolder,
+    repo: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Where the SAEs are published.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For neuronpedia: output of msae eval.")
+    ] = None,
+    latents: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="For lm-eval: which to steer with.")
+    ] = None,
+    coefficient: Annotated[
+        float, typer.Option(help="For lm-eval: how far along the latent's unit direction.")
+    ] = 10.0,
+    text: Annotated[
+        str | None, typer.Option(help="Text in place of the run's, as data.source in a recipe.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text that are read.")] = 256,
+) -> None:
+    """Write files of SAEs for another tool."""
+    check_folder(run)
+    check_output(output)
+    chosen = latent_indices(latents)
+    import_first("msae_plugin.hub.formats.table")
+    from msae_plugin.hub.formats.table import ExportRequest, export_for
+
+    request = ExportRequest(run, repo, evaluation, chosen, coefficient, text, windows)
+    steps = export_for(to, request, output)
+    show(f"{output}: in this folder,")
+    for step in steps:
+        show(f"  {step}")
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(metavar="PATH", help="sparsify, dictionary_learning, .npz or .pt.")
+    ],
+    output: _NewFolder,
+    model: Annotated[
+        str | None, typer.Option(help="Language model, where the files do not say.")
+    ] = None,
+    hook: Annotated[
+        str | None, typer.Option(help="Hook, where the files do not say: blocks.9.hook_resid_post.")
+    ] = None,
+) -> None:
+    """Make an ordinary SAELens folder of an SAE of another library."""
+    check_output(output)
+    import_first("msae_plugin.saes.other_formats")
+    from msae_plugin.saes.other_formats import import_sae
+
+    found = import_sae(source, output, model=model, hook=hook)
+    show(f"{output}: an SAE of {found.name}, as SAELens has it; msae info {output} describes it")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
@@ -76,6 +78,26 @@ def transformer_lens_config_given(fields: Mapping[str, Any] | None) -> Generator
         yield
     finally:
         loading_from_pretrained.convert_hf_model_config = own
+
+
+@contextmanager
+def files_from(folder: Path, names: Mapping[str, str] | None = None) -> Generator[None, None, None]:
+    """Let SAELens' converters of other formats read a local folder in place of the Hub.
+
+    Replaces `hf_hub_download` in `sae_lens.loading.pretrained_sae_loaders` inside the `with` block:
+    the converters take a repository, and only two of them a folder. `names` renames files.
+    """
+    own = pretrained_sae_loaders.hf_hub_download
+
+    def local(*_: Any, filename: str, **__: Any) -> str:
+        name = Path(filename).name
+        return str(folder / (names or {}).get(name, name))
+
+    pretrained_sae_loaders.hf_hub_download = local
+    try:
+        yield
+    finally:
+        pretrained_sae_loaders.hf_hub_download = own
 
 
 def estimate_scaling_factors(trainer: MultiSAETrainer) -> None:

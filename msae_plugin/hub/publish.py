@@ -21,6 +21,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.hub.card_data import CardEntry, hub_dataset, hub_model
+from msae_plugin.hub.formats.sae_dashboard import runner_options
 from msae_plugin.hub.plan import (
     PublishOptions,
     PublishPlan,
@@ -91,22 +92,10 @@ def dashboard_command(repo: str, entry: CardEntry) -> str | None:
     path = plain_path(entry)
     if path is None:
         return None
-    context = entry.metadata.get("context_size")
-    words = [
-        "python", "-m", "sae_dashboard.neuronpedia.neuronpedia_runner",
-        "--sae-set", repo,
-        "--sae-path", path,
-        "--np-set-name", repo.split("/", 1)[1].lower(),
-        "--dataset-path", hub_dataset(_dataset(entry)) or _UNKNOWN_DATASET,
-        *(() if context is None else ("--n-tokens-in-prompt", str(context))),
-        "--output-dir", "neuronpedia_outputs/",
-    ]  # fmt: skip
-    return shlex.join(words)
-
-
-def _dataset(entry: CardEntry) -> str | None:
-    value = entry.metadata.get("dataset_path")
-    return None if value is None else str(value)
+    dataset = hub_dataset(entry.metadata.get("dataset_path")) or _UNKNOWN_DATASET
+    name, context = repo.split("/", 1)[1], entry.metadata.get("context_size")
+    words = ["python", "-m", "sae_dashboard.neuronpedia.neuronpedia_runner"]
+    return shlex.join([*words, *runner_options(repo, path, name, dataset, context)])
 
 
 def dashboard_hint() -> str:

@@ -109,7 +109,7 @@ def write_dashboards(
         metadata = evaluated.sae.cfg.metadata
         text = (key, repr(data), metadata.context_size, metadata.prepend_bos)
         if text not in texts:
-            texts[text] = _tokens(evaluated, models[key], data, request.windows)
+            texts[text] = heldout_tokens(evaluated, models[key], data, request.windows)
         _write_page(evaluated.sae, models[key], texts[text], latents, evaluated.hook_name, path)
         pages[sae.name] = path
     if not pages:
@@ -157,7 +157,7 @@ def _latents(sae: TrainedSAE, d_sae: int, request: DashboardRequest) -> list[int
     return shown[: request.count]
 
 
-def _tokens(
+def heldout_tokens(
     evaluated: EvaluatedSAE, language_model: LanguageModel, data: Mapping[str, Any], windows: int
 ) -> torch.Tensor:
     """(windows, context_size) tokens of the held-out text, laid out as in training."""
@@ -174,7 +174,10 @@ def _tokens(
         int(evaluated.sae.cfg.metadata.context_size or 128),
         prepend_bos=bool(evaluated.sae.cfg.metadata.prepend_bos),
     )
-    return torch.stack([window.tokens for window in islice(found, windows)])
+    tokens = [window.tokens for window in islice(found, windows)]
+    if not tokens:
+        raise InputError(f"{data['source']}: its held-out text is shorter than a window")
+    return torch.stack(tokens)
 
 
 def _write_page(

@@ -11,7 +11,7 @@ import torch
 from sae_lens.util import get_special_token_ids
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import read_json_object
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.language_model import CONTEXTS_FILE
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.evaluation.outcomes import Reporter, no_report

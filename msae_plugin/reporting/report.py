@@ -12,6 +12,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.outcomes import Reporter, no_report
+from msae_plugin.evaluation.published import standing
 from msae_plugin.reporting.analyses import SAEAnalysis, analyse
 from msae_plugin.reporting.answer import answers, findings_of, health_section
 from msae_plugin.reporting.dashboards import (
@@ -20,7 +21,16 @@ from msae_plugin.reporting.dashboards import (
     require_dashboard,
     write_dashboards,
 )
-from msae_plugin.reporting.document import Answer, Document, Figure, Section, markdown, page, places
+from msae_plugin.reporting.document import (
+    Answer,
+    Bullets,
+    Document,
+    Figure,
+    Section,
+    markdown,
+    page,
+    places,
+)
 from msae_plugin.reporting.figures import Glance, Style, glance, method_styles, pyplot
 from msae_plugin.reporting.results import Results
 from msae_plugin.reporting.rows import results_of
@@ -142,6 +152,9 @@ def build(
             parts.append(results_section(results, styles))
             parts.append(differences_section(results, styles))
             parts.append(ladder_section(results, styles))
+    among = [line for source in sources.evaluations for line in standing(source.content)]
+    if among:
+        parts.append(Section("published", "Among SAEBench's published SAEs", [Bullets(among)]))
     by_place = places(analyses, lambda analysis: analysis.sae.place)
     optional: dict[str, list[Section | None]] = {
         "training runs": [runs_section(sources.runs)],

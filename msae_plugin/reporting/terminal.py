@@ -13,6 +13,7 @@ from rich.text import Text
 
 from msae_plugin.common.table import Column, Table
 from msae_plugin.evaluation.contexts import ContextsForTerminal, LatentProfile, TokenContext
+from msae_plugin.evaluation.published import standing
 from msae_plugin.reporting.answer import answers, findings_of
 from msae_plugin.reporting.document import Answer
 from msae_plugin.reporting.results import HEADLINES, Results
@@ -91,7 +92,7 @@ def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
             for entry in entries
             if entry.get("note")
         ]
-    return Group(*parts)
+    return Group(*parts, *map(Text, standing(summary)))
 
 
 def unmeasured(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:

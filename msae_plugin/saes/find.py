@@ -41,6 +41,7 @@ from msae_plugin.common.stored import (
 )
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
 from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
+from msae_plugin.saes.other_formats import other_format_error
 from msae_plugin.saes.run_record import (
     METRICS_FILE,
     RUN_FILE,
@@ -126,27 +127,6 @@ class StoredSAE:
         return None if self.twin is None else file_sha256(self.twin / SAE_WEIGHTS_FILENAME)
 
 
-# Files that other libraries keep an SAE in.
-_FOREIGN = {
-    "sae.safetensors": "sparsify",
-    "ae.pt": "dictionary_learning",
-    "params.npz": "Gemma Scope",
-    "sparse_autoencoder.pt": "SAELens 1",
-}
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Name an SAE of another library, and the way to make it one of SAELens'."""
-    found = (file for name in _FOREIGN for file in (folder / name, *folder.glob(f"*/{name}")))
-    for file in found:
-        if file.is_file():
-            raise InputError(
-                f"{str(file)!r} is an SAE of {_FOREIGN[file.name]}, in another format: give "
-                "release:sae_id where SAELens lists it, or put its weights into an SAE of SAELens "
-                "and write that with save_model"
-            )
-
-
 def is_checkpoint(folder: Path) -> bool:
     """Whether SAELens could load an SAE from the folder."""
     return (folder / SAE_CFG_FILENAME).is_file() and (folder / SAE_WEIGHTS_FILENAME).is_file()
@@ -175,8 +155,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSA
     else:
         found = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
         if not found:
-            _refuse_foreign(folder)
-            raise InputError(
+            raise other_format_error(folder) or InputError(
                 f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and "
                 f"{SAE_WEIGHTS_FILENAME} in it or in its sub-folders, or {RUN_FILE} of a run"
             )
@@ -358,7 +337,9 @@ def unfinished_run(folder: Path) -> str | None:
 
 def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
     if path.is_file():
-        raise InputError(f"SAE {reference!r} is a file: give the folder it is in, {path.parent}")
+        raise other_format_error(path) or InputError(
+            f"SAE {reference!r} is a file: give the folder it is in, {path.parent}"
+        )
     if is_checkpoint(path):
         _require_whole_export(path)
         return [path]
@@ -368,7 +349,6 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
         _require_whole_export(path / SAE_FOLDER)
         return [path / SAE_FOLDER]
     _refuse_unfinished(path.parent)
-    _refuse_foreign(path)
     half = [
         (name, other)
         for name, other in (
@@ -379,7 +359,9 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
     ]
     if half:
         has, lacks = half[0]
-        raise InputError(f"SAE folder {path} has {has} but no {lacks}: copy the whole folder")
+        raise other_format_error(path) or InputError(
+            f"SAE folder {path} has {has} but no {lacks}: copy the whole folder"
+        )
     inside = [
         found
         for child in sorted(path.iterdir())
@@ -391,7 +373,7 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
         return inside
     contents = sorted(child.name for child in path.iterdir())
     what = f"it holds {_listed(contents)}" if contents else "it is empty"
-    raise InputError(
+    raise other_format_error(path) or InputError(
         f"there is no SAE in {path}: {what}; give a run of msae train, or a folder with "
         f"{SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
     )
@@ -537,8 +519,7 @@ def _locate(run: Path) -> list[tuple[str, Path, Path]]:
         return [(run.resolve().name, run, run / SAE_FOLDER)]
     record = read_run_record(run)
     if record is None:
-        _refuse_foreign(run)
-        raise InputError(
+        raise other_format_error(run) or InputError(
             f"{str(run)!r} holds no exported SAE: expected {SAE_FOLDER}/ as `msae train` writes "
             f"it, or {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
         )

@@ -1,4 +1,4 @@
-"""Metrics logs of a training: JSON lines, TensorBoard, Weights & Biases.
+"""Metrics logs of a training: JSON lines, TensorBoard, trackio, Weights & Biases.
 
 One line of JSON per SAE and logging window. SAELens logs explained variance per batch, which
 depends on the batch; here it is the streaming definition over the whole window.
@@ -6,6 +6,7 @@ depends on the batch; here it is the streaming definition over the whole window.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -275,18 +276,28 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases, one run for all SAEs; keys are `<sae>/<metric>` as in SAELens.
+    """Weights & Biases, or trackio, which has the same functions and needs no account.
+
+    One run for all SAEs; keys are `<sae>/<metric>` as in SAELens.
 
     Args:
-        options: Arguments of `wandb.init`: project, entity, name, id, mode and so on.
+        options: Arguments of the client's `init`: project, name and so on.
         config: The run's configuration.
+        client: `wandb` or `trackio`.
+
+    Raises:
+        InputError: The client is not installed.
     """
 
-    def __init__(self, options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], config: Mapping[str, Any], client: str = "wandb"
+    ) -> None:
+        if importlib.util.find_spec(client) is None:
+            raise InputError(
+                f"logging.{client} is set but {client} is not installed", f"pip install {client}"
+            )
         # Only runs that ask for it pay for starting the client.
-        import wandb
-
-        self._wandb = wandb
+        self._wandb = importlib.import_module(client)
         arguments: dict[str, Any] = {"resume": "allow", **options, "config": dict(config)}
         self._wandb.init(**arguments)
 

@@ -392,10 +392,11 @@ class MultiScaleRunner:
             sinks.append(
                 TensorBoardSink(self.output / TENSORBOARD_FOLDER, list(self.folders), step)
             )
-        wandb = self.config.logging.wandb
-        if wandb is not None:
-            options = {key: value for key, value in vars(wandb).items() if value is not None}
-            sinks.append(WandbSink(options, self.config.to_dict()))
+        for client in ("wandb", "trackio"):
+            settings = getattr(self.config.logging, client)
+            if settings is not None:
+                options = {key: value for key, value in vars(settings).items() if value is not None}
+                sinks.append(WandbSink(options, self.config.to_dict(), client))
         return sinks
 
     def _start_record(self, inputs: Inputs) -> RunRecord:

@@ -154,6 +154,18 @@ class WandbSettings:
 
 
 @dataclass(config=RECIPE)
+class TrackioSettings:
+    """Arguments of `trackio.init`; nothing leaves this machine without a space."""
+
+    project: Text = "msae"
+    """Project."""
+    name: Text | None = None
+    """Name of the run, needed to continue the same one on resume."""
+    space_id: Text | None = None
+    """A Space of the Hub that the metrics are sent to."""
+
+
+@dataclass(config=RECIPE)
 class LoggingSettings:
     """Where metrics go beside `metrics.jsonl`."""
 
@@ -163,6 +175,8 @@ class LoggingSettings:
     """auto writes event files when tensorboard is installed."""
     wandb: WandbSettings | None = None
     """Settings for Weights & Biases, or null."""
+    trackio: TrackioSettings | None = None
+    """Settings for trackio, which needs no account, or null."""
 
 
 logger = logging.getLogger(__name__)

@@ -68,5 +68,5 @@ def test_an_sae_of_another_library_is_named(
 ) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
-    with pytest.raises(InputError, match=rf"is an SAE of {library}.*save_model"):
+    with pytest.raises(InputError, match=rf"holds an SAE of {library}: msae import"):
         read(tmp_path)

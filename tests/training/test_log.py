@@ -1,3 +1,4 @@
+import importlib.machinery
 import json
 import sys
 import types
@@ -113,13 +114,15 @@ def test_tensorboard_files_hold_the_values(tmp_path: Path) -> None:
     assert (event.step, event.value) == (3, 2.5)
 
 
-def test_wandb_gets_names_like_saelens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("client", ["wandb", "trackio"])
+def test_clients_get_names_like_saelens(client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    fake = types.ModuleType("wandb")
+    fake = types.ModuleType(client)
+    fake.__spec__ = importlib.machinery.ModuleSpec(client, None)
     for name in ("init", "log", "finish"):
         setattr(fake, name, lambda *a, _name=name, **k: calls.append((_name, a, k)))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    sink = WandbSink({"project": "p"}, {"training": 1})
+    monkeypatch.setitem(sys.modules, client, fake)
+    sink = WandbSink({"project": "p"}, {"training": 1}, client)
     sink.write("a", {"step": 3, "loss": 2.5})
     sink.close()
     assert calls == [
@@ -127,6 +130,12 @@ def test_wandb_gets_names_like_saelens(monkeypatch: pytest.MonkeyPatch) -> None:
         ("log", ({"a/loss": 2.5},), {"step": 3}),
         ("finish", (), {}),
     ]
+
+
+def test_a_client_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_log.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"logging.trackio is set .*: pip install trackio"):
+        WandbSink({}, {}, "trackio")
 
 
 def test_tensorboard_setting(monkeypatch: pytest.MonkeyPatch) -> None:

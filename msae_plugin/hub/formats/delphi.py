@@ -1,0 +1,78 @@
+"""delphi: the cache of latents that its explainers and scorers read.
+
+Schema: `delphi.latents.cache.LatentCache.save_splits` and `delphi.latents.loader.TensorBuffer`,
+read in eai-delphi 0.1.3. latents/MODULE/START_END.safetensors holds, of the latents START to END,
+`locations` (n, 3) unsigned: window, position, latent - START; `activations` (n,) float16; and
+`tokens` (windows, context). config.json beside them is its `CacheConfig` with the model's name.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import write_json_atomic
+from msae_plugin.evaluation.evaluate import model_for
+from msae_plugin.hub.formats.request import ExportRequest, hf_module
+from msae_plugin.models.forward_pass import activations_at
+from msae_plugin.models.loading import LanguageModel, load_language_model
+from msae_plugin.reporting.dashboards import heldout_tokens
+from msae_plugin.saes.load import EvaluatedSAE, load_saes
+
+SPLITS, BATCH = 5, 32
+SMALLEST = 1e-5  # delphi takes smaller values for zero
+
+
+def write(request: ExportRequest, folder: Path) -> list[str]:
+    """Run the model over held-out text and write `SAE/latents/`."""
+    data = request.data
+    if not data:
+        raise InputError("delphi's cache needs text, and the run names none", "give --text")
+    for stored in request.saes:
+        [sae] = load_saes([str(stored.folder)])
+        place = folder / stored.name / "latents" / hf_module(sae)
+        place.mkdir(parents=True)
+        model = load_language_model(model_for(None, [sae]), [sae.hook_name])
+        tokens = heldout_tokens(sae, model, data, request.windows)
+        places, values = _active(sae, model, tokens)
+        locations, activations = places.numpy(), values.numpy()
+        bounds = np.linspace(0, sae.sae.cfg.d_sae, SPLITS + 1).astype(int)
+        for start, end in pairwise(bounds):
+            own = (locations[:, 2] >= start) & (locations[:, 2] < end)
+            shifted = locations[own] - np.array([0, 0, start])
+            small = not shifted.size or shifted.max() < 2**16
+            content = {
+                "locations": shifted.astype(np.uint16 if small else np.uint32),
+                "activations": activations[own].astype(np.float16),
+                "tokens": tokens.numpy(),
+            }
+            save_file(content, place / f"{start}_{end - 1}.safetensors")
+        config = {"dataset_repo": str(data["source"]), "dataset_name": ""}
+        config |= {"dataset_split": str(data.get("split") or "train")}
+        config |= {"dataset_column": str(data.get("text_column") or "text")}
+        config |= {"batch_size": BATCH, "n_splits": SPLITS, "n_tokens": tokens.numel()}
+        config |= {"cache_ctx_len": tokens.shape[1], "model_name": sae.model_name}
+        write_json_atomic(place / "config.json", config)
+    return ["LatentDataset(raw_dir='SAE/latents', ...) of delphi reads each"]
+
+
+@torch.no_grad()
+def _active(
+    sae: EvaluatedSAE, model: LanguageModel, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Window, position and latent (n, 3) of everything that is active, and the values (n,)."""
+    places: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    for number, batch in enumerate(tokens.split(BATCH)):
+        read = activations_at(model.model, batch, [sae.hook_name])[sae.hook_name]
+        latents = sae.sae.encode(read)
+        latents = (latents.to_dense() if latents.is_sparse else latents).cpu()
+        active = (latents.abs() > SMALLEST).nonzero()
+        values.append(latents[tuple(active.T)])
+        places.append(active + torch.tensor([number * BATCH, 0, 0]))
+    return torch.cat(places), torch.cat(values)
