@@ -76,7 +76,7 @@ def test_the_description_of_an_export_says_what_it_is(exported):
         "blocks.1.hook_resid_post",
         "10 steps",
         "[S] sparsity_scales = 2",
-        "[S] prefix_fractions = 0.03125, 0.0625, 0.125, 0.25, 0.5",
+        "[S] prefix_fractions = 0.25, 0.5",
         "active latents per token, measured at export",
         "jumprelu twin  yes",
     ):

@@ -87,7 +87,7 @@ MULTISCALE_CONFIGS = {
     "attention": {"norm_scales": [0.5, 2.0], "norm_eps": 0.1, "norm_eps_mode": "relative",
                   "norm_attention": True},
     "z-scores": {"selection": "zscore", "zscore_z_lr": 0.1, "sparsity_scales": [],
-                 "firing_floor": 0.0},
+                 "firing_floor": 0.0, "dense_share_limit": 1.0},
 }  # fmt: skip
 
 
