@@ -2,7 +2,7 @@
 
 # First of all: when SAELens is imported, the architecture is registered (`msae_plugin/__init__.py`)
 # and with it imported, which must not happen half-way through the imports below.
-import sae_lens  # noqa: F401
+import sae_lens  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.inference_sae import MultiScaleSAE
