@@ -20,7 +20,7 @@ SHAPES = {
 }
 TRAINING_RECIPES = ["gemma-2-2b", "gemma-2-2b-source", "gemma-3-270m", "pythia-160m", "smollm2"]
 # Sections whose keys depend on the architecture.
-FREE_SECTIONS = ("sae", "saes", "hooks", "logging.wandb")
+FREE_SECTIONS = ("sae", "saes", "hooks", "logging.trackio", "logging.wandb")
 
 
 def keys_with_comments(text: str) -> dict[str, tuple[str, str]]:

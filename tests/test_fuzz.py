@@ -122,6 +122,9 @@ def msae(arguments: list[str], log: Path) -> int:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
+            # pytest has streams of its own in their places.
+            sys.stdout = os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             os.chdir(log.parent / "here")
             os.environ |= {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
             _stop_before_the_model()

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "multiscale"
 
+DENSE_RATE = 0.1
+"""A latent that fires on more tokens than this is dense. The usual bound of the field."""
+_DENSE_MULTIPLE = 4.0
+
 _REMOVED = {
     "token_loss_weight": "inverse_norm",
     "orthogonality_weighting": "correlation",
@@ -305,6 +309,15 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
     def floor_rate(self, k: float) -> float:
         """[Z] Firing rate below which a latent is helped, at a mean L0 of k."""
         return self.firing_floor * k / self.d_sae
+
+    @property
+    def dense_rate(self) -> float:
+        """[Z] Firing rate from which on a latent counts for `dense_share_limit`.
+
+        In a small dictionary the mean rate k / d_sae is near a tenth, and no latent is dense that
+        fires four times as often.
+        """
+        return max(DENSE_RATE, _DENSE_MULTIPLE * self.k / self.d_sae)
 
     def k_at(self, training_step: int) -> float:
         """Target L0 of a training step: linear from `k_initial_multiplier * k` down to k."""

@@ -31,12 +31,12 @@ def standing(summary: Mapping[str, Any]) -> list[str]:
     published = cast("Mapping[str, Any]", yaml.safe_load(place.read_text(encoding="utf-8")))
     measured: dict[str, dict[str, float]] = {}
     for entry in summary["results"]:
-        for name, value in entry["metrics"].items():
+        for name, value in entry.get("metrics", {}).items():
             own = measured.setdefault(entry["sae"], {})
             own[f"{entry['evaluation']}/{name}"] = float(value["mean"])
     lines: list[str] = []
     for name, record in summary["saes"].items():
-        model = str(record.get("model_name") or summary["model"].get("name"))
+        model = str(record.get("model_name") or (summary.get("model") or {}).get("name"))
         own = measured.get(name, {})
         if (
             model.rsplit("/", 1)[-1] != published["model"]
@@ -47,7 +47,7 @@ def standing(summary: Mapping[str, Any]) -> list[str]:
         for metric, table in published["metrics"].items():
             at = {
                 method: interpolated(points, own["core/l0"])
-                for method, points in table.get(record["d_sae"], {}).items()
+                for method, points in table.get(record.get("d_sae"), {}).items()
             }
             scores = {method: score for method, score in at.items() if score is not None}
             if metric not in own or not scores:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from msae_plugin.architecture.mechanisms.firing_floor import DENSE_RATE
+from msae_plugin.architecture.config import DENSE_RATE
 
 FindingKind = Literal[
     "negative_explained_variance",

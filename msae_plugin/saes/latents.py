@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from msae_plugin.architecture.mechanisms.firing_floor import DENSE_RATE
+from msae_plugin.architecture.config import DENSE_RATE
 
 # Evenly sampled: their mean cosine has a standard error below .01. All of 16,384 latents of a
 # model of width 2304 would take as long as a training step: one of two matrices is read against

@@ -300,12 +300,13 @@ class LiteralSAE:
             share = step / cfg.k_anneal_steps
             k = cfg.k_initial_multiplier * cfg.k * (1 - share) + cfg.k * share
         rates = [float(rate) for rate in self.firing_rate]
-        share = sum(rate for rate in rates if rate > 0.1) / max(sum(rates), 1e-30)
+        dense = max(0.1, 4 * cfg.k / cfg.d_sae)
+        share = sum(rate for rate in rates if rate > dense) / max(sum(rates), 1e-30)
         cut = max(cut, 0.0)
         step = cfg.firing_floor_rate * cut
         for i, rate in enumerate(rates):
             allowance = float(self.allowance[i])
-            if rate > 0.1 and share > cfg.dense_share_limit:
+            if rate > dense and share > cfg.dense_share_limit:
                 allowance -= step
             elif rate < cfg.firing_floor * k / cfg.d_sae:
                 allowance += step

@@ -46,7 +46,7 @@ def test_the_exported_dense_share_is_at_the_limit() -> None:
 
     share = {}
     for limit in (1.0, 0.4):
-        fields = plain(d_in=32, d_sae=64, k=3, dense_share_limit=limit, firing_rate_decay=0.8)
+        fields = plain(d_in=32, d_sae=128, k=3, dense_share_limit=limit, firing_rate_decay=0.8)
         sae = make(**fields)
         train(sae, 250, batch=tokens)
         sae.calibrate_threshold([tokens(1000 + n) for n in range(4)])

@@ -42,7 +42,7 @@ def write_latents_inputs(
         place = folder / "cmp/saes" / name / "sae"
         place.mkdir(parents=True)
         sae.save_model(place)
-        (place.parent / "export.json").write_text("{}")
+        (place.parent / "export.json").write_text('{"l0_exported": null}')
         rows.append(row("tiny", 8.0, seed, name=name, hook=HOOK, folder=f"saes/{name}"))
     data = {"source": str(corpus), "context_size": CONTEXT, "heldout_documents": HELDOUT}
     config = {"data": data, "training": {"seed": 7}}

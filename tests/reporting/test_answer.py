@@ -61,7 +61,8 @@ def test_who_is_ahead_by_how_much_over_what_and_what_is_missing(tmp_path: Path) 
     text = told(document)
     interval = f"+{mean:.4f} [+{mean - half:.4f}, +{mean + half:.4f}]"
     assert (
-        f"Use multiscale default for reconstructing activations (explained variance {interval} on batchtopk)."
+        f"Use multiscale default for reconstructing activations (explained variance {interval} on "
+        "batchtopk)."
     ) in text
     assert "Against batchtopk, multiscale default is worse in none of 2 metrics." in text
     assert "Paired over 3 training seeds and 2 target L0s" in text
@@ -87,7 +88,8 @@ def test_an_interval_with_zero_is_level_and_a_worse_method_is_named(tmp_path: Pa
         item["metrics"] = {EV: base, "heldout/l0": 8.0}
     text = told(document_of(tmp_path, comparison(rows=rows, not_measured=[])))
     assert (
-        "Level with batchtopk in reconstructing activations (explained variance, at best other +0.0033" in text
+        "Level with batchtopk in reconstructing activations (explained variance, at best other "
+        "+0.0033" in text
     )
     assert "; topk behind)." in text
     assert "Use " not in text

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 import torch
 from typing_extensions import Self, override
 
-from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.config import DENSE_RATE, MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.mechanisms.base import Latents, Mechanism, Step
 from msae_plugin.architecture.step_schedule import Number
 
@@ -35,10 +35,6 @@ from msae_plugin.architecture.step_schedule import Number
 # of a threshold between two of them they are: a layer norm makes tokens of one and the same feature
 # equal, and 100 of them failed the check of an export. So the threshold lies clearly below.
 _BELOW = 1 - 2**-10
-
-
-DENSE_RATE = 0.1
-"""A latent that fires on more tokens than this is dense. The usual bound of the field."""
 
 
 class FiringFloor(Mechanism):
@@ -70,8 +66,8 @@ class FiringFloor(Mechanism):
     @override
     def on_latents(self, latents: Latents, step: Step) -> None:
         floor, rate = step.schedule.floor_rate, step.cfg.firing_floor_rate
-        limit = step.cfg.dense_share_limit
-        self.follow(step.sae.firing_rate, floor, latents.threshold, rate, limit)
+        limit, dense_rate = step.cfg.dense_share_limit, step.cfg.dense_rate
+        self.follow(step.sae.firing_rate, floor, latents.threshold, rate, limit, dense_rate)
 
     @override
     def recordable(self, cfg: MultiScaleTrainingSAEConfig) -> bool:
@@ -85,13 +81,14 @@ class FiringFloor(Mechanism):
         threshold: torch.Tensor,
         rate: float,
         dense_share_limit: float = 1.0,
+        dense_rate: float = DENSE_RATE,
     ) -> None:
         """Move every allowance one step, by `rate` in units of the common threshold.
 
         Up below the floor, at most to the threshold itself, where that of the latent is zero; down
         for dense latents while their share of the L0 is above the limit; else towards zero.
         """
-        dense = firing_rate > DENSE_RATE
+        dense = firing_rate > dense_rate
         too_dense = (firing_rate * dense).sum() > dense_share_limit * firing_rate.sum()
         step = rate * threshold.clamp(min=0)
         towards_zero = self.allowance.sign() * torch.minimum(self.allowance.abs(), step)
