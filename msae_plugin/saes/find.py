@@ -63,6 +63,7 @@ _LETTERS = {
     "norm_attention": "A",
     "selection": "Z",
     "standardise": "Z",
+    "dense_share_limit": "Z",
     "orthogonality_coefficient": "O",
     "sketch_rank": "C",
     "revival_every": "R",
