@@ -262,9 +262,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
             InputError: It has an option that was removed, because nothing measured spoke for it.
         """
         for name, value in _REMOVED.items():
-            require(
-                config_dict.get(name) != value, name, value, "be left out: it was removed in 0.2"
-            )
+            require(config_dict.get(name) != value, name, value, "be left out: it was removed")
         before = {"input_normalization": "none", "dense_share_limit": 1.0}
         return super().from_dict({**before, **config_dict})
 

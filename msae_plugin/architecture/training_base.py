@@ -286,9 +286,12 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         _rename_old_tensors(state_dict)
+        gone = ["mechanisms.neighbours.mean"]  # of the correlation, an option that was removed
         if self.mechanisms.orthogonality is None:  # which had its buffer even when it was off
+            gone.append("mechanisms.orthogonality.input_variance")
+        for name in gone:
             for suffix in ("", REMAINDER_SUFFIX):
-                state_dict.pop("mechanisms.orthogonality.input_variance" + suffix, None)
+                state_dict.pop(name + suffix, None)
         if self.input_units is not None and "input_units.shift" not in state_dict:
             # A checkpoint older than this module was trained in units of the activations.
             state_dict |= {f"input_units.{k}": v for k, v in self.input_units.identity().items()}

@@ -108,3 +108,17 @@ def test_buffers_of_version_0_1_load_under_their_new_names(coefficient: float) -
     fresh.load_state_dict(state)
     for name, tensor in fresh.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], atol=0, rtol=0)
+
+
+def test_a_checkpoint_with_the_means_of_the_removed_correlation_loads() -> None:
+    fields = plain(orthogonality_coefficient=0.5, neighbour_count=3)
+    sae, fresh = make(**fields).train(), make(**fields)
+    step_of(sae, 0)
+    state = dict(sae.state_dict())
+    sae.process_state_dict_for_saving(state)
+    for suffix, shape in (("", (13,)), ("_bf16_remainder", (2, 13))):
+        state["mechanisms.neighbours.mean" + suffix] = torch.ones(shape)
+    fresh.process_state_dict_for_loading(state)
+    fresh.load_state_dict(state)
+    for name, tensor in fresh.state_dict().items():
+        torch.testing.assert_close(tensor, sae.state_dict()[name], atol=0, rtol=0)
