@@ -17,7 +17,7 @@ Definitions (docs/method.md repeats them beside the tables):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -90,6 +90,24 @@ def summed_losses(
 OVERLAP_BLOCK_ELEMENTS = 2**22
 
 
+def cosines_to_others(
+    directions: torch.Tensor, block_elements: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Cosines of unit rows (count, d_in) to all others, a block of rows at a time.
+
+    Yields:
+        The first row of the block; (rows, count) cosines, -inf to the row itself.
+    """
+    count = directions.shape[0]
+    height = max(1, block_elements // max(1, count))
+    for start in range(0, count, height):
+        block = directions[start : start + height]
+        cosines = block @ directions.T
+        own = torch.arange(block.shape[0], device=cosines.device)
+        cosines[own, start + own] = -torch.inf
+        yield start, cosines
+
+
 @torch.no_grad()
 def max_decoder_cosines(W_dec: torch.Tensor) -> torch.Tensor:
     """For each latent the cosine to its nearest other latent's decoder direction.
@@ -104,18 +122,10 @@ def max_decoder_cosines(W_dec: torch.Tensor) -> torch.Tensor:
     directions = W_dec.detach().float()
     norms = directions.norm(dim=1)
     directions = directions[norms > 0] / norms[norms > 0, None]
-    count = directions.shape[0]
-    if count < 2:
+    if directions.shape[0] < 2:
         return directions.new_zeros(0)
-    rows = max(1, OVERLAP_BLOCK_ELEMENTS // count)
-    nearest: list[torch.Tensor] = []
-    for start in range(0, count, rows):
-        block = directions[start : start + rows]
-        cosines = block @ directions.T
-        own = torch.arange(block.shape[0], device=cosines.device)
-        cosines[own, start + own] = -torch.inf
-        nearest.append(cosines.amax(dim=1))
-    return torch.cat(nearest)
+    blocks = cosines_to_others(directions, OVERLAP_BLOCK_ELEMENTS)
+    return torch.cat([cosines.amax(dim=1) for _, cosines in blocks])
 
 
 def mean_max_decoder_cosine(W_dec: torch.Tensor) -> float:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from msae_plugin.evaluation.heldout import cosines_to_others
+
 # 2^22 similarities of float32 are 16 MiB.
 BLOCK_ELEMENTS = 2**22
 CLUSTER_COSINES = (0.2, 0.5)
@@ -133,13 +135,8 @@ def _walk(
     parents = [torch.arange(count, device=directions.device) for _ in thresholds]
     if count < 2:
         return directions.new_zeros(0), parents
-    height = max(1, block_elements // count)
     nearest: list[torch.Tensor] = []
-    for start in range(0, count, height):
-        block = directions[start : start + height]
-        cosines = block @ directions.T
-        own = torch.arange(block.shape[0], device=cosines.device)
-        cosines[own, start + own] = -torch.inf
+    for start, cosines in cosines_to_others(directions, block_elements):
         nearest.append(cosines.amax(dim=1))
         for place, cosine in enumerate(thresholds):
             pairs = (cosines > cosine).nonzero()
