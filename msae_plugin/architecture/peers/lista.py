@@ -99,6 +99,8 @@ class ListaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
     Args:
         refinement_step (float): eta.
         prefix_fractions (list[float]): Inner prefixes, as shares of d_sae.
+        detach_inner_prefixes (bool): A wider prefix does not teach the latents of a narrower one.
+        order_by_frequency (bool): Prefixes take the latents that fire most; else the first ones.
         firing_rate_decay (float): Memory of the firing frequencies that order the latents.
         tilt (float): Weight of badly reconstructed tokens; 0 is the plain mean.
         k_initial_multiplier (float): Training starts at this multiple of k.
@@ -116,6 +118,8 @@ class ListaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
 
     refinement_step: float = 0.3
     prefix_fractions: list[float] = field(default_factory=lambda: [1 / 32, 1 / 8, 1 / 2])
+    detach_inner_prefixes: bool = True
+    order_by_frequency: bool = True
     firing_rate_decay: float = 0.99
     tilt: float = 0.002
     # The authors begin at 60 for k = 25.
@@ -232,16 +236,18 @@ class ListaTrainingSAE(BatchTopKTrainingSAE):
         target = step_input.sae_in
         tilt = self.cfg.tilt
         output.losses["mse_loss"] = tilted_mean(_errors(output.sae_out, target), tilt)
-        order = self.firing_rate.argsort(descending=True, stable=True)
+        order = torch.arange(self.cfg.d_sae, device=target.device)
+        if self.cfg.order_by_frequency:
+            order = self.firing_rate.argsort(descending=True, stable=True)
         W_dec = self._folded()[2]
         inner = self.b_dec.expand_as(target)
         start = 0
         for width in self.cfg.prefix_widths:
             group = order[start:width]
             # b_dec is taught by the innermost prefix and the whole dictionary.
-            inner = (inner.detach() if start else inner) + output.feature_acts[..., group] @ W_dec[
-                group
-            ]
+            if start and self.cfg.detach_inner_prefixes:
+                inner = inner.detach()
+            inner = inner + output.feature_acts[..., group] @ W_dec[group]
             output.losses[f"prefix_{width}_loss"] = tilted_mean(_errors(inner, target), tilt)
             start = width
         output.loss = torch.stack(list(output.losses.values())).sum()
