@@ -20,7 +20,7 @@ from typing_extensions import override
 from msae_cli.compare import compare, report
 from msae_cli.evaluate import evaluate, saebench_script, saelens_script
 from msae_cli.hub import download, export, import_, publish
-from msae_cli.latents import latents, look
+from msae_cli.latents import latents, look, serve
 from msae_cli.scale import cache, sweep
 from msae_cli.start import demo, info, init, recipes
 from msae_cli.terminal import be_quiet, errors, other_rank, say
@@ -185,6 +185,7 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
     ("report", report, _SHOW, "report runs/smollm2 runs/smollm2-eval --output runs/report"),
     ("latents", latents, _SHOW, "latents runs/smollm2 --output runs/latents"),
     ("look", look, _SHOW, 'look runs/smollm2/multiscale "The cat sat on the mat."'),
+    ("serve", serve, _SHOW, "serve runs/smollm2/multiscale"),
     ("publish", publish, _SHOW, "publish runs/smollm2 --repo you/smollm2-saes --dry-run"),
     ("download", download, _SHOW, "download you/smollm2-saes --output saes"),
     ("export", export, _SHOW, "export runs/smollm2 --to delphi --output delphi"),

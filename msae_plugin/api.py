@@ -343,13 +343,13 @@ def look(
     Raises:
         InputError: The SAE or its model cannot be used, or the text is empty or too long.
     """
-    from msae_plugin.reporting.look import look as look_at
+    from msae_plugin.reporting.look import open_sae
 
     with shown_steps(progress) as steps:
-        found = look_at(
-            os.fspath(sae), text, top=top, model=model, report=steps,
+        found = open_sae(
+            os.fspath(sae), model=model, report=steps,
             browser=None if browser is None else Path(browser),
-        )  # fmt: skip
+        ).look(text, top)  # fmt: skip
     rows = [vars(row) for row in found.rows]
     return Result("look", Path(sae), found, rows)
 

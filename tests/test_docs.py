@@ -78,15 +78,28 @@ def small_stand_ins(
         Path(name).write_text(yaml.safe_dump(values))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md", "examples/first_sae.ipynb"])
-def test_the_python_of_a_page_runs_as_printed(page: str, small_stand_ins: None) -> None:
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/python.md", "docs/tasks.md", "examples/first_sae.ipynb"]
+)
+def test_the_python_of_a_page_runs_as_printed(
+    page: str, small_stand_ins: None, tiny_model_dir: Path
+) -> None:
     blocks = python_blocks(page)
     assert blocks
-    if page.endswith(".ipynb"):  # it leaves two evaluations of `offline` out
+    # They leave two evaluations of `offline` out.
+    if page in ("docs/tasks.md", "examples/first_sae.ipynb"):
         protocol = yaml.safe_load(Path("offline").read_text())
         protocol["evaluations"] |= {"sparse_probing": {}, "sparse_probing_sae_probes": {}}
         Path("offline").write_text(yaml.safe_dump(protocol))
-    code = re.sub(r"\b(100|60)_000\b", "6_400", "\n".join(blocks))
+    # The tiny model has three layers.
+    for pattern, replacement in (
+        (r"\b(100|60)_000\b", "6_400"),
+        (r"blocks\.5\b", "blocks.0"),
+        (r"blocks\.9\b", "blocks.1"),
+        ("packaged:smollm2-135m", str(tiny_model_dir)),
+    ):
+        blocks = [re.sub(pattern, replacement, block) for block in blocks]
+    code = "\n".join(blocks)
     exec(compile(code, page, "exec"), {})
 
 

@@ -21,7 +21,7 @@ config = LanguageModelSAERunnerConfig(
         d_in=task["d_in"],
         d_sae=task["d_sae"],
         k=task["k"],
-        normalize_activations="expected_average_only_in",
+        # Scaling the activations would first read 1,000 batches, more than the run has.
     ),
     model_name=task["model"],
     hook_name=hook,

@@ -13,12 +13,15 @@ task = read_task()
 tokenizer = AutoTokenizer.from_pretrained(task["model"])
 model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.bfloat16)
 texts = load_dataset(task["text"], split="train")
-tokens = chunk_and_tokenize(texts, tokenizer, max_seq_len=task["context"], num_proc=1)
-sequences = task["batch"] // task["context"]
-tokens = tokens.select(range(task["tokens"] // task["context"]))
+# datasets 3 cannot give torch tensors beside the newest torchvision: they are made here.
+chunks = chunk_and_tokenize(
+    texts, tokenizer, format="python", max_seq_len=task["context"], num_proc=1
+)
+rows = chunks[: task["tokens"] // task["context"]]["input_ids"]
+tokens = [{"input_ids": torch.tensor(row)} for row in rows]
 config = TrainConfig(
     SaeConfig(num_latents=task["d_sae"], k=task["k"]),
-    batch_size=sequences,
+    batch_size=task["batch"] // task["context"],
     layers=[task["layer"]],
     init_seeds=[task["seed"]],
     save_every=10**9,

@@ -1,4 +1,4 @@
-"""Text in, latents out: which latents of an SAE are active on each token of a text."""
+"""Text in, latents out; and the text that follows when a latent is turned up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.language_model import CONTEXTS_FILE
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.evaluation.outcomes import Reporter, no_report
-from msae_plugin.models.forward_pass import activations_at
+from msae_plugin.models.forward_pass import activations_at, input_device
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting.latent_browser import tokens_it_fires_on
 from msae_plugin.reporting.latents import logits, unembedding
@@ -46,49 +46,31 @@ class Look:
     l0: float  # active latents per token of the text, special tokens left out
 
 
-def look(
-    reference: str,
-    text: str,
-    *,
-    top: int = 5,
-    browser: Path | None = None,
-    model: str | None = None,
-    language_model: LanguageModel | None = None,
-    report: Reporter = no_report,
-) -> Look:
-    """Find the most active latents on each token; BOS, EOS and PAD are passed over.
+@dataclass(frozen=True)
+class SAEInModel:
+    """An SAE beside the language model that it is for, both loaded."""
 
-    Raises:
-        InputError: The SAE or its model cannot be used, or the text is empty or too long.
-    """
-    found = load_saes([reference], device=default_device("auto"), model_name=model)
-    if len(found) > 1:
-        names = ", ".join(str(each.folder or each.name) for each in found)
-        raise InputError(f"{reference!r} holds {len(found)} SAEs", f"give one of {names}")
-    evaluated = found[0]
-    fires_on = _fires_on(evaluated, browser)
-    if language_model is None:
-        report("loading the language model")
-        language_model = load_language_model(
-            model_for(model, found), [evaluated.hook_name], default_device("auto")
-        )
-    host: Any = language_model.model
-    tokenizer: Any = language_model.tokenizer
-    bos = evaluated.sae.cfg.metadata.prepend_bos is not False and tokenizer.bos_token_id is not None
-    tokens = host.to_tokens(text, prepend_bos=bos, truncate=False, move_to_device=False)
-    ids: list[int] = tokens[0].tolist()
-    longest = language_model.shape.positions
-    if longest is not None and len(ids) > longest:
-        raise InputError(f"the text has {len(ids)} tokens, and the model reads {longest}")
-    special = set(get_special_token_ids(tokenizer))
-    kept = [place for place, token in enumerate(ids) if token not in special]
-    if not kept:
-        raise InputError("the text is empty", "give a few words")
-    sae = evaluated.sae
-    activations = activations_at(host, tokens, [evaluated.hook_name])[evaluated.hook_name][0, kept]
-    if sae.hook_z_reshaping_mode:  # the head dimension is flattened already
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    with torch.no_grad():
+    evaluated: EvaluatedSAE
+    language_model: LanguageModel
+    fires_on: Callable[[int], list[str]]  # tokens of a latent's strongest examples
+
+    @torch.no_grad()
+    def look(self, text: str, top: int = 5) -> Look:
+        """Find the most active latents on each token; BOS, EOS and PAD are passed over.
+
+        Raises:
+            InputError: The text is empty or too long.
+        """
+        host: Any = self.language_model.model
+        tokenizer: Any = self.language_model.tokenizer
+        tokens = self._tokens(text)
+        ids: list[int] = tokens[0].tolist()
+        special = set(get_special_token_ids(tokenizer))
+        kept = [position for position, token in enumerate(ids) if token not in special]
+        if not kept:
+            raise InputError("the text is empty", "give a few words")
+        sae, hook = self.evaluated.sae, self.evaluated.hook_name
+        activations = activations_at(host, tokens, [hook])[hook][0, kept]
         latents: Any = sae.encode(activations.to(sae.device, sae.dtype))
         latents = latents.to_dense() if latents.is_sparse else latents
         strongest = latents.topk(min(top, latents.shape[1]), dim=1)
@@ -101,22 +83,99 @@ def look(
                 distinct, logits(sae.W_dec[distinct], matrix, PROMOTED), strict=True
             )
         }  # fmt: skip
-    rows = [
-        ActiveLatent(
-            position=place,
-            token=tokenizer.decode([ids[place]]),
-            latent=latent,
-            activation=value,
-            promotes=_joined(raised.get(latent, [])),
-            fires_on=_joined(fires_on(latent)),
+        rows = [
+            ActiveLatent(
+                position=position,
+                token=tokenizer.decode([ids[position]]),
+                latent=latent,
+                activation=value,
+                promotes=_joined(raised.get(latent, [])),
+                fires_on=_joined(self.fires_on(latent)),
+            )
+            for position, indices, values in zip(
+                kept, strongest.indices.tolist(), shown.tolist(), strict=True
+            )
+            for latent, value in zip(indices, values, strict=True)
+            if value != 0
+        ]
+        return Look(rows, float((latents != 0).sum(1).float().mean()))
+
+    @torch.no_grad()
+    def continue_text(self, text: str, new_tokens: int, latent: int = 0, added: float = 0.0) -> str:
+        """Continue a text greedily, with a latent's decoder row added at the hook on every token.
+
+        Args:
+            text: The beginning.
+            new_tokens: Tokens to write, fewer where the model ends the text.
+            latent: The latent to steer with.
+            added: What its activation is raised by; 0 leaves the model alone.
+
+        Raises:
+            InputError: There is no such latent, or the text is empty or too long.
+        """
+        host: Any = self.language_model.model
+        tokenizer: Any = self.language_model.tokenizer
+        sae = self.evaluated.sae
+        if not 0 <= latent < int(sae.cfg.d_sae):
+            raise InputError(f"latent {latent} does not exist: the SAE has {sae.cfg.d_sae}")
+
+        def steer(activations: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001
+            row = sae.W_dec[latent].reshape(activations.shape[2:])  # hook_z keeps heads apart
+            return activations + added * row.to(activations.device, activations.dtype)
+
+        hooks = [(self.evaluated.hook_name, steer)] if added else []
+        tokens = self._tokens(text, new_tokens)
+        begin = tokens.shape[1]
+        for _ in range(new_tokens):
+            output = host.run_with_hooks(tokens.to(input_device(host)), fwd_hooks=hooks)
+            following = output[0, -1].argmax().reshape(1, 1).cpu()
+            if int(following) == tokenizer.eos_token_id:
+                break
+            tokens = torch.cat([tokens, following], dim=1)
+        return tokenizer.decode(tokens[0, begin:])
+
+    def _tokens(self, text: str, room: int = 0) -> torch.Tensor:
+        """(1, seq) token ids, BOS first where the SAE was trained with it."""
+        host: Any = self.language_model.model
+        tokenizer: Any = self.language_model.tokenizer
+        metadata = self.evaluated.sae.cfg.metadata
+        bos = metadata.prepend_bos is not False and tokenizer.bos_token_id is not None
+        tokens = host.to_tokens(text, prepend_bos=bos, truncate=False, move_to_device=False)
+        longest = self.language_model.shape.positions
+        if longest is not None and tokens.shape[1] + room > longest:
+            raise InputError(
+                f"the text has {tokens.shape[1] + room} tokens, and the model reads {longest}"
+            )
+        return tokens
+
+
+def open_sae(
+    reference: str,
+    *,
+    browser: Path | None = None,
+    model: str | None = None,
+    language_model: LanguageModel | None = None,
+    report: Reporter = no_report,
+) -> SAEInModel:
+    """Load one SAE and its language model.
+
+    Raises:
+        InputError: The SAE or its model cannot be used, or there are several SAEs.
+    """
+    found = load_saes([reference], device=default_device("auto"), model_name=model)
+    if len(found) > 1:
+        names = ", ".join(str(each.folder or each.name) for each in found)
+        raise InputError(f"{reference!r} holds {len(found)} SAEs", f"give one of {names}")
+    evaluated = found[0]
+    fires_on = _fires_on(evaluated, browser)
+    if language_model is None:
+        report("loading the language model")
+        language_model = load_language_model(
+            model_for(model, found), [evaluated.hook_name], default_device("auto")
         )
-        for place, indices, values in zip(
-            kept, strongest.indices.tolist(), shown.tolist(), strict=True
-        )
-        for latent, value in zip(indices, values, strict=True)
-        if value != 0
-    ]
-    return Look(rows, float((latents != 0).sum(1).float().mean()))
+    if evaluated.sae.hook_z_reshaping_mode:  # the head dimension is flattened already
+        evaluated.sae.turn_off_forward_pass_hook_z_reshaping()
+    return SAEInModel(evaluated, language_model, fires_on)
 
 
 def _fires_on(evaluated: EvaluatedSAE, browser: Path | None) -> Callable[[int], list[str]]:

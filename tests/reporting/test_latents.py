@@ -15,7 +15,7 @@ from msae_plugin.common.seeding import derive_seed
 from msae_plugin.data.text import load_text
 from msae_plugin.data.windows import iterate_windows
 from msae_plugin.reporting.latent_browser import LATENTS_PER_CHUNK, read_chunk, write_latents
-from msae_plugin.reporting.look import look
+from msae_plugin.reporting.look import open_sae
 
 TOKENS = 40 * CONTEXT
 
@@ -176,7 +176,8 @@ def test_looking_at_a_text_shows_the_strongest_latents_of_each_token(
     model = tiny_language_model.model
     text = "A rose in the garden"
     reference = str(source / "saes/tiny_seed1")
-    found = look(reference, text, top=3, browser=browser, language_model=tiny_language_model)
+    opened = open_sae(reference, browser=browser, language_model=tiny_language_model)
+    found = opened.look(text, top=3)
     ids = model.to_tokens(text)
     sae = SAE.load_from_disk(source / "saes/tiny_seed1/sae")
     with torch.no_grad():
@@ -194,4 +195,4 @@ def test_looking_at_a_text_shows_the_strongest_latents_of_each_token(
     assert found.rows[0].latent == 0
     assert found.rows[0].fires_on
     with pytest.raises(InputError, match="the text is empty"):
-        look(reference, "", language_model=tiny_language_model)
+        opened.look("")
