@@ -12,9 +12,22 @@ from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrai
 from dictionary_learning.training import trainSAE
 from inputs import read_task, report_variance
 from nnsight import LanguageModel
+from transformers import PreTrainedTokenizerFast
 
 task = read_task()
-model = LanguageModel(task["model"], device_map="cpu", torch_dtype=torch.bfloat16, dispatch=True)
+# transformers 4 does not know the tokenizer's class that transformers 5 wrote.
+names = json.loads((Path(task["model"]) / "tokenizer_config.json").read_text())
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_file=str(Path(task["model"]) / "tokenizer.json"),
+    **{key: names[key] for key in ("bos_token", "eos_token", "pad_token")},
+)
+model = LanguageModel(
+    task["model"],
+    tokenizer=tokenizer,
+    device_map="cpu",
+    torch_dtype=torch.bfloat16,
+    dispatch=True,
+)
 lines = (Path(task["text"]) / "train.jsonl").read_text(encoding="utf-8").splitlines()
 buffer = ActivationBuffer(
     cycle(json.loads(line)["text"] for line in lines),
