@@ -81,18 +81,13 @@ SAEBENCH_PROBING_SETS = {
 class LocalCopies:
     """Stands for `datasets.load_dataset`: configured names are read from local files.
 
-    Args:
-        paths: File or folder by hub name. A folder is one from `save_to_disk`, or holds files
-            (.jsonl, .parquet, .csv, ...) with `train` and `test` in their names or folders, as a
-            clone of the hub's repository does; named configurations are subfolders, or files that
-            begin with the name.
-        elsewhere: Loads every other name; `datasets.load_dataset`.
+    A path is a folder from `save_to_disk`, or one of files (.jsonl, .parquet, .csv, ...) with
+    `train` and `test` in their names or folders, as a clone of the hub's repository has; named
+    configurations are subfolders, or files that begin with the name.
     """
 
     def __init__(
-        self,
-        paths: Mapping[str, str | Path],
-        elsewhere: Callable[..., Any] = datasets.load_dataset,
+        self, paths: Mapping[str, str | Path], elsewhere: Callable[..., Any] = datasets.load_dataset
     ) -> None:
         self._paths = {name: Path(path).expanduser() for name, path in paths.items()}
         self._elsewhere = elsewhere
@@ -107,11 +102,7 @@ class LocalCopies:
         languages: Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
-        """A dataset, its splits by name, or the stream of a split, as `datasets` gives them.
-
-        Raises:
-            InputError: The local copy does not exist, or is not in the dataset's schema.
-        """
+        """A dataset, its splits by name, or the stream of a split, as `datasets` gives them."""
         if path not in self._paths:
             forwarded = options if languages is None else {**options, "languages": languages}
             return self._elsewhere(path, name, split=split, streaming=streaming, **forwarded)
@@ -151,11 +142,7 @@ class _Stream:
 
 
 def check_local_copy(hub_name: str, path: str | Path) -> None:
-    """Read the first row of every split and configuration that SAEBench reads.
-
-    Raises:
-        InputError: Something is missing or of another schema.
-    """
+    """Read the first row of every split and configuration that SAEBench reads."""
     schema = HUB_DATASETS[hub_name]
     place = Path(path).expanduser()
     for configuration in schema.configurations or (None,):
@@ -249,11 +236,7 @@ class LabelledTexts:
 
 
 def labelled_source(name: str) -> LabelledSource:
-    """Look a labelled set up by its name, `packaged:...`.
-
-    Raises:
-        InputError: There is none of this name.
-    """
+    """Look a labelled set up by its name, `packaged:...`."""
     if name not in LABELLED_SOURCES:
         hint = did_you_mean(name, LABELLED_SOURCES, "choose from ", shown=str)
         raise InputError(f"labelled set {name!r} is not packaged", hint)
@@ -302,9 +285,6 @@ def labelled_texts(name: str, train_size: int, test_size: int, seed: int) -> Lab
     As in SAEBench's loaders, half of each size is the number of texts per class: a probe tells one
     class from as many texts of the others. Of a set that is also training text, those that training
     holds out first are taken first; the seed then only mixes them.
-
-    Raises:
-        InputError: There is no such set, or it has too few texts.
     """
     source = labelled_source(name)
     n_train, n_test = train_size // 2, test_size // 2

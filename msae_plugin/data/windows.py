@@ -37,24 +37,11 @@ def tokenise(model: Any, text: str) -> list[int]:
 
 
 def iterate_windows(
-    model: Any,
-    tokenizer: Any,
-    texts: Iterable[str],
-    context_size: int,
-    *,
-    prepend_bos: bool = True,
+    model: Any, tokenizer: Any, texts: Iterable[str], context_size: int, *, prepend_bos: bool = True
 ) -> Iterator[Window]:
     """Windows of exactly `context_size` tokens; the unfilled last one is dropped, as in training.
 
-    Args:
-        model: A HookedRootModule with `to_tokens` (HookedTransformer or HookedProxyLM).
-        tokenizer: Its tokenizer; only `bos_token_id` is read.
-        texts: The documents, in order. Empty ones are passed over (but counted).
-        context_size: Tokens in a window, BOS included.
-        prepend_bos: Begin each window with BOS.
-
-    Yields:
-        One `Window` after another; memory does not grow with the number of texts.
+    Empty texts are passed over, but counted. Memory does not grow with the number of texts.
     """
     bos: int | None = tokenizer.bos_token_id
     begin = bos if prepend_bos else None
@@ -93,11 +80,7 @@ def batched_windows(windows: Iterable[Window], size: int) -> Iterator[list[Windo
 
 
 def require_texts(texts: Sequence[str]) -> None:
-    """Refuse an empty list of held-out texts before a model runs.
-
-    Raises:
-        InputError: No text, or only empty ones.
-    """
+    """Refuse an empty list of held-out texts before a model runs."""
     if not any(text.strip() for text in texts):
         raise InputError(
             "held-out text: there is no document in it; raise data.heldout_documents or give a "

@@ -52,13 +52,7 @@ class LatentProfile:
 
 
 class ContextCollector:
-    """Streaming statistics and strongest tokens of every latent of one SAE.
-
-    Args:
-        d_sae: Number of latents.
-        context_size: Tokens in a window, to address tokens by one number.
-        contexts: How many contexts per latent will be shown.
-    """
+    """Streaming statistics and strongest tokens of every latent of one SAE."""
 
     def __init__(self, d_sae: int, context_size: int, contexts: int = 5) -> None:
         self.context_size = context_size
@@ -107,10 +101,6 @@ class ContextCollector:
         fewer than `count` qualify, the others that fire follow in the same order. A latent most of
         whose strongest tokens are those of one already chosen is passed over: a person would read
         the same lines twice.
-
-        Args:
-            W_dec: (d_sae, d_in).
-            count: How many.
         """
         strength = self._strength(W_dec)
         frequency = self.fired / max(1, self.n_tokens)
@@ -145,16 +135,7 @@ class ContextCollector:
         before: int = 12,
         after: int = 6,
     ) -> list[LatentProfile]:
-        """Statistics and contexts of the given latents, in the given order.
-
-        Args:
-            latents: Which.
-            W_dec: (d_sae, d_in).
-            windows: The same windows in the same order as in the evaluation.
-            tokenizer: Turns ids into text.
-            before: Tokens shown in front of the activating one.
-            after: Tokens shown behind it.
-        """
+        """Statistics and contexts of the given latents, in the given order."""
         chosen = list(latents)
         strength = self._strength(W_dec)
         wanted = {
@@ -256,9 +237,6 @@ class ContextsForTerminal:
     """One block per latent; the tokens under one another, values in front.
 
     The token is in reverse video, or between «» where the output has no styles (a file, a pipe).
-
-    Args:
-        profiles: The latents.
     """
 
     def __init__(self, profiles: Sequence[LatentProfile]) -> None:

@@ -113,25 +113,11 @@ def evaluate(
 ) -> EvaluationResult:
     """Run the evaluations of a config on SAEs and write SAEBench's JSON and a summary.
 
-    Args:
-        config: What to run.
-        saes: The SAEs, all of one language model.
-        output: Folder for the results. One that holds results of the same config and other SAEs is
-            added to; results of another config are never overwritten.
-        language_model: A model that is loaded already, in the config's dtype.
-        skip_missing: Leave evaluations out whose data, keys or packages are missing, and SAEs that
-            do not fit the model, and say so.
-        broken: SAEs that have no numbers (`load_saes`' `on_broken`), by name with the reason:
-            they stand in the summary as failed.
-        report: Shows progress.
-
-    Returns:
-        The summary. SAEs that failed are in it with their reason.
-
-    Raises:
-        InputError: Something is missing, the SAEs are of different models, or the folder holds
-            other results or is written by another process.
-        RunFailure: All SAEs are broken.
+    A folder that holds results of the same config and other SAEs is added to; results of another
+    config are never overwritten. `broken` are SAEs that have no numbers (`load_saes`' `on_broken`),
+    by name with the reason: they stand in the summary as failed. With `skip_missing` evaluations
+    whose data, keys or packages are missing, and SAEs that do not fit the model, are left out, and
+    the summary says so.
     """
     if broken and not saes:
         raise RunFailure("; ".join(broken.values()))
@@ -192,9 +178,6 @@ def model_for(asked: str | None, saes: Sequence[EvaluatedSAE]) -> str:
 
     Weights that a package carries are taken for a model of that name when the package is installed:
     an SAE that was trained on them records the name on the hub.
-
-    Raises:
-        InputError: The SAEs are of different models, or name none.
     """
     if asked is not None:
         return asked
@@ -305,11 +288,7 @@ def _run(
 
 
 def definition_of(evaluation: str, metric: str) -> MetricDefinition:
-    """The definition of a metric; where it is SAEBench's alone in its words, and what is known.
-
-    Raises:
-        KeyError: Nobody explains it.
-    """
+    """The definition of a metric; where it is SAEBench's alone in its words, and what is known."""
     if evaluation in reliability():
         # pydantic keeps title and description in what dataclasses call the default.
         description: str = result_fields(evaluation)[metric].default.description

@@ -60,15 +60,8 @@ def summed_losses(
 
     Both are computed from float32 log-probabilities whatever the dtype of the logits (a softmax in
     bfloat16 gives infinities in the KL), a block of positions at a time, and summed in float64.
-
-    Args:
-        logits: (batch, seq, vocabulary).
-        tokens: (batch, seq) long.
-        positions: (n,) flat positions from `predicting_positions`.
-        reference_logits: (batch, seq, vocabulary) of the unchanged model; None for no KL.
-
-    Returns:
-        (cross-entropy sum, KL sum); the KL sum is 0 without a reference.
+    Logits are (batch, seq, vocabulary), tokens (batch, seq), positions from `predicting_positions`;
+    without reference logits the KL is 0.
     """
     vocabulary = logits.shape[-1]
     flat = logits.reshape(-1, vocabulary)
@@ -95,8 +88,7 @@ def cosines_to_others(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Cosines of unit rows (count, d_in) to all others, a block of rows at a time.
 
-    Yields:
-        The first row of the block; (rows, count) cosines, -inf to the row itself.
+    Yields the first row of the block, and (rows, count) cosines, -inf to the row itself.
     """
     count = directions.shape[0]
     height = max(1, block_elements // max(1, count))
@@ -112,12 +104,8 @@ def cosines_to_others(
 def max_decoder_cosines(W_dec: torch.Tensor) -> torch.Tensor:
     """For each latent the cosine to its nearest other latent's decoder direction.
 
-    Args:
-        W_dec: (d_sae, d_in), rows of any norm. A row of zeros has no direction: it is neither
-            counted nor anyone's neighbour.
-
-    Returns:
-        (number of non-zero rows,) float32 on W_dec's device; empty for fewer than two of them.
+    Rows of W_dec (d_sae, d_in) may have any norm. A row of zeros has no direction: it is neither
+    counted nor anyone's neighbour. Float32 on W_dec's device; empty for fewer than two directions.
     """
     directions = W_dec.detach().float()
     norms = directions.norm(dim=1)
@@ -148,46 +136,26 @@ MIN_ABLATION_EFFECT = 1e-6
 
 @dataclass(frozen=True)
 class HeldoutMetrics:
-    """Numbers of one SAE on held-out text; `firing_frequency` is left out of `to_dict`.
+    """Numbers of one SAE on held-out text; `firing_frequency` is left out of `to_dict`."""
 
-    Args:
-        explained_variance: Share of the activations' variance; 1 is perfect, below 0 worse than
-            the mean.
-        l0: Active latents per token.
-        loss_recovered: See the module; None where zeroing the activations does not change the loss.
-        ce_clean: Loss of the model itself, nats per token.
-        ce_sae: Loss with the SAE's reconstruction in place of the activations.
-        ce_zero: Loss with zeros in their place.
-        kl: KL(clean || with the SAE), nats per token.
-        dead_latents: Latents that fire on none of the tokens.
-        d_sae: All latents.
-        mean_max_decoder_cosine: Mean cosine of a decoder direction to its nearest other one.
-        dense_share: Share of the L0 on latents that fire on more than a tenth of the tokens.
-        log10_median_firing_rate: Of the latents that fire at all; None where none does.
-        encoder_decoder_alignment: Mean cosine of a latent's encoder and decoder direction, of those
-            that fire; None for an SAE without W_enc.
-        single_word_share: See `words.ActivationByWord`; None where no latent fires often enough.
-        n_tokens: Tokens behind explained variance, L0 and dead latents.
-        n_loss_tokens: Predicted tokens behind the losses and the KL.
-        firing_frequency: (d_sae,) float32, share of the tokens on which each latent fires.
-    """
-
-    explained_variance: float
+    explained_variance: float  # 1 is perfect, below 0 worse than the mean
     l0: float
-    loss_recovered: float | None
+    loss_recovered: float | None  # None where zeroing the activations does not change the loss
+    # Losses in nats per token: of the model, with the SAE's reconstruction, with zeros there.
     ce_clean: float
     ce_sae: float
     ce_zero: float
-    kl: float
+    kl: float  # KL(clean || with the SAE), nats per token
     dead_latents: int
     d_sae: int
     mean_max_decoder_cosine: float
-    dense_share: float
-    log10_median_firing_rate: float | None
-    encoder_decoder_alignment: float | None
-    single_word_share: float | None
-    n_tokens: int
-    n_loss_tokens: int
+    dense_share: float  # of the L0, on latents that fire on more than a tenth of the tokens
+    log10_median_firing_rate: float | None  # of the latents that fire at all
+    encoder_decoder_alignment: float | None  # of the latents that fire; None without W_enc
+    single_word_share: float | None  # None where no latent fires often enough
+    n_tokens: int  # behind explained variance, L0 and dead latents
+    n_loss_tokens: int  # predicted ones, behind the losses and the KL
+    # (d_sae,) share of the tokens on which each latent fires.
     firing_frequency: torch.Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -197,18 +165,11 @@ class HeldoutMetrics:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Latents of some consecutive non-special tokens, for an observer of the evaluation.
+    """Latents of some consecutive non-special tokens, for an observer of the evaluation."""
 
-    Args:
-        name: Which SAE.
-        latents: (tokens, d_sae) dense.
-        windows: (tokens,) long, index of each token's window in `iterate_windows`' order.
-        positions: (tokens,) long, its position in that window.
-        documents: (tokens,) long, the text it is from.
-    """
-
-    name: str
-    latents: torch.Tensor
+    name: str  # which SAE
+    latents: torch.Tensor  # (tokens, d_sae) dense
+    # All (tokens,) long: the token's window in `iterate_windows`' order, its position in it, its text.
     windows: torch.Tensor
     positions: torch.Tensor
     documents: torch.Tensor
@@ -276,27 +237,9 @@ def evaluate_many(
 ) -> dict[str, HeldoutMetrics]:
     """Evaluate SAEs on the same held-out tokens; the model's own passes are shared by all of them.
 
-    Args:
-        saes: SAEs by name, in the state to be judged: exported ones, or training SAEs in eval mode.
-        language_model: Model and tokenizer.
-        hook_names: The hook of all SAEs, or one per name.
-        texts: Held-out documents.
-        context_size: Tokens of a window, as in training.
-        batch_size: Windows in a forward pass (fewer where the vocabulary is large).
-        max_tokens: Stop after this many tokens, special ones included; None reads all texts.
-        max_loss_tokens: Measure the losses on this many of them only, rounded up to a whole batch
-            (they cost three passes and one more per SAE); None measures them on all.
-        exclude_special: Leave BOS, EOS and PAD out (see the module).
-        prepend_bos: Begin each window with BOS, as in training.
-        autocast: Run the language model in bfloat16; the SAEs stay in their own dtype.
-        observer: Called with every batch of latents.
-        progress: Called with the number of tokens done since the last call.
-
-    Returns:
-        Metrics by the SAEs' names.
-
-    Raises:
-        InputError: The texts hold no full window, or `hook_names` lacks an SAE.
+    SAEs are exported ones, or training SAEs in eval mode. `max_tokens` counts special ones too. The
+    losses, which cost three passes and one more per SAE, are measured on `max_loss_tokens` of them,
+    rounded up to a whole batch. `progress` is called with the number of tokens since its last call.
     """
     require_texts(texts)
     hooks = _hooks_by_name(saes, hook_names)

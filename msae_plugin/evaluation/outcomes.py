@@ -39,9 +39,7 @@ def _contents() -> dict[str, dict[str, Any]]:
 def definitions(evaluation: str, counts: Iterable[int] = ()) -> dict[str, MetricDefinition]:
     """The metrics of an evaluation by name.
 
-    Args:
-        evaluation: A section of `metrics.yaml`.
-        counts: What `{k}` in the names and definitions stands for.
+    `counts` are what `{k}` in names and definitions stands for.
     """
     found: dict[str, MetricDefinition] = {}
     for name, entry in _contents()[evaluation].items():
@@ -97,11 +95,7 @@ class ModelContext:
         return getattr(torch, self.dtype)
 
     def key(self, *distributions: str) -> dict[str, Any]:
-        """The part of a cache's key that names the model, its dtype and device, and software.
-
-        Args:
-            distributions: Packages whose versions count.
-        """
+        """The part of a cache's key that names the model, its dtype and device, and software."""
         config = self.language_model.model.cfg.to_dict()
         return {
             "model": self.weights_sha256,
@@ -142,11 +136,7 @@ def no_report(message: str, done: int | None = None, total: int | None = None) -
 
 
 def require_real(metrics: Mapping[str, float], where: str) -> None:
-    """Refuse numbers that were not measured.
-
-    Raises:
-        RunFailure: A metric is NaN, infinite, or SAEBench's marker -1.
-    """
+    """Refuse numbers that were not measured."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise RunFailure(f"{where}: {name} is {value}: nothing is reported for this SAE")

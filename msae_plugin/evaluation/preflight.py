@@ -105,13 +105,7 @@ def preflight(
 ) -> list[Problem]:
     """List what is missing.
 
-    Args:
-        config: What is to be evaluated.
-        saes: The SAEs.
-        model_name: The language model; None where it is loaded already.
-
-    Returns:
-        Problems, those of all evaluations first; none where everything is there.
+    Those of all evaluations come first; the model's name is None where it is loaded already.
     """
     with hub_asked_once():
         found = missing_packages(None) + missing_device(config.model.device)
@@ -137,11 +131,7 @@ def preflight(
 
 
 def refuse_missing(problems: Sequence[Problem]) -> None:
-    """Refuse to go on without what was found missing; what several evaluations lack, once.
-
-    Raises:
-        MissingInputError: There is a problem.
-    """
+    """Refuse to go on without what was found missing; what several evaluations lack, once."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         lacking.setdefault((problem.what, problem.how), []).append(problem.evaluation)
@@ -466,11 +456,9 @@ def missing_for_probing(
 ) -> list[Problem]:
     """Datasets, packages, texts and disk that sparse probing with these settings lacks.
 
-    Args:
-        settings: Settings of `sparse_probing`, with `datasets` where there are local copies.
-        cache: Where the activations are stored; None to leave the disk unchecked.
-        bytes_per_token: Width of the activations times the bytes of the model's dtype.
-        runs: Number of hooks times number of seeds, each of which has activations of its own.
+    The disk is checked where `cache` and `bytes_per_token`, the width of the activations times the
+    bytes of the model's dtype, are given; `runs` is hooks times seeds, each of which has
+    activations of its own.
     """
     copies: Mapping[str, str] = settings.get("datasets") or {}
     names: list[str] = settings.get("dataset_names") or list(SAEBENCH_PROBING_SETS)

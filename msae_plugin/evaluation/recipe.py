@@ -87,13 +87,7 @@ class EvalConfig:
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Self:
         """Read an evaluation config.
 
-        Args:
-            path: A YAML file, or the bare name of one that comes with the package (`offline`).
-            overrides: As of `common.recipes.with_overrides`. Paths in them are relative to the
-                working directory, as on any command line.
-
-        Raises:
-            InputError: The file cannot be read, or a value cannot work.
+        Paths in overrides are relative to the working directory, as on any command line.
         """
         file = find_recipe(path, "eval")
         values = _absolute(read_recipe(path, "eval"), "", file.resolve().parent)
@@ -104,11 +98,7 @@ class EvalConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
-        """Build a config from plain dictionaries, as `to_dict` gives them; they are not changed.
-
-        Raises:
-            InputError: As `load`.
-        """
+        """Build a config from plain dictionaries, as `to_dict` gives them; they are not changed."""
         here = Path.cwd()
         merged = with_overrides(values, overrides, lambda value, path: _absolute(value, path, here))
         config: Self = coerce(merged, cls, "")
@@ -120,11 +110,7 @@ class EvalConfig:
         return dataclasses.asdict(cast("Any", self))
 
     def check(self) -> None:
-        """Check all values, and give each evaluation the local copies of its datasets.
-
-        Raises:
-            InputError: A value cannot work.
-        """
+        """Check all values, and give each evaluation the local copies of its datasets."""
         if not _DEVICE.fullmatch(self.model.device):
             raise InputError(
                 f"'model.device' must be auto, cpu, cuda, cuda:N or mps, not {self.model.device!r}"

@@ -88,16 +88,7 @@ def summary(
 ) -> dict[str, Any]:
     """The contents of `summary.json`.
 
-    Args:
-        model: Name, hash, dtype and device.
-        seeds: Seeds that were asked for.
-        config: The evaluation config.
-        saes: Record by SAE.
-        results: Entries of `result_entry`.
-        definitions: By evaluation and metric.
-
-    Raises:
-        KeyError: A metric has no definition: a number that nobody explains is not reported.
+    A metric without definition is a KeyError: a number that nobody explains is not reported.
     """
     defined: dict[str, Any] = {}
     for entry in results:

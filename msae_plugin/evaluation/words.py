@@ -15,11 +15,7 @@ _BUFFERED_PAIRS = 2**20
 
 
 class Words:
-    """Numbers of words: tokens that differ in case or in a leading space alone are one.
-
-    Args:
-        tokenizer: The model's.
-    """
+    """Numbers of words: tokens that differ in case or in a leading space alone are one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -63,11 +59,8 @@ class ActivationByWord:
     def single_word_share(self, firings: torch.Tensor) -> float | None:
         """Share of the latents with `ON_ONE_WORD` of their activation on one word.
 
-        Args:
-            firings: (d_sae,) how many tokens each latent fired on.
-
-        Returns:
-            The share of those that fired on `FIRINGS_TO_JUDGE` tokens; None when there are none.
+        Of those that fired on `FIRINGS_TO_JUDGE` tokens (`firings` is (d_sae,)); None when there
+        are none.
         """
         judged = firings >= FIRINGS_TO_JUDGE
         if not self._pairs or not judged.any():

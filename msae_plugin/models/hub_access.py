@@ -63,12 +63,7 @@ def hub_asked_once() -> Generator[None, None, None]:
 
 
 def require_repository(name: str, kind: Literal["model", "dataset"]) -> None:
-    """Ask the hub once, for a few seconds at most, whether a repository can be had.
-
-    Raises:
-        InputError: If the name is not valid, the repository does not exist or is not accessible,
-            or the hub cannot be reached.
-    """
+    """Ask the hub once, for a few seconds at most, whether a repository can be had."""
     remembered = _failures.get()
     if remembered:
         raise hub_refusal(name, kind, remembered[0])
@@ -123,11 +118,7 @@ def first_line(error: BaseException) -> str:
 
 
 def model_config_folder(name: str) -> Path:
-    """A local folder that holds the config.json of a hub model; no weights are fetched.
-
-    Raises:
-        InputError: If the model is not cached and cannot be fetched.
-    """
+    """A local folder that holds the config.json of a hub model; no weights are fetched."""
     cached = cached_file(name, "config.json")
     if cached is not None:
         return cached.parent
@@ -191,11 +182,7 @@ LOG_IN = (
 
 
 def require_token() -> str:
-    """The user's token.
-
-    Raises:
-        InputError: There is none, or the client was told to stay offline.
-    """
+    """The user's token."""
     if constants.HF_HUB_OFFLINE:
         raise InputError(
             "offline mode is on (HF_HUB_OFFLINE): unset it to publish, or look at the result with "
@@ -228,9 +215,7 @@ def disk_problem(error: BaseException) -> str | None:
 def explained(error: Exception, doing: str) -> InputError | RunFailure:
     """The error to raise in place of what huggingface_hub raised.
 
-    Args:
-        error: From huggingface_hub, its HTTP library, or the disk.
-        doing: What was being done, as in "reading user/repo".
+    `doing` is as in "reading user/repo".
     """
     disk = disk_problem(error)
     if disk is not None:
@@ -289,12 +274,7 @@ def _said(error: BaseException) -> str:
 
 @contextmanager
 def hub_errors(doing: str) -> Generator[None]:
-    """Turn every error of the block into one line.
-
-    Raises:
-        InputError: The user can mend it: a name, a token, a permission.
-        RunFailure: The network, the Hub or the disk failed.
-    """
+    """Turn every error of the block into one line."""
     try:
         yield
     # The HTTP library under huggingface_hub changed twice (requests, httpx, httpx2); the errors of

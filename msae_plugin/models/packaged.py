@@ -98,11 +98,7 @@ PACKAGED_MODELS = {
 
 
 def packaged_model(name: str) -> PackagedModel:
-    """Look up a packaged model.
-
-    Raises:
-        InputError: If there is none of this name.
-    """
+    """Look up a packaged model."""
     key = name.removeprefix(PACKAGED_PREFIX)
     if key not in PACKAGED_MODELS:
         known = ", ".join(PACKAGED_PREFIX + known for known in PACKAGED_MODELS)
@@ -126,25 +122,13 @@ def install_command(model: PackagedModel) -> str:
 
 
 def prepare_packaged_model(
-    key: str,
-    cache_dir: Path | None = None,
-    report: Callable[[str], object] = logger.info,
+    key: str, cache_dir: Path | None = None, report: Callable[[str], object] = logger.info
 ) -> Path:
     """The folder of a packaged model's weights, converted on first use.
 
-    The folder appears under its final name only when complete: a conversion that was killed
-    leaves nothing that a later run would use.
-
-    Args:
-        key: Name of the model, with or without `packaged:`.
-        cache_dir: Where converted models are kept, `default_cache_dir()` if None.
-        report: Told each step of a first use, which takes half a minute for Gemma on one core.
-
-    Returns:
-        A folder in the format of `save_pretrained`, with the tokenizer, in bfloat16.
-
-    Raises:
-        InputError: If the package, or the reader of GGUF files, is not installed.
+    The folder appears under its final name only when complete: a conversion that was killed leaves
+    nothing that a later run would use. A first use takes half a minute for Gemma on one core. The
+    folder is as `save_pretrained` writes it, with the tokenizer, in bfloat16.
     """
     model = packaged_model(key)
     parts = _installed_parts(model)

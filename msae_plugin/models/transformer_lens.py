@@ -45,8 +45,7 @@ _EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
 def own_config(config: PretrainedConfig) -> dict[str, Any] | None:
     """The configuration of a model whose sizes TransformerLens would take from its name.
 
-    Returns:
-        Fields of HookedTransformerConfig; None where TransformerLens reads the model's own config.
+    Fields of HookedTransformerConfig; None where TransformerLens reads the model's own config.
     """
     architecture = architecture_of(config)
     text: Any = config.get_text_config()
@@ -140,9 +139,6 @@ def difference(config: PretrainedConfig, converted: HookedTransformerConfig) -> 
 
     What works at all positions shows in the logits of a short text, too; a window or a scaling of
     the rotations that begins at a later position shows here alone.
-
-    Returns:
-        The field and both values; None where all agree.
     """
     text: Any = config.get_text_config()
     own: dict[str, tuple[Any, Any]] = {}
@@ -210,19 +206,13 @@ _LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e
 def transformer_lens_name(hub_name: str | None) -> str:
     """The name under which TransformerLens converts a model.
 
-    Returns:
-        The hub name where TransformerLens lists it, otherwise
-        [`UNNAMED_MODEL`][msae_plugin.models.transformer_lens.UNNAMED_MODEL].
+    `UNNAMED_MODEL` where it lists none.
     """
     return hub_name if hub_name in known_transformer_lens_names() else UNNAMED_MODEL
 
 
 def require_supported(folder: Path, config: PretrainedConfig, name: str) -> None:
-    """Refuse an architecture that TransformerLens cannot convert, before weights are read.
-
-    Raises:
-        InputError: If the architecture is not one of TransformerLens'.
-    """
+    """Refuse an architecture that TransformerLens cannot convert, before weights are read."""
     with _config_by_name(folder, config, name) as lookup:
         try:
             get_pretrained_model_config(name, **lookup)

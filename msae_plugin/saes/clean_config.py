@@ -68,11 +68,7 @@ def _names_something_on_disk(value: str) -> bool:
 
 
 def require_inside(folder: Path, path: Path) -> None:
-    """Refuse a link that leads out of the folder whose files are to be published.
-
-    Raises:
-        InputError: The path, with every link followed, is elsewhere.
-    """
+    """Refuse a link that leads out of the folder whose files are to be published."""
     target = path.resolve()
     if not target.is_relative_to(folder.resolve()):
         raise InputError(
@@ -82,11 +78,7 @@ def require_inside(folder: Path, path: Path) -> None:
 
 
 def private_traces(text: str) -> list[str]:
-    """Local paths and the user's home folder in a text that is to be published as it is.
-
-    Returns:
-        What was found, without duplicates; empty for a clean text.
-    """
+    """Local paths and the user's home folder in a text that is to be published as it is."""
     found = dict.fromkeys(match.group() for match in _PATH_IN_TEXT.finditer(text))
     home = str(Path.home())
     if len(home) > 1 and home in text:

@@ -61,11 +61,7 @@ def parse_reference(text: str) -> HubReference:
 
 
 def require_repo_name(repo: str) -> str:
-    """Refuse a name that the Hub does not allow for a repository.
-
-    Raises:
-        InputError: Saying what is wrong with it.
-    """
+    """Refuse a name that the Hub does not allow for a repository."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -77,11 +73,7 @@ def require_repo_name(repo: str) -> str:
 
 
 def require_folder(folder: str) -> str:
-    """Refuse a path that cannot be a folder of a repository; give it without slashes at its ends.
-
-    Raises:
-        InputError: Saying what is wrong with it.
-    """
+    """Refuse what cannot be a folder of a repository; give it without slashes at its ends."""
     path = PurePosixPath(folder.strip("/"))
     bad = [part for part in path.parts if part in (".", "..", ".git") or not part.strip()]
     if folder.startswith("/") or not path.parts or bad or "\\" in folder:
@@ -99,16 +91,7 @@ LISTING_TIMEOUT_SECONDS = 20.0
 def download(reference: str, destination: Path) -> Path:
     """Fetch a folder of a repository, or all of it, whole or not at all.
 
-    Args:
-        reference: `user/repo:folder`, `user/repo`, either with `@revision` after the repository.
-        destination: A new or empty folder. It gets what is in the folder.
-
-    Returns:
-        The destination.
-
-    Raises:
-        InputError: There is no such repository, folder or revision, or the destination is in use.
-        RunFailure: The network, the Hub or the disk failed; nothing is left in the destination.
+    The destination, a new or empty folder, gets what is in the folder.
     """
     found, state = _resolve(parse_reference(reference))
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -134,12 +117,7 @@ def download(reference: str, destination: Path) -> Path:
 def fetch(reference: str) -> Path:
     """The local copy of a folder of a repository, in huggingface_hub's own cache.
 
-    Returns:
-        The folder; not to be written to.
-
-    Raises:
-        InputError: There is no such repository, folder or revision.
-        RunFailure: The network, the Hub or the disk failed.
+    It is not to be written to.
     """
     found, state = _resolve(parse_reference(reference))
     with hub_errors(f"downloading {found}"):
@@ -149,12 +127,7 @@ def fetch(reference: str) -> Path:
 
 
 def local_folder(text: str) -> Path:
-    """The folder behind an argument of `msae report`: one on disk, or fetched from the Hub.
-
-    Raises:
-        InputError: It is a reference to something that does not exist.
-        RunFailure: The network, the Hub or the disk failed.
-    """
+    """The folder behind an argument of `msae report`: one on disk, or fetched from the Hub."""
     path = Path(text)
     return path if path.exists() or not is_reference(text) else fetch(text)
 
@@ -213,12 +186,7 @@ class RepositoryState:
 
 
 def read_state(repo: str, revision: str | None) -> RepositoryState:
-    """Ask the Hub what is in a repository.
-
-    Raises:
-        InputError: The token may not read it.
-        RunFailure: The Hub does not answer.
-    """
+    """Ask the Hub what is in a repository."""
     api = HfApi()
     with hub_errors(f"reading {repo}"):
         try:

@@ -95,14 +95,9 @@ def trained_latents(sae: TrainingSAE[Any], activations: torch.Tensor) -> torch.T
 
     In eval mode a SAELens training SAE encodes as it is exported, with one exception: BatchTopK and
     its kin select over the batch even then, and are exported with their running threshold, which is
-    therefore applied here to the training SAE's own pre-activations.
-
-    Args:
-        sae: In eval mode, with every scaling of the activations folded in.
-        activations: (n, d_in) raw.
-
-    Returns:
-        (n, d_sae) dense.
+    therefore applied here to the training SAE's own pre-activations. The SAE is in eval mode, with
+    every scaling of the activations folded in: (n, d_in) raw activations give (n, d_sae) dense
+    latents.
     """
     if isinstance(sae, MultiScaleTrainingSAE):
         latents = sae.encode(activations) * _decoder_norms(sae)
@@ -133,11 +128,8 @@ def compare(
 ) -> Agreement:
     """Compare an exported SAE with what the trained one gives.
 
-    Args:
-        latents: (n, d_sae) of the trained one, from `trained_latents`.
-        reconstruction: (n, d_in), from `trained_reconstruction`.
-        exported: The reloaded export.
-        activations: (n, d_in) that both are given.
+    `latents` (n, d_sae) are from `trained_latents`, the reconstruction (n, d_in) is from
+    `trained_reconstruction`; both are of these activations.
     """
     other = exported.encode(activations.to(exported.device, exported.dtype))
     other = (other.to_dense() if other.is_sparse else other).to(latents.device)
@@ -217,23 +209,9 @@ def export_sae(
 ) -> ExportReport:
     """Write the inference export (and the jumprelu twin) of a trained SAE and check both.
 
-    Args:
-        sae: A trained SAE with every scaling of the activations folded in. It is put in eval mode
-            for the check and returned to its mode.
-        folder: Gets `sae/`, `jumprelu/`, some of the activations, and `export.json`; made if
-            missing.
-        activations: (n, d_in) real activations as the exported SAE will see them.
-        sparsity: (d_sae,) log10 firing frequency in the training SAE's order of latents, or None.
-        runner_cfg: Configuration of the run; local paths and account names are removed.
-        training_log: Rows of metrics.jsonl, by which the SAE's health is judged.
-
-    Returns:
-        The report, which is also stored.
-
-    Raises:
-        InputError: `folder` has a complete export, or the activations do not fit.
-        RunFailure: The SAE was not trained, holds NaN, is silent, or the reloaded export disagrees.
-            Nothing is left in `folder` then.
+    Every scaling of the activations is folded in already. The activations, (n, d_in), are real ones
+    as the exported SAE will see them; `sparsity` is the (d_sae,) log10 firing frequency in the
+    training SAE's order of latents. Nothing is left in the folder where the check fails.
     """
     if (folder / REPORT_FILENAME).exists():
         raise InputError(f"{folder}: it holds an export already; choose another folder")

@@ -136,11 +136,7 @@ def is_checkpoint(folder: Path) -> bool:
 def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSAE]]:
     """Recognise a folder.
 
-    Returns:
-        The record of a run, None for other folders; and the SAEs by name, of a run those exported.
-
-    Raises:
-        InputError: There is no SAE in it, or a file of one cannot be read.
+    Its record is None for anything but a run; of a run the SAEs are those exported.
     """
     if not folder.is_dir():
         raise InputError(f"{str(folder)!r} is not a folder: give a run, an export or a checkpoint")
@@ -209,11 +205,7 @@ def read_checkpoint(folder: Path) -> StoredSAE:
 
 
 def migrated_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A cfg.json as SAELens 6 would write it: versions 2 to 5 had no metadata.
-
-    Raises:
-        InputError: It is damaged; `where` says which it is.
-    """
+    """A cfg.json as SAELens 6 would write it: versions 2 to 5 had no metadata."""
     checked(config, where, StoredConfig)
     if config.get("metadata") is not None or not {"hook_name", "hook_point"} & set(config):
         return config
@@ -501,9 +493,8 @@ def _listed(names: list[str]) -> str:
 def find_saes(run: Path) -> list[StoredSAE]:
     """The SAEs that a folder holds.
 
-    Raises:
-        InputError: There is none, or one that must not be published: a training checkpoint, an
-            export that was not finished, an SAE without training or with NaN weights.
+    Refused is what must not be published: a training checkpoint, an export that was not finished,
+    an SAE without training or with NaN weights.
     """
     if not run.is_dir():
         raise InputError(f"{str(run)!r} is not a folder: give a run or an export")

@@ -82,12 +82,8 @@ def assess(
 ) -> list[HealthFinding]:
     """Judge an SAE by its training log and its export; empty for a healthy one.
 
-    Args:
-        rows: Rows of metrics.jsonl in order; columns that are missing are not judged.
-        d_sae: Number of latents.
-        l0_target: The k that was trained for; None for architectures without one.
-        l0_exported: Active latents per token of the exported SAE.
-        explained_variance: Of the exported SAE; None takes the last row's.
+    Columns that are missing from the log are not judged. The explained variance is the export's;
+    None takes the last row's.
     """
     last = rows[-1] if rows else {}
     off_target = _l0(l0_exported, l0_target)
@@ -227,12 +223,7 @@ def _window_tokens(rows: Sequence[Row]) -> float:
 
 
 class HealthWatch:
-    """The checks during a run: at a few points, and each finding of an SAE once.
-
-    Args:
-        total_steps: Length of the run.
-        widths: d_sae of each SAE.
-    """
+    """The checks during a run: at a few points, and each finding of an SAE once."""
 
     def __init__(self, total_steps: int, widths: Mapping[str, int]) -> None:
         self._total_steps = total_steps

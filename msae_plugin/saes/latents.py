@@ -17,9 +17,7 @@ ALIGNED_LATENTS = 2048
 def dense_share(firings: torch.Tensor, n_tokens: int) -> torch.Tensor:
     """Share of the L0 that dense latents take, zero-dimensional.
 
-    Args:
-        firings: (d_sae,) how many of the tokens each latent fired on.
-        n_tokens: Number of tokens.
+    `firings` (d_sae,) says how many of the tokens each latent fired on.
     """
     dense = firings > DENSE_RATE * n_tokens
     return (firings * dense).sum() / firings.sum().clamp(min=1)
@@ -29,9 +27,7 @@ def dense_share(firings: torch.Tensor, n_tokens: int) -> torch.Tensor:
 def encoder_decoder_alignment(sae: torch.nn.Module, live: torch.Tensor) -> float | None:
     """Mean cosine of a latent's encoder and decoder direction over the live latents.
 
-    Args:
-        sae: An SAE; None is returned without W_enc (d_in, d_sae) and W_dec (d_sae, d_in).
-        live: (d_sae,) bool, which latents count.
+    `live` is (d_sae,) bool. None for an SAE without W_enc (d_in, d_sae) and W_dec (d_sae, d_in).
     """
     W_enc: Any = getattr(sae, "W_enc", None)
     W_dec: Any = getattr(sae, "W_dec", None)

@@ -20,11 +20,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -63,17 +59,8 @@ class BrokenSAEError(RunFailure):
 def load_sae(found: LocatedSAE, device: str) -> tuple[SAE[Any], str]:
     """Load an SAE in float32, and hash its weights as they are stored.
 
-    Args:
-        found: Where it is; what is in a folder needs no network.
-        device: A torch device.
-
-    Returns:
-        The SAE, and the sha256 of sae_weights.safetensors (of the loaded tensors where a release
-        keeps its weights in another format).
-
-    Raises:
-        InputError: It cannot be had or loaded, was not trained, or is a training checkpoint that
-            computes something else than the SAE it would be exported as.
+    The sha256 is of sae_weights.safetensors, or of the loaded tensors where a release keeps its
+    weights in another format. What is in a folder needs no network.
     """
     if isinstance(found.source, Path):
         folder = found.source
@@ -261,22 +248,9 @@ def load_saes(
 ) -> list[EvaluatedSAE]:
     """Load the SAEs behind references.
 
-    Args:
-        references: Runs, folders, `user/repo:folder` or `release:sae_id`; see
-            `msae_plugin.saes.find`. What is on the disk needs no network.
-        device: A torch device.
-        hook: Where the SAEs read, in place of what their metadata say.
-        model_name: The language model of SAEs whose metadata name none.
-        on_broken: Called with name and reason for each SAE that was never trained or holds NaN;
-            the others are loaded all the same.
-
-    Returns:
-        The SAEs, in the order of the references.
-
-    Raises:
-        InputError: A reference leads to no SAE, to one that is not finished, or to one that
-            SAEBench cannot evaluate.
-        BrokenSAEError: One was never trained or holds NaN, and nobody is told (`on_broken`).
+    A hook stands in place of what their metadata say; the model's name is for SAEs that name none.
+    `on_broken` is called with name and reason for each SAE that was never trained or holds NaN, and
+    the others are loaded all the same; without it the first such SAE raises `BrokenSAEError`.
     """
     if not references:
         raise InputError(
@@ -327,11 +301,7 @@ def sae_record(evaluated: EvaluatedSAE) -> dict[str, Any]:
 
 
 def transformer_lens_hook(hook: str) -> str:
-    """A hook's name as TransformerLens has it: `model.layers.9` is `blocks.9.hook_resid_post`.
-
-    Raises:
-        InputError: It is the name of another module, whose output need not be any hook point's.
-    """
+    """A hook's name as TransformerLens has it: `model.layers.9` is `blocks.9.hook_resid_post`."""
     if hook.rsplit(".", 1)[-1].startswith("hook_"):
         return hook
     layer = _LAYER_OUTPUT.fullmatch(hook)
@@ -344,11 +314,7 @@ def transformer_lens_hook(hook: str) -> str:
 
 
 def check_evaluable(model_name: str, hooks: Sequence[str]) -> None:
-    """Say before a model is loaded which of its hooks can be trained on and not evaluated.
-
-    Raises:
-        InputError: The hooks are TransformerLens', which cannot convert the model.
-    """
+    """Say before a model is loaded which of its hooks can be trained on and not evaluated."""
     if common_style(hooks) == "transformer_lens":
         require_convertible(model_name)
     try:

@@ -70,11 +70,7 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
-    """The folders of a run's SAEs by name, exported or not, as its record lists them.
-
-    Raises:
-        InputError: One is not in the run.
-    """
+    """The folders of a run's SAEs by name, exported or not, as its record lists them."""
     saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
     roots = {name: run / str(sae.get("folder", name)) for name, sae in saes.items()}
     for name, root in roots.items():
@@ -93,14 +89,7 @@ def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
 
 
 class RunRecord:
-    """Writes `run.json`, whole, at every change.
-
-    Args:
-        folder: The run's folder.
-        content: What is known from the start.
-        earlier_seconds: Wall time of the sessions before a resume.
-        writes: Whether this process is the one that writes.
-    """
+    """Writes `run.json`, whole, at every change."""
 
     def __init__(
         self,
@@ -123,12 +112,7 @@ class RunRecord:
         return self._earlier_seconds + (now - self._started).total_seconds()
 
     def write(self, status: Status, **updates: Any) -> None:
-        """Replace the file.
-
-        Args:
-            status: How the run stands.
-            updates: Keys to add or replace.
-        """
+        """Replace the file."""
         self.content.update(updates)
         if not self._writes:
             return
@@ -147,10 +131,10 @@ class RunRecord:
 def read_rows(path: Path, shape: Any = StoredRow) -> list[dict[str, Any]]:
     """All rows of a JSON-lines file; none when there is no file.
 
-    A last line that a kill cut short is left out, as a resumed run does.
-
-    Raises:
-        InputError: Another line is broken, or the file cannot be read.
+    A last line that a kill cut short is left out, as a resumed run does. Yields the number of the
+    row or, in JSON, of the line, and its values by column. Plain text has one column, `text`, with
+    a paragraph in each row. Of Parquet `columns` alone are read. Numbers in CSV are numbers where
+    `typed`, which takes the whole table at once, else text.
     """
     if not path.is_file():
         return []

@@ -50,17 +50,7 @@ _BATCH_DIVISOR = {"ravel": 4, "unlearning": 8}
 
 
 class Adapter(ABC):
-    """One of SAEBench's evaluations with one seed.
-
-    Args:
-        evaluation: Its name in a config file.
-        context: The model.
-        settings: Fields of SAEBench's config class and ours, as `check_settings` gives them.
-        saes: The SAEs.
-        seed: Of the choice and order of texts, and of all that is trained.
-        output: Folder for SAEBench's JSON.
-        report: Shows progress.
-    """
+    """One of SAEBench's evaluations with one seed."""
 
     title = ""
     """The evaluation in messages, where that is not its name in a config file."""
@@ -93,11 +83,7 @@ class Adapter(ABC):
         self.model_back()
 
     def run(self) -> dict[str, ScoreResult]:
-        """Evaluate the SAEs one by one: whatever one raises is its own result.
-
-        Raises:
-            InputError: The text or the data cannot be had, or a setting cannot work.
-        """
+        """Evaluate the SAEs one by one: whatever one raises is its own result."""
         with evaluation_environment(self.seed):
             found = self.prepare()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -214,11 +200,7 @@ def run_evaluation(
     output: Path,
     report: Reporter,
 ) -> dict[str, ScoreResult]:
-    """Run one evaluation with one seed; its result by SAE (arguments as of `Adapter`).
-
-    Raises:
-        InputError: The text or the data cannot be had, or a setting cannot work.
-    """
+    """Run one evaluation with one seed; its result by SAE (arguments as of `Adapter`)."""
     module, _, name = ADAPTERS.get(evaluation, "passthrough.Passthrough").partition(".")
     found = importlib.import_module(f"msae_plugin.evaluation.saebench.{module}")
     adapter: type[Adapter] = getattr(found, name)

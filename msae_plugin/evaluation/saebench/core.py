@@ -71,9 +71,8 @@ def measure_reconstruction(
 ) -> tuple[dict[str, list[dict[str, torch.Tensor]]], dict[str, ScoreResult]]:
     """The results of `get_recons_loss` for every batch and SAE.
 
-    Returns:
-        By SAE a dictionary per batch, of (prompts, context) or (prompts, context - 1) tensors: the
-        names of SAEBench, and `kl_..._float32`; and the SAEs that failed.
+    By SAE a dictionary per batch, of (prompts, context) or (prompts, context - 1) tensors under the
+    names of SAEBench, and `kl_..._float32`; and the SAEs that failed.
     """
     found: dict[str, list[dict[str, torch.Tensor]]] = {name: [] for name in saes}
     failed: dict[str, ScoreResult] = {}

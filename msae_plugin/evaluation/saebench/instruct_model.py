@@ -147,8 +147,7 @@ class LetterAnswers:
     ) -> torch.Tensor:
         """Probabilities of the letters after each prompt, the larger of a letter's tokens.
 
-        Returns:
-            (prompts, 4) in the model's dtype.
+        (prompts, 4) in the model's dtype.
         """
         del verbose
         if model is not self.model:
@@ -353,10 +352,7 @@ def adapted(
 
 @contextmanager
 def corpora_and_sweep(
-    forget: Corpus,
-    retain: Corpus,
-    windows_seen: WindowsSeen,
-    progress: Progress,
+    forget: Corpus, retain: Corpus, windows_seen: WindowsSeen, progress: Progress
 ) -> Generator[None, None, None]:
     """Let SAEBench count features on these texts and report the sweep, in the block."""
     shuffled_tokens = feature_activation.get_shuffled_forget_retain_tokens

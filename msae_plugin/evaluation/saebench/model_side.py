@@ -64,10 +64,7 @@ class Predictions:
 class CleanPredictions:
     """The unchanged model's predictions on a batch, computed once for all SAEs.
 
-    Args:
-        model: The HookedTransformer.
-        logits: (batch, seq, vocabulary) of the unchanged model.
-        tokens: (batch, seq) long.
+    Logits are (batch, seq, vocabulary), tokens (batch, seq).
     """
 
     def __init__(self, model: Any, logits: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -91,9 +88,7 @@ class CleanPredictions:
     def compare(self, logits: torch.Tensor, prompts: slice = ALL_PROMPTS) -> Predictions:
         """Losses and divergences of other logits on the same batch.
 
-        Args:
-            logits: (prompts, seq, vocabulary).
-            prompts: Which prompts of the batch they are of.
+        `prompts` says which of the batch the logits, (prompts, seq, vocabulary), are of.
         """
         tokens = self._tokens[prompts]
         first = (prompts.start or 0) * tokens.shape[1]
@@ -149,9 +144,6 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
     Packaged text is what training never sees (`heldout_documents`, as in a recipe). A table is
     shuffled by rows; a streamed hub data set, as in SAEBench, by shards only, so seeds of a
     one-shard data set give the same tokens (the summary says so).
-
-    Raises:
-        InputError: The text cannot be had.
     """
     dataset = str(settings["dataset"])
     if not is_local(dataset):
@@ -191,8 +183,7 @@ def core_tokens(
 ) -> torch.Tensor:
     """The first batches of tokens that SAEBench would evaluate this SAE on.
 
-    Returns:
-        (n_batches, batch_size_prompts, context_size) long.
+    (n_batches, batch_size_prompts, context_size) long.
     """
     sae = evaluated.for_saebench(context.torch_dtype, "cpu")
     # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.
@@ -251,11 +242,8 @@ WHOLE_PASSES = "whole-passes"
 class CoreModelSide:
     """The model's side of the core evaluation for one hook and one list of token batches.
 
-    Args:
-        context: The model.
-        hook_name: Where the SAEs read.
-        tokens: (n_batches, prompts, context) long.
-        n_reconstruction: The first so many batches also serve the reconstruction metrics.
+    Tokens are (n_batches, prompts, context); the first `n_reconstruction` batches also serve the
+    reconstruction metrics.
     """
 
     def __init__(
@@ -278,11 +266,7 @@ class CoreModelSide:
         self.folder: Path = keyed_folder(context.cache, KIND, self.key)
 
     def prepare(self, report: Reporter) -> bool:
-        """Compute what is not on disk yet.
-
-        Returns:
-            Whether anything had to be computed.
-        """
+        """Compute what is not on disk yet."""
         if is_complete(self.folder):
             if (self.folder / WHOLE_PASSES).exists():
                 self._start = None
@@ -307,8 +291,7 @@ class CoreModelSide:
     def clean(self, index: int) -> tuple[CleanPredictions, torch.Tensor, Predictions]:
         """For a batch of the reconstruction metrics: the clean model, its loss, and the ablation.
 
-        Returns:
-            The clean predictions, their loss (prompts, context - 1), and what zeros at the hook do.
+        The clean predictions, their loss (prompts, context - 1), and what zeros at the hook do.
         """
         stored = self._load(index)
         n_layers = int(self._model.cfg.n_layers)

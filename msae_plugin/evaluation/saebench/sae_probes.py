@@ -146,14 +146,7 @@ def batch_size(longest: int, n_heads: int, device: str) -> int:
 
 
 class SaeProbesModelSide:
-    """The model's side of sae-probes for one hook.
-
-    Args:
-        context: The model.
-        hook_name: Where the SAEs read.
-        seed: Of the split of every dataset and of the probes.
-        method: sae-probes' name of the probe on the model; None for no such probe.
-    """
+    """The model's side of sae-probes for one hook."""
 
     def __init__(
         self, context: ModelContext, hook_name: str, seed: int, method: str | None

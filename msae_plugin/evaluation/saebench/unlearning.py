@@ -31,10 +31,7 @@ from sae_bench.evals.unlearning.eval_output import (
 from sae_bench.evals.unlearning.main import get_metrics_df, get_unlearning_scores
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.evals.unlearning.utils.eval import run_eval_single_sae
-from sae_bench.evals.unlearning.utils.feature_activation import (
-    get_top_features,
-    load_sparsity_data,
-)
+from sae_bench.evals.unlearning.utils.feature_activation import get_top_features, load_sparsity_data
 from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
 from transformers import AutoTokenizer
@@ -420,11 +417,9 @@ def _missing_in_tokenizer(folder: Path) -> list[Problem]:
 def load_questions(name: str, source: str | None) -> Questions:
     """Questions from a file, a folder, or the hub.
 
-    Args:
-        name: SAEBench's name.
-        source: A .json, .jsonl, .parquet or .csv file or a folder of such files or of
-            `save_to_disk`; a hub name, `organisation/name` or `organisation/name:config`, of which
-            the split `test` is read; SAEBench's own data set of this name if None.
+    A .json, .jsonl, .parquet or .csv file, a folder of such files or of `save_to_disk`, or the
+    split `test` of a hub name, `organisation/name` or `organisation/name:config`; SAEBench's own
+    data set of this name if None.
     """
     if source is None:
         hub = ("cais/wmdp", FORGET_DATASET) if name == FORGET_DATASET else ("cais/mmlu", name)
