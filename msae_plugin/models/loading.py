@@ -76,7 +76,10 @@ def resolve_model(name: str, report: Callable[[str], object] = logger.info) -> M
                 "(model.safetensors, or its shards)",
                 "save the whole model with save_pretrained",
             )
-        hub_name = _hub_name_of_snapshot(folder)
+        # Inside a hub cache a folder is `models--ORG--NAME/snapshots/REVISION`.
+        repository = folder.parent.parent.name
+        cached = folder.parent.name == "snapshots" and repository.startswith("models--")
+        hub_name = repository.removeprefix("models--").replace("--", "/") if cached else None
         return ModelSource(folder, hub_name, recorded_name=hub_name or str(folder))
     hub_name = hub_name_of(name)
     return ModelSource(model_folder(hub_name), hub_name, recorded_name=hub_name)
@@ -94,6 +97,15 @@ def local_folder(name: str) -> Path | None:
     return None
 
 
+def config_folder(name: str) -> tuple[Path, str | None]:
+    """A folder with the config of a model that is not packaged, and the model's hub name."""
+    folder = local_folder(name)
+    if folder is not None:
+        return folder, None
+    hub_name = hub_name_of(name)
+    return model_config_folder(hub_name), hub_name
+
+
 def hub_name_of(name: str) -> str:
     """The hub name behind a name or alias (`gpt2-small` is `gpt2`)."""
     official = official_transformer_lens_name(name) or name
@@ -103,14 +115,6 @@ def hub_name_of(name: str) -> str:
             "load it yourself and hand it to the runner as language_model",
         )
     return official
-
-
-def _hub_name_of_snapshot(folder: Path) -> str | None:
-    """The hub name of a folder inside a hub cache, `models--ORG--NAME/snapshots/REVISION`."""
-    repository = folder.parent.parent.name
-    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
-        return None
-    return repository.removeprefix("models--").replace("--", "/")
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -204,14 +208,15 @@ def load_language_model(
     has to agree. Every weight gets the dtype.
     """
     model_class_name = _loader_for(hook_names, model_class)
-    torch_dtype = _checked_dtype(dtype)
+    if dtype not in DTYPES:
+        raise InputError(f"model dtype {dtype!r} is not known", f"use one of {', '.join(DTYPES)}")
+    torch_dtype = str_to_dtype(dtype)
     _require_device(device)
     options = dict(from_pretrained_kwargs or {})
-    for key in options:
-        if key in _OWN_ARGUMENTS:
-            raise InputError(
-                f"from_pretrained_kwargs: {key!r} is not taken here", f"use {_OWN_ARGUMENTS[key]}"
-            )
+    for key in filter(_OWN_ARGUMENTS.get, options):
+        raise InputError(
+            f"from_pretrained_kwargs: {key!r} is not taken here", f"use {_OWN_ARGUMENTS[key]}"
+        )
     shape = describe_model(name)
     for hook in hook_names:
         validate_hook(hook, shape.n_layers)
@@ -232,7 +237,9 @@ def load_language_model(
     else:
         hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options)
         model = _hooked_modules(hf_model, tokenizer, list(hook_names), device, options)
-    _require_hooks(model, hook_names, name)
+    for hook in hook_names:
+        if hook not in model.hook_dict:
+            raise InputError(f"model {name!r}: {_missing_hook(hook, list(model.hook_dict))}")
     return LanguageModel(
         model=model,
         # TransformerLens reloads the tokenizer with add_bos_token on: the model's own counts.
@@ -250,10 +257,7 @@ def describe_model(name: str) -> ModelShape:
     if name.startswith(PACKAGED_PREFIX):
         package = packaged_model(name)
         return ModelShape(package.d_model, package.n_layers, package.vocabulary, package.positions)
-    folder = local_folder(name)
-    if folder is None:
-        folder = model_config_folder(hub_name_of(name))
-    config = read_config(folder).get_text_config()
+    config = read_config(config_folder(name)[0]).get_text_config()
     try:
         return ModelShape(
             config.hidden_size,
@@ -270,13 +274,9 @@ def describe_model(name: str) -> ModelShape:
 
 def require_convertible(name: str) -> None:
     """Refuse a model that TransformerLens cannot convert, from its config alone."""
-    if name.startswith(PACKAGED_PREFIX):
-        return
-    folder, hub_name = local_folder(name), None
-    if folder is None:
-        hub_name = hub_name_of(name)
-        folder = model_config_folder(hub_name)
-    require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
+    if not name.startswith(PACKAGED_PREFIX):
+        folder, hub_name = config_folder(name)
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
 
 
 @torch.no_grad()
@@ -312,23 +312,13 @@ def _loader_for(hook_names: Sequence[str], model_class: str | None) -> str:
     raise InputError(f"hook {hook_names[0]!r} needs the model class {needed}, not {model_class}")
 
 
-def _checked_dtype(dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise InputError(f"model dtype {dtype!r} is not known", f"use one of {', '.join(DTYPES)}")
-    return str_to_dtype(dtype)
-
-
 def _require_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise InputError(f"device {device!r} is not known", "use cpu, cuda or mps") from error
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(kind, True):
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(kind):
         raise InputError(f"device {device!r} is not available on this machine", "use cpu")
 
 
@@ -372,14 +362,6 @@ def _hooked_modules(
     # The same tokenizer as HookedTransformer's. SAELens strips the BOS token that a tokenizer puts
     # before every text only where `add_bos_token` says so, and Gemma's does it without saying so.
     return HookedProxyLM(hf_model, get_tokenizer_with_bos(tokenizer), hook_names=hook_names)
-
-
-def _require_hooks(
-    model: HookedTransformer | HookedProxyLM, hook_names: Sequence[str], name: str
-) -> None:
-    for hook in hook_names:
-        if hook not in model.hook_dict:
-            raise InputError(f"model {name!r}: {_missing_hook(hook, list(model.hook_dict))}")
 
 
 def _missing_hook(hook: str, known: list[str]) -> str:

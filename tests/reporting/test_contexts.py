@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from msae_plugin.data.windows import iterate_windows
+from msae_plugin.data.text import iterate_windows
 from msae_plugin.evaluation.contexts import (
     ContextCollector,
     ContextsForTerminal,

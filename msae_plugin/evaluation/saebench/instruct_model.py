@@ -210,6 +210,11 @@ _VERSIONS = ("sae-bench", "transformer-lens", "torch", "transformers", "tokenize
 _SPLIT_SEED = 0
 
 
+def json_sha256(value: Any) -> str:
+    """Hash of questions or documents as JSON, whatever file they came in."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Questions:
     """Multiple-choice questions under one of SAEBench's names."""
@@ -218,11 +223,6 @@ class Questions:
     source: str  # where they are from: a path or a hub name
     rows: list[dict[str, Any]]  # `question`, `choices` (4 texts) and `answer` (0 to 3) of each
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the rows as JSON: of what is asked, whatever file it came in."""
-        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -230,11 +230,6 @@ class Corpus:
 
     source: str  # where they are from: a path or a hub name
     documents: list[str]  # their text
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the documents as JSON."""
-        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -287,7 +282,7 @@ def _key(
     return {
         **context.key(*_VERSIONS),
         "name": questions.name,
-        "questions": questions.sha256,
+        "questions": json_sha256(questions.rows),
         "tokens": answers.fingerprint(prompts),
         "batch_size": batch_size,
     }
