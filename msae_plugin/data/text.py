@@ -52,6 +52,8 @@ from msae_plugin.data.text_files import (
 from msae_plugin.models.hub_access import first_line, require_repository
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 
+logger = logging.getLogger(__name__)
+
 Document: TypeAlias = "str | list[int]"
 """A document's text, or its token ids where the corpus is tokenised."""
 
@@ -152,35 +154,28 @@ def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
                 "(all but Parquet also with .gz, .zst, .bz2 or .xz)",
             )
         return _file_corpus(str(path), (path.resolve(),), text_column)
-    if path.is_dir():
-        if is_saved_dataset(path):
-            folder = path.resolve()
-            rows = saved_dataset(folder, split)
-            columns = rows.column_names or []
-            column, tokenised = choose_column(columns, text_column, str(path), _first(rows))
-            small = (rows.dataset_size or 0) <= FULL_SCAN_BYTES
-            return DatasetCorpus(
-                name=str(path),
-                split=split,
-                column=column,
-                tokenised=tokenised,
-                small=small,
-                folder=folder,
-            )
+    if path.is_dir() and not is_saved_dataset(path):
         return _file_corpus(str(path), tuple(find_text_files(path.resolve(), split)), text_column)
-    if path.is_absolute() or source.startswith(".") or is_text_file(path):
+    folder, config = None, ""
+    if path.is_dir():
+        folder, name = path.resolve(), str(path)
+        rows = saved_dataset(folder, split)
+    elif path.is_absolute() or source.startswith(".") or is_text_file(path):
         raise InputError(f"text source {source} does not exist")
-    name, _, config = source.partition(":")
-    require_repository(name, "dataset")
-    rows = _hub_dataset(name, config or None, split)
-    columns = rows.column_names or list(_first(rows)())
-    column, tokenised = choose_column(columns, text_column, source, _first(rows))
+    else:
+        name, _, config = source.partition(":")
+        require_repository(name, "dataset")
+        rows = _hub_dataset(name, config or None, split)
+    columns = rows.column_names or ([] if folder is not None else list(_first(rows)()))
+    shown = source if folder is None else name
+    column, tokenised = choose_column(columns, text_column, shown, _first(rows))
     return DatasetCorpus(
         name=name,
         split=split,
         column=column,
         tokenised=tokenised,
-        small=False,
+        small=folder is not None and (rows.dataset_size or 0) <= FULL_SCAN_BYTES,
+        folder=folder,
         config=config or None,
     )
 
@@ -258,8 +253,6 @@ def _hub_dataset(name: str, config: str | None, split: str) -> IterableDataset:
         raise InputError(f"dataset {name!r} cannot be read ({first_line(error)})") from error
     return cast("IterableDataset", rows)
 
-
-logger = logging.getLogger(__name__)
 
 SCANNED_PER_HELDOUT_DOCUMENT = 50
 """Documents read per held-out one where the corpus is not read as a whole: 2 % are held out."""
@@ -341,7 +334,9 @@ def load_text(
         heldout_documents,
         limit,
         corpus.name,
-        _more_documents(corpus),
+        "separate the documents of a plain text by blank lines, give more text"
+        if isinstance(corpus, FileCorpus) and all(map(is_plain_text, corpus.paths))
+        else "give more text",
     )
     row_stream: dict[str, Any] = {
         "corpus": corpus,
@@ -351,12 +346,10 @@ def load_text(
         "shuffle_buffer": shuffle_buffer,
         "vocabulary": vocabulary,
     }
-    tokenised = corpus.tokenised
     train: IterableDataset | Dataset
     if streaming:
-        features = Features(
-            {"input_ids": Sequence(Value("int64"))} if tokenised else {"text": Value("string")}
-        )
+        ids, text = {"input_ids": Sequence(Value("int64"))}, {"text": Value("string")}
+        features = Features(ids if corpus.tokenised else text)
         train = IterableDataset.from_generator(
             training_rows, features=features, gen_kwargs=row_stream
         )
@@ -373,13 +366,6 @@ def load_text(
         heldout_tokens=[document for document in heldout if not isinstance(document, str)],
         description=description,
     )
-
-
-def _more_documents(corpus: Corpus) -> str:
-    """How a corpus of too few documents gets more."""
-    if isinstance(corpus, FileCorpus) and all(is_plain_text(path) for path in corpus.paths):
-        return "separate the documents of a plain text by blank lines, give more text"
-    return "give more text"
 
 
 def choose_heldout(
@@ -532,14 +518,8 @@ def iterate_windows(
 
 def batched_windows(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
     """Group windows into lists of at most `size`."""
-    batch: list[Window] = []
-    for window in windows:
-        batch.append(window)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    rest = iter(windows)
+    return iter(lambda: list(islice(rest, size)), [])
 
 
 def require_texts(texts: Iterable[str]) -> None:

@@ -32,14 +32,9 @@ MAX_PARAGRAPH_CHARACTERS = 1_000_000
 """A plain text without blank lines is cut into documents of this length."""
 
 _FORMATS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-}
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv",
+    ".tsv": "csv", ".txt": "text",
+}  # fmt: skip
 _OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSIONS = (*_OPENERS, ".zst")
 # What a folder of data holds beside its data.
@@ -52,12 +47,8 @@ _SPLIT_IN_NAME = re.compile(
     r"(?:^|[^a-z])(train|training|test|validation|valid|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE
 )
 _SPLIT_ALIASES = {
-    "training": "train",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-}
+    "training": "train", **dict.fromkeys(("valid", "val", "dev", "eval"), "validation")
+}  # fmt: skip
 
 
 WRITE_ONE_COLUMN = "write their text into a column of its own and name it as text_column"
@@ -155,14 +146,9 @@ def read_rows(
         return _json_rows(path)
     if kind == "parquet":
         return enumerate(_parquet_rows(path, columns), start=1)
-    return enumerate(
-        (
-            cast("dict[str, Any]", row)
-            for table in _csv_tables(path, typed=typed)
-            for row in table.to_dict("records")
-        ),
-        start=1,
-    )
+    tables = _csv_tables(path, typed=typed)
+    rows = (row for table in tables for row in table.to_dict("records"))
+    return enumerate(cast("Iterator[dict[str, Any]]", rows), start=1)
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -221,14 +221,12 @@ def _missing(
     if not skip or len(unfit) == len(saes):
         refuse_missing(problems)
     found: dict[str, list[str]] = {}
-    for problem in problems:
-        if problem.sae is not None:
-            continue
-        found.setdefault(problem.evaluation, []).append(f"{problem.what} - {problem.how}")
+    for p in problems:
+        if p.sae is None:
+            found.setdefault(p.evaluation, []).append(f"{p.what} - {p.how}")
     # What every evaluation needs, such as the model, is under the name "all".
-    common = found.pop("all", [])
-    if common:
-        return {name: "; ".join(common) for name in config.evaluations}, unfit
+    if common := found.pop("all", []):
+        found = dict.fromkeys(config.evaluations, common)
     return {name: "; ".join(reasons) for name, reasons in found.items()}, unfit
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
@@ -56,6 +55,7 @@ from msae_plugin.models.transformer_lens import (
     transformer_lens_name,
 )
 from msae_plugin.saes.load import EvaluatedSAE
+from msae_plugin.training.plans import default_device
 
 EXTRA = 'pip install "msae-plugin[eval]"'
 OPENAI_VARIABLE = "OPENAI_API_KEY"
@@ -109,7 +109,8 @@ def preflight(
     Those of all evaluations come first; the model's name is None where it is loaded already.
     """
     with hub_asked_once():
-        found = missing_packages(None) + missing_device(config.model.device)
+        found = missing_packages(None)
+        found += refusal_of(lambda: default_device(config.model.device), "set model.device")
         d_model: int | None = None
         if model_name is not None:
             lacking = missing_model(model_name)
@@ -117,17 +118,15 @@ def preflight(
                 lacking = misfits(model_name, saes)
                 d_model = describe_model(model_name).d_model
             found += lacking
-        checks = _Checks(config, saes, model_name, d_model)
+        widths = list({s.hook_name: s.sae.cfg.d_in for s in saes}.values())
+        measured = model_name if d_model is not None else None
         for evaluation, settings in config.evaluations.items():
-            found += [
-                # Some of the messages begin with the evaluation's name themselves.
-                Problem(problem.what.removeprefix(f"{evaluation}: "), problem.how, evaluation)
-                for problem in [
-                    *missing_packages(evaluation),
-                    *checks.of(evaluation, settings),
-                    *too_long(evaluation, settings, model_name if d_model is not None else None),
-                ]
-            ]
+            lacking = missing_packages(evaluation)
+            lacking += _lacking(evaluation, settings, config, widths, (model_name, d_model))
+            lacking += too_long(evaluation, settings, measured)
+            # Some of the messages begin with the evaluation's name themselves.
+            own = f"{evaluation}: "
+            found += [Problem(p.what.removeprefix(own), p.how, evaluation) for p in lacking]
         return list(dict.fromkeys(found))
 
 
@@ -143,12 +142,8 @@ def refuse_missing(problems: Sequence[Problem]) -> None:
 
 def missing_packages(evaluation: str | None) -> list[Problem]:
     """Packages that are not installed, or in a version that does not work."""
-    return [
-        problem
-        for requirement in REQUIREMENTS
-        if (evaluation or "") in (requirement.evaluations or ("",))
-        for problem in _missing_package(requirement)
-    ]
+    wanted = [r for r in REQUIREMENTS if (evaluation or "") in (r.evaluations or ("",))]
+    return [problem for requirement in wanted for problem in _missing_package(requirement)]
 
 
 def _missing_package(requirement: Requirement) -> Iterable[Problem]:
@@ -177,20 +172,6 @@ def refusal_of(check: Callable[[], object], otherwise: str) -> list[Problem]:
         check()
     except InputError as error:
         return [Problem.of(error, otherwise)]
-    return []
-
-
-def missing_device(device: str) -> list[Problem]:
-    """Whether this machine has the device that `model.device` asks for."""
-    kind, _, number = device.partition(":")
-    cpu = "set model.device to cpu or auto"
-    if kind == "cuda" and not torch.cuda.is_available():
-        return [Problem("device cuda: torch sees no GPU on this machine", cpu)]
-    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        return [Problem(f"device {device}: this machine has {count} GPUs", "set model.device")]
-    if kind == "mps" and not torch.backends.mps.is_available():
-        return [Problem("device mps: torch sees no Apple GPU on this machine", cpu)]
     return []
 
 
@@ -230,23 +211,18 @@ def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
     shape = describe_model(name)
     found: list[Problem] = []
     for evaluated in saes:
-        d_in, problem = evaluated.sae.cfg.d_in, None
+        hook, d_in, problem = evaluated.hook_name, evaluated.sae.cfg.d_in, None
         try:
-            if validate_hook(evaluated.hook_name, shape.n_layers).layer is None:
-                problem = "SAEBench finds the layer in the name of a hook, and "
-                problem += f"{evaluated.hook_name!r} names none"
-            if "hook_resid" in evaluated.hook_name and d_in != shape.d_model:
+            if validate_hook(hook, shape.n_layers).layer is None:
+                problem = f"SAEBench finds the layer in the name of a hook, and {hook!r} names none"
+            if "hook_resid" in hook and d_in != shape.d_model:
                 problem = f"it has d_in {d_in}, the residual stream is {shape.d_model} wide"
         except InputError as error:
             problem = str(error)
         if problem is not None:
-            found.append(
-                Problem(
-                    f"SAE {evaluated.name!r} does not fit model {name}: {problem}",
-                    "leave it out, or give the model that it was trained on (--model)",
-                    sae=evaluated.name,
-                )
-            )
+            what = f"SAE {evaluated.name!r} does not fit model {name}: {problem}"
+            how = "leave it out, or give the model that it was trained on (--model)"
+            found.append(Problem(what, how, sae=evaluated.name))
     return found
 
 
@@ -282,60 +258,52 @@ def tokenizer_folder(name: str) -> Path | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Checks:
-    """The checks of each evaluation."""
-
-    config: EvalConfig
-    saes: Sequence[EvaluatedSAE]
-    model_name: str | None
-    d_model: int | None
-
-    def of(self, evaluation: str, settings: Mapping[str, Any]) -> list[Problem]:
-        """Everything that one evaluation lacks."""
-        cache = Path(self.config.cache) if self.config.cache else default_cache()
-        # Width of the activations at each hook.
-        widths = list({s.hook_name: s.sae.cfg.d_in for s in self.saes}.values())
-        dtype, runs = self.config.model.dtype, len(self.config.seeds)
-        match evaluation:
-            case "core":
-                sizes = [core_bytes(settings, w, self.d_model or w, dtype) for w in widths]
-                return missing_for_core(settings) + missing_disk(
-                    cache, sum(sizes) * runs, "or smaller sizes", "core"
-                )
-            case "sparse_probing":
-                width = sum(widths) * BYTES_OF[dtype]
-                return missing_for_probing(settings, cache=cache, bytes_per_token=width, runs=runs)
-            case "scr" | "tpp":
-                return missing_for_probing(settings)
-            case "sparse_probing_sae_probes" if not missing_packages(evaluation):
-                return self._asked("sae_probes", settings, cache=cache, d_model=sum(widths))
-            case "unlearning":
-                return self._unlearning(settings)
-            case "ravel":
-                return missing_for_ravel(settings, self.model_name)
-            case "autointerp":
-                return missing_for_autointerp(settings)
-            case _:
-                return []
-
-    def _asked(self, module: str, settings: Mapping[str, Any], **known: Any) -> list[Problem]:
-        """What an adapter itself finds missing; none without SAEBench, which is named already."""
-        if importlib.util.find_spec("sae_bench") is None:
+def _lacking(
+    evaluation: str,
+    settings: Mapping[str, Any],
+    config: EvalConfig,
+    widths: Sequence[int],
+    model: tuple[str | None, int | None],
+) -> list[Problem]:
+    """Everything that one evaluation lacks, with the widths at the hooks and of the model."""
+    cache = Path(config.cache) if config.cache else default_cache()
+    (model_name, d_model), dtype, runs = model, config.model.dtype, len(config.seeds)
+    match evaluation:
+        case "core":
+            needed = sum(core_bytes(settings, w, d_model or w, dtype) for w in widths) * runs
+            disk = missing_disk(cache, needed, "or smaller sizes", "core")
+            return missing_for_core(settings) + disk
+        case "sparse_probing":
+            width = sum(widths) * BYTES_OF[dtype]
+            return missing_for_probing(settings, cache=cache, bytes_per_token=width, runs=runs)
+        case "scr" | "tpp":
+            return missing_for_probing(settings)
+        case "sparse_probing_sae_probes" if not missing_packages(evaluation):
+            return _asked("sae_probes", settings, cache=cache, d_model=sum(widths))
+        case "unlearning":
+            own_model: str | None = settings.get("model")
+            found = [] if own_model is None else missing_model(own_model)
+            instruct = own_model or model_name
+            folder = None if instruct is None or found else tokenizer_folder(instruct)
+            try:
+                return found + _asked("unlearning", settings, tokenizer_folder=folder)
+            except InputError as error:
+                return [*found, Problem.of(error, "mend evaluations.unlearning in the config")]
+        case "ravel":
+            return missing_for_ravel(settings, model_name)
+        case "autointerp":
+            return missing_for_autointerp(settings)
+        case _:
             return []
-        # Imported here: it imports sae_bench, which takes seconds.
-        adapter = importlib.import_module(f"msae_plugin.evaluation.saebench.{module}")
-        return getattr(adapter, f"missing_for_{module}")(settings, **known)
 
-    def _unlearning(self, settings: Mapping[str, Any]) -> list[Problem]:
-        own_model: str | None = settings.get("model")
-        found = [] if own_model is None else missing_model(own_model)
-        instruct = own_model or self.model_name
-        folder = None if instruct is None or found else tokenizer_folder(instruct)
-        try:
-            return found + self._asked("unlearning", settings, tokenizer_folder=folder)
-        except InputError as error:
-            return [*found, Problem.of(error, "mend evaluations.unlearning in the config")]
+
+def _asked(module: str, settings: Mapping[str, Any], **known: Any) -> list[Problem]:
+    """What an adapter itself finds missing; none without SAEBench, which is named already."""
+    if importlib.util.find_spec("sae_bench") is None:
+        return []
+    # Imported here: it imports sae_bench, which takes seconds.
+    adapter = importlib.import_module(f"msae_plugin.evaluation.saebench.{module}")
+    return getattr(adapter, f"missing_for_{module}")(settings, **known)
 
 
 def missing_for_core(settings: Mapping[str, Any]) -> list[Problem]:
@@ -478,11 +446,11 @@ def stored_tokens(settings: Mapping[str, Any]) -> int:
 
 
 def _missing_labelled(name: str, settings: Mapping[str, Any]) -> list[Problem]:
-    otherwise = "choose another labelled set"
     if name in LABELLED_SOURCES and (pip_arguments := missing_package(name)) is not None:
         what = f"package {labelled_source(name).distribution} (labelled set {name})"
         return [Problem(what, f"pip install {pip_arguments}")]
-    return refusal_of(lambda: labelled_texts(name, *_probe_sizes(settings), seed=0), otherwise)
+    sizes = _probe_sizes(settings)
+    return refusal_of(lambda: labelled_texts(name, *sizes, seed=0), "choose another labelled set")
 
 
 def _missing_probing_set(hub_name: str, copies: Mapping[str, str]) -> list[Problem]:

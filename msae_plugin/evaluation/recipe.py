@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
+import yaml
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
@@ -45,134 +46,39 @@ _EVERYWHERE = {
     "random_seed": "seeds are in seeds",
     "llm_dtype": "the model's dtype is model.dtype",
 }
-_COPIES: Mapping[str, Any] = {"datasets": dict[str, str]}
 # Whole numbers that may be zero or negative.
 _ANY_NUMBER = frozenset({"prompt_token_pos"})
-_ZERO_ALLOWED = frozenset(
-    {
-        "heldout_documents",
-        "buffer",
-        "n_iw_sampled_ex_for_generation",
-        "n_iw_sampled_ex_for_scoring",
-        "n_random_ex_for_scoring",
-        "override_latents",
-        "early_stopping_patience",
-    }
-)
+_ZERO_ALLOWED = frozenset({
+    "heldout_documents", "buffer", "n_iw_sampled_ex_for_generation", "n_iw_sampled_ex_for_scoring",
+    "n_random_ex_for_scoring", "override_latents", "early_stopping_patience",
+})  # fmt: skip
 _SHARES = frozenset({"train_test_split", "min_GT_probe_f1", "act_threshold_frac"})
-
-
-_TOP_K = r"sae_top_(\d+)_test_accuracy"
+_OWN_TYPES = {"number": int, "switch": bool, "text": str | None, "paths": dict[str, str]}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSchema:
-    """One evaluation."""
+    """One evaluation, as `evaluations.yaml` describes it."""
 
-    package: str  # of `sae_bench.evals`
-    config: str  # its config class
-    results: str  # its class of results
-    own: Mapping[str, Any] = field(default_factory=dict[str, Any])  # keys of ours and their types
-    # SAEBench's fields that are not to be set, and why.
+    package: str
+    config: str
+    results: str
+    own: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the types themselves
     fixed: Mapping[str, str] = field(default_factory=dict[str, str])
-    # Values that work, where SAEBench's type allows more.
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
-    # The key with numbers of latents, and the fields of the results that can report one.
     counted: tuple[str, str] | None = None
-    sets: bool = False  # whether `dataset_names` is limited to SAEBench's own, and ours
+    sets: bool = False
 
 
-SCHEMAS = {
-    "core": EvaluationSchema(
-        "core",
-        "CoreEvalConfig",
-        "CoreMetricCategories",
-        own={"heldout_documents": int, "trust_remote_code": bool},
-        fixed={
-            **{
-                f"compute_{name}": "core always computes it"
-                for name in ("kl", "ce_loss", "l2_norms", "sparsity_metrics", "variance_metrics")
-            },
-            "verbose": "progress is shown anyway",
-        },
-    ),
-    "sparse_probing": EvaluationSchema(
-        "sparse_probing",
-        "SparseProbingEvalConfig",
-        "SparseProbingSaeMetrics",
-        own=_COPIES,
-        counted=("k_values", _TOP_K),
-        sets=True,
-    ),
-    "sparse_probing_sae_probes": EvaluationSchema(
-        "sparse_probing_sae_probes",
-        "SparseProbingSaeProbesEvalConfig",
-        "SaeProbesSaeMetrics",
-        fixed={
-            "results_path": "results go to --output",
-            "model_cache_path": "caches are in cache",
-            "binarize": "SAEBench 0.6 does not find sae-probes' results of binarised latents",
-        },
-        choices={
-            "setting": ("normal",),
-            "reg_type": ("l1", "l2"),
-            "baseline_method": ("logreg", "pca", "knn", "xgboost", "mlp"),
-        },
-        counted=("ks", _TOP_K),
-        sets=True,
-    ),
-    "unlearning": EvaluationSchema(
-        "unlearning",
-        "UnlearningEvalConfig",
-        "UnlearningMetrics",
-        own={
-            "model": str | None,
-            "forget_corpus": str | None,
-            "retain_corpus": str | None,
-            "questions": dict[str, str],
-        },
-    ),
-    "absorption": EvaluationSchema("absorption", "AbsorptionEvalConfig", "AbsorptionMeanMetrics"),
-    "scr": EvaluationSchema(
-        "scr_and_tpp",
-        "ScrAndTppEvalConfig",
-        "ScrMetrics",
-        own=_COPIES,
-        fixed={"perform_scr": "the evaluations are scr and tpp"},
-        counted=("n_values", r"scr_metric_threshold_(\d+)"),
-        sets=True,
-    ),
-    "tpp": EvaluationSchema(
-        "scr_and_tpp",
-        "ScrAndTppEvalConfig",
-        "TppMetrics",
-        own=_COPIES,
-        fixed={
-            "perform_scr": "the evaluations are scr and tpp",
-            "column1_vals_lookup": "only scr has pairs of classes",
-        },
-        counted=("n_values", r"tpp_threshold_(\d+)_total_metric"),
-        sets=True,
-    ),
-    "ravel": EvaluationSchema(
-        "ravel",
-        "RAVELEvalConfig",
-        "RAVELMetricResults",
-        own=_COPIES,
-        fixed={
-            "artifact_dir": "caches are in cache",
-            "train_mdas": "it ignores the SAE",
-            "force_dataset_recompute": "SAEBench reads it nowhere",
-            "top_n_templates": "SAEBench reads it nowhere",
-        },
-    ),
-    "autointerp": EvaluationSchema(
-        "autointerp", "AutoInterpEvalConfig", "AutoInterpMetrics", own=_COPIES
-    ),
-    "meta_structure": EvaluationSchema(
-        "meta_structure", "MetaStructureEvalConfig", "MetaStructureMetrics"
-    ),
-}
+def _schemas() -> dict[str, EvaluationSchema]:
+    file = Path(__file__).with_name("evaluations.yaml")
+    described = cast("dict[str, dict[str, Any]]", yaml.safe_load(file.read_text(encoding="utf-8")))
+    for values in described.values():
+        values["own"] = {key: _OWN_TYPES[kind] for key, kind in values.get("own", {}).items()}
+    return {name: EvaluationSchema(**values) for name, values in described.items()}
+
+
+SCHEMAS = _schemas()
 """The evaluations that `msae eval` runs, by the name in a config file."""
 
 
@@ -210,9 +116,7 @@ def check_settings(evaluation: str, settings: object) -> dict[str, Any]:
         given = {key: value for key, value in checked.items() if key not in schema.own}
         _check_against(cls, evaluation, given, where)
     for key, value in checked.items():
-        _check_numbers(key, value, f"{where}.{key}")
-        if isinstance(value, list):
-            _check_list(cast("list[Any]", value), f"{where}.{key}")
+        _check_values(key, value, f"{where}.{key}")
     return checked
 
 
@@ -268,8 +172,14 @@ def _check_against(cls: type[Any], evaluation: str, given: Mapping[str, Any], wh
             ) from error
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{where}.{place}: {first['msg']}, not {first['input']!r}") from error
-    _check_counts(evaluation, given, where)
-    schema = SCHEMAS[evaluation]
+    schema, reported = SCHEMAS[evaluation], reported_counts(evaluation)
+    if schema.counted is not None and reported:
+        for count in given.get(schema.counted[0], ()):
+            if count not in reported:
+                raise InputError(
+                    f"{where}.{schema.counted[0]}: SAEBench's results have no field for {count}: "
+                    f"choose from {', '.join(map(str, reported))}"
+                )
     if schema.sets and "dataset_names" in given:
         known = [*cls().dataset_names]
         if schema.package == "sparse_probing":
@@ -280,20 +190,8 @@ def _check_against(cls: type[Any], evaluation: str, given: Mapping[str, Any], wh
                 raise InputError(f"{where}.dataset_names: {name!r} is not known: {hint}")
 
 
-def _check_counts(evaluation: str, settings: Mapping[str, Any], where: str) -> None:
-    counted = SCHEMAS[evaluation].counted
-    reported = reported_counts(evaluation)
-    if counted is None or not reported:
-        return
-    for count in settings.get(counted[0], ()):
-        if count not in reported:
-            raise InputError(
-                f"{where}.{counted[0]}: SAEBench's results have no field for {count}: choose from "
-                f"{', '.join(map(str, reported))}"
-            )
-
-
-def _check_numbers(key: str, value: Any, where: str) -> None:
+def _check_values(key: str, value: Any, where: str) -> None:
+    """What pydantic lets through: numbers out of bounds, empty lists, things said twice."""
     values = cast("list[Any]", value) if isinstance(value, list) else [value]
     for number in values:
         if isinstance(number, bool) or not isinstance(number, int | float):
@@ -305,14 +203,11 @@ def _check_numbers(key: str, value: Any, where: str) -> None:
         least = 0 if isinstance(number, float) or key in _ZERO_ALLOWED else 1
         if key not in _ANY_NUMBER and number < least:
             raise InputError(f"{where} must be at least {least}, not {number}")
-
-
-def _check_list(values: list[Any], where: str) -> None:
     if not values:
         raise InputError(f"{where} is empty: leave it out for SAEBench's default")
-    twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
-    if twice is not None:
-        raise InputError(f"{where} has {twice!r} twice: give it once")
+    for index, item in enumerate(values):
+        if item in values[:index]:
+            raise InputError(f"{where} has {item!r} twice: give it once")
 
 
 logger = logging.getLogger(__name__)
@@ -400,7 +295,13 @@ class EvalConfig:
         if self.hook is not None:
             parse_hook_name(self.hook)
             self.hook = transformer_lens_hook(self.hook)
-        self._check_seeds()
+        if not self.seeds:
+            raise InputError("'seeds' is empty: give at least one, SAEBench's own is 42")
+        for index, seed in enumerate(self.seeds):
+            if not 0 <= seed <= _LARGEST_SEED:
+                raise InputError(f"'seeds' has {seed}: seeds are 0 to {_LARGEST_SEED}")
+            if seed in self.seeds[:index]:
+                raise InputError(f"'seeds' has {seed} twice: a spread over equal seeds is none")
         if not self.evaluations:
             raise InputError(f"'evaluations' is empty: name one of {', '.join(SCHEMAS)}")
         self.evaluations = {
@@ -418,15 +319,6 @@ class EvalConfig:
             )
         return found
 
-    def _check_seeds(self) -> None:
-        if not self.seeds:
-            raise InputError("'seeds' is empty: give at least one, SAEBench's own is 42")
-        for index, seed in enumerate(self.seeds):
-            if not 0 <= seed <= _LARGEST_SEED:
-                raise InputError(f"'seeds' has {seed}: seeds are 0 to {_LARGEST_SEED}")
-            if seed in self.seeds[:index]:
-                raise InputError(f"'seeds' has {seed} twice: a spread over equal seeds is none")
-
     def _hand_out_copies(self) -> None:
         used: set[str] = set()
         for name in _TAKES_COPIES:
@@ -437,7 +329,8 @@ class EvalConfig:
             copies = {
                 hub_name: path
                 for hub_name, path in self.datasets.items()
-                if any(_is_part(dataset, hub_name) for dataset in wanted)
+                # SAEBench cuts parts from some, `NAME_PART`.
+                if any(name == hub_name or name.startswith(f"{hub_name}_") for name in wanted)
             }
             used |= copies.keys()
             if copies:
@@ -459,11 +352,6 @@ def datasets_of(evaluation: str, settings: Mapping[str, Any]) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
 
 
-def _is_part(dataset: str, hub_name: str) -> bool:
-    """Whether a dataset's name is a hub name, or that of a part that SAEBench cuts from it."""
-    return dataset == hub_name or dataset.startswith(f"{hub_name}_")
-
-
 def _absolute(value: Any, place: str, base: Path) -> Any:
     """A value of the recipe with the paths in it made absolute."""
     if isinstance(value, dict):
@@ -472,15 +360,14 @@ def _absolute(value: Any, place: str, base: Path) -> Any:
             key: _absolute(item, f"{place}.{key}" if place else str(key), base)
             for key, item in inner.items()
         }
-    if isinstance(value, str) and (
-        _matches(place, _PATHS) or (_matches(place, _PATHS_OR_NAMES) and _is_path(value, base))
-    ):
-        return str(base / Path(value).expanduser())
+    if isinstance(value, str):
+        always, perhaps = (
+            any(fnmatchcase(place, pattern) for pattern in patterns)
+            for patterns in (_PATHS, _PATHS_OR_NAMES)
+        )
+        if always or (perhaps and _is_path(value, base)):
+            return str(base / Path(value).expanduser())
     return value
-
-
-def _matches(place: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(place, pattern) for pattern in patterns)
 
 
 def _is_path(value: str, base: Path) -> bool:

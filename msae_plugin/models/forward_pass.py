@@ -24,12 +24,10 @@ class ModelWithTokenizer(Protocol):
     @property
     def model(self) -> Any:
         """A HookedRootModule."""
-        ...
 
     @property
     def tokenizer(self) -> Any:
         """A Hugging Face tokenizer."""
-        ...
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
@@ -168,9 +166,7 @@ class Tail:
     """
 
     def __init__(self, model: Any, hook_name: str, *, autocast: bool = False) -> None:
-        self._model = model
-        self._hook_name = hook_name
-        self._autocast = autocast
+        self._model, self._hook_name, self._autocast = model, hook_name, autocast
         self._start = tail_start(hook_name)
 
     @torch.no_grad()

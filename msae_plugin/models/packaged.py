@@ -82,7 +82,8 @@ class GGUFFile:
         size_key = f"{self.metadata['general.architecture']}.vocab_size"
         if size_key not in self.metadata:
             size = len(self.metadata[_TOKENS])
-            kept.append(_packed_string(size_key) + struct.pack("<II", _UINT32, size))
+            key = size_key.encode()
+            kept.append(_LENGTH.pack(len(key)) + key + struct.pack("<II", _UINT32, size))
         _, version, n_tensors, _ = _HEADER.unpack_from(self.contents)
         metadata_end = max(end for _, end in self.spans.values())
         header = b"".join(
@@ -105,12 +106,12 @@ class GGUFFile:
 def parse_gguf(contents: bytes) -> GGUFFile:
     """Parse the header of a GGUF file."""
     try:
-        return _parse(contents)
+        return _parsed(contents)
     except struct.error as error:
         raise ValueError(_CUT_OFF) from error
 
 
-def _parse(contents: bytes) -> GGUFFile:
+def _parsed(contents: bytes) -> GGUFFile:
     magic, version, n_tensors, n_entries = _HEADER.unpack_from(contents)
     if magic != _MAGIC or version not in _VERSIONS:
         raise ValueError(f"not a GGUF file of version 2 or 3 (it begins with {contents[:8]!r})")
@@ -137,22 +138,19 @@ def _value(contents: bytes, position: int, kind: int) -> tuple[Any, int]:
     """One value of a type, and the position after it."""
     if kind == _STRING:
         return _string(contents, position)
-    if kind == _ARRAY:
-        (element_kind,) = _TYPE.unpack_from(contents, position)
-        (count,) = _LENGTH.unpack_from(contents, position + _TYPE.size)
-        return _array(contents, position + _TYPE.size + _LENGTH.size, element_kind, count)
-    values, position = _fixed(contents, position, kind, 1)
-    return values[0], position
-
-
-def _array(contents: bytes, position: int, kind: int, count: int) -> tuple[list[Any], int]:
+    if kind != _ARRAY:
+        values, position = _fixed(contents, position, kind, 1)
+        return values[0], position
+    (kind,) = _TYPE.unpack_from(contents, position)
+    (count,) = _LENGTH.unpack_from(contents, position + _TYPE.size)
+    position += _TYPE.size + _LENGTH.size
     if kind in _FIXED:
         return _fixed(contents, position, kind, count)
-    values: list[Any] = []
+    elements: list[Any] = []
     for _ in range(count):
-        value, position = _value(contents, position, kind)
-        values.append(value)
-    return values, position
+        element, position = _value(contents, position, kind)
+        elements.append(element)
+    return elements, position
 
 
 def _fixed(contents: bytes, position: int, kind: int, count: int) -> tuple[list[Any], int]:
@@ -169,11 +167,6 @@ def _string(contents: bytes, position: int) -> tuple[str, int]:
     if end > len(contents):
         raise ValueError(_CUT_OFF)
     return contents[start:end].decode(), end
-
-
-def _packed_string(text: str) -> bytes:
-    encoded = text.encode()
-    return _LENGTH.pack(len(encoded)) + encoded
 
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -257,11 +250,9 @@ def _settings(metadata: Mapping[str, Any], *, add_bos_token: bool) -> dict[str, 
     }
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = metadata["tokenizer.chat_template"]
-    return {
-        **settings,
-        "add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", add_bos_token),
-        "add_eos_token": metadata.get("tokenizer.ggml.add_eos_token", False),
-    }
+    settings["add_bos_token"] = metadata.get("tokenizer.ggml.add_bos_token", add_bos_token)
+    settings["add_eos_token"] = metadata.get("tokenizer.ggml.add_eos_token", False)
+    return settings
 
 
 def _add_whole_tokens(backend: Tokenizer, metadata: Mapping[str, Any]) -> None:

@@ -60,17 +60,16 @@ class Agreement:
 
     def failure(self) -> str | None:
         """The disagreement in words, or None."""
-        # `not <=` rather than `>`: NaN must fail.
-        if not self.max_latent_difference <= self.tolerance:
-            return (
-                f"latents differ by {self.max_latent_difference:.2e} of the token's largest "
-                f"(at most {self.tolerance:.0e} is rounding)"
-            )
-        if not self.max_reconstruction_difference <= self.tolerance:
-            return (
-                f"reconstructions differ by {self.max_reconstruction_difference:.2e} of their norm "
-                f"(at most {self.tolerance:.0e} is rounding)"
-            )
+        for what, difference, unit in (
+            ("latents", self.max_latent_difference, "the token's largest"),
+            ("reconstructions", self.max_reconstruction_difference, "their norm"),
+        ):
+            # `not <=` rather than `>`: NaN must fail.
+            if not difference <= self.tolerance:
+                return (
+                    f"{what} differ by {difference:.2e} of {unit} "
+                    f"(at most {self.tolerance:.0e} is rounding)"
+                )
         if self.flips > self.flips_allowed:
             return (
                 f"{self.flips} of {self.active} active latents are on in only one of the two "
@@ -227,7 +226,11 @@ def export_sae(
         # Both folders get their names when the check is over; if it raises, neither does.
         with ExitStack() as folders:
             plain = folders.enter_context(folder_written_atomically(folder / SAE_FOLDER))
-            obstacle = _no_jumprelu_export_because(sae)
+            obstacle = (
+                jumprelu_export_obstacle(sae.cfg)
+                if isinstance(sae, MultiScaleTrainingSAE)
+                else f"{sae.cfg.architecture()} is SAELens' own and loads everywhere already"
+            )
             twin = (
                 folders.enter_context(folder_written_atomically(folder / TWIN_FOLDER))
                 if obstacle is None
@@ -266,12 +269,6 @@ def _require_trained(sae: TrainingSAE[Any]) -> None:
             )
 
 
-def _no_jumprelu_export_because(sae: TrainingSAE[Any]) -> str | None:
-    if isinstance(sae, MultiScaleTrainingSAE):
-        return jumprelu_export_obstacle(sae.cfg)
-    return f"{sae.cfg.architecture()} is SAELens' own and loads everywhere already"
-
-
 def _write(
     sae: TrainingSAE[Any],
     folder: Path,
@@ -303,13 +300,12 @@ def _check(
     latents = trained_latents(sae, fed)
     reconstruction = trained_reconstruction(sae, latents)
     exported = SAE.load_from_disk(plain, device=device)
-    agreement = compare(latents, reconstruction, exported, fed)
-    _refuse_disagreement("the export", agreement)
+    agreement = _agreeing("the export", compare(latents, reconstruction, exported, fed))
     twin_agreement = None
     if twin is not None:
-        loaded_twin = SAE.load_from_disk(twin, device=device)
-        twin_agreement = compare(latents, reconstruction, loaded_twin, fed)
-        _refuse_disagreement("the jumprelu twin", twin_agreement)
+        loaded = SAE.load_from_disk(twin, device=device)
+        found = compare(latents, reconstruction, loaded, fed)
+        twin_agreement = _agreeing("the jumprelu twin", found)
     target: float | None = getattr(sae.cfg, "k", None)
     l0 = agreement.exported_active / len(fed)
     if l0 == 0:
@@ -317,30 +313,32 @@ def _check(
             "export check: the exported SAE is silent (L0 is 0 on real activations); train longer "
             "or check the threshold"
         )
-    explained_variance = ExplainedVarianceCalculator()
-    explained_variance.add_batch(reconstruction, fed)
+    variance = ExplainedVarianceCalculator()
+    variance.add_batch(reconstruction, fed)
+    explained_variance = variance.compute()
     return ExportReport(
         agreement=agreement,
         twin_agreement=twin_agreement,
         twin_obstacle=obstacle,
         l0_target=None if target is None else float(target),
         l0_exported=l0,
-        explained_variance=explained_variance.compute(),
+        explained_variance=explained_variance,
         n_tokens=len(fed),
         health=assess(
             training_log,
             d_sae=sae.cfg.d_sae,
             l0_target=target,
             l0_exported=l0,
-            explained_variance=explained_variance.compute(),
+            explained_variance=explained_variance,
         ),
     )
 
 
-def _refuse_disagreement(what: str, agreement: Agreement) -> None:
+def _agreeing(what: str, agreement: Agreement) -> Agreement:
     failure = agreement.failure()
     if failure is not None:
         raise RunFailure(
             f"export check: {what} does not compute what was trained: {failure}; nothing was "
             "written, the training checkpoint is kept"
         )
+    return agreement

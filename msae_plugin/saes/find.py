@@ -54,16 +54,12 @@ Kind = Literal["export", "jumprelu twin", "training checkpoint"]
 
 # What the fields behind a mechanism are called in docs/method.md.
 _LETTERS = {
-    "sparsity_scales": "S",
-    "prefix_fractions": "S",
-    "k_initial_multiplier": "S",
-    "k_anneal_steps": "S",
-    "norm_scales": "N",
-    "norm_gate": "N",
+    **dict.fromkeys(
+        ("sparsity_scales", "prefix_fractions", "k_initial_multiplier", "k_anneal_steps"), "S"
+    ),
+    **dict.fromkeys(("norm_scales", "norm_gate"), "N"),
+    **dict.fromkeys(("selection", "standardise", "dense_share_limit"), "Z"),
     "norm_attention": "A",
-    "selection": "Z",
-    "standardise": "Z",
-    "dense_share_limit": "Z",
     "orthogonality_coefficient": "O",
     "sketch_rank": "C",
     "revival_every": "R",
@@ -178,8 +174,7 @@ def read_checkpoint(folder: Path) -> StoredSAE:
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
             raise InputError(f"{str(file)!r} has no {key!r}: not an SAE")
-    for key in ("d_in", "d_sae"):
-        if type(config[key]) is not int or config[key] < 1:
+        if key != "architecture" and (type(config[key]) is not int or config[key] < 1):
             raise InputError(f"{str(file)!r}: {key} is {config[key]!r}, which is no width")
     parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
     metadata = cast("dict[str, Any]", config.get("metadata") or {})
@@ -231,13 +226,9 @@ def migrated_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def mechanisms_on(config: Mapping[str, Any]) -> list[str]:
     """Mechanisms that a multiscale configuration switches on, as "[letter] field = value"."""
-    off = mechanisms_off()
-    found: list[str] = []
-    for name, value in off.items():
-        if name in config and config[name] != value:
-            letter = f"[{_LETTERS[name]}] " if name in _LETTERS else ""
-            found.append(f"{letter}{name} = {_short(config[name])}")
-    return found
+    on = [name for name, off in mechanisms_off().items() if config.get(name, off) != off]
+    letters = {name: f"[{letter}] " for name, letter in _LETTERS.items()}
+    return [f"{letters.get(name, '')}{name} = {_short(config[name])}" for name in on]
 
 
 def _short(value: Any) -> str:
@@ -420,12 +411,11 @@ def _folder_name(folder: Path) -> str:
     if folder.name in (SAE_FOLDER, TWIN_FOLDER) and (folder.parent / REPORT_FILENAME).is_file():
         place = folder.parent
         twin = f"-{TWIN_FOLDER}" if folder.name == TWIN_FOLDER else ""
-        in_a_run = not (place / RUN_FILE).is_file() and (place.parent / RUN_FILE).is_file()
-        name = f"{place.parent.name}-{place.name}" if in_a_run else place.name
-        return safe_name(name + twin)
-    if _GENERIC.fullmatch(place.name) and place.parent.name:
-        return safe_name(f"{place.parent.name}-{place.name}")
-    return safe_name(place.name)
+        with_parent = not (place / RUN_FILE).is_file() and (place.parent / RUN_FILE).is_file()
+    else:
+        with_parent = bool(_GENERIC.fullmatch(place.name) and place.parent.name)
+    name = f"{place.parent.name}-{place.name}" if with_parent else place.name
+    return safe_name(name + twin)
 
 
 def _not_found(reference: str, path: Path, releases: list[str]) -> str:
@@ -449,25 +439,15 @@ def _not_found(reference: str, path: Path, releases: list[str]) -> str:
     missing = existing.name
     while not existing.exists():
         missing, existing = existing.name, existing.parent
-    names = (
-        sorted(child.name for child in existing.iterdir() if not child.name.startswith("."))
-        if existing.is_dir()
-        else []
-    )
+    inside = existing.iterdir() if existing.is_dir() else ()
+    names = sorted(child.name for child in inside if not child.name.startswith("."))
     near = get_close_matches(missing, names, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {', '.join(str(existing / name) for name in near)}?"
-        if near
-        else f"{existing} holds {_listed(names)}"
-        if names
-        else f"{existing} is empty"
-    )
-    hub = (
-        f"; a repository on the hub is given as {reference}:FOLDER"
-        if _REPOSITORY.fullmatch(reference)
-        else ""
-    )
-    return f"SAE {reference!r} does not exist: {hint}{hub}"
+    hint = f"{existing} holds {_listed(names)}" if names else f"{existing} is empty"
+    if near:
+        hint = f"did you mean {', '.join(str(existing / name) for name in near)}?"
+    if _REPOSITORY.fullmatch(reference):
+        hint += f"; a repository on the hub is given as {reference}:FOLDER"
+    return f"SAE {reference!r} does not exist: {hint}"
 
 
 def _listed(names: list[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,37 +12,24 @@ import torch
 
 from msae_plugin.common.claims import is_held
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import write_json_atomic
+from msae_plugin.common.files import versions, write_json_atomic
 from msae_plugin.common.stored import StoredRow, StoredRun, checked, parsed, read_json_object
 
 METRICS_FILE = "metrics.jsonl"
-
-
 RUN_FILE = "run.json"
 
 Status = Literal["running", "interrupted", "failed", "complete"]
 
 _PACKAGES = (
-    "msae-plugin",
-    "sae-lens",
-    "torch",
-    "transformer-lens",
-    "transformers",
-    "datasets",
-    "numpy",
+    "msae-plugin", "sae-lens", "torch", "transformer-lens", "transformers", "datasets", "numpy",
     "safetensors",
-)
+)  # fmt: skip
 
 
 def software_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a result depends on; None for one not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
+    found = {name: None if v == "not installed" else v for name, v in versions(*_PACKAGES).items()}
+    return {"python": platform.python_version(), **found}
 
 
 def describe_device(device: str) -> dict[str, Any]:
@@ -131,10 +117,7 @@ class RunRecord:
 def read_rows(path: Path, shape: Any = StoredRow) -> list[dict[str, Any]]:
     """All rows of a JSON-lines file; none when there is no file.
 
-    A last line that a kill cut short is left out, as a resumed run does. Yields the number of the
-    row or, in JSON, of the line, and its values by column. Plain text has one column, `text`, with
-    a paragraph in each row. Of Parquet `columns` alone are read. Numbers in CSV are numbers where
-    `typed`, which takes the whole table at once, else text.
+    A last line that a kill cut short is left out, as a resumed run does.
     """
     if not path.is_file():
         return []

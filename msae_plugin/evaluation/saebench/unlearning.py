@@ -114,7 +114,6 @@ class Unlearning(Adapter):
         with adapted(model, self._chat, self._answers, self._questions):
             self._knowledge = find_knowledge(
                 self.context,
-                model,
                 self._answers,
                 self._questions,
                 config.llm_batch_size * 2,  # of text; questions take twice as many
@@ -167,7 +166,12 @@ class Unlearning(Adapter):
                 self._model, sae, self._asked, folder, evaluated.name, force_rerun=False
             )
             sweep = read_sweep(Path(folder), evaluated.name, self._asked)
-        numbers = {**sweep.metrics(), **self._answerable()}
+        known = {name: float(found.answerable) for name, found in self._knowledge.items()}
+        numbers = {
+            **sweep.metrics(),
+            "n_answerable_forget": known[FORGET_DATASET],
+            "n_answerable_retain": sum(known[n] for n in known if n not in OUTSIDE_SCORE),
+        }
         require_real(numbers, f"unlearning of {evaluated.name}")
         file = self.write_result(
             UnlearningEvalOutput,
@@ -182,31 +186,18 @@ class Unlearning(Adapter):
         )
         return ScoreResult("measured", numbers, file, facts={"text": seen[-1] if seen else ""})
 
-    def _answerable(self) -> dict[str, float]:
-        retained = [f.answerable for n, f in self._knowledge.items() if n not in OUTSIDE_SCORE]
-        return {
-            "n_answerable_forget": float(self._knowledge[FORGET_DATASET].answerable),
-            "n_answerable_retain": float(sum(retained)),
-        }
-
     def _what_was_used(self, sweep: Sweep) -> dict[str, Any]:
         """Facts that SAEBench's schema has no field for; the questions may not be WMDP's."""
         return {
             "questions": {
                 name: {
-                    "source": found.questions.source,
-                    "sha256": json_sha256(found.questions.rows),
-                    "number": len(found.questions.rows),
+                    **_facts(found.questions.source, found.questions.rows, "number"),
                     "answerable": found.answerable,
                 }
                 for name, found in self._knowledge.items()
             },
             "corpora": {
-                name: {
-                    "source": corpus.source,
-                    "sha256": json_sha256(corpus.documents),
-                    "documents": len(corpus.documents),
-                }
+                name: _facts(corpus.source, corpus.documents, "documents")
                 for name, corpus in (("forget", self._forget), ("retain", self._retain))
             },
             "prompt_format": self._chat.for_saebench,
@@ -219,6 +210,10 @@ class Unlearning(Adapter):
             "interventions": sweep.interventions,
             "notes": sweep.notes(self._config.n_features_list),
         }
+
+
+def _facts(source: str, content: Sequence[Any], counted: str) -> dict[str, Any]:
+    return {"source": source, "sha256": json_sha256(content), counted: len(content)}
 
 
 RETAINED = 0.99
