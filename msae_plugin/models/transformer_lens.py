@@ -141,7 +141,9 @@ def difference(config: PretrainedConfig, converted: HookedTransformerConfig) -> 
     the rotations that begins at a later position shows here alone.
     """
     text: Any = config.get_text_config()
-    own = {name: (getattr(text, name), converted.eps) for name in _EPS if hasattr(text, name)}
+    own: dict[str, tuple[Any, Any]] = {
+        name: (getattr(text, name), converted.eps) for name in _EPS if hasattr(text, name)
+    }
     if converted.positional_embedding_type == "rotary":
         rope = _rope(text, _FULL)
         linear = (converted.rotary_scaling_factor or 1.0) != 1.0

@@ -144,10 +144,10 @@ def held(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Path]]:
         roots = sae_roots(folder, record)
         return record, {name: root / SAE_FOLDER for name, root in roots.items()}
     return None, {
-        (found if found.parent == folder else child).name: found
+        child.name: found
         for child in sorted(folder.iterdir())
         if not child.name.startswith(TEMPORARY_PREFIX)
-        for found in (child, child / SAE_FOLDER)
+        for found in (child / SAE_FOLDER, child)
         if is_checkpoint(found)
     }
 

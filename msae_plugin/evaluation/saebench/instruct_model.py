@@ -153,7 +153,8 @@ class LetterAnswers:
         del verbose
         if model is not self.model:
             raise RunFailure("unlearning: SAEBench asks another model than it was given")
-        device = self.model.cfg.device
+        tokenizer: Any = self.model.tokenizer
+        device, padding = self.model.cfg.device, tokenizer.pad_token_id or 0
         letters = torch.tensor(self.letters, device=device)
         answers: list[torch.Tensor] = []
         for index in range(n_batches):
@@ -163,7 +164,6 @@ class LetterAnswers:
                 self.tokens(text) for text in prompts[index * batch_size : (index + 1) * batch_size]
             ]
             # Padded on the right whatever the tokenizer's habit: a causal model does not see it.
-            padding = self.model.tokenizer.pad_token_id or 0  # pyright: ignore[reportOptionalMemberAccess]
             tokens = pad_sequence([torch.tensor(row) for row in rows], True, padding).to(device)
             last = torch.tensor([len(row) - 1 for row in rows], device=device)
             logits = self.model(tokens, return_type="logits", padding_side="right")
@@ -295,10 +295,19 @@ def adapted(
     questions: Mapping[str, Questions],
 ) -> Generator[None, None, None]:
     """Let SAEBench ask this model these questions, for the time of the block."""
+
+    def load_dataset_with_retries(
+        _path: str, dataset_name: str, *_arguments: Any, **_options: Any
+    ) -> list[dict[str, Any]]:
+        return questions[dataset_name].rows
+
+    def load_dataset_from_name(dataset_name: str) -> list[dict[str, Any]]:
+        return questions[dataset_name].rows
+
     with (
         all_replaced(
-            (metrics, "load_dataset_with_retries", lambda _, name, *_a, **_o: questions[name].rows),
-            (metrics, "load_dataset_from_name", lambda dataset_name: questions[dataset_name].rows),
+            (metrics, "load_dataset_with_retries", load_dataset_with_retries),
+            (metrics, "load_dataset_from_name", load_dataset_from_name),
             (metrics, "GEMMA_INST_FORMAT", chat.for_saebench),
             (metrics, "get_output_probs_abcd", answers),
             (model.cfg, "model_name", NAME_WITH_A_FORMAT),
