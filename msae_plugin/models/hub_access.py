@@ -16,13 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_token,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,

@@ -505,11 +505,7 @@ def test_windows_are_those_of_saelens_training(transformer, texts, context_size,
     ours = [
         window.tokens
         for window in iterate_windows(
-            transformer.model,
-            transformer.tokenizer,
-            texts,
-            context_size,
-            prepend_bos=prepend_bos,
+            transformer.model, transformer.tokenizer, texts, context_size, prepend_bos=prepend_bos
         )
     ]
     theirs = list(

@@ -208,14 +208,7 @@ def test_the_model_itself_runs_once_for_all_saes(transformer, texts):
     ]
     try:
         saes = {name: random_sae(i) for i, name in enumerate("abc")}
-        evaluate_many(
-            saes,
-            transformer,
-            HOOK,
-            texts,
-            context_size=CONTEXT,
-            batch_size=10**6,
-        )
+        evaluate_many(saes, transformer, HOOK, texts, context_size=CONTEXT, batch_size=10**6)
     finally:
         for handle in handles:
             handle.remove()

@@ -40,11 +40,7 @@ from msae_plugin.evaluation.outcomes import (
     result_file,
 )
 from msae_plugin.evaluation.saebench.adapter import Adapter
-from msae_plugin.evaluation.saebench.model_side import (
-    CoreModelSide,
-    core_tokens,
-    ignored_tokens,
-)
+from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens, ignored_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import EvaluatedSAE
 

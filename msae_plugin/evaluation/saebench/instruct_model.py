@@ -212,8 +212,8 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents."""
+class Documents:
+    """A text to find features on."""
 
     source: str  # where they are from: a path or a hub name
     documents: list[str]  # their text
@@ -319,8 +319,8 @@ def adapted(
 
 @contextmanager
 def corpora_and_sweep(
-    forget: Corpus,
-    retain: Corpus,
+    forget: Documents,
+    retain: Documents,
     windows_seen: Callable[[torch.Tensor, torch.Tensor], None],  # (windows, seq_len), twice
     progress: Callable[[int, int], None],  # interventions that are done, and all of them
 ) -> Generator[None, None, None]:
@@ -364,7 +364,7 @@ def corpora_and_sweep(
         yield
 
 
-def _longer(corpus: Corpus, min_len: int) -> list[str]:
+def _longer(corpus: Documents, min_len: int) -> list[str]:
     documents = [text for text in corpus.documents if len(text) > min_len]
     if not documents:
         raise InputError(

@@ -38,11 +38,7 @@ from msae_plugin.data.labelled_texts import LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, require_real, result_file
 from msae_plugin.evaluation.preflight import OPENAI_VARIABLE, RAVEL_DATASET
 from msae_plugin.evaluation.saebench.adapter import Adapter
-from msae_plugin.evaluation.saebench.patching import (
-    all_replaced,
-    scratch_working_directory,
-    seeded,
-)
+from msae_plugin.evaluation.saebench.patching import all_replaced, scratch_working_directory, seeded
 from msae_plugin.evaluation.saebench.sae_probes import tokenizer_sha256
 from msae_plugin.models.loading import resolve_model
 from msae_plugin.saes.load import EvaluatedSAE

@@ -48,7 +48,7 @@ from msae_plugin.data.text_files import (
 from msae_plugin.evaluation.outcomes import ScoreResult, require_real
 from msae_plugin.evaluation.saebench.adapter import Adapter, saebench_config
 from msae_plugin.evaluation.saebench.instruct_model import (
-    Corpus,
+    Documents,
     Knowledge,
     LetterAnswers,
     Questions,
@@ -418,13 +418,13 @@ def load_questions(name: str, source: str | None) -> Questions:
     return Questions(name, found, checked)
 
 
-def load_corpus(field: str, source: str | None) -> Corpus:
+def load_corpus(field: str, source: str | None) -> Documents:
     """The text to find features of what is to be forgotten, or of what is to be retained."""
     if field == "retain_corpus" and source in (None, "", WIKITEXT):
         config = "wikitext-2-raw-v1"
         shown, load = f"{WIKITEXT}:{config}", feature_activation.load_dataset
         rows = _downloaded(field, shown, load, WIKITEXT, config)
-        return Corpus(f"{shown} (test)", [str(row["text"]) for row in rows])
+        return Documents(f"{shown} (test)", [str(row["text"]) for row in rows])
     if not source:
         raise InputError(
             f"unlearning.{field}, the text on what is to be forgotten",
@@ -449,7 +449,7 @@ def load_corpus(field: str, source: str | None) -> Corpus:
         )
     if not documents:
         raise InputError(f"unlearning.{field}: {path} holds no text")
-    return Corpus(str(path), documents)
+    return Documents(str(path), documents)
 
 
 def _downloaded(

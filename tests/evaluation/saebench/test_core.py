@@ -299,11 +299,7 @@ def test_seeds_shuffle_local_text_and_their_order_does_not_matter(
 def test_too_little_text_is_refused_with_what_there_is(
     context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
-    settings = {
-        **SETTINGS,
-        "dataset": str(text_file),
-        "n_eval_sparsity_variance_batches": 5000,
-    }
+    settings = {**SETTINGS, "dataset": str(text_file), "n_eval_sparsity_variance_batches": 5000}
     with pytest.raises(InputError, match=r"holds only \d+ batches of 4 x 32 tokens and 5002"):
         run_core(context, settings, subjects, 42, tmp_path, no_report)
 

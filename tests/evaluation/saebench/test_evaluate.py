@@ -145,10 +145,7 @@ def test_a_broken_sae_stands_in_the_summary_as_failed(
     )
     assert not result.complete
     rows = [(e["sae"], e["status"], e["reason"]) for e in result.summary["results"]]
-    assert rows == [
-        ("standard", "measured", None),
-        ("nan", "failed", "SAE 'nan': W_dec holds NaN"),
-    ]
+    assert rows == [("standard", "measured", None), ("nan", "failed", "SAE 'nan': W_dec holds NaN")]
     last = (tmp_path / "out" / "summary.csv").read_text().splitlines()[-1]
     assert last.startswith("nan,core,,failed,")
     assert last.endswith(",SAE 'nan': W_dec holds NaN")

@@ -24,9 +24,7 @@ from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource, Lo
 from msae_plugin.evaluation.outcomes import ModelContext, definitions, no_report
 from msae_plugin.evaluation.recipe import check_settings, reported_counts
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
-from msae_plugin.evaluation.saebench.sparse_probing import (
-    KIND,
-)
+from msae_plugin.evaluation.saebench.sparse_probing import KIND
 from msae_plugin.models.loading import load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -225,12 +223,7 @@ def test_the_models_side_is_computed_once_and_never_stale(
     def passes(seed: int = 5, given: ModelContext = context, **changes: Any) -> int:
         with model_passes() as seen:
             outcomes = run_sparse_probing(
-                given,
-                {**small, **changes},
-                subjects,
-                seed,
-                tmp_path / "out",
-                no_report,
+                given, {**small, **changes}, subjects, seed, tmp_path / "out", no_report
             )
         assert {outcome.status for outcome in outcomes.values()} == {"measured"}
         return len(seen)

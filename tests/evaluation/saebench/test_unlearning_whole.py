@@ -22,11 +22,7 @@ from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report
-from msae_plugin.evaluation.saebench.instruct_model import (
-    LetterAnswers,
-    chat_format,
-    letter_tokens,
-)
+from msae_plugin.evaluation.saebench.instruct_model import LetterAnswers, chat_format, letter_tokens
 from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
@@ -194,10 +190,7 @@ def test_the_json_says_what_was_really_asked(outcomes: Mapping[str, ScoreResult]
 
 
 def test_a_model_that_knows_nothing_is_a_named_outcome(
-    toy: ToyInstruct,
-    settings: Mapping[str, Any],
-    toy_subjects: list[EvaluatedSAE],
-    tmp_path: Path,
+    toy: ToyInstruct, settings: Mapping[str, Any], toy_subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
     ignorant = load_language_model(str(toy.folder), [TOY_HOOK])
     torch.manual_seed(0)
