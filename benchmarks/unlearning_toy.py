@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from msae_plugin.common.files import tensors_sha256
-from msae_plugin.evaluation.outcomes import ModelContext, no_report
+from msae_plugin.evaluation.outcomes import EvaluationRun, ModelContext
 from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.models.loading import load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
@@ -78,9 +78,8 @@ def main() -> None:
             name="toy-instruct",
             cache=Path(folder) / "cache",
         )
-        outcomes = run_evaluation(
-            "unlearning", context, settings | changes, subjects, 42, Path(folder) / "out", no_report
-        )
+        run = EvaluationRun("unlearning", context, settings | changes, 42, Path(folder) / "out")
+        outcomes = run_evaluation(run, subjects)
     print("| SAE | " + " | ".join(COLUMNS) + " |\n|---|" + "---:|" * len(COLUMNS))
     for name, outcome in outcomes.items():
         cells = [f"{outcome.metrics.get(column, float('nan')):.3g}" for column in COLUMNS]

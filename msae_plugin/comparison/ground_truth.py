@@ -41,7 +41,7 @@ from msae_plugin.comparison.results import Measured, store_metrics, stored_metri
 from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
 from msae_plugin.evaluation.outcomes import Reporter, require_real
 from msae_plugin.saes.export import SAE_FOLDER
-from msae_plugin.saes.latents import encoder_decoder_alignment
+from msae_plugin.saes.health import encoder_decoder_alignment
 from msae_plugin.training.plans import default_device
 
 

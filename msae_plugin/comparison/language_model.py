@@ -36,8 +36,7 @@ from msae_plugin.comparison.methods import (
 )
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import Measured, store_metrics, stored_metrics
-from msae_plugin.data.text import TextData
-from msae_plugin.data.windows import Window, iterate_windows
+from msae_plugin.data.text import TextData, Window, iterate_windows
 from msae_plugin.evaluation.contexts import ContextCollector, contexts_as_json
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many

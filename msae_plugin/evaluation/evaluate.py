@@ -24,6 +24,7 @@ from msae_plugin.common.files import (
     write_json_atomic,
 )
 from msae_plugin.evaluation.outcomes import (
+    EvaluationRun,
     MetricDefinition,
     ModelContext,
     Reporter,
@@ -34,8 +35,7 @@ from msae_plugin.evaluation.outcomes import (
     reliability,
 )
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
-from msae_plugin.evaluation.protocols import reported_counts, result_fields
-from msae_plugin.evaluation.recipe import EvalConfig
+from msae_plugin.evaluation.recipe import EvalConfig, reported_counts, result_fields
 from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
 from msae_plugin.models.loading import HOOKED_TRANSFORMER, LanguageModel, load_language_model
 from msae_plugin.models.packaged import PACKAGED_MODELS, PACKAGED_PREFIX, is_installed
@@ -113,69 +113,68 @@ def evaluate(
 ) -> EvaluationResult:
     """Run the evaluations of a config on SAEs and write SAEBench's JSON and a summary.
 
-    Args:
-        config: What to run.
-        saes: The SAEs, all of one language model.
-        output: Folder for the results. One that holds results of the same config and other SAEs is
-            added to; results of another config are never overwritten.
-        language_model: A model that is loaded already, in the config's dtype.
-        skip_missing: Leave evaluations out whose data, keys or packages are missing, and SAEs that
-            do not fit the model, and say so.
-        broken: SAEs that have no numbers (`load_saes`' `on_broken`), by name with the reason:
-            they stand in the summary as failed.
-        report: Shows progress.
-
-    Returns:
-        The summary. SAEs that failed are in it with their reason.
-
-    Raises:
-        InputError: Something is missing, the SAEs are of different models, or the folder holds
-            other results or is written by another process.
-        RunFailure: All SAEs are broken.
+    A folder that holds results of the same config and other SAEs is added to; results of another
+    config are never overwritten. `broken` are SAEs that have no numbers (`load_saes`' `on_broken`),
+    by name with the reason: they stand in the summary as failed. With `skip_missing` evaluations
+    whose data, keys or packages are missing, and SAEs that do not fit the model, are left out, and
+    the summary says so.
     """
     if broken and not saes:
         raise RunFailure("; ".join(broken.values()))
     if not saes:
         raise InputError("no SAE to evaluate: name at least one")
     output = output.resolve()  # some evaluations work in a directory of their own
-    device = default_device(config.model.device)
+    device, dtype = default_device(config.model.device), config.model.dtype
     name = model_for(config.model.name, saes)
     missing, unfit = _missing(config, saes, name, language_model is not None, skip_missing)
     saes = [evaluated for evaluated in saes if evaluated.name not in unfit]
     left_out = {sae: ScoreResult("skipped", reason=reason) for sae, reason in unfit.items()}
     left_out |= {sae: ScoreResult("failed", reason=why) for sae, why in (broken or {}).items()}
+    hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))
     _check_output(output, config)
     with claimed_output(output):
         if language_model is None and len(missing) < len(config.evaluations):
             report(f"loading {name}")
-            hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))
             language_model = load_language_model(
-                name, hooks, device=device, dtype=config.model.dtype, report=report
+                name, hooks, device=device, dtype=dtype, report=report
             )
         context = None if language_model is None else _context(config, language_model, device)
         entries: list[dict[str, Any]] = []
         explained: dict[str, dict[str, MetricDefinition]] = {}
         contents: dict[str, Any] = {}
         for evaluation, settings in config.evaluations.items():
-            if evaluation in missing or context is None:
-                skipped = ScoreResult("skipped", reason=missing[evaluation])
-                found = {s.name: dict.fromkeys(config.seeds, skipped) for s in saes}
-            else:
-                own_model: str | None = settings.get("model")
-                at = context if own_model is None else _other(own_model, config, context, saes)
-                found = _run(evaluation, config, settings, at, saes, output, report)
-                explained[evaluation] = {
-                    metric: definition_of(evaluation, metric)
-                    for by_seed in found.values()
-                    for outcome in by_seed.values()
-                    for metric in outcome.metrics
-                }
+            found: dict[str, dict[int, ScoreResult]] = {evaluated.name: {} for evaluated in saes}
+            at = context
+            if evaluation not in missing and settings.get("model") is not None:
+                # Unlearning asks an instruct model.
+                other = load_language_model(settings["model"], hooks, device=device, dtype=dtype)
+                at = _context(config, other, device)
+            for seed in config.seeds:
+                if evaluation in missing or at is None:
+                    skipped = ScoreResult("skipped", reason=missing[evaluation])
+                    outcomes = dict.fromkeys(found, skipped)
+                else:
+                    folder = output / evaluation / f"seed_{seed}"
+                    run = EvaluationRun(evaluation, at, settings, seed, folder, report)
+                    outcomes = _run(run, saes)
+                for sae, outcome in outcomes.items():
+                    found[sae][seed] = outcome
+            explained[evaluation] = {
+                metric: definition_of(evaluation, metric)
+                for by_seed in found.values()
+                for outcome in by_seed.values()
+                for metric in outcome.metrics
+            }
             found |= {sae: dict.fromkeys(config.seeds, why) for sae, why in left_out.items()}
-            entries += [
-                result_entry(sae, evaluation, outcomes, output) for sae, outcomes in found.items()
-            ]
+            entries += [result_entry(sae, evaluation, o, output) for sae, o in found.items()]
             contents = summary(
-                model=_model_record(context, name, config),
+                model={
+                    "name": name if context is None else context.name,
+                    "source": name,
+                    "weights_sha256": None if context is None else context.weights_sha256,
+                    "dtype": dtype,
+                    "device": None if context is None else device,
+                },
                 seeds=config.seeds,
                 config=config.to_dict(),
                 saes={evaluated.name: sae_record(evaluated) for evaluated in saes},
@@ -192,9 +191,6 @@ def model_for(asked: str | None, saes: Sequence[EvaluatedSAE]) -> str:
 
     Weights that a package carries are taken for a model of that name when the package is installed:
     an SAE that was trained on them records the name on the hub.
-
-    Raises:
-        InputError: The SAEs are of different models, or name none.
     """
     if asked is not None:
         return asked
@@ -225,14 +221,12 @@ def _missing(
     if not skip or len(unfit) == len(saes):
         refuse_missing(problems)
     found: dict[str, list[str]] = {}
-    for problem in problems:
-        if problem.sae is not None:
-            continue
-        found.setdefault(problem.evaluation, []).append(f"{problem.what} - {problem.how}")
+    for p in problems:
+        if p.sae is None:
+            found.setdefault(p.evaluation, []).append(f"{p.what} - {p.how}")
     # What every evaluation needs, such as the model, is under the name "all".
-    common = found.pop("all", [])
-    if common:
-        return {name: "; ".join(common) for name in config.evaluations}, unfit
+    if common := found.pop("all", []):
+        found = dict.fromkeys(config.evaluations, common)
     return {name: "; ".join(reasons) for name, reasons in found.items()}, unfit
 
 
@@ -265,51 +259,23 @@ def _context(config: EvalConfig, language_model: LanguageModel, device: str) -> 
     )
 
 
-def _other(
-    model: str, config: EvalConfig, context: ModelContext, saes: Sequence[EvaluatedSAE]
-) -> ModelContext:
-    """Another model for one evaluation: unlearning asks an instruct model."""
-    hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))
-    loaded = load_language_model(model, hooks, device=context.device, dtype=config.model.dtype)
-    return _context(config, loaded, context.device)
-
-
-def _run(
-    evaluation: str,
-    config: EvalConfig,
-    settings: Mapping[str, Any],
-    context: ModelContext,
-    saes: Sequence[EvaluatedSAE],
-    output: Path,
-    report: Reporter,
-) -> dict[str, dict[int, ScoreResult]]:
-    found: dict[str, dict[int, ScoreResult]] = {evaluated.name: {} for evaluated in saes}
+def _run(run: EvaluationRun, saes: Sequence[EvaluatedSAE]) -> dict[str, ScoreResult]:
+    """The results of one evaluation with one seed, of which earlier ones are taken up."""
     # Imported here: importing sae_bench takes seconds and needs the extra `eval`.
     from msae_plugin.evaluation.saebench.adapter import run_evaluation
 
-    for seed in config.seeds:
-        folder = output / evaluation / f"seed_{seed}"
-        keys = {
-            evaluated.name: _outcome_key(evaluation, settings, context, evaluated, seed)
-            for evaluated in saes
-        }
-        stored = read_outcomes(folder, keys)
-        todo = [evaluated for evaluated in saes if evaluated.name not in stored]
-        if todo:
-            fresh = run_evaluation(evaluation, context, settings, todo, seed, folder, report)
-            write_outcomes(folder, keys, fresh)
-            stored |= fresh
-        for evaluated in saes:
-            found[evaluated.name][seed] = stored[evaluated.name]
+    keys = {evaluated.name: _outcome_key(run, evaluated) for evaluated in saes}
+    found = read_outcomes(run.output, keys)
+    todo = [evaluated for evaluated in saes if evaluated.name not in found]
+    if todo:
+        fresh = run_evaluation(run, todo)
+        write_outcomes(run.output, keys, fresh)
+        found |= fresh
     return found
 
 
 def definition_of(evaluation: str, metric: str) -> MetricDefinition:
-    """The definition of a metric; where it is SAEBench's alone in its words, and what is known.
-
-    Raises:
-        KeyError: Nobody explains it.
-    """
+    """The definition of a metric; where it is SAEBench's alone in its words, and what is known."""
     if evaluation in reliability():
         # pydantic keeps title and description in what dataclasses call the default.
         description: str = result_fields(evaluation)[metric].default.description
@@ -317,23 +283,17 @@ def definition_of(evaluation: str, metric: str) -> MetricDefinition:
     return definitions(evaluation, reported_counts(evaluation))[metric]
 
 
-def _outcome_key(
-    evaluation: str,
-    settings: Mapping[str, Any],
-    context: ModelContext,
-    evaluated: EvaluatedSAE,
-    seed: int,
-) -> str:
+def _outcome_key(run: EvaluationRun, evaluated: EvaluatedSAE) -> str:
     return key_digest(
         {
-            "evaluation": evaluation,
-            "settings": dict(settings),
-            "files": _local_contents(settings),
-            "model": context.weights_sha256,
-            "dtype": context.dtype,
+            "evaluation": run.evaluation,
+            "settings": dict(run.settings),
+            "files": _local_contents(run.settings),
+            "model": run.context.weights_sha256,
+            "dtype": run.context.dtype,
             "sae": evaluated.weights_sha256,
             "hook": evaluated.hook_name,
-            "seed": seed,
+            "seed": run.seed,
             "versions": versions(*_VERSIONS),
         }
     )
@@ -348,13 +308,3 @@ def _local_contents(value: Any) -> list[str]:
     if isinstance(value, str) and Path(value).is_absolute() and Path(value).exists():
         return [files_sha256([Path(value)])]
     return []
-
-
-def _model_record(context: ModelContext | None, name: str, config: EvalConfig) -> dict[str, Any]:
-    return {
-        "name": name if context is None else context.name,
-        "source": name,
-        "weights_sha256": None if context is None else context.weights_sha256,
-        "dtype": config.model.dtype,
-        "device": None if context is None else context.device,
-    }

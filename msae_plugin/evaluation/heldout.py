@@ -28,15 +28,80 @@ from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.util import get_special_token_ids
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.data.windows import Window, batched_windows, iterate_windows, require_texts
-from msae_plugin.evaluation.words import ActivationByWord, Words
+from msae_plugin.data.text import batched_windows, iterate_windows, require_texts
 from msae_plugin.models.forward_pass import (
     ModelWithTokenizer,
     Tail,
     activations_at,
     logits_and_activations,
 )
-from msae_plugin.saes.latents import dense_share, encoder_decoder_alignment
+from msae_plugin.saes.health import dense_share, encoder_decoder_alignment
+
+# Firings from which on the word of a latent is judged, and the share of its activation on one word
+# that makes it a detector of that word.
+FIRINGS_TO_JUDGE = 20
+ON_ONE_WORD = 0.5
+# Pairs of latent and word that are kept before equal ones are added up: 12 MiB.
+_BUFFERED_PAIRS = 2**20
+
+
+class Words:
+    """Numbers of words: tokens that differ in case or in a leading space alone are one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._of_token: dict[int, int] = {}
+        self._of_text: dict[str, int] = {}
+
+    def of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n,) token ids to (n,) numbers of words, long, on the CPU."""
+        distinct, inverse = tokens.cpu().unique(return_inverse=True)
+        return torch.tensor([self._word(int(token)) for token in distinct])[inverse]
+
+    def _word(self, token: int) -> int:
+        if token not in self._of_token:
+            text = self._tokenizer.decode([token]).strip().lower()
+            self._of_token[token] = self._of_text.setdefault(text, len(self._of_text))
+        return self._of_token[token]
+
+
+class ActivationByWord:
+    """Sums of each latent's activation by word."""
+
+    def __init__(self) -> None:
+        self._pairs: list[torch.Tensor] = []
+        self._sums: list[torch.Tensor] = []
+        self._room = _BUFFERED_PAIRS
+
+    def add(self, latents: torch.Tensor, words: torch.Tensor) -> None:
+        """Add (n_tokens, d_sae) latents at words (n_tokens,)."""
+        at, latent = latents.nonzero(as_tuple=True)
+        self._pairs.append((latent.cpu() << 32) + words[at.cpu()])
+        self._sums.append(latents[at, latent].abs().float().cpu())
+        if sum(map(len, self._pairs)) > self._room:
+            self._add_up()
+            self._room = max(_BUFFERED_PAIRS, 2 * len(self._pairs[0]))
+
+    def _add_up(self) -> None:
+        pairs, inverse = torch.cat(self._pairs).unique(return_inverse=True)
+        sums = torch.zeros(len(pairs)).index_add_(0, inverse, torch.cat(self._sums))
+        self._pairs, self._sums = [pairs], [sums]
+
+    def single_word_share(self, firings: torch.Tensor) -> float | None:
+        """Share of the latents with `ON_ONE_WORD` of their activation on one word.
+
+        Of those that fired on `FIRINGS_TO_JUDGE` tokens (`firings` is (d_sae,)); None when there
+        are none.
+        """
+        judged = firings >= FIRINGS_TO_JUDGE
+        if not self._pairs or not judged.any():
+            return None
+        self._add_up()
+        latent, sums = self._pairs[0] >> 32, self._sums[0]
+        total = torch.zeros(len(firings)).index_add_(0, latent, sums)
+        largest = torch.zeros(len(firings)).scatter_reduce_(0, latent, sums, "amax")
+        return float((largest >= ON_ONE_WORD * total)[judged].float().mean())
+
 
 # A block of log-probabilities holds at most this many float32 values: 64 MiB.
 BLOCK_ELEMENTS = 2**24
@@ -60,15 +125,8 @@ def summed_losses(
 
     Both are computed from float32 log-probabilities whatever the dtype of the logits (a softmax in
     bfloat16 gives infinities in the KL), a block of positions at a time, and summed in float64.
-
-    Args:
-        logits: (batch, seq, vocabulary).
-        tokens: (batch, seq) long.
-        positions: (n,) flat positions from `predicting_positions`.
-        reference_logits: (batch, seq, vocabulary) of the unchanged model; None for no KL.
-
-    Returns:
-        (cross-entropy sum, KL sum); the KL sum is 0 without a reference.
+    Logits are (batch, seq, vocabulary), tokens (batch, seq), positions from `predicting_positions`;
+    without reference logits the KL is 0.
     """
     vocabulary = logits.shape[-1]
     flat = logits.reshape(-1, vocabulary)
@@ -95,8 +153,7 @@ def cosines_to_others(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Cosines of unit rows (count, d_in) to all others, a block of rows at a time.
 
-    Yields:
-        The first row of the block; (rows, count) cosines, -inf to the row itself.
+    Yields the first row of the block, and (rows, count) cosines, -inf to the row itself.
     """
     count = directions.shape[0]
     height = max(1, block_elements // max(1, count))
@@ -112,12 +169,8 @@ def cosines_to_others(
 def max_decoder_cosines(W_dec: torch.Tensor) -> torch.Tensor:
     """For each latent the cosine to its nearest other latent's decoder direction.
 
-    Args:
-        W_dec: (d_sae, d_in), rows of any norm. A row of zeros has no direction: it is neither
-            counted nor anyone's neighbour.
-
-    Returns:
-        (number of non-zero rows,) float32 on W_dec's device; empty for fewer than two of them.
+    Rows of W_dec (d_sae, d_in) may have any norm. A row of zeros has no direction: it is neither
+    counted nor anyone's neighbour. Float32 on W_dec's device; empty for fewer than two directions.
     """
     directions = W_dec.detach().float()
     norms = directions.norm(dim=1)
@@ -148,46 +201,26 @@ MIN_ABLATION_EFFECT = 1e-6
 
 @dataclass(frozen=True)
 class HeldoutMetrics:
-    """Numbers of one SAE on held-out text; `firing_frequency` is left out of `to_dict`.
+    """Numbers of one SAE on held-out text; `firing_frequency` is left out of `to_dict`."""
 
-    Args:
-        explained_variance: Share of the activations' variance; 1 is perfect, below 0 worse than
-            the mean.
-        l0: Active latents per token.
-        loss_recovered: See the module; None where zeroing the activations does not change the loss.
-        ce_clean: Loss of the model itself, nats per token.
-        ce_sae: Loss with the SAE's reconstruction in place of the activations.
-        ce_zero: Loss with zeros in their place.
-        kl: KL(clean || with the SAE), nats per token.
-        dead_latents: Latents that fire on none of the tokens.
-        d_sae: All latents.
-        mean_max_decoder_cosine: Mean cosine of a decoder direction to its nearest other one.
-        dense_share: Share of the L0 on latents that fire on more than a tenth of the tokens.
-        log10_median_firing_rate: Of the latents that fire at all; None where none does.
-        encoder_decoder_alignment: Mean cosine of a latent's encoder and decoder direction, of those
-            that fire; None for an SAE without W_enc.
-        single_word_share: See `words.ActivationByWord`; None where no latent fires often enough.
-        n_tokens: Tokens behind explained variance, L0 and dead latents.
-        n_loss_tokens: Predicted tokens behind the losses and the KL.
-        firing_frequency: (d_sae,) float32, share of the tokens on which each latent fires.
-    """
-
-    explained_variance: float
+    explained_variance: float  # 1 is perfect, below 0 worse than the mean
     l0: float
-    loss_recovered: float | None
+    loss_recovered: float | None  # None where zeroing the activations does not change the loss
+    # Losses in nats per token: of the model, with the SAE's reconstruction, with zeros there.
     ce_clean: float
     ce_sae: float
     ce_zero: float
-    kl: float
+    kl: float  # KL(clean || with the SAE), nats per token
     dead_latents: int
     d_sae: int
     mean_max_decoder_cosine: float
-    dense_share: float
-    log10_median_firing_rate: float | None
-    encoder_decoder_alignment: float | None
-    single_word_share: float | None
-    n_tokens: int
-    n_loss_tokens: int
+    dense_share: float  # of the L0, on latents that fire on more than a tenth of the tokens
+    log10_median_firing_rate: float | None  # of the latents that fire at all
+    encoder_decoder_alignment: float | None  # of the latents that fire; None without W_enc
+    single_word_share: float | None  # None where no latent fires often enough
+    n_tokens: int  # behind explained variance, L0 and dead latents
+    n_loss_tokens: int  # predicted ones, behind the losses and the KL
+    # (d_sae,) share of the tokens on which each latent fires.
     firing_frequency: torch.Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -197,64 +230,89 @@ class HeldoutMetrics:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Latents of some consecutive non-special tokens, for an observer of the evaluation.
+    """Latents of some consecutive non-special tokens, for an observer of the evaluation."""
 
-    Args:
-        name: Which SAE.
-        latents: (tokens, d_sae) dense.
-        windows: (tokens,) long, index of each token's window in `iterate_windows`' order.
-        positions: (tokens,) long, its position in that window.
-        documents: (tokens,) long, the text it is from.
-    """
-
-    name: str
-    latents: torch.Tensor
+    name: str  # which SAE
+    latents: torch.Tensor  # (tokens, d_sae) dense
+    # (tokens,) long: window in `iterate_windows`' order, position in it, text it is from.
     windows: torch.Tensor
     positions: torch.Tensor
     documents: torch.Tensor
 
 
-class _Totals:
-    """Running sums of one SAE."""
+class _Measured:
+    """One SAE with its running sums."""
 
-    def __init__(self, d_sae: int) -> None:
+    def __init__(
+        self, name: str, sae: SAE[Any], hook: str, observer: Callable[[LatentBatch], None] | None
+    ) -> None:
+        self.name, self.sae, self.hook, self.observer = name, sae, hook, observer
         self.variance = ExplainedVarianceCalculator()
-        self.fired = torch.zeros(d_sae, dtype=torch.int64)
+        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
         self.by_word = ActivationByWord()
-        self.ce_sae = 0.0
-        self.kl = 0.0
+        self.cross_entropy = self.kl = 0.0
 
-    def add(
+    def reconstruct(
         self,
         activations: torch.Tensor,
-        recon: torch.Tensor,
-        latents: torch.Tensor,
+        kept: torch.Tensor,
         words: torch.Tensor,
-    ) -> None:
-        self.by_word.add(latents, words)
-        self.variance.add_batch(recon.float().cpu(), activations.float().cpu())
-        # != 0: architectures with signed latents count too, as in SAELens' own L0.
-        self.fired += (latents != 0).sum(0).cpu()
+        documents: torch.Tensor,
+        first_window: int,
+    ) -> torch.Tensor:
+        """Add a batch to the sums; what to write back, (batch, seq, d_in), zero where not kept."""
+        reconstruction = torch.zeros_like(activations)
+        window, position = kept.nonzero(as_tuple=True)
+        sae, reshaping = self.sae, self.sae.hook_z_reshaping_mode
+        if reshaping:  # the head dimension is flattened already
+            sae.turn_off_forward_pass_hook_z_reshaping()
+        try:
+            rows = max(1, LATENT_ELEMENTS // sae.cfg.d_sae)
+            for part in torch.arange(window.numel()).split(rows):
+                at = (window[part], position[part])
+                sae_in = activations[at]
+                latents = sae.encode(sae_in.to(sae.device, sae.dtype))
+                latents = latents.to_dense() if latents.is_sparse else latents
+                sae_out = sae.decode(latents)
+                self.by_word.add(latents, words[part])
+                self.variance.add_batch(sae_out.float().cpu(), sae_in.float().cpu())
+                # != 0: architectures with signed latents count too, as in SAELens' own L0.
+                self.fired += (latents != 0).sum(0).cpu()
+                reconstruction[at] = sae_out.to(reconstruction.device, reconstruction.dtype)
+                if self.observer is not None:
+                    where = (at[0] + first_window, at[1], documents[at])
+                    self.observer(LatentBatch(self.name, latents, *where))
+        finally:
+            if reshaping:
+                sae.turn_on_forward_pass_hook_z_reshaping()
+        return reconstruction
 
-
-def _hooks_by_name(
-    saes: Mapping[str, SAE[Any]], hook_names: str | Mapping[str, str]
-) -> dict[str, str]:
-    if isinstance(hook_names, str):
-        return dict.fromkeys(saes, hook_names)
-    missing = [name for name in saes if name not in hook_names]
-    if missing:
-        raise InputError(f"hook_names: no hook for the SAE {missing[0]!r}; name one for each SAE")
-    return {name: hook_names[name] for name in saes}
-
-
-@torch.no_grad()
-def _apply(sae: SAE[Any], activations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (n, d_sae) and reconstruction (n, d_in) of activations (n, d_in)."""
-    latents = sae.encode(activations.to(sae.device, sae.dtype))
-    if latents.is_sparse:
-        latents = latents.to_dense()
-    return latents, sae.decode(latents)
+    def metrics(
+        self, n_tokens: int, n_loss_tokens: int, ce_clean: float, ce_zero: float
+    ) -> HeldoutMetrics:
+        ce_sae, effect = self.cross_entropy / n_loss_tokens, ce_zero - ce_clean
+        fired = self.fired > 0
+        rates = self.fired[fired].double() / n_tokens
+        recovered = (ce_zero - ce_sae) / effect if abs(effect) >= MIN_ABLATION_EFFECT else None
+        return HeldoutMetrics(
+            explained_variance=self.variance.compute(),
+            l0=self.fired.sum().item() / n_tokens,
+            loss_recovered=recovered,
+            ce_clean=ce_clean,
+            ce_sae=ce_sae,
+            ce_zero=ce_zero,
+            kl=self.kl / n_loss_tokens,
+            dead_latents=int((~fired).sum()),
+            d_sae=self.sae.cfg.d_sae,
+            mean_max_decoder_cosine=mean_max_decoder_cosine(self.sae.W_dec),
+            dense_share=float(dense_share(self.fired, n_tokens)),
+            log10_median_firing_rate=float(rates.median().log10()) if fired.any() else None,
+            encoder_decoder_alignment=encoder_decoder_alignment(self.sae, fired),
+            single_word_share=self.by_word.single_word_share(self.fired),
+            n_tokens=n_tokens,
+            n_loss_tokens=n_loss_tokens,
+            firing_frequency=(self.fired.double() / n_tokens).float(),
+        )
 
 
 @torch.no_grad()
@@ -276,37 +334,21 @@ def evaluate_many(
 ) -> dict[str, HeldoutMetrics]:
     """Evaluate SAEs on the same held-out tokens; the model's own passes are shared by all of them.
 
-    Args:
-        saes: SAEs by name, in the state to be judged: exported ones, or training SAEs in eval mode.
-        language_model: Model and tokenizer.
-        hook_names: The hook of all SAEs, or one per name.
-        texts: Held-out documents.
-        context_size: Tokens of a window, as in training.
-        batch_size: Windows in a forward pass (fewer where the vocabulary is large).
-        max_tokens: Stop after this many tokens, special ones included; None reads all texts.
-        max_loss_tokens: Measure the losses on this many of them only, rounded up to a whole batch
-            (they cost three passes and one more per SAE); None measures them on all.
-        exclude_special: Leave BOS, EOS and PAD out (see the module).
-        prepend_bos: Begin each window with BOS, as in training.
-        autocast: Run the language model in bfloat16; the SAEs stay in their own dtype.
-        observer: Called with every batch of latents.
-        progress: Called with the number of tokens done since the last call.
-
-    Returns:
-        Metrics by the SAEs' names.
-
-    Raises:
-        InputError: The texts hold no full window, or `hook_names` lacks an SAE.
+    SAEs are exported ones, or training SAEs in eval mode. `max_tokens` counts special ones too. The
+    losses, which cost three passes and one more per SAE, are measured on `max_loss_tokens` of them,
+    rounded up to a whole batch. `progress` is called with the number of tokens since its last call.
     """
     require_texts(texts)
-    hooks = _hooks_by_name(saes, hook_names)
-    distinct_hooks = list(dict.fromkeys(hooks.values()))
+    hooks = dict.fromkeys(saes, hook_names) if isinstance(hook_names, str) else hook_names
+    for name in saes:
+        if name not in hooks:
+            raise InputError(f"hook_names: no hook for the SAE {name!r}; name one for each SAE")
+    measured = [_Measured(name, sae, hooks[name], observer) for name, sae in saes.items()]
     model, tokenizer = language_model.model, language_model.tokenizer
     special = torch.tensor(get_special_token_ids(tokenizer) if exclude_special else [])
-    totals = {name: _Totals(sae.cfg.d_sae) for name, sae in saes.items()}
-    tails = {hook: Tail(model, hook, autocast=autocast) for hook in distinct_hooks}
+    tails = {each.hook: Tail(model, each.hook, autocast=autocast) for each in measured}
     words = Words(tokenizer)
-    ce_clean, ce_zero = 0.0, dict.fromkeys(distinct_hooks, 0.0)
+    ce_clean, ce_zero = 0.0, dict.fromkeys(tails, 0.0)
     n_tokens = n_loss_tokens = tokens_seen = windows_seen = 0
     loss_budget = float("inf") if max_loss_tokens is None else max_loss_tokens
     limit = None if max_tokens is None else max(1, max_tokens // context_size)
@@ -317,40 +359,37 @@ def evaluate_many(
     windows = iterate_windows(model, tokenizer, texts, context_size, prepend_bos=prepend_bos)
     for batch in batched_windows(islice(windows, limit), size):
         tokens = torch.stack([window.tokens for window in batch])
+        documents = torch.stack([window.documents for window in batch])
         kept = ~torch.isin(tokens, special)
-        with_losses = tokens_seen < loss_budget
         clean_logits = None
-        if with_losses:
+        if tokens_seen < loss_budget:
             clean_logits, activations = logits_and_activations(
-                model, tokens, distinct_hooks, autocast=autocast
+                model, tokens, list(tails), autocast=autocast
             )
         else:
-            activations = activations_at(model, tokens, distinct_hooks, autocast=autocast)
+            activations = activations_at(model, tokens, list(tails), autocast=autocast)
+
         words_kept = words.of(tokens[kept])
-        reconstructions = {
-            name: _run_sae(
-                name, sae, activations[hooks[name]], kept, words_kept, batch, windows_seen, totals,
-                observer,
-            )
-            for name, sae in saes.items()
-        }  # fmt: skip
+        reconstructions = [
+            each.reconstruct(activations[each.hook], kept, words_kept, documents, windows_seen)
+            for each in measured
+        ]
         n_tokens += int(kept.sum())
         if clean_logits is not None:
             positions = predicting_positions(kept)
             n_loss_tokens += positions.numel()
             ce_clean += summed_losses(clean_logits, tokens, positions)[0]
-            for hook in distinct_hooks:
+            for hook, tail in tails.items():
                 own = activations[hook]
                 if tokens_seen == 0:
-                    tails[hook].check(own, clean_logits)
-                logits = tails[hook].logits(tokens, torch.zeros_like(own), kept, own)
+                    tail.check(own, clean_logits)
+                logits = tail.logits(tokens, torch.zeros_like(own), kept, own)
                 ce_zero[hook] += summed_losses(logits, tokens, positions)[0]
-            for name, reconstruction in reconstructions.items():
-                hook = hooks[name]
-                logits = tails[hook].logits(tokens, reconstruction, kept, activations[hook])
-                ce, kl = summed_losses(logits, tokens, positions, clean_logits)
-                totals[name].ce_sae += ce
-                totals[name].kl += kl
+            for each, sae_out in zip(measured, reconstructions, strict=True):
+                logits = tails[each.hook].logits(tokens, sae_out, kept, activations[each.hook])
+                cross_entropy, kl = summed_losses(logits, tokens, positions, clean_logits)
+                each.cross_entropy += cross_entropy
+                each.kl += kl
         tokens_seen += tokens.numel()
         windows_seen += len(batch)
         if progress is not None:
@@ -360,79 +399,9 @@ def evaluate_many(
             f"held-out text: it holds no full window of {context_size} tokens; raise "
             "data.heldout_documents or lower data.context_size"
         )
+    zero = {hook: total / n_loss_tokens for hook, total in ce_zero.items()}
+    clean = ce_clean / n_loss_tokens
     return {
-        name: _metrics(sae, totals[name], n_tokens, n_loss_tokens, ce_clean, ce_zero[hooks[name]])
-        for name, sae in saes.items()
+        each.name: each.metrics(n_tokens, n_loss_tokens, clean, zero[each.hook])
+        for each in measured
     }
-
-
-def _run_sae(
-    name: str,
-    sae: SAE[Any],
-    activations: torch.Tensor,
-    kept: torch.Tensor,
-    words: torch.Tensor,
-    batch: Sequence[Window],
-    first_window: int,
-    totals: Mapping[str, _Totals],
-    observer: Callable[[LatentBatch], None] | None,
-) -> torch.Tensor:
-    """One SAE on one batch of windows: add to its totals, return (batch, seq, d_in) to write back.
-
-    Positions that are not kept are zero in the result; they are never written.
-    """
-    reconstruction = torch.zeros_like(activations)
-    window_index, position = kept.nonzero(as_tuple=True)
-    documents = torch.stack([window.documents for window in batch])
-    reshaping = sae.hook_z_reshaping_mode
-    if reshaping:  # the head dimension is flattened already
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        rows = max(1, LATENT_ELEMENTS // sae.cfg.d_sae)
-        for part in torch.arange(window_index.numel()).split(rows):
-            at = (window_index[part], position[part])
-            latents, recon = _apply(sae, activations[at])
-            totals[name].add(activations[at], recon, latents, words[part])
-            reconstruction[at] = recon.to(reconstruction.device, reconstruction.dtype)
-            if observer is not None:
-                observer(LatentBatch(name, latents, at[0] + first_window, at[1], documents[at]))
-    finally:
-        if reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()
-    return reconstruction
-
-
-def _metrics(
-    sae: SAE[Any],
-    totals: _Totals,
-    n_tokens: int,
-    n_loss_tokens: int,
-    ce_clean_sum: float,
-    ce_zero_sum: float,
-) -> HeldoutMetrics:
-    ce_clean, ce_zero = ce_clean_sum / n_loss_tokens, ce_zero_sum / n_loss_tokens
-    ce_sae = totals.ce_sae / n_loss_tokens
-    effect = ce_zero - ce_clean
-    fired = totals.fired > 0
-    rates = totals.fired[fired].double() / n_tokens
-    return HeldoutMetrics(
-        explained_variance=totals.variance.compute(),
-        l0=totals.fired.sum().item() / n_tokens,
-        loss_recovered=(
-            (ce_zero - ce_sae) / effect if abs(effect) >= MIN_ABLATION_EFFECT else None
-        ),
-        ce_clean=ce_clean,
-        ce_sae=ce_sae,
-        ce_zero=ce_zero,
-        kl=totals.kl / n_loss_tokens,
-        dead_latents=int((totals.fired == 0).sum()),
-        d_sae=sae.cfg.d_sae,
-        mean_max_decoder_cosine=mean_max_decoder_cosine(sae.W_dec),
-        dense_share=float(dense_share(totals.fired, n_tokens)),
-        log10_median_firing_rate=float(rates.median().log10()) if fired.any() else None,
-        encoder_decoder_alignment=encoder_decoder_alignment(sae, fired),
-        single_word_share=totals.by_word.single_word_share(totals.fired),
-        n_tokens=n_tokens,
-        n_loss_tokens=n_loss_tokens,
-        firing_frequency=(totals.fired.double() / n_tokens).float(),
-    )

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import yaml
 
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import versions
+from msae_plugin.common.progress import Report as Reporter
+from msae_plugin.common.progress import warnings_alone as no_report
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -39,9 +41,7 @@ def _contents() -> dict[str, dict[str, Any]]:
 def definitions(evaluation: str, counts: Iterable[int] = ()) -> dict[str, MetricDefinition]:
     """The metrics of an evaluation by name.
 
-    Args:
-        evaluation: A section of `metrics.yaml`.
-        counts: What `{k}` in the names and definitions stands for.
+    `counts` are what `{k}` in names and definitions stands for.
     """
     found: dict[str, MetricDefinition] = {}
     for name, entry in _contents()[evaluation].items():
@@ -97,11 +97,7 @@ class ModelContext:
         return getattr(torch, self.dtype)
 
     def key(self, *distributions: str) -> dict[str, Any]:
-        """The part of a cache's key that names the model, its dtype and device, and software.
-
-        Args:
-            distributions: Packages whose versions count.
-        """
+        """The part of a cache's key that names the model, its dtype and device, and software."""
         config = self.language_model.model.cfg.to_dict()
         return {
             "model": self.weights_sha256,
@@ -128,25 +124,20 @@ class ScoreResult:
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-class Reporter(Protocol):
-    """Shows progress."""
+@dataclass(frozen=True)
+class EvaluationRun:
+    """One evaluation with one seed."""
 
-    def __call__(self, message: str, done: int | None = None, total: int | None = None) -> None:
-        """Say what is being done, and how much of it."""
-        ...
-
-
-def no_report(message: str, done: int | None = None, total: int | None = None) -> None:
-    """A reporter that shows nothing."""
-    del message, done, total
+    evaluation: str  # its name in a config file
+    context: ModelContext
+    settings: Mapping[str, Any]  # fields of SAEBench's config class and ours, checked
+    seed: int  # of the choice and order of texts, and of all that is trained
+    output: Path  # folder for SAEBench's JSON
+    report: Reporter = no_report
 
 
 def require_real(metrics: Mapping[str, float], where: str) -> None:
-    """Refuse numbers that were not measured.
-
-    Raises:
-        RunFailure: A metric is NaN, infinite, or SAEBench's marker -1.
-    """
+    """Refuse numbers that were not measured."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise RunFailure(f"{where}: {name} is {value}: nothing is reported for this SAE")

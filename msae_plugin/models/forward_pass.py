@@ -24,12 +24,10 @@ class ModelWithTokenizer(Protocol):
     @property
     def model(self) -> Any:
         """A HookedRootModule."""
-        ...
 
     @property
     def tokenizer(self) -> Any:
         """A Hugging Face tokenizer."""
-        ...
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
@@ -71,14 +69,8 @@ def activations_at(
 ) -> dict[str, torch.Tensor]:
     """Activations at the hooks, running no layer beyond the last of them.
 
-    Args:
-        model: A HookedRootModule.
-        tokens: (batch, seq) long.
-        hook_names: Hooks to read.
-        autocast: Run the model in bfloat16 autocast.
-
-    Returns:
-        For each hook (batch, seq, d_in), float32; a head dimension is flattened as in SAELens.
+    (batch, seq) tokens give (batch, seq, d_in) float32 by hook; a head dimension is flattened as in
+    SAELens.
     """
     device = input_device(model)
     with autocast_context(device, autocast):
@@ -146,16 +138,8 @@ def logits_with_replacement(
 ) -> torch.Tensor:
     """Logits when the activations at a hook are `values` at the positions `where`.
 
-    Args:
-        model: A HookedRootModule.
-        tokens: (batch, seq) long.
-        hook_name: Where to write.
-        values: (batch, seq, d_in) what to write; it is cast to the activations' dtype.
-        where: (batch, seq) bool; other positions keep the model's own activations.
-        autocast: Run the model in bfloat16 autocast.
-
-    Returns:
-        (batch, seq, vocabulary).
+    `values` (batch, seq, d_in) are cast to the activations' dtype; the positions are (batch, seq)
+    bool, and the others keep the model's own activations.
     """
 
     def replace(activations: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -179,26 +163,17 @@ class Tail:
 
     A hook on the residual stream determines the rest of the model; with the hook at a third of the
     depth a pass costs three quarters of a whole one, most of it in the unembedding.
-
-    Args:
-        model: A HookedRootModule.
-        hook_name: The hook.
-        autocast: Run the model in bfloat16 autocast.
     """
 
     def __init__(self, model: Any, hook_name: str, *, autocast: bool = False) -> None:
-        self._model = model
-        self._hook_name = hook_name
-        self._autocast = autocast
+        self._model, self._hook_name, self._autocast = model, hook_name, autocast
         self._start = tail_start(hook_name)
 
     @torch.no_grad()
     def check(self, own: torch.Tensor, clean_logits: torch.Tensor) -> None:
         """Start in the middle only if it gives what the whole model gave.
 
-        Args:
-            own: (batch, seq, d_in), the model's own activations at the hook.
-            clean_logits: (batch, seq, vocabulary) of the unchanged model.
+        `own` are the model's own activations at the hook, (batch, seq, d_in).
         """
         if self._start is None:
             return
@@ -212,14 +187,7 @@ class Tail:
     ) -> torch.Tensor:
         """As `logits_with_replacement`.
 
-        Args:
-            tokens: (batch, seq) long.
-            values: (batch, seq, d_in) what to write.
-            where: (batch, seq) bool; other positions keep the model's own activations.
-            own: (batch, seq, d_in), the model's own activations at the hook.
-
-        Returns:
-            (batch, seq, vocabulary).
+        `own` are the model's own activations at the hook, (batch, seq, d_in).
         """
         if self._start is None:
             return logits_with_replacement(

@@ -34,11 +34,7 @@ class HookName:
 
 
 def parse_hook_name(hook: str) -> HookName:
-    """Read layer and style from a hook's name.
-
-    Raises:
-        InputError: If the text cannot name a hook point of either style.
-    """
+    """Read layer and style from a hook's name."""
     if not _DOTTED_NAME.fullmatch(hook):
         raise InputError(
             f"hook {hook!r} is not a dotted name",
@@ -57,11 +53,7 @@ def parse_hook_name(hook: str) -> HookName:
 
 
 def validate_hook(hook: str, n_layers: int) -> HookName:
-    """Check a hook's name against the depth of the model.
-
-    Raises:
-        InputError: If the name cannot be read or the layer does not exist.
-    """
+    """Check a hook's name against the depth of the model."""
     parsed = parse_hook_name(hook)
     if parsed.layer is not None and parsed.layer >= n_layers:
         raise InputError(
@@ -72,11 +64,7 @@ def validate_hook(hook: str, n_layers: int) -> HookName:
 
 
 def common_style(hooks: Sequence[str]) -> HookStyle:
-    """The one style that all hooks of a run share: one model is loaded, by one loader.
-
-    Raises:
-        InputError: If there is no hook, a hook is listed twice, or the styles are mixed.
-    """
+    """The one style that all hooks of a run share: one model is loaded, by one loader."""
     if not hooks:
         raise InputError("no hook is given", "name at least one, such as blocks.9.hook_resid_post")
     duplicates = sorted({hook for hook in hooks if hooks.count(hook) > 1})

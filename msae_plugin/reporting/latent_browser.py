@@ -25,7 +25,7 @@ import torch
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.comparison.results import COMPARISON_FILE
-from msae_plugin.data.windows import Window, iterate_windows
+from msae_plugin.data.text import Window, iterate_windows
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
 from msae_plugin.evaluation.outcomes import Reporter, no_report

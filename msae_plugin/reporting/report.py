@@ -12,7 +12,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.outcomes import Reporter, no_report
-from msae_plugin.evaluation.published import standing
+from msae_plugin.evaluation.summary import standing
 from msae_plugin.reporting.analyses import SAEAnalysis, analyse
 from msae_plugin.reporting.answer import answers, findings_of, health_section
 from msae_plugin.reporting.dashboards import (

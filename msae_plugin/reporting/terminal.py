@@ -13,7 +13,7 @@ from rich.text import Text
 
 from msae_plugin.common.table import Column, Table
 from msae_plugin.evaluation.contexts import ContextsForTerminal, LatentProfile, TokenContext
-from msae_plugin.evaluation.published import standing
+from msae_plugin.evaluation.summary import standing
 from msae_plugin.reporting.answer import answers, findings_of
 from msae_plugin.reporting.document import Answer
 from msae_plugin.reporting.results import HEADLINES, Results

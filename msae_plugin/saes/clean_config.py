@@ -12,29 +12,12 @@ from typing import Any
 from msae_plugin.common.errors import InputError
 
 # Fields whose value is a place on the user's disk, an account or a machine, by their last word.
-_PRIVATE_FIELDS = frozenset(
-    {
-        "checkpoint_path",
-        "output_path",
-        "output",
-        "resume",
-        "resume_from_checkpoint",
-        "from_pretrained_path",
-        "cached_activations_path",
-        "cache_dir",
-        "wandb_entity",
-        "wandb_id",
-        "wandb_project",
-        "wandb_group",
-        "entity",
-        "hf_token",
-        "token",
-        "api_key",
-        "user",
-        "username",
-        "hostname",
-    }
-)
+_PRIVATE_FIELDS = frozenset({
+    "checkpoint_path", "output_path", "output", "resume", "resume_from_checkpoint",
+    "from_pretrained_path", "cached_activations_path", "cache_dir", "wandb_entity", "wandb_id",
+    "wandb_project", "wandb_group", "entity", "hf_token", "token", "api_key", "user", "username",
+    "hostname",
+})  # fmt: skip
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -49,30 +32,19 @@ _PATH_IN_TEXT = re.compile(
 def _is_local_path(value: str) -> bool:
     if _URL.match(value):
         return value.lower().startswith("file:")
-    return (
-        value.startswith(("~", "./", "../", ".\\", "..\\"))
-        or PurePosixPath(value).is_absolute()
-        or PureWindowsPath(value).is_absolute()
-        or _names_something_on_disk(value)
-    )
-
-
-def _names_something_on_disk(value: str) -> bool:
-    """Whether a relative path exists: `models/tiny` is a folder then and not a name on the Hub."""
-    if "/" not in value and "\\" not in value:
-        return False
+    if value.startswith(("~", "./", "../", ".\\", "..\\")):
+        return True
+    if PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute():
+        return True
     try:
-        return Path(value).exists()
+        # A relative path that exists: `models/tiny` is a folder then and not a name on the Hub.
+        return ("/" in value or "\\" in value) and Path(value).exists()
     except (OSError, ValueError):
         return False  # too long for a path, or no path at all
 
 
 def require_inside(folder: Path, path: Path) -> None:
-    """Refuse a link that leads out of the folder whose files are to be published.
-
-    Raises:
-        InputError: The path, with every link followed, is elsewhere.
-    """
+    """Refuse a link that leads out of the folder whose files are to be published."""
     target = path.resolve()
     if not target.is_relative_to(folder.resolve()):
         raise InputError(
@@ -82,24 +54,12 @@ def require_inside(folder: Path, path: Path) -> None:
 
 
 def private_traces(text: str) -> list[str]:
-    """Local paths and the user's home folder in a text that is to be published as it is.
-
-    Returns:
-        What was found, without duplicates; empty for a clean text.
-    """
+    """Local paths and the user's home folder in a text that is to be published as it is."""
     found = dict.fromkeys(match.group() for match in _PATH_IN_TEXT.finditer(text))
     home = str(Path.home())
     if len(home) > 1 and home in text:
         found.setdefault(home)
     return list(found)
-
-
-def _account_name() -> str | None:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        # No name is known for this user id (a container), so none can leak.
-        return None
 
 
 def clean_run_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,8 +97,11 @@ def _clean_text(value: str) -> str:
     home = str(Path.home())
     if len(home) > 1:
         value = value.replace(home, "~")
-    account = _account_name()
-    if account and len(account) > 2:
+    try:
+        account = getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        account = ""  # no name is known for this user id (a container), so none can leak
+    if len(account) > 2:
         # The account's name as part of a path inside a longer string.
         value = re.sub(rf"(?<=[/\\]){re.escape(account)}(?=[/\\]|$)", "user", value)
     return value

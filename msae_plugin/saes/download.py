@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -61,11 +61,7 @@ def parse_reference(text: str) -> HubReference:
 
 
 def require_repo_name(repo: str) -> str:
-    """Refuse a name that the Hub does not allow for a repository.
-
-    Raises:
-        InputError: Saying what is wrong with it.
-    """
+    """Refuse a name that the Hub does not allow for a repository."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -77,11 +73,7 @@ def require_repo_name(repo: str) -> str:
 
 
 def require_folder(folder: str) -> str:
-    """Refuse a path that cannot be a folder of a repository; give it without slashes at its ends.
-
-    Raises:
-        InputError: Saying what is wrong with it.
-    """
+    """Refuse what cannot be a folder of a repository; give it without slashes at its ends."""
     path = PurePosixPath(folder.strip("/"))
     bad = [part for part in path.parts if part in (".", "..", ".git") or not part.strip()]
     if folder.startswith("/") or not path.parts or bad or "\\" in folder:
@@ -99,18 +91,10 @@ LISTING_TIMEOUT_SECONDS = 20.0
 def download(reference: str, destination: Path) -> Path:
     """Fetch a folder of a repository, or all of it, whole or not at all.
 
-    Args:
-        reference: `user/repo:folder`, `user/repo`, either with `@revision` after the repository.
-        destination: A new or empty folder. It gets what is in the folder.
-
-    Returns:
-        The destination.
-
-    Raises:
-        InputError: There is no such repository, folder or revision, or the destination is in use.
-        RunFailure: The network, the Hub or the disk failed; nothing is left in the destination.
+    The destination, a new or empty folder, gets what is in the folder.
     """
-    found, state = _resolve(parse_reference(reference))
+    found = parse_reference(reference)
+    state = _state_of(found)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(f"--output {str(destination)!r} is not empty: choose another folder")
     wanted = sorted(state.files if found.folder is None else state.files_in(found.folder))
@@ -121,7 +105,11 @@ def download(reference: str, destination: Path) -> Path:
         fetched = folder / ".download"
         for path in wanted:
             hf_hub_download(found.repo, path, revision=state.head, local_dir=fetched)
-        _require_intact(found.repo, state, wanted, fetched)
+        # huggingface_hub compares sizes only: here the hashes of large files.
+        for item in HfApi().get_paths_info(found.repo, wanted, revision=state.head):
+            large = getattr(item, "lfs", None)
+            if large is not None and file_sha256(fetched / item.path) != large.sha256:
+                raise RunFailure(f"{item.path} arrived damaged: run the command again")
         content = fetched if found.folder is None else fetched / found.folder
         # huggingface_hub's own notes on what it downloaded.
         shutil.rmtree(fetched / ".cache", ignore_errors=True)
@@ -132,16 +120,9 @@ def download(reference: str, destination: Path) -> Path:
 
 
 def fetch(reference: str) -> Path:
-    """The local copy of a folder of a repository, in huggingface_hub's own cache.
-
-    Returns:
-        The folder; not to be written to.
-
-    Raises:
-        InputError: There is no such repository, folder or revision.
-        RunFailure: The network, the Hub or the disk failed.
-    """
-    found, state = _resolve(parse_reference(reference))
+    """The local copy, not to be written to, of a folder of a repository in the Hub's own cache."""
+    found = parse_reference(reference)
+    state = _state_of(found)
     with hub_errors(f"downloading {found}"):
         pattern = None if found.folder is None else f"{glob.escape(found.folder)}/*"
         root = Path(snapshot_download(found.repo, revision=state.head, allow_patterns=pattern))
@@ -149,18 +130,13 @@ def fetch(reference: str) -> Path:
 
 
 def local_folder(text: str) -> Path:
-    """The folder behind an argument of `msae report`: one on disk, or fetched from the Hub.
-
-    Raises:
-        InputError: It is a reference to something that does not exist.
-        RunFailure: The network, the Hub or the disk failed.
-    """
+    """The folder behind an argument of `msae report`: one on disk, or fetched from the Hub."""
     path = Path(text)
     return path if path.exists() or not is_reference(text) else fetch(text)
 
 
-def _resolve(reference: HubReference) -> tuple[HubReference, RepositoryState]:
-    """The repository at the commit that is meant now, and the reference without a wrong folder."""
+def _state_of(reference: HubReference) -> RepositoryState:
+    """The repository at the commit that is meant now; refused without the revision or folder."""
     state = read_state(reference.repo, reference.revision)
     if not state.exists:
         raise InputError(
@@ -172,16 +148,7 @@ def _resolve(reference: HubReference) -> tuple[HubReference, RepositoryState]:
     if reference.folder is not None and not state.files_in(reference.folder):
         known = ", ".join(state.sae_folders()[:5]) or "no SAE"
         raise InputError(f"{reference.repo} has no folder {reference.folder!r}; it has {known}")
-    return replace(reference, revision=reference.revision), state
-
-
-def _require_intact(repo: str, state: RepositoryState, paths: list[str], folder: Path) -> None:
-    """Compare the hashes of large files with the Hub's; huggingface_hub compares sizes only."""
-    listed = HfApi().get_paths_info(repo, paths, revision=state.head)
-    for item in listed:
-        large = getattr(item, "lfs", None)
-        if large is not None and file_sha256(folder / item.path) != large.sha256:
-            raise RunFailure(f"{item.path} arrived damaged: run the command again")
+    return state
 
 
 @dataclass(frozen=True)
@@ -198,11 +165,8 @@ class RepositoryState:
 
     def sae_folders(self) -> list[str]:
         """Folders that SAELens can load an SAE from, without twins."""
-        found = {
-            path.removesuffix(f"/{SAE_CFG_FILENAME}")
-            for path in self.files
-            if path.endswith(f"/{SAE_CFG_FILENAME}")
-        }
+        end = f"/{SAE_CFG_FILENAME}"
+        found = {path.removesuffix(end) for path in self.files if path.endswith(end)}
         loadable = {folder for folder in found if f"{folder}/{SAE_WEIGHTS_FILENAME}" in self.files}
         twins = {f"{folder}/{TWIN_FOLDER}" for folder in loadable}
         return sorted(loadable - twins)
@@ -213,16 +177,10 @@ class RepositoryState:
 
 
 def read_state(repo: str, revision: str | None) -> RepositoryState:
-    """Ask the Hub what is in a repository.
-
-    Raises:
-        InputError: The token may not read it.
-        RunFailure: The Hub does not answer.
-    """
-    api = HfApi()
+    """Ask the Hub what is in a repository."""
+    api, has_revision = HfApi(), True
     with hub_errors(f"reading {repo}"):
         try:
-            has_revision = True
             try:
                 info = api.model_info(repo, revision=revision, timeout=LISTING_TIMEOUT_SECONDS)
             except RevisionNotFoundError:

@@ -60,17 +60,16 @@ class Agreement:
 
     def failure(self) -> str | None:
         """The disagreement in words, or None."""
-        # `not <=` rather than `>`: NaN must fail.
-        if not self.max_latent_difference <= self.tolerance:
-            return (
-                f"latents differ by {self.max_latent_difference:.2e} of the token's largest "
-                f"(at most {self.tolerance:.0e} is rounding)"
-            )
-        if not self.max_reconstruction_difference <= self.tolerance:
-            return (
-                f"reconstructions differ by {self.max_reconstruction_difference:.2e} of their norm "
-                f"(at most {self.tolerance:.0e} is rounding)"
-            )
+        for what, difference, unit in (
+            ("latents", self.max_latent_difference, "the token's largest"),
+            ("reconstructions", self.max_reconstruction_difference, "their norm"),
+        ):
+            # `not <=` rather than `>`: NaN must fail.
+            if not difference <= self.tolerance:
+                return (
+                    f"{what} differ by {difference:.2e} of {unit} "
+                    f"(at most {self.tolerance:.0e} is rounding)"
+                )
         if self.flips > self.flips_allowed:
             return (
                 f"{self.flips} of {self.active} active latents are on in only one of the two "
@@ -95,14 +94,9 @@ def trained_latents(sae: TrainingSAE[Any], activations: torch.Tensor) -> torch.T
 
     In eval mode a SAELens training SAE encodes as it is exported, with one exception: BatchTopK and
     its kin select over the batch even then, and are exported with their running threshold, which is
-    therefore applied here to the training SAE's own pre-activations.
-
-    Args:
-        sae: In eval mode, with every scaling of the activations folded in.
-        activations: (n, d_in) raw.
-
-    Returns:
-        (n, d_sae) dense.
+    therefore applied here to the training SAE's own pre-activations. The SAE is in eval mode, with
+    every scaling of the activations folded in: (n, d_in) raw activations give (n, d_sae) dense
+    latents.
     """
     if isinstance(sae, MultiScaleTrainingSAE):
         latents = sae.encode(activations) * _decoder_norms(sae)
@@ -133,11 +127,8 @@ def compare(
 ) -> Agreement:
     """Compare an exported SAE with what the trained one gives.
 
-    Args:
-        latents: (n, d_sae) of the trained one, from `trained_latents`.
-        reconstruction: (n, d_in), from `trained_reconstruction`.
-        exported: The reloaded export.
-        activations: (n, d_in) that both are given.
+    `latents` (n, d_sae) are from `trained_latents`, the reconstruction (n, d_in) is from
+    `trained_reconstruction`; both are of these activations.
     """
     other = exported.encode(activations.to(exported.device, exported.dtype))
     other = (other.to_dense() if other.is_sparse else other).to(latents.device)
@@ -217,23 +208,9 @@ def export_sae(
 ) -> ExportReport:
     """Write the inference export (and the jumprelu twin) of a trained SAE and check both.
 
-    Args:
-        sae: A trained SAE with every scaling of the activations folded in. It is put in eval mode
-            for the check and returned to its mode.
-        folder: Gets `sae/`, `jumprelu/`, some of the activations, and `export.json`; made if
-            missing.
-        activations: (n, d_in) real activations as the exported SAE will see them.
-        sparsity: (d_sae,) log10 firing frequency in the training SAE's order of latents, or None.
-        runner_cfg: Configuration of the run; local paths and account names are removed.
-        training_log: Rows of metrics.jsonl, by which the SAE's health is judged.
-
-    Returns:
-        The report, which is also stored.
-
-    Raises:
-        InputError: `folder` has a complete export, or the activations do not fit.
-        RunFailure: The SAE was not trained, holds NaN, is silent, or the reloaded export disagrees.
-            Nothing is left in `folder` then.
+    Every scaling of the activations is folded in already. The activations, (n, d_in), are real ones
+    as the exported SAE will see them; `sparsity` is the (d_sae,) log10 firing frequency in the
+    training SAE's order of latents. Nothing is left in the folder where the check fails.
     """
     if (folder / REPORT_FILENAME).exists():
         raise InputError(f"{folder}: it holds an export already; choose another folder")
@@ -249,7 +226,11 @@ def export_sae(
         # Both folders get their names when the check is over; if it raises, neither does.
         with ExitStack() as folders:
             plain = folders.enter_context(folder_written_atomically(folder / SAE_FOLDER))
-            obstacle = _no_jumprelu_export_because(sae)
+            obstacle = (
+                jumprelu_export_obstacle(sae.cfg)
+                if isinstance(sae, MultiScaleTrainingSAE)
+                else f"{sae.cfg.architecture()} is SAELens' own and loads everywhere already"
+            )
             twin = (
                 folders.enter_context(folder_written_atomically(folder / TWIN_FOLDER))
                 if obstacle is None
@@ -288,12 +269,6 @@ def _require_trained(sae: TrainingSAE[Any]) -> None:
             )
 
 
-def _no_jumprelu_export_because(sae: TrainingSAE[Any]) -> str | None:
-    if isinstance(sae, MultiScaleTrainingSAE):
-        return jumprelu_export_obstacle(sae.cfg)
-    return f"{sae.cfg.architecture()} is SAELens' own and loads everywhere already"
-
-
 def _write(
     sae: TrainingSAE[Any],
     folder: Path,
@@ -325,13 +300,12 @@ def _check(
     latents = trained_latents(sae, fed)
     reconstruction = trained_reconstruction(sae, latents)
     exported = SAE.load_from_disk(plain, device=device)
-    agreement = compare(latents, reconstruction, exported, fed)
-    _refuse_disagreement("the export", agreement)
+    agreement = _agreeing("the export", compare(latents, reconstruction, exported, fed))
     twin_agreement = None
     if twin is not None:
-        loaded_twin = SAE.load_from_disk(twin, device=device)
-        twin_agreement = compare(latents, reconstruction, loaded_twin, fed)
-        _refuse_disagreement("the jumprelu twin", twin_agreement)
+        loaded = SAE.load_from_disk(twin, device=device)
+        found = compare(latents, reconstruction, loaded, fed)
+        twin_agreement = _agreeing("the jumprelu twin", found)
     target: float | None = getattr(sae.cfg, "k", None)
     l0 = agreement.exported_active / len(fed)
     if l0 == 0:
@@ -339,30 +313,32 @@ def _check(
             "export check: the exported SAE is silent (L0 is 0 on real activations); train longer "
             "or check the threshold"
         )
-    explained_variance = ExplainedVarianceCalculator()
-    explained_variance.add_batch(reconstruction, fed)
+    variance = ExplainedVarianceCalculator()
+    variance.add_batch(reconstruction, fed)
+    explained_variance = variance.compute()
     return ExportReport(
         agreement=agreement,
         twin_agreement=twin_agreement,
         twin_obstacle=obstacle,
         l0_target=None if target is None else float(target),
         l0_exported=l0,
-        explained_variance=explained_variance.compute(),
+        explained_variance=explained_variance,
         n_tokens=len(fed),
         health=assess(
             training_log,
             d_sae=sae.cfg.d_sae,
             l0_target=target,
             l0_exported=l0,
-            explained_variance=explained_variance.compute(),
+            explained_variance=explained_variance,
         ),
     )
 
 
-def _refuse_disagreement(what: str, agreement: Agreement) -> None:
+def _agreeing(what: str, agreement: Agreement) -> Agreement:
     failure = agreement.failure()
     if failure is not None:
         raise RunFailure(
             f"export check: {what} does not compute what was trained: {failure}; nothing was "
             "written, the training checkpoint is kept"
         )
+    return agreement

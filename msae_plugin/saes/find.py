@@ -54,16 +54,12 @@ Kind = Literal["export", "jumprelu twin", "training checkpoint"]
 
 # What the fields behind a mechanism are called in docs/method.md.
 _LETTERS = {
-    "sparsity_scales": "S",
-    "prefix_fractions": "S",
-    "k_initial_multiplier": "S",
-    "k_anneal_steps": "S",
-    "norm_scales": "N",
-    "norm_gate": "N",
+    **dict.fromkeys(
+        ("sparsity_scales", "prefix_fractions", "k_initial_multiplier", "k_anneal_steps"), "S"
+    ),
+    **dict.fromkeys(("norm_scales", "norm_gate"), "N"),
+    **dict.fromkeys(("selection", "standardise", "dense_share_limit"), "Z"),
     "norm_attention": "A",
-    "selection": "Z",
-    "standardise": "Z",
-    "dense_share_limit": "Z",
     "orthogonality_coefficient": "O",
     "sketch_rank": "C",
     "revival_every": "R",
@@ -133,33 +129,39 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / SAE_CFG_FILENAME).is_file() and (folder / SAE_WEIGHTS_FILENAME).is_file()
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSAE]]:
-    """Recognise a folder.
+def held(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Path]]:
+    """The record of a run, None for other folders; and where its SAEs are, or have to be, by name.
 
-    Returns:
-        The record of a run, None for other folders; and the SAEs by name, of a run those exported.
-
-    Raises:
-        InputError: There is no SAE in it, or a file of one cannot be read.
+    A folder may be an SAE's own, or have some in its sub-folders or in `sae/` of those.
     """
-    if not folder.is_dir():
-        raise InputError(f"{str(folder)!r} is not a folder: give a run, an export or a checkpoint")
-    record = None
     if is_checkpoint(folder):
-        found = {folder.name: folder}
-    elif (folder / RUN_FILE).is_file():
+        return None, {folder.name: folder}
+    if (folder / RUN_FILE).is_file():
         record = read_run_record(folder)
         if record is None:
             read_json_object(folder / RUN_FILE, StoredRun)  # says why
             raise InputError(f"{str(folder / RUN_FILE)!r} cannot be read")
-        found = {name: root / SAE_FOLDER for name, root in sae_roots(folder, record).items()}
-    else:
-        found = {path.name: path for path in sorted(folder.iterdir()) if is_checkpoint(path)}
-        if not found:
-            raise other_format_error(folder) or InputError(
-                f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and "
-                f"{SAE_WEIGHTS_FILENAME} in it or in its sub-folders, or {RUN_FILE} of a run"
-            )
+        roots = sae_roots(folder, record)
+        return record, {name: root / SAE_FOLDER for name, root in roots.items()}
+    return None, {
+        child.name: found
+        for child in sorted(folder.iterdir())
+        if not child.name.startswith(TEMPORARY_PREFIX)
+        for found in (child / SAE_FOLDER, child)
+        if is_checkpoint(found)
+    }
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, StoredSAE]]:
+    """The record of a run, None for other folders; and the SAEs by name, exported ones of a run."""
+    if not folder.is_dir():
+        raise InputError(f"{str(folder)!r} is not a folder: give a run, an export or a checkpoint")
+    record, found = held(folder)
+    if record is None and not found:
+        raise other_format_error(folder) or InputError(
+            f"{str(folder)!r} holds no SAE: expected {SAE_CFG_FILENAME} and "
+            f"{SAE_WEIGHTS_FILENAME} in it or in its sub-folders, or {RUN_FILE} of a run"
+        )
     return record, {
         name: read_checkpoint(path) for name, path in found.items() if is_checkpoint(path)
     }
@@ -172,8 +174,7 @@ def read_checkpoint(folder: Path) -> StoredSAE:
     for key in ("architecture", "d_in", "d_sae"):
         if key not in config:
             raise InputError(f"{str(file)!r} has no {key!r}: not an SAE")
-    for key in ("d_in", "d_sae"):
-        if type(config[key]) is not int or config[key] < 1:
+        if key != "architecture" and (type(config[key]) is not int or config[key] < 1):
             raise InputError(f"{str(file)!r}: {key} is {config[key]!r}, which is no width")
     parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
     metadata = cast("dict[str, Any]", config.get("metadata") or {})
@@ -209,11 +210,7 @@ def read_checkpoint(folder: Path) -> StoredSAE:
 
 
 def migrated_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """A cfg.json as SAELens 6 would write it: versions 2 to 5 had no metadata.
-
-    Raises:
-        InputError: It is damaged; `where` says which it is.
-    """
+    """A cfg.json as SAELens 6 would write it: versions 2 to 5 had no metadata."""
     checked(config, where, StoredConfig)
     if config.get("metadata") is not None or not {"hook_name", "hook_point"} & set(config):
         return config
@@ -229,13 +226,9 @@ def migrated_config(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def mechanisms_on(config: Mapping[str, Any]) -> list[str]:
     """Mechanisms that a multiscale configuration switches on, as "[letter] field = value"."""
-    off = mechanisms_off()
-    found: list[str] = []
-    for name, value in off.items():
-        if name in config and config[name] != value:
-            letter = f"[{_LETTERS[name]}] " if name in _LETTERS else ""
-            found.append(f"{letter}{name} = {_short(config[name])}")
-    return found
+    on = [name for name, off in mechanisms_off().items() if config.get(name, off) != off]
+    letters = {name: f"[{letter}] " for name, letter in _LETTERS.items()}
+    return [f"{letters.get(name, '')}{name} = {_short(config[name])}" for name in on]
 
 
 def _short(value: Any) -> str:
@@ -341,60 +334,36 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
         raise other_format_error(path) or InputError(
             f"SAE {reference!r} is a file: give the folder it is in, {path.parent}"
         )
-    if is_checkpoint(path):
-        _require_whole_export(path)
-        return [path]
-    if (path / RUN_FILE).is_file():
-        return _of_run(path)
-    if is_checkpoint(path / SAE_FOLDER):
-        _require_whole_export(path / SAE_FOLDER)
-        return [path / SAE_FOLDER]
+    record, found = held(path)
+    folders = list(found.values())
+    if record is not None:
+        _refuse_unfinished(path)
+        missing = [folder for folder in folders if not is_checkpoint(folder)]
+        if missing or not folders:
+            what = f"{missing[0]} is missing" if missing else f"{RUN_FILE} names no SAE"
+            raise InputError(
+                f"the run in {path} is not whole: {what}; copy it again, or train it again"
+            )
+        return folders
+    for own in (path, path / SAE_FOLDER):
+        if own in folders:
+            _require_whole_export(own)
+            return [own]
     _refuse_unfinished(path.parent)
-    half = [
-        (name, other)
-        for name, other in (
-            (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME),
-            (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME),
-        )
-        if (path / name).is_file()
-    ]
-    if half:
-        has, lacks = half[0]
-        raise other_format_error(path) or InputError(
-            f"SAE folder {path} has {has} but no {lacks}: copy the whole folder"
-        )
-    inside = [
-        found
-        for child in sorted(path.iterdir())
-        if child.is_dir() and not child.name.startswith(TEMPORARY_PREFIX)
-        for found in (child, child / SAE_FOLDER)
-        if is_checkpoint(found)
-    ]
-    if inside:
-        return inside
+    files = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
+    for has, lacks in (files, files[::-1]):
+        if (path / has).is_file():
+            raise other_format_error(path) or InputError(
+                f"SAE folder {path} has {has} but no {lacks}: copy the whole folder"
+            )
+    if folders:
+        return folders
     contents = sorted(child.name for child in path.iterdir())
     what = f"it holds {_listed(contents)}" if contents else "it is empty"
     raise other_format_error(path) or InputError(
         f"there is no SAE in {path}: {what}; give a run of msae train, or a folder with "
         f"{SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
     )
-
-
-def _of_run(path: Path) -> list[Path]:
-    problem = unfinished_run(path)
-    if problem is not None:
-        raise InputError(problem)
-    record = read_run_record(path)
-    if record is None:
-        raise InputError(f"{path / RUN_FILE} cannot be read: give the SAE's own folder, RUN/sae")
-    folders = [root / SAE_FOLDER for root in sae_roots(path, record).values()]
-    missing = [folder for folder in folders if not is_checkpoint(folder)]
-    if missing or not folders:
-        what = f"{missing[0]} is missing" if missing else f"{RUN_FILE} names no SAE"
-        raise InputError(
-            f"the run in {path} is not whole: {what}; copy it again, or train it again"
-        )
-    return folders
 
 
 def _require_whole_export(folder: Path) -> None:
@@ -406,8 +375,7 @@ def _require_whole_export(folder: Path) -> None:
 
 
 def _refuse_unfinished(run: Path) -> None:
-    problem = unfinished_run(run)
-    if problem is not None:
+    if (problem := unfinished_run(run)) is not None:
         raise InputError(problem)
 
 
@@ -443,12 +411,11 @@ def _folder_name(folder: Path) -> str:
     if folder.name in (SAE_FOLDER, TWIN_FOLDER) and (folder.parent / REPORT_FILENAME).is_file():
         place = folder.parent
         twin = f"-{TWIN_FOLDER}" if folder.name == TWIN_FOLDER else ""
-        in_a_run = not (place / RUN_FILE).is_file() and (place.parent / RUN_FILE).is_file()
-        name = f"{place.parent.name}-{place.name}" if in_a_run else place.name
-        return safe_name(name + twin)
-    if _GENERIC.fullmatch(place.name) and place.parent.name:
-        return safe_name(f"{place.parent.name}-{place.name}")
-    return safe_name(place.name)
+        with_parent = not (place / RUN_FILE).is_file() and (place.parent / RUN_FILE).is_file()
+    else:
+        with_parent = bool(_GENERIC.fullmatch(place.name) and place.parent.name)
+    name = f"{place.parent.name}-{place.name}" if with_parent else place.name
+    return safe_name(name + twin)
 
 
 def _not_found(reference: str, path: Path, releases: list[str]) -> str:
@@ -472,25 +439,15 @@ def _not_found(reference: str, path: Path, releases: list[str]) -> str:
     missing = existing.name
     while not existing.exists():
         missing, existing = existing.name, existing.parent
-    names = (
-        sorted(child.name for child in existing.iterdir() if not child.name.startswith("."))
-        if existing.is_dir()
-        else []
-    )
+    inside = existing.iterdir() if existing.is_dir() else ()
+    names = sorted(child.name for child in inside if not child.name.startswith("."))
     near = get_close_matches(missing, names, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {', '.join(str(existing / name) for name in near)}?"
-        if near
-        else f"{existing} holds {_listed(names)}"
-        if names
-        else f"{existing} is empty"
-    )
-    hub = (
-        f"; a repository on the hub is given as {reference}:FOLDER"
-        if _REPOSITORY.fullmatch(reference)
-        else ""
-    )
-    return f"SAE {reference!r} does not exist: {hint}{hub}"
+    hint = f"{existing} holds {_listed(names)}" if names else f"{existing} is empty"
+    if near:
+        hint = f"did you mean {', '.join(str(existing / name) for name in near)}?"
+    if _REPOSITORY.fullmatch(reference):
+        hint += f"; a repository on the hub is given as {reference}:FOLDER"
+    return f"SAE {reference!r} does not exist: {hint}"
 
 
 def _listed(names: list[str]) -> str:
@@ -499,43 +456,37 @@ def _listed(names: list[str]) -> str:
 
 
 def find_saes(run: Path) -> list[StoredSAE]:
-    """The SAEs that a folder holds.
+    """The SAEs that a folder holds and that may be published.
 
-    Raises:
-        InputError: There is none, or one that must not be published: a training checkpoint, an
-            export that was not finished, an SAE without training or with NaN weights.
+    Refused are a training checkpoint, an export that was not finished, an SAE without training or
+    with NaN weights.
     """
     if not run.is_dir():
         raise InputError(f"{str(run)!r} is not a folder: give a run or an export")
-    return [_read(name, root, export) for name, root, export in _locate(run)]
-
-
-def _locate(run: Path) -> list[tuple[str, Path, Path]]:
-    """(name, root, export) of each SAE."""
     if is_checkpoint(run):
         in_run = run.name == SAE_FOLDER and (run.parent / REPORT_FILENAME).is_file()
         root = run.parent if in_run else run
-        return [(root.resolve().name, root, run)]
+        return [_publishable(root.resolve().name, root, run)]
     if is_checkpoint(run / SAE_FOLDER):
-        return [(run.resolve().name, run, run / SAE_FOLDER)]
+        return [_publishable(run.resolve().name, run, run / SAE_FOLDER)]
     record = read_run_record(run)
     if record is None:
         raise other_format_error(run) or InputError(
             f"{str(run)!r} holds no exported SAE: expected {SAE_FOLDER}/ as `msae train` writes "
             f"it, or {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
         )
-    located = sae_roots(run, record)
-    missing = [name for name, root in located.items() if not (root / REPORT_FILENAME).is_file()]
-    if missing or not located:
+    roots = sae_roots(run, record)
+    missing = [name for name, root in roots.items() if not (root / REPORT_FILENAME).is_file()]
+    if missing or not roots:
         raise InputError(
             f"the run {str(run)!r} is {record.get('status', 'not finished')} and has not exported "
             f"{', '.join(missing) or 'any SAE'}: finish it with --resume auto, or publish the "
             "folder of one SAE"
         )
-    return [(name, root, root / SAE_FOLDER) for name, root in located.items()]
+    return [_publishable(name, root, root / SAE_FOLDER) for name, root in roots.items()]
 
 
-def _read(name: str, root: Path, export: Path) -> StoredSAE:
+def _publishable(name: str, root: Path, export: Path) -> StoredSAE:
     info = replace(read_checkpoint(export), name=name, root=root)
     if info.kind == "training checkpoint":
         raise InputError(
@@ -551,9 +502,8 @@ def _read(name: str, root: Path, export: Path) -> StoredSAE:
         )
     if info.metadata.get("training_steps") == 0:
         raise InputError(f"{str(export)!r} was never trained (0 steps): train it, then publish")
-    _require_finite(export / SAE_WEIGHTS_FILENAME)
-    if info.twin is not None:
-        _require_finite(info.twin / SAE_WEIGHTS_FILENAME)
+    for folder in filter(None, (export, info.twin)):
+        _require_finite(folder / SAE_WEIGHTS_FILENAME)
     return info
 
 

@@ -7,7 +7,6 @@ loads by release; folding happens here, in float32, before anything is cast down
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 import warnings
@@ -16,15 +15,11 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -33,6 +28,7 @@ from safetensors import SafetensorError
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256, tensors_sha256
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.models.hook_names import common_style, parse_hook_name
 from msae_plugin.models.hub_access import (
     HubUnreachableError,
@@ -63,17 +59,8 @@ class BrokenSAEError(RunFailure):
 def load_sae(found: LocatedSAE, device: str) -> tuple[SAE[Any], str]:
     """Load an SAE in float32, and hash its weights as they are stored.
 
-    Args:
-        found: Where it is; what is in a folder needs no network.
-        device: A torch device.
-
-    Returns:
-        The SAE, and the sha256 of sae_weights.safetensors (of the loaded tensors where a release
-        keeps its weights in another format).
-
-    Raises:
-        InputError: It cannot be had or loaded, was not trained, or is a training checkpoint that
-            computes something else than the SAE it would be exported as.
+    The sha256 is of sae_weights.safetensors, or of the loaded tensors where a release keeps its
+    weights in another format. What is in a folder needs no network.
     """
     if isinstance(found.source, Path):
         folder = found.source
@@ -140,22 +127,15 @@ def _training_steps(info: StoredSAE) -> int | None:
     """Steps that the SAE was trained for, where any file beside it says so."""
     if info.metadata.get("training_steps") is not None:
         return int(info.metadata["training_steps"])
-    runner = _config(info.folder, RUNNER_CFG_FILENAME)
+    try:
+        runner = read_json_object(info.folder / RUNNER_CFG_FILENAME)
+    except InputError:
+        runner = {}
     tokens, batch = runner.get("training_tokens"), runner.get("train_batch_size_tokens")
     if tokens is not None and batch:
         return int(tokens) // int(batch)
     # Only a trained SAE is exported (`saes/export.py`); a hand-made report may still say otherwise.
-    if (info.report or {}).get("l0_exported") == 0:
-        return 0
-    return None
-
-
-def _config(folder: Path, name: str = SAE_CFG_FILENAME) -> dict[str, Any]:
-    try:
-        content: object = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+    return 0 if (info.report or {}).get("l0_exported") == 0 else None
 
 
 def _load_from_hub(found: LocatedSAE, source: HubSource, device: str) -> SAE[Any]:
@@ -163,51 +143,45 @@ def _load_from_hub(found: LocatedSAE, source: HubSource, device: str) -> SAE[Any
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(
         repo_id=source.repository, repo_type="model"
     )
-    if not cache.is_dir():
-        try:
-            require_repository(source.repository, "model")
-        except InputError as error:
-            raise _for_sae(error, where) from error
-    if not source.registered:
-        _require_inference_repository(source, where)
-    with _hub_errors(source, where), _loading_errors(where, "its architecture"):
-        return SAE.from_pretrained(source.release, source.sae_id, device=device, dtype="float32")
-
-
-def _require_inference_repository(source: HubSource, where: str) -> None:
     with _hub_errors(source, where):
-        file = hf_hub_download(source.repository, f"{source.path}/{SAE_CFG_FILENAME}")
-    config = _config(Path(file).parent)
-    if "decoder_init_norm" in config and not _same_in_inference(str(config.get("architecture"))):
-        raise InputError(
-            f"{where} is a training checkpoint: its author must publish the SAE that "
-            "save_inference_model writes"
-        )
+        if not cache.is_dir():
+            require_repository(source.repository, "model")
+        if not source.registered:
+            file = hf_hub_download(source.repository, f"{source.path}/{SAE_CFG_FILENAME}")
+            config = read_json_object(Path(file))
+            architecture = str(config.get("architecture"))
+            if "decoder_init_norm" in config and not _same_in_inference(architecture):
+                raise InputError(
+                    f"{where} is a training checkpoint: its author must publish the SAE that "
+                    "save_inference_model writes"
+                )
+        with _loading_errors(where, "its architecture"):
+            return SAE.from_pretrained(
+                source.release, source.sae_id, device=device, dtype="float32"
+            )
 
 
 @contextmanager
 def _hub_errors(source: HubSource, where: str) -> Generator[None, None, None]:
     try:
         yield
-    except InputError:
-        raise
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):  # no network, rather than no such file
-            raise _for_sae(hub_refusal(source.repository, "model", error), where) from error
-        raise InputError(
-            f"{where}: {source.repository} has no {source.path}/{SAE_CFG_FILENAME}: give the "
-            f"folder of an SAE in it, see https://huggingface.co/{source.repository}/tree/main"
-        ) from error
     # As in hub_access: the errors of a failed connection share no base class but Exception.
     except Exception as error:
-        raise _for_sae(hub_refusal(source.repository, "model", error), where) from error
-
-
-def _for_sae(refusal: InputError, where: str) -> InputError:
-    """`hub_access` advises on language models, which packages may carry."""
-    unreachable = isinstance(refusal, HubUnreachableError)
-    how = "give a local copy of its folder" if unreachable else refusal.how
-    return InputError(f"{where}: {refusal.what}", how)
+        # Without a network it is a `LocalEntryNotFoundError`, with one there is no such file.
+        missing = isinstance(error, EntryNotFoundError)
+        if missing and not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(
+                f"{where}: {source.repository} has no {source.path}/{SAE_CFG_FILENAME}: give the "
+                f"folder of an SAE in it, see https://huggingface.co/{source.repository}/tree/main"
+            ) from error
+        if isinstance(error, InputError) and str(error).startswith(where):
+            raise
+        told = isinstance(error, InputError)
+        refusal = error if told else hub_refusal(source.repository, "model", error)
+        # `hub_access` advises on language models, which packages may carry.
+        unreachable = isinstance(refusal, HubUnreachableError)
+        how = "give a local copy of its folder" if unreachable else refusal.how
+        raise InputError(f"{where}: {refusal.what}", how) from error
 
 
 @contextmanager
@@ -261,22 +235,9 @@ def load_saes(
 ) -> list[EvaluatedSAE]:
     """Load the SAEs behind references.
 
-    Args:
-        references: Runs, folders, `user/repo:folder` or `release:sae_id`; see
-            `msae_plugin.saes.find`. What is on the disk needs no network.
-        device: A torch device.
-        hook: Where the SAEs read, in place of what their metadata say.
-        model_name: The language model of SAEs whose metadata name none.
-        on_broken: Called with name and reason for each SAE that was never trained or holds NaN;
-            the others are loaded all the same.
-
-    Returns:
-        The SAEs, in the order of the references.
-
-    Raises:
-        InputError: A reference leads to no SAE, to one that is not finished, or to one that
-            SAEBench cannot evaluate.
-        BrokenSAEError: One was never trained or holds NaN, and nobody is told (`on_broken`).
+    A hook stands in place of what their metadata say; the model's name is for SAEs that name none.
+    `on_broken` is called with name and reason for each SAE that was never trained or holds NaN, and
+    the others are loaded all the same; without it the first such SAE raises `BrokenSAEError`.
     """
     if not references:
         raise InputError(
@@ -327,11 +288,7 @@ def sae_record(evaluated: EvaluatedSAE) -> dict[str, Any]:
 
 
 def transformer_lens_hook(hook: str) -> str:
-    """A hook's name as TransformerLens has it: `model.layers.9` is `blocks.9.hook_resid_post`.
-
-    Raises:
-        InputError: It is the name of another module, whose output need not be any hook point's.
-    """
+    """A hook's name as TransformerLens has it: `model.layers.9` is `blocks.9.hook_resid_post`."""
     if hook.rsplit(".", 1)[-1].startswith("hook_"):
         return hook
     layer = _LAYER_OUTPUT.fullmatch(hook)
@@ -344,11 +301,7 @@ def transformer_lens_hook(hook: str) -> str:
 
 
 def check_evaluable(model_name: str, hooks: Sequence[str]) -> None:
-    """Say before a model is loaded which of its hooks can be trained on and not evaluated.
-
-    Raises:
-        InputError: The hooks are TransformerLens', which cannot convert the model.
-    """
+    """Say before a model is loaded which of its hooks can be trained on and not evaluated."""
     if common_style(hooks) == "transformer_lens":
         require_convertible(model_name)
     try:
@@ -381,7 +334,16 @@ def fold_decoder_norms(sae: SAE[Any], name: str) -> None:
 
 def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | None) -> EvaluatedSAE:
     sae, weights_sha256 = load_sae(found, device)
-    hook_name = _hook_of(sae, found.reference, hook)
+    reads: str | None = hook or sae.cfg.metadata.hook_name
+    if not reads:
+        raise InputError(
+            f"SAE {found.reference!r} does not say where in the model it reads: give it as hook in "
+            "the evaluation config, or with --hook, for example blocks.9.hook_resid_post"
+        )
+    try:
+        hook_name = transformer_lens_hook(reads)
+    except InputError as error:
+        raise InputError(f"SAE {found.reference!r}: {error}") from error
     model_name = sae.cfg.metadata.model_name or model_name
     if not model_name:
         raise InputError(
@@ -402,19 +364,6 @@ def _load(found: LocatedSAE, device: str, hook: str | None, model_name: str | No
         hook_name=hook_name,
         folder=found.source if isinstance(found.source, Path) else None,
     )
-
-
-def _hook_of(sae: SAE[Any], reference: str, override: str | None) -> str:
-    hook: str | None = override or sae.cfg.metadata.hook_name
-    if not hook:
-        raise InputError(
-            f"SAE {reference!r} does not say where in the model it reads: give it as hook in the "
-            "evaluation config, or with --hook, for example blocks.9.hook_resid_post"
-        )
-    try:
-        return transformer_lens_hook(hook)
-    except InputError as error:
-        raise InputError(f"SAE {reference!r}: {error}") from error
 
 
 def _require_evaluable(sae: SAE[Any], reference: str, hook_name: str) -> None:

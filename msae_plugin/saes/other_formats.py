@@ -90,14 +90,7 @@ def import_sae(
 ) -> OtherFormat:
     """Write an SAE of another library as an ordinary folder of SAELens, in float32.
 
-    Args:
-        source: Its file or folder.
-        output: A new or empty folder.
-        model: The language model, where the files do not say.
-        hook: Where in the model it reads, where the files do not say.
-
-    Raises:
-        InputError: The format is unknown or has another way, or the files do not fit together.
+    Model and hook are for files that do not say.
     """
     if not source.exists():
         raise InputError(f"{source} is not there", "give the file or folder of an SAE")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,37 +12,24 @@ import torch
 
 from msae_plugin.common.claims import is_held
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import write_json_atomic
+from msae_plugin.common.files import versions, write_json_atomic
 from msae_plugin.common.stored import StoredRow, StoredRun, checked, parsed, read_json_object
 
 METRICS_FILE = "metrics.jsonl"
-
-
 RUN_FILE = "run.json"
 
 Status = Literal["running", "interrupted", "failed", "complete"]
 
 _PACKAGES = (
-    "msae-plugin",
-    "sae-lens",
-    "torch",
-    "transformer-lens",
-    "transformers",
-    "datasets",
-    "numpy",
+    "msae-plugin", "sae-lens", "torch", "transformer-lens", "transformers", "datasets", "numpy",
     "safetensors",
-)
+)  # fmt: skip
 
 
 def software_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a result depends on; None for one not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
+    found = {name: None if v == "not installed" else v for name, v in versions(*_PACKAGES).items()}
+    return {"python": platform.python_version(), **found}
 
 
 def describe_device(device: str) -> dict[str, Any]:
@@ -70,11 +56,7 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
-    """The folders of a run's SAEs by name, exported or not, as its record lists them.
-
-    Raises:
-        InputError: One is not in the run.
-    """
+    """The folders of a run's SAEs by name, exported or not, as its record lists them."""
     saes = cast("Mapping[str, Mapping[str, Any]]", record.get("saes") or {})
     roots = {name: run / str(sae.get("folder", name)) for name, sae in saes.items()}
     for name, root in roots.items():
@@ -93,14 +75,7 @@ def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
 
 
 class RunRecord:
-    """Writes `run.json`, whole, at every change.
-
-    Args:
-        folder: The run's folder.
-        content: What is known from the start.
-        earlier_seconds: Wall time of the sessions before a resume.
-        writes: Whether this process is the one that writes.
-    """
+    """Writes `run.json`, whole, at every change."""
 
     def __init__(
         self,
@@ -123,12 +98,7 @@ class RunRecord:
         return self._earlier_seconds + (now - self._started).total_seconds()
 
     def write(self, status: Status, **updates: Any) -> None:
-        """Replace the file.
-
-        Args:
-            status: How the run stands.
-            updates: Keys to add or replace.
-        """
+        """Replace the file."""
         self.content.update(updates)
         if not self._writes:
             return
@@ -148,9 +118,6 @@ def read_rows(path: Path, shape: Any = StoredRow) -> list[dict[str, Any]]:
     """All rows of a JSON-lines file; none when there is no file.
 
     A last line that a kill cut short is left out, as a resumed run does.
-
-    Raises:
-        InputError: Another line is broken, or the file cannot be read.
     """
     if not path.is_file():
         return []

@@ -22,8 +22,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, write_text_atomic
-from msae_plugin.saes.health import SILENT_LOG10_RATE
-from msae_plugin.saes.latents import dense_share, encoder_decoder_alignment
+from msae_plugin.saes.health import SILENT_LOG10_RATE, dense_share, encoder_decoder_alignment
 from msae_plugin.saes.run_record import METRICS_FILE
 
 REVIVALS_FILE = "revivals.jsonl"

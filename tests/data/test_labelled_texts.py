@@ -83,8 +83,7 @@ def test_a_package_with_other_contents_is_no_crash(bbc):
 
 
 @pytest.mark.parametrize(
-    ("name", "per_class"),
-    [("packaged:news-topics", 1217), ("packaged:ticket-topics", 595)],
+    ("name", "per_class"), [("packaged:news-topics", 1217), ("packaged:ticket-topics", 595)]
 )
 def test_tables_of_the_sae_probes_wheel(name, per_class):
     found = all_texts(name)

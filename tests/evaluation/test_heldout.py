@@ -3,14 +3,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sae_lens import StandardSAE, StandardSAEConfig
+from tolerance import rounding_tolerance
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.data.windows import iterate_windows
+from msae_plugin.data.text import iterate_windows
 from msae_plugin.evaluation import heldout
-from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
+from msae_plugin.evaluation.heldout import (
+    ActivationByWord,
+    HeldoutMetrics,
+    LatentBatch,
+    Words,
+    evaluate_many,
+    mean_max_decoder_cosine,
+)
 from msae_plugin.models.forward_pass import activations_at
 from msae_plugin.models.loading import load_language_model
+from msae_plugin.saes.health import dense_share, encoder_decoder_alignment
 
 D_IN = 64
 HOOK = "blocks.1.hook_resid_post"
@@ -197,14 +208,7 @@ def test_the_model_itself_runs_once_for_all_saes(transformer, texts):
     ]
     try:
         saes = {name: random_sae(i) for i, name in enumerate("abc")}
-        evaluate_many(
-            saes,
-            transformer,
-            HOOK,
-            texts,
-            context_size=CONTEXT,
-            batch_size=10**6,
-        )
+        evaluate_many(saes, transformer, HOOK, texts, context_size=CONTEXT, batch_size=10**6)
     finally:
         for handle in handles:
             handle.remove()
@@ -271,3 +275,101 @@ def test_too_little_text_and_missing_hooks_are_refused_in_one_line(transformer):
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="'a'"):
         evaluate_many({"a": sae}, transformer, {}, ["a rose"], context_size=CONTEXT)
+
+
+class _Tokenizer:
+    def decode(self, ids: list[int]) -> str:
+        return {5: " Film", 6: "film", 7: " good", 8: "FILM"}[ids[0]]
+
+
+def test_tokens_that_differ_in_case_or_space_are_one_word() -> None:
+    words = Words(_Tokenizer())
+    first = words.of(torch.tensor([5, 7, 6]))
+    assert first[0] == first[2] != first[1]
+    assert words.of(torch.tensor([8]))[0] == first[0]
+
+
+@pytest.mark.parametrize("buffered", [2**20, 3])
+def test_a_latent_with_half_of_its_activation_on_one_word_counts(
+    buffered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heldout, "_BUFFERED_PAIRS", buffered)
+    n_tokens = 40
+    latents = torch.zeros(n_tokens, 4)
+    word = torch.arange(n_tokens) % 10
+    latents[:20, 0] = 1.0  # two firings on each of ten words
+    latents[:, 1] = torch.where(word == 3, 9.0, 1.0)  # 36 of 72 on word 3
+    latents[:, 2] = torch.where(word == 3, 8.9, 1.0)  # 35.6 of 71.6
+    latents[:19, 3] = torch.where(word[:19] == 3, 1.0, 0.0)  # too rare to be judged
+    sums = ActivationByWord()
+    for rows in torch.arange(n_tokens).split(7):
+        sums.add(latents[rows], word[rows])
+    share = sums.single_word_share((latents != 0).sum(0))
+    assert share == pytest.approx(1 / 3)
+
+
+def test_nothing_to_judge_gives_none() -> None:
+    assert ActivationByWord().single_word_share(torch.tensor([100])) is None
+
+
+def test_dense_share_counts_firings_on_more_than_a_tenth_of_the_tokens() -> None:
+    # 50 and 11 of 100 tokens are dense, 10 and 4 are not: 61 of 75 firings.
+    assert float(dense_share(torch.tensor([50, 11, 10, 4]), 100)) == pytest.approx(61 / 75)
+    assert float(dense_share(torch.zeros(3), 100)) == 0
+
+
+def test_alignment_is_the_mean_cosine_of_the_live_latents() -> None:
+    sae = torch.nn.Module()
+    sae.W_enc = torch.nn.Parameter(torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 1.0]]))
+    sae.W_dec = torch.nn.Parameter(torch.tensor([[3.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))
+    # Cosines 1, 0 and 1; the last latent is dead.
+    assert encoder_decoder_alignment(sae, torch.tensor([True, True, False])) == pytest.approx(0.5)
+    assert encoder_decoder_alignment(sae, torch.zeros(3, dtype=torch.bool)) is None
+    assert encoder_decoder_alignment(torch.nn.Module(), torch.ones(3, dtype=torch.bool)) is None
+
+
+def naive(W_dec: torch.Tensor) -> float:
+    rows = W_dec.double()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    cosines = rows @ rows.T
+    cosines.fill_diagonal_(-2)
+    return cosines.max(dim=1).values.mean().item()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(d_sae=st.integers(2, 60), d_in=st.integers(1, 12), block=st.integers(1, 400))
+def test_blocks_give_what_the_whole_matrix_gives(d_sae, d_in, block):
+    generator = torch.Generator().manual_seed(d_sae * 100 + d_in)
+    W_dec = torch.randn(d_sae, d_in, generator=generator) * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heldout, "OVERLAP_BLOCK_ELEMENTS", block)
+        # Two norms and the product of the unit vectors; the mean adds numbers of at most one.
+        atol = rounding_tolerance(3 * (d_in + 2) + d_sae, 1.0)
+        assert mean_max_decoder_cosine(W_dec) == pytest.approx(naive(W_dec), abs=atol)
+
+
+def test_orthogonal_rows_do_not_overlap_and_pairs_do():
+    assert mean_max_decoder_cosine(torch.eye(5)) == pytest.approx(0, abs=1e-7)
+    assert mean_max_decoder_cosine(torch.eye(5).repeat(2, 1)) == pytest.approx(1)
+
+
+def test_rows_of_zeros_and_single_rows_are_no_neighbours():
+    W_dec = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    assert mean_max_decoder_cosine(W_dec) == pytest.approx(2**-0.5)
+    assert mean_max_decoder_cosine(torch.ones(1, 4)) == 0.0
+
+
+def test_no_block_holds_more_than_its_budget(monkeypatch):
+    monkeypatch.setattr(heldout, "OVERLAP_BLOCK_ELEMENTS", 2**12)
+    sizes: list[int] = []
+    original = torch.Tensor.__matmul__
+
+    def recorded(self, other):
+        product = original(self, other)
+        sizes.append(product.numel())
+        return product
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", recorded)
+    mean_max_decoder_cosine(torch.randn(500, 4))
+    assert sizes
+    assert max(sizes) <= 2**12

@@ -134,14 +134,15 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     (finding,) = find({"meta_structure": {}}, None, model={"device": "cuda"})
     assert str(finding) == (
-        "all: device cuda: torch sees no GPU on this machine - set model.device to cpu or auto"
+        "all: 'model.device' is cuda but torch finds no cuda device here: use auto or cpu, or "
+        "install torch for your GPU - set model.device"
     )
     (finding,) = find({"meta_structure": {}}, None, model={"device": "mps"})
-    assert "torch sees no Apple GPU" in finding.what
+    assert "torch finds no mps device here" in finding.what
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     (finding,) = find({"meta_structure": {}}, None, model={"device": "cuda:1"})
-    assert finding.what == "device cuda:1: this machine has 1 GPUs"
+    assert "is cuda:1 but torch finds 1 cuda device here" in finding.what
     assert find({"meta_structure": {}}, None, model={"device": "auto"}) == []
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import datasets
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
 from preflight_builders import find
-
-from msae_plugin.evaluation import preflight
 
 ANY: dict[str, Any] = {"meta_structure": {}}
 
@@ -30,17 +29,17 @@ def test_models_on_the_hub(
     assert find(ANY, "some-lab/tiny") == []
     # The config is cached, the weights are not; they are behind terms that were not accepted.
     (snapshot / "model.safetensors").unlink()
-    monkeypatch.setattr(preflight, "require_repository", lambda name, kind: None)
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, name, **options: None)
 
     def auth_check(self: Any, name: str) -> None:
         response = SimpleNamespace(headers={}, request=None, status_code=403)
         raise GatedRepoError("403 Client Error", response=response)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(preflight.HfApi, "auth_check", auth_check)
+    monkeypatch.setattr(HfApi, "auth_check", auth_check)
     (finding,) = find(ANY, "some-lab/tiny")
     assert finding.what == "model 'some-lab/tiny' is gated on the Hugging Face Hub"
     assert finding.how.startswith("accept its terms on https://huggingface.co/some-lab/tiny and")
-    monkeypatch.setattr(preflight.HfApi, "auth_check", lambda self, name: None)
+    monkeypatch.setattr(HfApi, "auth_check", lambda self, name: None)
     assert find(ANY, "some-lab/tiny") == []
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import find_recipe
-from msae_plugin.evaluation import protocols
+from msae_plugin.evaluation import recipe as recipe_module
 from msae_plugin.evaluation.recipe import EvalConfig
 
 CORE = {"core": {"context_size": 64}}
@@ -246,9 +246,9 @@ def test_core_below_float32_is_warned_about(
 
 
 def test_without_sae_bench_the_rest_is_still_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = protocols.importlib.util.find_spec
+    find_spec = recipe_module.importlib.util.find_spec
     monkeypatch.setattr(
-        protocols.importlib.util,
+        recipe_module.importlib.util,
         "find_spec",
         lambda name, *a: None if name == "sae_bench" else find_spec(name, *a),
     )

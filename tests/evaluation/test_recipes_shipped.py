@@ -15,8 +15,7 @@ from sae_bench.sae_bench_utils.activation_collection import (
 from msae_plugin.common.recipes import SHIPPED as FOLDER
 from msae_plugin.common.recipes import shipped_recipes
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES
-from msae_plugin.evaluation.protocols import SCHEMAS, config_class
-from msae_plugin.evaluation.recipe import EvalConfig
+from msae_plugin.evaluation.recipe import SCHEMAS, EvalConfig, config_class
 from msae_plugin.evaluation.saebench.sae_probes import dataset_file
 
 NAMES = [

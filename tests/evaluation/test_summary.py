@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,16 @@ from rich.console import Console
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.evaluate import read_outcomes, write_outcomes
 from msae_plugin.evaluation.outcomes import MetricDefinition, ScoreResult
-from msae_plugin.evaluation.summary import result_entry, summary, summary_csv, write_summary
+from msae_plugin.evaluation.summary import (
+    interpolated,
+    result_entry,
+    standing,
+    summary,
+    summary_csv,
+    write_summary,
+)
+from msae_plugin.reporting.report import build
+from msae_plugin.reporting.sources import Source, Sources
 from msae_plugin.reporting.terminal import summary_for_terminal, unmeasured
 
 L0 = MetricDefinition("latents that are not 0", "latents per token", "all", "saebench", None)
@@ -120,3 +130,71 @@ def test_the_terminal_shows_numbers_shorter_but_not_other_numbers(tmp_path: Path
     one = {0: measured(0.0625, tmp_path, 0)}
     console.print(summary_for_terminal(contents([result_entry("a", "core", one, tmp_path)])))
     assert " .062" in console.export_text()
+
+
+def summary_of_gemma(**changes: Any) -> dict[str, Any]:
+    """An evaluation of one SAE of Gemma-2-2B, layer 12, at an L0 between BatchTopK's 42 and 84."""
+    record = {
+        "model_name": "google/gemma-2-2b",
+        "hook_name": "blocks.12.hook_resid_post",
+        "d_sae": 16384,
+        "architecture": "jumprelu",
+        "reference": "runs/mine",
+        "weights_sha256": "0" * 64,
+    }
+    metrics = {"l0": (42 * 84) ** 0.5, "ce_loss_score": 0.985}
+    values = {
+        name: {"mean": value, "std": None, "per_seed": {"0": value}}
+        for name, value in metrics.items()
+    }
+    entry = {"sae": "mine", "evaluation": "core", "status": "measured", "reason": None}
+    defined = {
+        "definition": "a thing", "unit": "share", "tokens": "all", "source": "SAEBench",
+        "higher_is_better": True,
+    }  # fmt: skip
+    return {
+        "format": 1,
+        "model": {"name": "gemma-2-2b"},
+        "saes": {"mine": record | changes},
+        "results": [{**entry, "seeds": [0], "files": [], "metrics": values}],
+        "metrics": {f"core/{name}": defined for name in metrics},
+        "seeds": [0],
+        "config": {},
+        "versions": {},
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+
+
+def test_scores_between_l0s_are_linear_in_the_logarithm_and_none_outside() -> None:
+    assert interpolated({40: 0.9, 160: 0.98}, 80) == pytest.approx(0.94)
+    assert interpolated({40: 0.9, 160: 0.98}, 160) == pytest.approx(0.98)
+    assert interpolated({40: 0.9, 160: 0.98}, 39.9) is None
+
+
+def test_an_sae_of_that_model_and_layer_is_told_where_it_stands(tmp_path: Any) -> None:
+    [line] = standing(summary_of_gemma())
+    # Half-way between .9813 and .9884; Standard begins at 58 and ends above.
+    assert "BatchTopK 0.9848" in line
+    assert "loss recovered 0.9850 at L0 59.4, ahead of 7 of 7" in line
+    assert "arXiv 2503.09532, from the authors' results" in line
+    console = Console(width=500)
+    with console.capture() as shown:
+        console.print(summary_for_terminal(summary_of_gemma()))
+    assert line in shown.get()
+    source = Source("eval", tmp_path, summary_of_gemma())
+    document, _ = build(Sources([], [source], []))
+    [section] = [section for section in document.sections if section.name == "published"]
+    assert section.blocks[0].items == [line]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_name": "gemma-2-2b-it"},
+        {"model_name": "EleutherAI/pythia-160m"},
+        {"hook_name": "blocks.19.hook_resid_post"},
+        {"d_sae": 4096},
+    ],
+)
+def test_nothing_is_said_of_others(changes: dict[str, Any]) -> None:
+    assert standing(summary_of_gemma(**changes)) == []

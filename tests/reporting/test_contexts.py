@@ -5,13 +5,12 @@ import torch
 from rich.console import Console
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from msae_plugin.data.windows import iterate_windows
+from msae_plugin.data.text import iterate_windows
 from msae_plugin.evaluation.contexts import (
     ContextCollector,
     ContextsForTerminal,
     LatentProfile,
     TokenContext,
-    contexts_as_markdown,
 )
 from msae_plugin.evaluation.heldout import LatentBatch, evaluate_many
 
@@ -203,12 +202,6 @@ def profile() -> LatentProfile:
         strength=4.5,
         contexts=[TokenContext("It was\n*the* ", " worst", " film", 7.25, 3)],
     )
-
-
-def test_markdown_marks_the_token_and_stays_valid(profile):
-    text = contexts_as_markdown([profile])
-    assert "latent 12: fires on 1.23% of the tokens, mean 4.5" in text
-    assert r"- 7.25: It was⏎\*the\*  **worst** film" in text
 
 
 def test_the_terminal_shows_value_context_and_token_on_one_line(profile):

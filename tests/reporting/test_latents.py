@@ -12,8 +12,7 @@ from sae_lens import SAE
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.seeding import derive_seed
-from msae_plugin.data.text import load_text
-from msae_plugin.data.windows import iterate_windows
+from msae_plugin.data.text import iterate_windows, load_text
 from msae_plugin.reporting.latent_browser import LATENTS_PER_CHUNK, read_chunk, write_latents
 from msae_plugin.reporting.look import open_sae
 

@@ -250,12 +250,7 @@ def test_names_are_unique_whatever_the_order(save: Save, tmp_path: Path) -> None
     subjects = load_saes([str(folder) for folder in folders])
     hashes = [subject.weights_sha256[:8] for subject in subjects]
     names = [subject.name for subject in subjects]
-    assert names == [
-        f"k-32-{hashes[0]}",
-        f"k-32-{hashes[1]}",
-        f"K-32-{hashes[2]}-2",
-        "d-final",
-    ]
+    assert names == [f"k-32-{hashes[0]}", f"k-32-{hashes[1]}", f"K-32-{hashes[2]}-2", "d-final"]
     backwards = load_saes([str(folder) for folder in (folders[1], folders[0])])
     assert [subject.name for subject in backwards] == [names[1], names[0]]
     assert "are the same SAE" in refusal(folders[0], folders[0])

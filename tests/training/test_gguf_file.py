@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from msae_plugin.models.gguf import parse_gguf
+from msae_plugin.models.packaged import parse_gguf
 
 TOKENS = ["<s>", "a", "▁日本", "", "🙂"]
 ALIGNMENT = 64

@@ -12,8 +12,14 @@ from packaging.version import Version
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from msae_plugin.models.gguf import parse_gguf, tokenizer_from_gguf, vocabulary_merges
-from msae_plugin.models.packaged import PACKAGED_MODELS, _installed_parts, is_installed
+from msae_plugin.models.packaged import (
+    PACKAGED_MODELS,
+    _installed_parts,
+    is_installed,
+    parse_gguf,
+    tokenizer_from_gguf,
+    vocabulary_merges,
+)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SPACE_RUNS = ["▁" * length for length in range(2, 32)]  # as Gemma has them

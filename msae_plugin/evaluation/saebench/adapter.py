@@ -21,13 +21,13 @@ from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import file_written_atomically
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
+    EvaluationRun,
     ModelContext,
-    Reporter,
     ScoreResult,
     failure,
     result_file,
 )
-from msae_plugin.evaluation.protocols import config_class
+from msae_plugin.evaluation.recipe import config_class
 from msae_plugin.evaluation.saebench.patching import evaluation_environment
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -50,35 +50,16 @@ _BATCH_DIVISOR = {"ravel": 4, "unlearning": 8}
 
 
 class Adapter(ABC):
-    """One of SAEBench's evaluations with one seed.
-
-    Args:
-        evaluation: Its name in a config file.
-        context: The model.
-        settings: Fields of SAEBench's config class and ours, as `check_settings` gives them.
-        saes: The SAEs.
-        seed: Of the choice and order of texts, and of all that is trained.
-        output: Folder for SAEBench's JSON.
-        report: Shows progress.
-    """
+    """One of SAEBench's evaluations with one seed."""
 
     title = ""
     """The evaluation in messages, where that is not its name in a config file."""
 
-    def __init__(
-        self,
-        evaluation: str,
-        context: ModelContext,
-        settings: Mapping[str, Any],
-        saes: Sequence[EvaluatedSAE],
-        seed: int,
-        output: Path,
-        report: Reporter,
-    ) -> None:
-        self.evaluation, self.context, self.settings = evaluation, context, settings
-        self.saes, self.seed, self.report = saes, seed, report
-        self.output = output.absolute()
-        self.title = self.title or evaluation
+    def __init__(self, run: EvaluationRun, saes: Sequence[EvaluatedSAE]) -> None:
+        self.evaluation, self.context, self.settings = run.evaluation, run.context, run.settings
+        self.saes, self.seed, self.report = saes, run.seed, run.report
+        self.output = run.output.absolute()
+        self.title = self.title or run.evaluation
 
     def prepare(self) -> dict[str, ScoreResult]:
         """Compute what depends on the model alone; the results of SAEs that are known by then."""
@@ -93,11 +74,7 @@ class Adapter(ABC):
         self.model_back()
 
     def run(self) -> dict[str, ScoreResult]:
-        """Evaluate the SAEs one by one: whatever one raises is its own result.
-
-        Raises:
-            InputError: The text or the data cannot be had, or a setting cannot work.
-        """
+        """Evaluate the SAEs one by one: whatever one raises is its own result."""
         with evaluation_environment(self.seed):
             found = self.prepare()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -205,21 +182,9 @@ def real(result: T | Exception) -> T:
     return result
 
 
-def run_evaluation(
-    evaluation: str,
-    context: ModelContext,
-    settings: Mapping[str, Any],
-    saes: Sequence[EvaluatedSAE],
-    seed: int,
-    output: Path,
-    report: Reporter,
-) -> dict[str, ScoreResult]:
-    """Run one evaluation with one seed; its result by SAE (arguments as of `Adapter`).
-
-    Raises:
-        InputError: The text or the data cannot be had, or a setting cannot work.
-    """
-    module, _, name = ADAPTERS.get(evaluation, "passthrough.Passthrough").partition(".")
+def run_evaluation(run: EvaluationRun, saes: Sequence[EvaluatedSAE]) -> dict[str, ScoreResult]:
+    """Run one evaluation with one seed; its result by SAE."""
+    module, _, name = ADAPTERS.get(run.evaluation, "passthrough.Passthrough").partition(".")
     found = importlib.import_module(f"msae_plugin.evaluation.saebench.{module}")
     adapter: type[Adapter] = getattr(found, name)
-    return adapter(evaluation, context, settings, saes, seed, output, report).run()
+    return adapter(run, saes).run()

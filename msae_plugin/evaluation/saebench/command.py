@@ -29,12 +29,7 @@ def saebench_scripts() -> list[str]:
 
 
 def run_saebench_script(evaluation: str, arguments: Sequence[str]) -> None:
-    """Run `python -m sae_bench.evals.EVALUATION.main ARGUMENTS` in this process.
-
-    Raises:
-        InputError: There is no such script, or it needs a package that is not installed.
-        SystemExit: What SAEBench's argument parser raises.
-    """
+    """Run `python -m sae_bench.evals.EVALUATION.main ARGUMENTS` in this process."""
     known = saebench_scripts()
     name = _ALIASES.get(evaluation, evaluation)
     if name not in known:

@@ -40,12 +40,7 @@ from msae_plugin.evaluation.outcomes import (
     result_file,
 )
 from msae_plugin.evaluation.saebench.adapter import Adapter
-from msae_plugin.evaluation.saebench.model_side import (
-    CoreModelSide,
-    Predictions,
-    core_tokens,
-    ignored_tokens,
-)
+from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens, ignored_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -71,9 +66,8 @@ def measure_reconstruction(
 ) -> tuple[dict[str, list[dict[str, torch.Tensor]]], dict[str, ScoreResult]]:
     """The results of `get_recons_loss` for every batch and SAE.
 
-    Returns:
-        By SAE a dictionary per batch, of (prompts, context) or (prompts, context - 1) tensors: the
-        names of SAEBench, and `kl_..._float32`; and the SAEs that failed.
+    By SAE a dictionary per batch, of (prompts, context) or (prompts, context - 1) tensors under the
+    names of SAEBench, and `kl_..._float32`; and the SAEs that failed.
     """
     found: dict[str, list[dict[str, torch.Tensor]]] = {name: [] for name in saes}
     failed: dict[str, ScoreResult] = {}
@@ -98,7 +92,17 @@ def measure_reconstruction(
                 failed[name] = failure(error)
                 del found[name]
                 continue
-            found[name].append(_metrics(ce_clean, zeros, predictions))
+            found[name].append(
+                {
+                    "kl_div_with_sae": predictions.kl,
+                    "kl_div_with_ablation": zeros.kl,
+                    "ce_loss_with_sae": predictions.ce,
+                    "ce_loss_without_sae": ce_clean,
+                    "ce_loss_with_ablation": zeros.ce,
+                    "kl_div_with_sae_float32": predictions.kl_float32,
+                    "kl_div_with_ablation_float32": zeros.kl_float32,
+                }
+            )
     return found, failed
 
 
@@ -122,34 +126,16 @@ def _reconstructed(
     return whole
 
 
-def _metrics(
-    ce_clean: torch.Tensor, zeros: Predictions, with_sae: Predictions
-) -> dict[str, torch.Tensor]:
-    return {
-        "kl_div_with_sae": with_sae.kl,
-        "kl_div_with_ablation": zeros.kl,
-        "ce_loss_with_sae": with_sae.ce,
-        "ce_loss_without_sae": ce_clean,
-        "ce_loss_with_ablation": zeros.ce,
-        "kl_div_with_sae_float32": with_sae.kl_float32,
-        "kl_div_with_ablation_float32": zeros.kl_float32,
-    }
-
-
 # Without these two SAEBench 0.6 cannot write its results: fields that they fill are required ("7
 # validation errors for MiscMetrics").
-FEATUREWISE = {
-    "compute_featurewise_density_statistics": True,
-    "compute_featurewise_weight_based_metrics": True,
-}
+FEATUREWISE = (
+    "compute_featurewise_density_statistics", "compute_featurewise_weight_based_metrics",
+)  # fmt: skip
 # What `python -m sae_bench.evals.core.main` computes beside.
-COMPUTED = {
-    "compute_kl": True,
-    "compute_ce_loss": True,
-    "compute_l2_norms": True,
-    "compute_sparsity_metrics": True,
-    "compute_variance_metrics": True,
-}
+COMPUTED = (
+    "compute_kl", "compute_ce_loss", "compute_l2_norms", "compute_sparsity_metrics",
+    "compute_variance_metrics",
+)  # fmt: skip
 
 
 class Core(Adapter):
@@ -160,7 +146,7 @@ class Core(Adapter):
         for name in FEATUREWISE:
             if self.settings.get(name) is False:
                 raise InputError(f"core.{name}: SAEBench cannot write its results without it")
-        self._config = self.config(**COMPUTED, **FEATUREWISE)
+        self._config = self.config(**dict.fromkeys(COMPUTED + FEATUREWISE, True))
         self._ignored = ignored_tokens(self.context.language_model.tokenizer)
         self._sides: dict[str, CoreModelSide] = {}
         self._reconstruction: dict[str, list[dict[str, torch.Tensor]]] = {}
@@ -345,17 +331,14 @@ class _Observed:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(..., d_in) reconstruction."""
-        reconstruction = self._sae.decode(latents)
-        self._observe(self._read.float().flatten(0, 1), reconstruction.float().flatten(0, 1))
-        return reconstruction
-
-    def _observe(self, read: torch.Tensor, reconstruction: torch.Tensor) -> None:
+        sae_out = self._sae.decode(latents)
+        read, given = (x.float().flatten(0, 1) for x in (self._read, sae_out))
         keep = not_special(self._served.current, self._ignored).flatten().to(read.device)
-        self._variance_with_special.add_batch(reconstruction, read)
-        self._variance.add_batch(reconstruction[keep], read[keep])
-        squared = (read[keep] - reconstruction[keep]).double().square()
-        self._squared_error += float(squared.sum())
+        self._variance_with_special.add_batch(given, read)
+        self._variance.add_batch(given[keep], read[keep])
+        self._squared_error += float((read[keep] - given[keep]).double().square().sum())
         self._n_tokens += int(keep.sum())
+        return sae_out
 
     def metrics(self) -> dict[str, float]:
         """The metrics measured so far."""

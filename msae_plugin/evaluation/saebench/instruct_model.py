@@ -25,6 +25,7 @@ import torch
 from jinja2 import TemplateError
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.sae_bench_utils import activation_collection
+from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers import PreTrainedTokenizerBase
@@ -147,13 +148,13 @@ class LetterAnswers:
     ) -> torch.Tensor:
         """Probabilities of the letters after each prompt, the larger of a letter's tokens.
 
-        Returns:
-            (prompts, 4) in the model's dtype.
+        (prompts, 4) in the model's dtype.
         """
         del verbose
         if model is not self.model:
             raise RunFailure("unlearning: SAEBench asks another model than it was given")
-        device = self.model.cfg.device
+        tokenizer: Any = self.model.tokenizer
+        device, padding = self.model.cfg.device, tokenizer.pad_token_id or 0
         letters = torch.tensor(self.letters, device=device)
         answers: list[torch.Tensor] = []
         for index in range(n_batches):
@@ -162,9 +163,9 @@ class LetterAnswers:
             rows = [
                 self.tokens(text) for text in prompts[index * batch_size : (index + 1) * batch_size]
             ]
-            tokens = self._padded(rows).to(device)
-            last = torch.tensor([len(row) - 1 for row in rows], device=device)
             # Padded on the right whatever the tokenizer's habit: a causal model does not see it.
+            tokens = pad_sequence([torch.tensor(row) for row in rows], True, padding).to(device)
+            last = torch.tensor([len(row) - 1 for row in rows], device=device)
             logits = self.model(tokens, return_type="logits", padding_side="right")
             chosen = logits[torch.arange(len(rows), device=device), last].softmax(-1)
             by_variant = chosen[:, letters.flatten()].reshape(-1, len(letters), len(LETTERS))
@@ -190,25 +191,15 @@ class LetterAnswers:
             )
         return ids
 
-    def fingerprint(self, prompts: Sequence[str]) -> str:
-        """Hash of the token ids of prompts and letters: of tokenizer, turns and questions."""
-        content = repr(([self.tokens(text) for text in prompts], self.letters))
-        return hashlib.sha256(content.encode()).hexdigest()
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        tokenizer: Any = self.model.tokenizer
-        padding = tokenizer.pad_token_id
-        tokens = torch.full((len(rows), max(map(len, rows))), 0 if padding is None else padding)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row)] = torch.tensor(row)
-        return tokens
-
-
-_KIND = "unlearning"
 _DATA = "data"
-_VERSIONS = ("sae-bench", "transformer-lens", "torch", "transformers", "tokenizers")
 # It orders the ids in SAEBench's train and test files, which nothing reads: not the run's seed.
 _SPLIT_SEED = 0
+
+
+def json_sha256(value: Any) -> str:
+    """Hash of questions or documents as JSON, whatever file they came in."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -219,23 +210,13 @@ class Questions:
     source: str  # where they are from: a path or a hub name
     rows: list[dict[str, Any]]  # `question`, `choices` (4 texts) and `answer` (0 to 3) of each
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the rows as JSON: of what is asked, whatever file it came in."""
-        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
-
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents."""
+class Documents:
+    """A text to find features on."""
 
     source: str  # where they are from: a path or a hub name
     documents: list[str]  # their text
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the documents as JSON."""
-        return hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -253,7 +234,6 @@ class Knowledge:
 
 def find_knowledge(
     context: ModelContext,
-    model: HookedTransformer,
     answers: LetterAnswers,
     questions: Mapping[str, Questions],
     batch_size: int,
@@ -262,36 +242,28 @@ def find_knowledge(
     """Ask all questions, or read what was answered before. SAEBench must be adapted already."""
     found: dict[str, Knowledge] = {}
     for name, asked in questions.items():
+        prompts = [
+            metrics.convert_wmdp_data_to_prompt(
+                row["question"], row["choices"], prompt_format="GEMMA_INST_FORMAT"
+            )
+            for row in asked.rows
+        ]
+        tokens = repr(([answers.tokens(text) for text in prompts], answers.letters))
+        key = {
+            **context.key("sae-bench", "transformer-lens", "torch", "transformers", "tokenizers"),
+            "name": name,
+            "questions": json_sha256(asked.rows),
+            "tokens": hashlib.sha256(tokens.encode()).hexdigest(),
+            "batch_size": batch_size,
+        }
         answers.progress = partial(report, f"unlearning: asking {name} in all orders")
         try:
-            folder = kept_folder(
-                context.cache,
-                _KIND,
-                _key(context, asked, answers, batch_size),
-                partial(_ask, model, name, batch_size),
-            )
+            ask = partial(_ask, answers.model, name, batch_size)
+            folder = kept_folder(context.cache, "unlearning", key, ask)
         finally:
             answers.progress = None
         found[name] = Knowledge(asked, len(_answerable(folder, name)), folder)
     return found
-
-
-def _key(
-    context: ModelContext, questions: Questions, answers: LetterAnswers, batch_size: int
-) -> dict[str, Any]:
-    prompts = [
-        metrics.convert_wmdp_data_to_prompt(
-            row["question"], row["choices"], prompt_format="GEMMA_INST_FORMAT"
-        )
-        for row in questions.rows
-    ]
-    return {
-        **context.key(*_VERSIONS),
-        "name": questions.name,
-        "questions": questions.sha256,
-        "tokens": answers.fingerprint(prompts),
-        "batch_size": batch_size,
-    }
 
 
 def _ask(model: HookedTransformer, name: str, batch_size: int, folder: Path) -> None:
@@ -313,12 +285,6 @@ def _answerable(folder: Path, name: str) -> list[int]:
 
 NAME_WITH_A_FORMAT = "gemma-2-2b-it"
 """A name for which `calculate_MCQ_metrics` takes `GEMMA_INST_FORMAT`; it refuses all others."""
-
-WindowsSeen = Callable[[torch.Tensor, torch.Tensor], None]
-"""Takes the windows of tokens on which features are counted: (windows, seq_len), twice."""
-
-Progress = Callable[[int, int], None]
-"""Takes how many interventions are done, and how many there are."""
 
 
 @contextmanager
@@ -353,10 +319,10 @@ def adapted(
 
 @contextmanager
 def corpora_and_sweep(
-    forget: Corpus,
-    retain: Corpus,
-    windows_seen: WindowsSeen,
-    progress: Progress,
+    forget: Documents,
+    retain: Documents,
+    windows_seen: Callable[[torch.Tensor, torch.Tensor], None],  # (windows, seq_len), twice
+    progress: Callable[[int, int], None],  # interventions that are done, and all of them
 ) -> Generator[None, None, None]:
     """Let SAEBench count features on these texts and report the sweep, in the block."""
     shuffled_tokens = feature_activation.get_shuffled_forget_retain_tokens
@@ -398,7 +364,7 @@ def corpora_and_sweep(
         yield
 
 
-def _longer(corpus: Corpus, min_len: int) -> list[str]:
+def _longer(corpus: Documents, min_len: int) -> list[str]:
     documents = [text for text in corpus.documents if len(text) > min_len]
     if not documents:
         raise InputError(

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import is_complete, keyed_folder, mark_complete
+from msae_plugin.data.labelled_texts import DEFAULT_HELDOUT_DOCUMENTS
 from msae_plugin.data.text import load_text, open_corpus
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
 from msae_plugin.evaluation.saebench.patching import quiet
@@ -54,20 +54,13 @@ class Predictions:
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
         """The predictions of a batch from those of its parts, in their order."""
-        return cls(
-            torch.cat([part.ce for part in parts]),
-            torch.cat([part.kl for part in parts]),
-            torch.cat([part.kl_float32 for part in parts]),
-        )
+        return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 class CleanPredictions:
     """The unchanged model's predictions on a batch, computed once for all SAEs.
 
-    Args:
-        model: The HookedTransformer.
-        logits: (batch, seq, vocabulary) of the unchanged model.
-        tokens: (batch, seq) long.
+    Logits are (batch, seq, vocabulary), tokens (batch, seq).
     """
 
     def __init__(self, model: Any, logits: torch.Tensor, tokens: torch.Tensor) -> None:
@@ -91,9 +84,7 @@ class CleanPredictions:
     def compare(self, logits: torch.Tensor, prompts: slice = ALL_PROMPTS) -> Predictions:
         """Losses and divergences of other logits on the same batch.
 
-        Args:
-            logits: (prompts, seq, vocabulary).
-            prompts: Which prompts of the batch they are of.
+        `prompts` says which of the batch the logits, (prompts, seq, vocabulary), are of.
         """
         tokens = self._tokens[prompts]
         first = (prompts.start or 0) * tokens.shape[1]
@@ -135,9 +126,6 @@ def _parts(total: int) -> list[slice]:
     return [slice(start, min(start + PREDICTIONS_AT_A_TIME, total)) for start in starts]
 
 
-DEFAULT_HELDOUT_DOCUMENTS = 200
-
-
 def is_local(dataset: str) -> bool:
     """Whether a data set is read by us (packaged, a file, a folder) rather than from the hub."""
     return dataset.startswith(PACKAGED_PREFIX) or Path(dataset).expanduser().exists()
@@ -149,9 +137,6 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
     Packaged text is what training never sees (`heldout_documents`, as in a recipe). A table is
     shuffled by rows; a streamed hub data set, as in SAEBench, by shards only, so seeds of a
     one-shard data set give the same tokens (the summary says so).
-
-    Raises:
-        InputError: The text cannot be had.
     """
     dataset = str(settings["dataset"])
     if not is_local(dataset):
@@ -165,23 +150,6 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
     return Dataset.from_dict({"text": documents})
 
 
-@contextmanager
-def _loading_script_refused(settings: Mapping[str, Any]) -> Generator[None]:
-    """Say which setting allows a data set to run its own code here."""
-    try:
-        yield
-    except ValueError as error:  # from `datasets`, which has no class of its own for it
-        if "trust_remote_code" not in str(error):
-            raise
-        name = settings["dataset"]
-        raise InputError(
-            f"core: data set {name} comes with a loading script, a program that would run on this "
-            "machine",
-            f"read it on https://huggingface.co/datasets/{name}/tree/main and, where you trust it, "
-            "set evaluations.core.trust_remote_code: true, or choose another data set",
-        ) from error
-
-
 def core_tokens(
     context: ModelContext,
     settings: Mapping[str, Any],
@@ -191,14 +159,13 @@ def core_tokens(
 ) -> torch.Tensor:
     """The first batches of tokens that SAEBench would evaluate this SAE on.
 
-    Returns:
-        (n_batches, batch_size_prompts, context_size) long.
+    (n_batches, batch_size_prompts, context_size) long.
     """
     sae = evaluated.for_saebench(context.torch_dtype, "cpu")
     # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with _loading_script_refused(settings):
+        try:
             store = ActivationsStore.from_sae(
                 context.language_model.model,
                 sae,
@@ -206,6 +173,16 @@ def core_tokens(
                 dataset=core_dataset(settings),
                 dataset_trust_remote_code=bool(settings.get("trust_remote_code")),
             )
+        except ValueError as error:  # from `datasets`, which has no class of its own for it
+            if "trust_remote_code" not in str(error):
+                raise
+            name = settings["dataset"]
+            raise InputError(
+                f"core: data set {name} comes with a loading script, a program that would run on "
+                "this machine",
+                f"read it on https://huggingface.co/datasets/{name}/tree/main and, where you trust "
+                "it, set evaluations.core.trust_remote_code: true, or choose another data set",
+            ) from error
         store.shuffle_input_dataset(seed=seed)
         batches: list[torch.Tensor] = []
         while len(batches) < n_batches:
@@ -251,20 +228,15 @@ WHOLE_PASSES = "whole-passes"
 class CoreModelSide:
     """The model's side of the core evaluation for one hook and one list of token batches.
 
-    Args:
-        context: The model.
-        hook_name: Where the SAEs read.
-        tokens: (n_batches, prompts, context) long.
-        n_reconstruction: The first so many batches also serve the reconstruction metrics.
+    Tokens are (n_batches, prompts, context); the first `n_reconstruction` batches also serve the
+    reconstruction metrics.
     """
 
     def __init__(
         self, context: ModelContext, hook_name: str, tokens: torch.Tensor, n_reconstruction: int
     ) -> None:
-        self.context = context
-        self.hook_name = hook_name
-        self.tokens = tokens
-        self.n_reconstruction = n_reconstruction
+        self.context, self.hook_name = context, hook_name
+        self.tokens, self.n_reconstruction = tokens, n_reconstruction
         self._model = context.language_model.model
         self._start = tail_start(hook_name)
         self._ablated_logits: torch.Tensor | None = None
@@ -278,14 +250,9 @@ class CoreModelSide:
         self.folder: Path = keyed_folder(context.cache, KIND, self.key)
 
     def prepare(self, report: Reporter) -> bool:
-        """Compute what is not on disk yet.
-
-        Returns:
-            Whether anything had to be computed.
-        """
+        """Compute what is not on disk yet."""
         if is_complete(self.folder):
-            if (self.folder / WHOLE_PASSES).exists():
-                self._start = None
+            self._start = None if (self.folder / WHOLE_PASSES).exists() else self._start
             return False
         for index in range(len(self.tokens)):
             report("core: language model", index, len(self.tokens))
@@ -293,10 +260,8 @@ class CoreModelSide:
                 stored = self._reconstruction_batch(index)
             else:
                 stored = {"activations": self._activations(self.batch(index))}
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in stored.items()},
-                self._file(index),
-            )
+            on_cpu = {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
+            save_file(on_cpu, self._file(index))
         mark_complete(self.folder, self.key)
         return True
 
@@ -307,8 +272,7 @@ class CoreModelSide:
     def clean(self, index: int) -> tuple[CleanPredictions, torch.Tensor, Predictions]:
         """For a batch of the reconstruction metrics: the clean model, its loss, and the ablation.
 
-        Returns:
-            The clean predictions, their loss (prompts, context - 1), and what zeros at the hook do.
+        The clean predictions, their loss (prompts, context - 1), and what zeros at the hook do.
         """
         stored = self._load(index)
         n_layers = int(self._model.cfg.n_layers)
@@ -400,11 +364,9 @@ class CoreModelSide:
     def _predictions(
         self, tokens: torch.Tensor, clean: CleanPredictions, values: torch.Tensor
     ) -> Predictions:
+        parts = self._parts(tokens)
         return Predictions.joined(
-            [
-                clean.compare(self._logits(tokens[part], values[part]), part)
-                for part in self._parts(tokens)
-            ]
+            [clean.compare(self._logits(tokens[part], values[part]), part) for part in parts]
         )
 
     def _ablated(

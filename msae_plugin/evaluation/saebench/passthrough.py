@@ -14,7 +14,9 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -36,12 +38,7 @@ from msae_plugin.data.labelled_texts import LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, require_real, result_file
 from msae_plugin.evaluation.preflight import OPENAI_VARIABLE, RAVEL_DATASET
 from msae_plugin.evaluation.saebench.adapter import Adapter
-from msae_plugin.evaluation.saebench.patching import (
-    all_replaced,
-    replaced,
-    scratch_working_directory,
-    seeded,
-)
+from msae_plugin.evaluation.saebench.patching import all_replaced, scratch_working_directory, seeded
 from msae_plugin.evaluation.saebench.sae_probes import tokenizer_sha256
 from msae_plugin.models.loading import resolve_model
 from msae_plugin.saes.load import EvaluatedSAE
@@ -83,7 +80,10 @@ class Passthrough(Adapter):
                 "force_rerun": True,
             }
             if kind == "autointerp":
-                arguments["api_key"] = _openai_key()
+                if not (key := os.environ.get(OPENAI_VARIABLE)):
+                    needed = f"autointerp needs a key of OpenAI: export {OPENAI_VARIABLE}=..."
+                    raise InputError(needed)
+                arguments["api_key"] = key
             if probing:
                 # The activations of all texts, tens of GB, are of no use to another SAE here: the
                 # random numbers that SAEBench draws differ when it finds them.
@@ -126,14 +126,15 @@ class Passthrough(Adapter):
         """The names that SAEBench's evaluation finds in place of its own."""
         kind, context, main = self.evaluation, self.context, _MAIN[self.evaluation]
         local: Mapping[str, str] = self.settings.get("datasets") or {}
-        copies = LocalCopies(local)
-        with ExitStack() as stack:
-            if hasattr(main, "HookedTransformer"):
-                stack.enter_context(replaced(main, "HookedTransformer", _LoadedModel(context)))
-            if kind in ("scr", "tpp", "autointerp"):
-                stack.enter_context(replaced(dataset_utils, "load_dataset", copies.load_dataset))
-            if kind in ("scr", "tpp"):
-                stack.enter_context(replaced(dataset_creation, "load_dataset", copies.load_dataset))
+        load_dataset = LocalCopies(local).load_dataset
+        changes: list[tuple[Any, str, Any]] = []
+        if hasattr(main, "HookedTransformer"):
+            changes.append((main, "HookedTransformer", _LoadedModel(context)))
+        if kind in ("scr", "tpp", "autointerp"):
+            changes.append((dataset_utils, "load_dataset", load_dataset))
+        if kind in ("scr", "tpp"):
+            changes.append((dataset_creation, "load_dataset", load_dataset))
+        with all_replaced(*changes), ExitStack() as stack:
             if kind == "absorption":
                 probes = _absorption_probes(context, config, evaluated, self.seed)
                 stack.enter_context(_absorption_paths(probes, scratch))
@@ -142,26 +143,19 @@ class Passthrough(Adapter):
             yield
 
 
+@dataclass(frozen=True)
 class _LoadedModel:
     """Stands for TransformerLens' HookedTransformer where SAEBench loads one by name."""
 
-    def __init__(self, context: ModelContext) -> None:
-        self._context = context
+    context: ModelContext
 
     def from_pretrained_no_processing(self, name: str, **_options: Any) -> Any:
         """The model that is loaded already; its device and dtype are the config's."""
-        if name != self._context.name:
+        if name != self.context.name:
             raise RunFailure(
-                f"SAEBench asks for the model {name!r}, loaded is {self._context.name!r}"
+                f"SAEBench asks for the model {name!r}, loaded is {self.context.name!r}"
             )
-        return self._context.language_model.model
-
-
-def _openai_key() -> str:
-    key = os.environ.get(OPENAI_VARIABLE)
-    if not key:
-        raise InputError(f"autointerp needs a key of OpenAI: export {OPENAI_VARIABLE}=...")
-    return key
+        return self.context.language_model.model
 
 
 def _absorption_probes(
@@ -223,16 +217,12 @@ def _ravel_names(
     """RAVEL reads a Hugging Face model, not a HookedTransformer, and knows two names."""
     folder = resolve_model(context.name).folder
 
-    class Model:
-        @staticmethod
-        def from_pretrained(_name: str, **options: Any) -> Any:
-            dtype = options.pop("torch_dtype", context.torch_dtype)
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    def load_model(_name: str, **options: Any) -> Any:
+        dtype = options.pop("torch_dtype", context.torch_dtype)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
 
-    class Tokenizer:
-        @staticmethod
-        def from_pretrained(_name: str) -> Any:
-            return AutoTokenizer.from_pretrained(folder)
+    def load_tokenizer(_name: str) -> Any:
+        return AutoTokenizer.from_pretrained(folder)
 
     def snapshot_download(*, local_dir: str, **options: Any) -> str:
         if RAVEL_DATASET in copies:
@@ -243,14 +233,19 @@ def _ravel_names(
 
     with (
         all_replaced(
-            (ravel_main, "AutoModelForCausalLM", Model),
-            (ravel_main, "AutoTokenizer", Tokenizer),
+            (ravel_main, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=load_model)),
+            (ravel_main, "AutoTokenizer", SimpleNamespace(from_pretrained=load_tokenizer)),
             (ravel_main, "LLM_NAME_MAP", {context.name: context.name}),
             (ravel_instance, "snapshot_download", snapshot_download),
         ),
         _ravel_completions(context, config, scratch / config.artifact_dir),
     ):
         yield
+
+
+_OF_COMPLETIONS = (
+    "entity_attribute_selection", "top_n_entities", "n_generated_tokens", "llm_batch_size",
+)  # fmt: skip
 
 
 @contextmanager
@@ -268,15 +263,7 @@ def _ravel_completions(
         **context.key("torch", "transformers", "sae-bench"),
         "name": context.name,
         "seed": config.random_seed,
-        "config": {
-            name: getattr(config, name)
-            for name in (
-                "entity_attribute_selection",
-                "top_n_entities",
-                "n_generated_tokens",
-                "llm_batch_size",
-            )
-        },
+        "config": {name: getattr(config, name) for name in _OF_COMPLETIONS},
     }
     folder = keyed_folder(context.cache.absolute(), "ravel", key)
     if is_complete(folder):

@@ -34,11 +34,7 @@ from msae_plugin.common.errors import RunFailure
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
-    """Replace an attribute of an upstream module or class for the time of the block.
-
-    Raises:
-        AttributeError: Upstream has no such name any more.
-    """
+    """Replace an attribute of an upstream module or class for the time of the block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -143,12 +139,7 @@ def evaluation_environment(seed: int) -> Generator[None, None, None]:
 
 
 class CheckedLatents:
-    """Replaces the `encode` of one SAE object by itself with a look at the result.
-
-    Args:
-        sae: A copy that belongs to one evaluation.
-        name: The SAE's name in messages.
-    """
+    """Replaces the `encode` of one SAE object by itself with a look at the result."""
 
     def __init__(self, sae: SAE[Any], name: str) -> None:
         self._encode = sae.encode

@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,12 @@ class SaeProbes(Adapter):
         latents = CheckedLatents(sae, evaluated.name)
         with scratch_working_directory() as folder:
             cache = folder / str(config.model_cache_path)
-            lay_out(cache, folder / config.results_path, config.model_name, files)
+            # Where sae-probes looks for those of this model.
+            baselines = folder / config.results_path / f"baseline_results_{config.model_name}"
+            for activations, baseline in files:
+                _link(activations, cache / f"model_activations_{config.model_name}")
+                if baseline is not None:
+                    _link(baseline, baselines / "normal_setting")
             result = sae_probes_main.run_eval(
                 config, [(evaluated.name, sae)], self.context.device, "results", force_rerun=True
             )[f"{evaluated.name}_{SAEBENCH_ID}"]
@@ -146,22 +152,12 @@ def batch_size(longest: int, n_heads: int, device: str) -> int:
 
 
 class SaeProbesModelSide:
-    """The model's side of sae-probes for one hook.
-
-    Args:
-        context: The model.
-        hook_name: Where the SAEs read.
-        seed: Of the split of every dataset and of the probes.
-        method: sae-probes' name of the probe on the model; None for no such probe.
-    """
+    """The model's side of sae-probes for one hook."""
 
     def __init__(
         self, context: ModelContext, hook_name: str, seed: int, method: str | None
     ) -> None:
-        self.context = context
-        self.hook_name = hook_name
-        self.seed = seed
-        self.method = method
+        self.context, self.hook_name, self.seed, self.method = context, hook_name, seed, method
         self._tokenizer = tokenizer_sha256(context.language_model.tokenizer)
 
     def files(self, dataset: str) -> Files:
@@ -171,7 +167,9 @@ class SaeProbesModelSide:
     def activations(self, dataset: str) -> Path:
         """(texts, d_in) float32 in a file, computed if need be."""
         model = self.context.language_model.model
-        longest = _longest(dataset)
+        # No text has more tokens than bytes, but for a token at each end.
+        prompts = pd.read_csv(dataset_file(dataset), compression="zstd")["prompt"]
+        longest = max(len(str(prompt).encode()) for prompt in prompts) + 2
         size = batch_size(longest, int(model.cfg.n_heads), self.context.device)
         key: dict[str, Any] = {
             **self._common(dataset),
@@ -252,30 +250,13 @@ class SaeProbesModelSide:
         }
 
 
-def lay_out(
-    cache: Path, results: Path, model_name: str, files: Sequence[tuple[Path, Path | None]]
-) -> None:
-    """Put activations and baselines where sae-probes looks for those of `model_name`."""
-    for activations, baseline in files:
-        _link(activations, cache / f"model_activations_{model_name}" / activations.name)
-        if baseline is not None:
-            folder = results / f"baseline_results_{model_name}" / "normal_setting"
-            _link(baseline, folder / baseline.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _link(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     # Windows lets only some users make links.
     with suppress(OSError):
-        target.symlink_to(source)
+        (folder / source.name).symlink_to(source)
         return
-    shutil.copyfile(source, target)
-
-
-def _longest(dataset: str) -> int:
-    """No text has more tokens than bytes, but for a token at each end."""
-    prompts = pd.read_csv(dataset_file(dataset), compression="zstd")["prompt"]
-    return max(len(str(prompt).encode()) for prompt in prompts) + 2
+    shutil.copyfile(source, folder / source.name)
 
 
 @contextmanager
@@ -297,8 +278,7 @@ class _LastTokens:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self.tokenizer = model.tokenizer
+        self._model, self.tokenizer = model, model.tokenizer
 
     def run_with_cache(
         self, tokens: torch.Tensor, names_filter: Sequence[str], **options: Any
@@ -308,14 +288,14 @@ class _LastTokens:
         return None, {name: _Copied(cache[name]) for name in names_filter}
 
 
+@dataclass(frozen=True)
 class _Copied:
     """A tensor whose parts do not keep the whole alive."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+    tensor: torch.Tensor
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._tensor[index].clone()
+        return self.tensor[index].clone()
 
 
 def missing_for_sae_probes(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import json
 import re
 import tempfile
@@ -31,10 +30,7 @@ from sae_bench.evals.unlearning.eval_output import (
 from sae_bench.evals.unlearning.main import get_metrics_df, get_unlearning_scores
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.evals.unlearning.utils.eval import run_eval_single_sae
-from sae_bench.evals.unlearning.utils.feature_activation import (
-    get_top_features,
-    load_sparsity_data,
-)
+from sae_bench.evals.unlearning.utils.feature_activation import get_top_features, load_sparsity_data
 from sae_bench.sae_bench_utils import general_utils
 from transformer_lens import HookedTransformer
 from transformers import AutoTokenizer
@@ -52,7 +48,7 @@ from msae_plugin.data.text_files import (
 from msae_plugin.evaluation.outcomes import ScoreResult, require_real
 from msae_plugin.evaluation.saebench.adapter import Adapter, saebench_config
 from msae_plugin.evaluation.saebench.instruct_model import (
-    Corpus,
+    Documents,
     Knowledge,
     LetterAnswers,
     Questions,
@@ -60,6 +56,7 @@ from msae_plugin.evaluation.saebench.instruct_model import (
     chat_format,
     corpora_and_sweep,
     find_knowledge,
+    json_sha256,
     letter_tokens,
 )
 from msae_plugin.evaluation.saebench.patching import replaced
@@ -83,7 +80,6 @@ _THRESHOLD = re.compile(r"\d+(\.\d+)?")
 _COLUMNS = ("question", "choices", "answer")
 _CHOICES = 4
 _FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
-_CORPUS_SUFFIXES = (".jsonl", ".txt")
 
 
 class Unlearning(Adapter):
@@ -112,11 +108,12 @@ class Unlearning(Adapter):
         self.report("unlearning: reading questions and texts")
         sources: Mapping[str, str] = self.settings.get("questions") or {}
         self._questions = {n: load_questions(n, sources.get(n)) for n in config.dataset_names}
-        self._forget, self._retain = load_corpora(self.settings)
+        self._forget, self._retain = (
+            load_corpus(key, self.settings.get(key)) for key in ("forget_corpus", "retain_corpus")
+        )
         with adapted(model, self._chat, self._answers, self._questions):
             self._knowledge = find_knowledge(
                 self.context,
-                model,
                 self._answers,
                 self._questions,
                 config.llm_batch_size * 2,  # of text; questions take twice as many
@@ -138,15 +135,20 @@ class Unlearning(Adapter):
     def evaluate(self, evaluated: EvaluatedSAE) -> ScoreResult:
         if evaluated.hook_name not in self._model.hook_dict:
             raise RunFailure(f"the model has no hook {evaluated.hook_name!r}, where this SAE reads")
-        _require_double_decode(evaluated)
+        normalisation = evaluated.sae.cfg.normalize_activations
+        # SAELens keeps statistics of a token from `encode` to the first `decode` alone.
+        if normalisation in ("layer_norm", "constant_norm_rescale"):
+            raise RunFailure(
+                f"SAEBench decodes twice per encode, which SAELens' normalize_activations="
+                f"{normalisation!r} cannot: this SAE cannot be measured"
+            )
         sae = self.copy_of(evaluated)
         general_utils.load_and_format_sae(evaluated.name, sae, self.context.device)
         seen: list[str] = []
 
         def windows_seen(*windows: torch.Tensor) -> None:
             # Sorted: the order of the windows changes no count.
-            content = [sorted(part.tolist()) for part in windows]
-            seen.append(hashlib.sha256(json.dumps(content).encode()).hexdigest())
+            seen.append(json_sha256([sorted(part.tolist()) for part in windows]))
 
         with (
             tempfile.TemporaryDirectory(prefix="msae-unlearning-") as folder,
@@ -164,7 +166,12 @@ class Unlearning(Adapter):
                 self._model, sae, self._asked, folder, evaluated.name, force_rerun=False
             )
             sweep = read_sweep(Path(folder), evaluated.name, self._asked)
-        numbers = {**sweep.metrics(), **self._answerable()}
+        known = {name: float(found.answerable) for name, found in self._knowledge.items()}
+        numbers = {
+            **sweep.metrics(),
+            "n_answerable_forget": known[FORGET_DATASET],
+            "n_answerable_retain": sum(known[n] for n in known if n not in OUTSIDE_SCORE),
+        }
         require_real(numbers, f"unlearning of {evaluated.name}")
         file = self.write_result(
             UnlearningEvalOutput,
@@ -179,31 +186,18 @@ class Unlearning(Adapter):
         )
         return ScoreResult("measured", numbers, file, facts={"text": seen[-1] if seen else ""})
 
-    def _answerable(self) -> dict[str, float]:
-        retained = [f.answerable for n, f in self._knowledge.items() if n not in OUTSIDE_SCORE]
-        return {
-            "n_answerable_forget": float(self._knowledge[FORGET_DATASET].answerable),
-            "n_answerable_retain": float(sum(retained)),
-        }
-
     def _what_was_used(self, sweep: Sweep) -> dict[str, Any]:
         """Facts that SAEBench's schema has no field for; the questions may not be WMDP's."""
         return {
             "questions": {
                 name: {
-                    "source": found.questions.source,
-                    "sha256": found.questions.sha256,
-                    "number": len(found.questions.rows),
+                    **_facts(found.questions.source, found.questions.rows, "number"),
                     "answerable": found.answerable,
                 }
                 for name, found in self._knowledge.items()
             },
             "corpora": {
-                name: {
-                    "source": corpus.source,
-                    "sha256": corpus.sha256,
-                    "documents": len(corpus.documents),
-                }
+                name: _facts(corpus.source, corpus.documents, "documents")
                 for name, corpus in (("forget", self._forget), ("retain", self._retain))
             },
             "prompt_format": self._chat.for_saebench,
@@ -216,6 +210,10 @@ class Unlearning(Adapter):
             "interventions": sweep.interventions,
             "notes": sweep.notes(self._config.n_features_list),
         }
+
+
+def _facts(source: str, content: Sequence[Any], counted: str) -> dict[str, Any]:
+    return {"source": source, "sha256": json_sha256(content), counted: len(content)}
 
 
 RETAINED = 0.99
@@ -296,64 +294,55 @@ def _nothing_to_measure(knowledge: Mapping[str, Knowledge]) -> str | None:
     )
 
 
-def _require_double_decode(evaluated: EvaluatedSAE) -> None:
-    """SAELens keeps these statistics of a token from `encode` to the first `decode` alone."""
-    normalisation = evaluated.sae.cfg.normalize_activations
-    if normalisation in ("layer_norm", "constant_norm_rescale"):
-        raise RunFailure(
-            f"SAEBench decodes twice per encode, which SAELens' normalize_activations="
-            f"{normalisation!r} cannot: this SAE cannot be measured"
-        )
-
-
 def check_config(config: UnlearningEvalConfig, settings: Mapping[str, Any]) -> None:
     """Refuse settings that SAEBench offers but cannot run with."""
-    if config.target_metric != "correct":
-        raise InputError(
-            f"unlearning.target_metric must be correct, got {config.target_metric!r}: SAEBench "
-            "writes the other question ids under names that it does not read"
+    for refusal in _refusals(config, settings):
+        raise InputError(f"unlearning.{refusal}")
+
+
+def _refusals(config: UnlearningEvalConfig, settings: Mapping[str, Any]) -> Iterator[str]:
+    names = config.dataset_names
+    if (metric := config.target_metric) != "correct":
+        yield (
+            f"target_metric must be correct, got {metric!r}: SAEBench writes the other question "
+            "ids under names that it does not read"
         )
-    if config.intervention_method != "clamp_feature_activation":
-        raise InputError(
-            "unlearning.intervention_method must be clamp_feature_activation, got "
-            f"{config.intervention_method!r}: SAEBench implements no other"
+    if (method := config.intervention_method) != "clamp_feature_activation":
+        yield (
+            f"intervention_method must be clamp_feature_activation, got {method!r}: SAEBench "
+            "implements no other"
         )
     if not config.save_metrics:
-        raise InputError("unlearning.save_metrics must be true: the score is read from these files")
-    names = config.dataset_names
+        yield "save_metrics must be true: the score is read from these files"
     if FORGET_DATASET not in names:
-        raise InputError(
-            f"unlearning.dataset_names must have {FORGET_DATASET}, the questions that SAEBench's "
-            "score is computed on; other questions are put in its place with unlearning.questions"
+        yield (
+            f"dataset_names must have {FORGET_DATASET}, the questions that SAEBench's score is "
+            "computed on; other questions are put in its place with unlearning.questions"
         )
     if not set(names) - OUTSIDE_SCORE:
-        raise InputError(
-            "unlearning.dataset_names has no questions to retain: SAEBench counts neither "
-            f"{FORGET_DATASET} nor college_biology among them"
+        yield (
+            f"dataset_names has no questions to retain: SAEBench counts neither {FORGET_DATASET} "
+            "nor college_biology among them"
         )
     if len({name.replace("_", "-") for name in names}) < len(names):
-        raise InputError("unlearning.dataset_names has two names that SAEBench cannot tell apart")
+        yield "dataset_names has two names that SAEBench cannot tell apart"
     for name in names:
         if not _DATASET_NAME.fullmatch(name) or name == "loss_added":
-            raise InputError(
-                f"unlearning.dataset_names: {name!r} cannot name questions; use letters, digits, "
-                "_, - and . only, and put a path or a hub name in unlearning.questions"
+            yield (
+                f"dataset_names: {name!r} cannot name questions; use letters, digits, _, - and . "
+                "only, and put a path or a hub name in unlearning.questions"
             )
     for threshold in config.retain_thresholds:
         if not _THRESHOLD.fullmatch(str(threshold)):
-            raise InputError(
-                f"unlearning.retain_thresholds: {threshold} cannot be read back from SAEBench's "
-                "file names",
-                "use numbers of at least 0.0001",
+            yield (
+                f"retain_thresholds: {threshold} cannot be read back from SAEBench's file names: "
+                "use numbers of at least 0.0001"
             )
     if config.seq_len < 2:
-        raise InputError(f"unlearning.seq_len must be at least 2, got {config.seq_len}")
+        yield f"seq_len must be at least 2, got {config.seq_len}"
     for name in settings.get("questions") or {}:
         if name not in names:
-            raise InputError(f"unlearning.questions has {name!r}, which is not in dataset_names")
-
-
-FORGET_CORPUS_FORM = "https://huggingface.co/datasets/cais/wmdp-corpora"
+            yield f"questions has {name!r}, which is not in dataset_names"
 
 
 def missing_for_unlearning(
@@ -365,7 +354,13 @@ def missing_for_unlearning(
     """
     config: UnlearningEvalConfig = saebench_config("unlearning", settings, None, 0)
     check_config(config, settings)
-    missing = _missing_corpora(settings)
+    missing: list[Problem] = []
+    for key in ("forget_corpus", "retain_corpus"):
+        try:
+            load_corpus(key, settings.get(key))
+        except InputError as error:
+            how = error.how if key == "forget_corpus" and not settings.get(key) else None
+            missing.append(Problem(error.what, how or f"correct unlearning.{key}"))
     sources: Mapping[str, str] = settings.get("questions") or {}
     for name in config.dataset_names:
         try:
@@ -376,32 +371,7 @@ def missing_for_unlearning(
                 f"choices, answer) as unlearning.questions.{name}"
             )
             missing.append(Problem(error.what, how))
-    return (
-        missing if tokenizer_folder is None else missing + _missing_in_tokenizer(tokenizer_folder)
-    )
-
-
-def _missing_corpora(settings: Mapping[str, Any]) -> list[Problem]:
-    missing: list[Problem] = []
-    if not settings.get("forget_corpus"):
-        missing.append(
-            Problem(
-                "unlearning.forget_corpus, the text on what is to be forgotten",
-                "SAEBench's, bio-forget-corpus.jsonl, is gated: request access as "
-                f"{FORGET_CORPUS_FORM} says, and give the path of the file; or give another text "
-                "(.jsonl with {'text'}, or .txt) that goes with the questions",
-            )
-        )
-    for key in ("forget_corpus", "retain_corpus"):
-        source: str | None = settings.get(key)
-        try:
-            if key == "retain_corpus" and source in (None, "", WIKITEXT):
-                load_wikitext()
-            elif source:
-                require_corpus_file(key, source)
-        except InputError as error:
-            missing.append(Problem(error.what, f"correct unlearning.{key}"))
-    return missing
+    return missing + ([] if tokenizer_folder is None else _missing_in_tokenizer(tokenizer_folder))
 
 
 def _missing_in_tokenizer(folder: Path) -> list[Problem]:
@@ -412,84 +382,74 @@ def _missing_in_tokenizer(folder: Path) -> list[Problem]:
     except InputError as error:
         return [Problem(error.what, "choose another instruct model as unlearning.model")]
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:150]
-        return [Problem(f"unlearning: {folder} has no usable tokenizer ({reason})", "save one")]
+        return [
+            Problem(f"unlearning: {folder} has no usable tokenizer ({_short(error)})", "save one")
+        ]
     return []
 
 
 def load_questions(name: str, source: str | None) -> Questions:
     """Questions from a file, a folder, or the hub.
 
-    Args:
-        name: SAEBench's name.
-        source: A .json, .jsonl, .parquet or .csv file or a folder of such files or of
-            `save_to_disk`; a hub name, `organisation/name` or `organisation/name:config`, of which
-            the split `test` is read; SAEBench's own data set of this name if None.
+    A .json, .jsonl, .parquet or .csv file, a folder of such files or of `save_to_disk`, or the
+    split `test` of a hub name, `organisation/name` or `organisation/name:config`; SAEBench's own
+    data set of this name if None.
     """
-    if source is None:
-        hub = ("cais/wmdp", FORGET_DATASET) if name == FORGET_DATASET else ("cais/mmlu", name)
-        return _from_hub(name, *hub)
-    path = Path(source).expanduser()
-    if path.exists():
-        return Questions(name, str(path), _checked(_rows_of(path), str(path)))
-    if path.is_absolute() or path.suffix in _FILE_SUFFIXES or source.count("/") != 1:
-        raise InputError(f"unlearning.questions: {name}: there is no {path}")
-    repository, _, config = source.partition(":")
-    return _from_hub(name, repository, config or None)
+    path = None if source is None else Path(source).expanduser()
+    if path is not None and path.exists():
+        rows, shown = _rows_of(path), str(path)
+        found = shown
+    else:
+        repository, config = ("cais/wmdp" if name == FORGET_DATASET else "cais/mmlu"), name
+        if source is not None and path is not None:
+            if path.is_absolute() or path.suffix in _FILE_SUFFIXES or source.count("/") != 1:
+                raise InputError(f"unlearning.questions: {name}: there is no {path}")
+            repository, _, config = source.partition(":")
+        shown = f"{repository}:{config}" if config else repository
+        found = f"{shown} (test)"
+        load = metrics.load_dataset
+        rows = _downloaded(f"questions: {name}", shown, load, repository, config or None)
+    checked = [
+        _question(row, f"unlearning.questions: {shown}, row {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
+    if not checked:
+        raise InputError(f"unlearning.questions: {shown} holds no questions")
+    return Questions(name, found, checked)
 
 
-def load_corpora(settings: Mapping[str, Any]) -> tuple[Corpus, Corpus]:
-    """The text to find features of what is to be forgotten, and of what is to be retained."""
-    forget: str | None = settings.get("forget_corpus")
-    retain: str = settings.get("retain_corpus") or WIKITEXT
-    if not forget:
+def load_corpus(field: str, source: str | None) -> Documents:
+    """The text to find features of what is to be forgotten, or of what is to be retained."""
+    if field == "retain_corpus" and source in (None, "", WIKITEXT):
+        config = "wikitext-2-raw-v1"
+        shown, load = f"{WIKITEXT}:{config}", feature_activation.load_dataset
+        rows = _downloaded(field, shown, load, WIKITEXT, config)
+        return Documents(f"{shown} (test)", [str(row["text"]) for row in rows])
+    if not source:
         raise InputError(
-            "unlearning.forget_corpus is not given: SAEBench's is gated and in no package; name "
-            "the file bio-forget-corpus.jsonl, or another text on what is to be forgotten"
+            f"unlearning.{field}, the text on what is to be forgotten",
+            "SAEBench's, bio-forget-corpus.jsonl, is gated: request access as "
+            "https://huggingface.co/datasets/cais/wmdp-corpora says, and give the path of the "
+            "file; or give another text (.jsonl with {'text'}, or .txt) that goes with the "
+            "questions",
         )
-    retained = load_wikitext() if retain == WIKITEXT else _corpus("retain_corpus", retain)
-    return _corpus("forget_corpus", forget), retained
-
-
-def require_corpus_file(field: str, source: str) -> Path:
-    """The file of a corpus."""
     path = Path(source).expanduser()
     if not path.is_file():
         raise InputError(f"unlearning.{field}: there is no file {path}")
-    if path.suffix not in _CORPUS_SUFFIXES:
+    if path.suffix == ".jsonl":
+        documents = [text for text in read_column(path, "text") if isinstance(text, str)]
+    elif path.suffix == ".txt":
+        # SAEBench reads text files so, a line with its line break.
+        with open_text(path) as lines:
+            documents = [line for line in lines if line.strip()]
+    else:
         raise InputError(
             f"unlearning.{field}: {path} must be a .jsonl file with {{'text'}} per line, or a .txt "
             "file with a document per line"
         )
-    return path
-
-
-def _corpus(field: str, source: str) -> Corpus:
-    path = require_corpus_file(field, source)
-    if path.suffix == ".jsonl":
-        documents = [text for text in read_column(path, "text") if isinstance(text, str)]
-    else:
-        # SAEBench reads text files so, a line with its line break.
-        with open_text(path) as lines:
-            documents = [line for line in lines if line.strip()]
     if not documents:
         raise InputError(f"unlearning.{field}: {path} holds no text")
-    return Corpus(str(path), documents)
-
-
-def load_wikitext() -> Corpus:
-    """SAEBench's own text to retain, from the hub or its cache."""
-    name, config = WIKITEXT, "wikitext-2-raw-v1"
-    rows = _downloaded(
-        "retain_corpus", f"{name}:{config}", feature_activation.load_dataset, name, config
-    )
-    return Corpus(f"{name}:{config} (test)", [str(row["text"]) for row in rows])
-
-
-def _from_hub(name: str, repository: str, config: str | None) -> Questions:
-    source = repository if config is None else f"{repository}:{config}"
-    rows = _downloaded(f"questions: {name}", source, metrics.load_dataset, repository, config)
-    return Questions(name, f"{source} (test)", _checked(rows, source))
+    return Documents(str(path), documents)
 
 
 def _downloaded(
@@ -508,28 +468,31 @@ def _downloaded(
             return iter(load_dataset(repository, config, split="test"))
     # datasets, huggingface_hub and their HTTP client raise errors without a common base class.
     except Exception as error:
-        reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"unlearning.{field}: {source} cannot be had from the hub ({reason})",
+            f"unlearning.{field}: {source} cannot be had from the hub ({_short(error)})",
             "name a local copy",
         ) from error
 
 
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:150]
+
+
 def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
+    if is_saved_dataset(path):
+        return cast("Iterator[Mapping[str, Any]]", iter(saved_dataset(path, "test")))
+    files = [path]
     if path.is_dir():
-        if is_saved_dataset(path):
-            return cast("Iterator[Mapping[str, Any]]", iter(saved_dataset(path, "test")))
-        files = sorted(file for file in path.iterdir() if file.suffix in _FILE_SUFFIXES)
+        found = sorted(file for file in path.iterdir() if file.suffix in _FILE_SUFFIXES)
+        # A copy of a hub repository: SAEBench reads the split `test`.
+        files = [file for file in found if file.name.startswith("test")] or found
         if not files:
             raise InputError(f"unlearning.questions: folder {path} holds no questions")
-        # A copy of a hub repository: SAEBench reads the split `test`.
-        tests = [file for file in files if file.name.startswith("test")]
-        return (row for file in tests or files for row in _file_rows(file))
-    if path.suffix not in _FILE_SUFFIXES:
+    elif path.suffix not in _FILE_SUFFIXES:
         raise InputError(
             f"unlearning.questions: {path} must be one of {', '.join(_FILE_SUFFIXES)} or a folder"
         )
-    return _file_rows(path)
+    return (row for file in files for row in _file_rows(file))
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -538,40 +501,25 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         return iter(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise InputError(f"unlearning.questions: {path} cannot be read ({reason})") from error
-
-
-def _checked(rows: Iterator[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
-    checked = [
-        _question(row, f"unlearning.questions: {source}, row {number}")
-        for number, row in enumerate(rows, start=1)
-    ]
-    if not checked:
-        raise InputError(f"unlearning.questions: {source} holds no questions")
-    return checked
+        raise InputError(
+            f"unlearning.questions: {path} cannot be read ({_short(error)})"
+        ) from error
 
 
 def _question(row: object, where: str) -> dict[str, Any]:
     if not isinstance(row, Mapping) or any(column not in row for column in _COLUMNS):
         raise InputError(f"{where}: expected the columns {', '.join(_COLUMNS)}")
-    values = cast("Mapping[str, Any]", row)
-    choices = _choices(values["choices"], where)
-    answer = values["answer"]
-    if isinstance(answer, bool) or answer not in range(_CHOICES):
-        raise InputError(f"{where}: answer must be 0, 1, 2 or 3, got {answer!r}")
-    if not isinstance(values["question"], str):
-        raise InputError(f"{where}: question must be text")
-    return {"question": values["question"], "choices": choices, "answer": int(answer)}
-
-
-def _choices(value: Any, where: str) -> list[str]:
-    if isinstance(value, str):  # a cell of a .csv file
+    question, choices, answer = (cast("Mapping[str, Any]", row)[column] for column in _COLUMNS)
+    if isinstance(choices, str):  # a cell of a .csv file
         try:
-            value = ast.literal_eval(value)
+            choices = ast.literal_eval(choices)
         except (ValueError, SyntaxError) as error:
             raise InputError(f"{where}: choices must be a list such as ['a', 'b', ...]") from error
-    choices: list[Any] = list(value)
-    if len(choices) != _CHOICES or not all(isinstance(choice, str) for choice in choices):
-        raise InputError(f"{where}: choices must be {_CHOICES} texts, got {choices!r}")
-    return choices
+    texts: list[Any] = list(choices)
+    if len(texts) != _CHOICES or not all(isinstance(choice, str) for choice in texts):
+        raise InputError(f"{where}: choices must be {_CHOICES} texts, got {texts!r}")
+    if isinstance(answer, bool) or answer not in range(_CHOICES):
+        raise InputError(f"{where}: answer must be 0, 1, 2 or 3, got {answer!r}")
+    if not isinstance(question, str):
+        raise InputError(f"{where}: question must be text")
+    return {"question": question, "choices": texts, "answer": int(answer)}

@@ -1,5 +1,7 @@
 """Tiny SAEs on the tiny model, as the evaluations receive them."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,10 +9,25 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
 from msae_plugin import MultiScaleSAE, MultiScaleSAEConfig
 from msae_plugin.common.files import tensors_sha256
+from msae_plugin.evaluation.outcomes import EvaluationRun, ModelContext, Reporter, ScoreResult
+from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.saes.load import EvaluatedSAE
 
 HOOK = "blocks.1.hook_resid_post"
 D_IN = 64
+
+
+def run(
+    evaluation: str,
+    context: ModelContext,
+    settings: Mapping[str, Any],
+    saes: Sequence[EvaluatedSAE],
+    seed: int,
+    output: Path,
+    report: Reporter,
+) -> dict[str, ScoreResult]:
+    """The results of one evaluation with one seed, by SAE."""
+    return run_evaluation(EvaluationRun(evaluation, context, settings, seed, output, report), saes)
 
 
 def make_subject(sae: SAE[Any], name: str) -> EvaluatedSAE:

@@ -21,7 +21,7 @@ from sae_probes.run_baselines import METHODS
 
 from msae_plugin.evaluation.outcomes import reliability
 from msae_plugin.evaluation.preflight import RAVEL_ARCHITECTURES, RAVEL_DATASET, RAVEL_FILES
-from msae_plugin.evaluation.protocols import SCHEMAS, config_class, reported_counts, result_fields
+from msae_plugin.evaluation.recipe import SCHEMAS, config_class, reported_counts, result_fields
 
 MODULES: dict[str, Any] = {
     "absorption": absorption_main,

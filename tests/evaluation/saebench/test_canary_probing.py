@@ -28,7 +28,7 @@ from sae_probes.run_sae_evals import get_save_metrics_path
 
 from msae_plugin.data.labelled_texts import HUB_DATASETS, SAEBENCH_PROBING_SETS
 from msae_plugin.evaluation.outcomes import SAEBENCH_ID
-from msae_plugin.evaluation.protocols import reported_counts
+from msae_plugin.evaluation.recipe import reported_counts
 from msae_plugin.evaluation.saebench.patching import without_jaxtyping
 from msae_plugin.evaluation.saebench.sae_probes import LARGEST_BATCH, MAX_TOKENS
 

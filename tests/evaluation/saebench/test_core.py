@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 import torch
 from datasets import Dataset
-from evaluation_builders import make_subject, random_standard
+from evaluation_builders import make_subject, random_standard, run
 from sae_bench.evals.core import main as core_main
 from sae_lens import StandardSAE
 from sae_lens.training.activations_store import ActivationsStore
@@ -19,9 +19,8 @@ from tolerance import rounding_tolerance
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.evaluation.outcomes import ModelContext, no_report
-from msae_plugin.evaluation.protocols import check_settings
+from msae_plugin.evaluation.recipe import check_settings
 from msae_plugin.evaluation.saebench import model_side
-from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import EvaluatedSAE
@@ -29,7 +28,7 @@ from msae_plugin.saes.load import EvaluatedSAE
 # Of metrics of size one, which average over tokens what is summed over the 512 tokens of the
 # vocabulary or over the model's width, which is less.
 ROUNDING = rounding_tolerance(512, 1.0)
-run_core = partial(run_evaluation, "core")
+run_core = partial(run, "core")
 SETTINGS: dict[str, Any] = {
     "context_size": 32,
     "batch_size_prompts": 4,
@@ -300,11 +299,7 @@ def test_seeds_shuffle_local_text_and_their_order_does_not_matter(
 def test_too_little_text_is_refused_with_what_there_is(
     context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
-    settings = {
-        **SETTINGS,
-        "dataset": str(text_file),
-        "n_eval_sparsity_variance_batches": 5000,
-    }
+    settings = {**SETTINGS, "dataset": str(text_file), "n_eval_sparsity_variance_batches": 5000}
     with pytest.raises(InputError, match=r"holds only \d+ batches of 4 x 32 tokens and 5002"):
         run_core(context, settings, subjects, 42, tmp_path, no_report)
 

@@ -79,9 +79,9 @@ def test_what_was_measured_is_taken_up_and_never_overwritten(
     first = evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
     asked: list[list[str]] = []
 
-    def counting(evaluation: str, context: Any, settings: Any, todo: Any, *rest: Any) -> Any:
+    def counting(run: Any, todo: Any) -> Any:
         asked.append([subject.name for subject in todo])
-        return run_evaluation(evaluation, context, settings, todo, *rest)
+        return run_evaluation(run, todo)
 
     monkeypatch.setattr(adapter, "run_evaluation", counting)
     second = evaluate(protocol, subjects, output, language_model=tiny_language_model)
@@ -145,10 +145,7 @@ def test_a_broken_sae_stands_in_the_summary_as_failed(
     )
     assert not result.complete
     rows = [(e["sae"], e["status"], e["reason"]) for e in result.summary["results"]]
-    assert rows == [
-        ("standard", "measured", None),
-        ("nan", "failed", "SAE 'nan': W_dec holds NaN"),
-    ]
+    assert rows == [("standard", "measured", None), ("nan", "failed", "SAE 'nan': W_dec holds NaN")]
     last = (tmp_path / "out" / "summary.csv").read_text().splitlines()[-1]
     assert last.startswith("nan,core,,failed,")
     assert last.endswith(",SAE 'nan': W_dec holds NaN")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from evaluation_builders import make_subject, random_standard
+from evaluation_builders import run as run_evaluation
 from sae_bench.evals.absorption import common as absorption_common
 from sae_bench.evals.absorption import main as absorption_main
 from sae_bench.evals.autointerp import main as autointerp_main
@@ -28,8 +29,7 @@ from sae_bench.sae_bench_utils import dataset_utils
 
 from msae_plugin.evaluation.evaluate import definition_of
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report, reliability
-from msae_plugin.evaluation.protocols import check_settings
-from msae_plugin.evaluation.saebench.adapter import run_evaluation
+from msae_plugin.evaluation.recipe import check_settings
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.saes.load import EvaluatedSAE
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from evaluation_builders import HOOK, make_subject, random_standard
+from evaluation_builders import HOOK, make_subject, random_standard, run
 from probing_builders import broken
 from sae_bench.evals.sparse_probing_sae_probes import main as sae_probes_main
 from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
@@ -28,9 +28,8 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.common.recipes import SHIPPED
 from msae_plugin.evaluation.outcomes import ModelContext, definitions, no_report
-from msae_plugin.evaluation.protocols import check_settings, reported_counts
+from msae_plugin.evaluation.recipe import check_settings, reported_counts
 from msae_plugin.evaluation.saebench import sae_probes
-from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sae_probes import (
     SaeProbesModelSide,
@@ -43,7 +42,7 @@ from msae_plugin.models.loading import load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 
 EVALUATION = "sparse_probing_sae_probes"
-run_sae_probes = partial(run_evaluation, EVALUATION)
+run_sae_probes = partial(run, EVALUATION)
 COUNTS = reported_counts(EVALUATION)
 DEFINITIONS = definitions(EVALUATION, COUNTS)
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"

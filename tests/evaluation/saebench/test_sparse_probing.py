@@ -11,7 +11,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from evaluation_builders import HOOK, make_subject, random_standard
+from evaluation_builders import HOOK, make_subject, random_standard, run
 from probing_builders import AG_NEWS, BIOS, broken, model_passes, write_ag_news, write_bios
 from sae_bench.evals.sparse_probing import main as probing_main
 from sae_bench.evals.sparse_probing import probe_training
@@ -22,16 +22,13 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource, LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, definitions, no_report
-from msae_plugin.evaluation.protocols import check_settings, reported_counts
-from msae_plugin.evaluation.saebench.adapter import run_evaluation
+from msae_plugin.evaluation.recipe import check_settings, reported_counts
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
-from msae_plugin.evaluation.saebench.sparse_probing import (
-    KIND,
-)
+from msae_plugin.evaluation.saebench.sparse_probing import KIND
 from msae_plugin.models.loading import load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 
-run_sparse_probing = partial(run_evaluation, "sparse_probing")
+run_sparse_probing = partial(run, "sparse_probing")
 COUNTS = reported_counts("sparse_probing")
 DEFINITIONS = definitions("sparse_probing", COUNTS)
 PACKAGED = "packaged:tiny-topics"
@@ -226,12 +223,7 @@ def test_the_models_side_is_computed_once_and_never_stale(
     def passes(seed: int = 5, given: ModelContext = context, **changes: Any) -> int:
         with model_passes() as seen:
             outcomes = run_sparse_probing(
-                given,
-                {**small, **changes},
-                subjects,
-                seed,
-                tmp_path / "out",
-                no_report,
+                given, {**small, **changes}, subjects, seed, tmp_path / "out", no_report
             )
         assert {outcome.status for outcome in outcomes.values()} == {"measured"}
         return len(seen)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_builders import run
 from sae_bench.evals.unlearning import main as unlearning_main
 from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 from sae_bench.evals.unlearning.utils import eval as unlearning_eval
@@ -21,17 +22,12 @@ from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
 from msae_plugin.common.files import tensors_sha256
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report
-from msae_plugin.evaluation.saebench.adapter import run_evaluation
-from msae_plugin.evaluation.saebench.instruct_model import (
-    LetterAnswers,
-    chat_format,
-    letter_tokens,
-)
+from msae_plugin.evaluation.saebench.instruct_model import LetterAnswers, chat_format, letter_tokens
 from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.saes.load import EvaluatedSAE
 
-run_unlearning = partial(run_evaluation, "unlearning")
+run_unlearning = partial(run, "unlearning")
 SEED = 42
 GEMMA = "gemma-2-2b-it"
 
@@ -194,10 +190,7 @@ def test_the_json_says_what_was_really_asked(outcomes: Mapping[str, ScoreResult]
 
 
 def test_a_model_that_knows_nothing_is_a_named_outcome(
-    toy: ToyInstruct,
-    settings: Mapping[str, Any],
-    toy_subjects: list[EvaluatedSAE],
-    tmp_path: Path,
+    toy: ToyInstruct, settings: Mapping[str, Any], toy_subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
     ignorant = load_language_model(str(toy.folder), [TOY_HOOK])
     torch.manual_seed(0)
