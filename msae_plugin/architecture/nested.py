@@ -20,17 +20,14 @@ from msae_plugin.architecture.selection import Selection
 
 @dataclass
 class Reconstructions:
-    """Reconstructions of one batch, each of shape (n_tokens, d_in).
+    """Reconstructions of one batch, each of shape (n_tokens, d_in)."""
 
-    Attributes:
-        prefixes: One per nested prefix, ascending; the last is the whole dictionary at budget k.
-        scales: One per further sparsity budget, ascending, from the whole dictionary.
-        stacked: (n_tokens, n_prefixes + n_scales, d_in) all of them in this order, of which the
-            others are views; None where they were made one by one.
-    """
-
+    # One per nested prefix, ascending; the last is the whole dictionary at budget k
     prefixes: list[torch.Tensor]
+    # One per further sparsity budget, ascending, from the whole dictionary
     scales: list[torch.Tensor]
+    # (n_tokens, n_prefixes + n_scales, d_in) all of them in this order, of which the others are
+    # views; None where they were made one by one
     stacked: torch.Tensor | None = None
 
     @property
@@ -56,28 +53,17 @@ def groups_of_order(order: torch.Tensor, prefix_widths: Sequence[int]) -> torch.
 def decode_nested(
     cfg: MultiScaleTrainingSAEConfig,
     selection: Selection,
-    coefficients: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor,
-    latent_group: torch.Tensor,
+    coefficients: torch.Tensor,  # (n_pairs,) coefficient of the decoder row of each pair
+    W_dec: torch.Tensor,  # (d_sae, d_in) decoder
+    b_dec: torch.Tensor,  # (d_in,) decoder bias, part of every reconstruction
+    latent_group: torch.Tensor,  # (d_sae,) group of each latent
     n_tokens: int,
     kernel: DecodeKernel = "auto",
 ) -> Reconstructions:
     """Decode every nested prefix at budget k and the whole dictionary at every other budget.
 
-    Args:
-        cfg: Prefixes, further budgets, and whether a prefix's loss reaches only the latents that
-            the prefix adds (`detach_inner_prefixes`).
-        selection: The active pairs.
-        coefficients: (n_pairs,) coefficient of the decoder row of each pair.
-        W_dec: (d_sae, d_in) decoder.
-        b_dec: (d_in,) decoder bias, part of every reconstruction.
-        latent_group: (d_sae,) group of each latent.
-        n_tokens: Number of tokens in the batch.
-        kernel: As in `decoding.bag_sum`.
-
-    Returns:
-        The reconstructions, differentiable in coefficients, W_dec and b_dec.
+    b_dec is part of every reconstruction. With `detach_inner_prefixes` a prefix's loss reaches only
+    the latents that the prefix adds. Differentiable in coefficients, W_dec and b_dec.
     """
     detach_inner = cfg.detach_inner_prefixes
     n_groups, n_levels = len(cfg.prefix_widths), len(cfg.sparsity_scales) + 1

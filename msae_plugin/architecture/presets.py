@@ -18,18 +18,12 @@ from msae_plugin.common.errors import InputError
 
 @dataclass(frozen=True)
 class Preset:
-    """A named recipe.
+    """A named recipe."""
 
-    Attributes:
-        summary: One line: what it is for, or what a run of the source added.
-        sae: Field values of MultiScaleTrainingSAEConfig.
-        k_anneal_share: Share of the training steps over which k falls; 0 leaves k fixed.
-        training: Options of `msae train` that belong to the recipe.
-    """
-
-    summary: str
+    summary: str  # One line: what it is for, or what a run of the source added
     sae: Mapping[str, Any]
-    k_anneal_share: float = 0.0
+    k_anneal_share: float = 0.0  # Share of the training steps over which k falls; 0 leaves k fixed
+    # Options of `msae train` that belong to the recipe
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -172,11 +166,7 @@ def preset_names() -> list[str]:
 
 
 def get_preset(name: str) -> Preset:
-    """The recipe of a name.
-
-    Raises:
-        InputError: Naming the nearest known preset.
-    """
+    """The recipe of a name."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"

@@ -54,10 +54,7 @@ def initialise_inverse_sqrt_d(
 ) -> None:
     """Normal decoder with standard deviation 1/sqrt(d_in), encoder its transpose, in place.
 
-    Args:
-        W_enc: (d_in, d_sae).
-        W_dec: (d_sae, d_in).
-        decoder_init_norm: Norm given to each row afterwards; None keeps norms near 1.
+    `decoder_init_norm` is given to each row afterwards; None keeps norms near 1.
     """
     if W_dec.is_meta:
         return  # a checkpoint's weights will be assigned
@@ -68,12 +65,7 @@ def initialise_inverse_sqrt_d(
 
 
 class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConfig]):
-    """Weights and buffers of the training SAE, and everything that is not the training step.
-
-    Args:
-        cfg: Configuration.
-        use_error_term: As in SAELens.
-    """
+    """Weights and buffers of the training SAE, and everything that is not the training step."""
 
     b_enc: nn.Parameter
     topk_threshold: torch.Tensor
@@ -163,11 +155,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         self.ranks = ranks
 
     def attach_machine(self, machine: MachineSettings) -> None:
-        """Compute steps as the training recipe says.
-
-        Raises:
-            InputError: The Triton kernels cannot run on the device of the SAE.
-        """
+        """Compute steps as the training recipe says."""
         if machine.decode_kernel == "triton" and self.device.type != "cuda":
             raise InputError(
                 f"decode_kernel must be 'auto' on device {str(self.device)!r}: the Triton kernels "

@@ -84,11 +84,7 @@ def describe_row(row: Mapping[str, float]) -> str:
 
 
 class ConsoleProgress:
-    """A bar with one line per SAE in a terminal; a line every few seconds anywhere else.
-
-    Args:
-        console: Where to show it; standard error leaves standard output to results.
-    """
+    """A bar with one line per SAE in a terminal; a line every few seconds anywhere else."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -205,9 +201,8 @@ def warnings_alone(message: str, done: int | None = None, total: int | None = No
 def step_reporter(console: Console) -> Generator[Report]:
     """Show steps whose names and lengths are not known beforehand.
 
-    Args:
-        console: Where to show them: a line that changes in a terminal, elsewhere a line when the
-            message is new and now and then. A warning stays.
+    In a terminal on a line that changes; elsewhere on a line when the message is new, and now and
+    then. A warning stays.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

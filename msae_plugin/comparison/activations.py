@@ -77,13 +77,7 @@ class ActivationSource(Protocol):
 
 
 class SeededBatches:
-    """One seed's batches of some hooks, as SAELens' trainers take them.
-
-    Args:
-        source: Where they are from.
-        hooks: Which hooks.
-        seed: Whose order.
-    """
+    """One seed's batches of some hooks, as SAELens' trainers take them."""
 
     def __init__(self, source: ActivationSource, hooks: list[str], seed: int) -> None:
         self._source = source
@@ -144,13 +138,7 @@ def activations_key(config: CompareConfig) -> str:
 
 
 class StoredActivations:
-    """The activations of a comparison on the disk.
-
-    Args:
-        folder: OUTPUT/activations.
-        manifest: Contents of activations.json.
-        tensors: (rows, d_in) by hook, mapped from the files.
-    """
+    """The activations of a comparison on the disk, (rows, d_in) by hook, mapped from the files."""
 
     side_by_side: int | None = 1
 
@@ -203,11 +191,7 @@ class StoredActivations:
 
 
 def open_activations(output: Path) -> StoredActivations | None:
-    """The activations in a comparison's folder; None when the pass was not made or not finished.
-
-    Raises:
-        InputError: They are of another format.
-    """
+    """The activations in a comparison's folder; None when the pass was not made or not finished."""
     folder = output / FOLDER
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -229,11 +213,7 @@ def store_activations(
     guard: InterruptionGuard,
     report: Reporter,
 ) -> StoredActivations:
-    """Run the text through the model once and keep the activations.
-
-    Raises:
-        InputError: The text is too short, or the disk too small.
-    """
+    """Run the text through the model once and keep the activations."""
     folder = output / FOLDER
     # Of a pass that was killed.
     shutil.rmtree(folder, ignore_errors=True)

@@ -46,11 +46,7 @@ from msae_plugin.training.plans import default_device
 
 
 def model_config(section: SyntheticSettings) -> SyntheticModelConfig:
-    """SAELens' configuration of the ground truth.
-
-    Raises:
-        InputError: A field is unknown, missing or impossible.
-    """
+    """SAELens' configuration of the ground truth."""
     known = {item.name for item in dataclasses.fields(SyntheticModelConfig)}
     for key in section.model:
         if key not in known:
@@ -68,15 +64,7 @@ def model_config(section: SyntheticSettings) -> SyntheticModelConfig:
 
 
 class SyntheticSource:
-    """Ground-truth models and their samples.
-
-    Args:
-        section: The recipe's section.
-        batch_size: Samples per mini-batch.
-
-    Raises:
-        InputError: The section cannot work.
-    """
+    """Ground-truth models and their samples, `batch_size` per mini-batch."""
 
     def __init__(self, section: SyntheticSettings, batch_size: int) -> None:
         self.config = model_config(section)
@@ -154,8 +142,7 @@ class SyntheticSource:
 class RecordedSamples:
     """Recorded samples in place of a generator; from the beginning again with `rewind`.
 
-    Args:
-        batches: Sparse feature activations, each (n_samples, n_features), in the order of the draw.
+    Batches are sparse feature activations (n_samples, n_features) in the order of the draw.
     """
 
     def __init__(self, batches: Sequence[torch.Tensor]) -> None:
@@ -174,20 +161,12 @@ class RecordedSamples:
             return cls([generator.sample(size).to_sparse() for size in sizes])
 
     def rewind(self) -> ActivationGenerator:
-        """Begin again.
-
-        Returns:
-            Itself, as the generator it stands for: SAELens' evaluation calls `sample` alone.
-        """
+        """Begin again; itself, as the generator it stands for: SAELens calls `sample` alone."""
         self._next = 0
         return cast("ActivationGenerator", self)
 
     def sample(self, n_samples: int) -> torch.Tensor:
-        """The next batch, dense (n_samples, n_features).
-
-        Raises:
-            ValueError: Another size than was recorded is asked for, or more batches.
-        """
+        """The next batch, dense (n_samples, n_features); ValueError if not recorded so."""
         if self._next == len(self._batches):
             raise ValueError(f"only {len(self._batches)} batches were recorded")
         batch = self._batches[self._next]
@@ -202,17 +181,11 @@ FOLDER = "ground_truth"
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exported SAE to judge.
-
-    Attributes:
-        name: Unique.
-        entry: What it is, or is made of.
-        permuted: Its decoder directions belong to other latents: a control.
-    """
+    """An exported SAE to judge."""
 
     name: str
-    entry: Entry
-    permuted: bool = False
+    entry: Entry  # What it is, or is made of
+    permuted: bool = False  # Its decoder directions belong to other latents: a control
 
     def load(self, output: Path, device: str) -> SAE[Any]:
         """The SAE, from the comparison's folder."""
@@ -230,11 +203,7 @@ def measure_ground_truth(
     source: SyntheticSource,
     report: Reporter,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of every SAE by name; what was measured before is read.
-
-    Raises:
-        RunFailure: A metric is not a number.
-    """
+    """Metrics of every SAE by name; what was measured before is read."""
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, float]] = {}
@@ -319,16 +288,7 @@ def _key(config: CompareConfig, candidate: Candidate, sae: SAE[Any]) -> str:
 
 
 class GroundTruthTestbed:
-    """Samples, metrics and controls of a comparison on ground truth.
-
-    Args:
-        config: The recipe.
-        output: The comparison's folder.
-        report: Shows progress.
-
-    Raises:
-        InputError: The ground truth's configuration cannot work.
-    """
+    """Samples, metrics and controls of a comparison on ground truth."""
 
     def __init__(self, config: CompareConfig, output: Path, report: Reporter) -> None:
         if config.synthetic is None:

@@ -42,16 +42,7 @@ _SMALLEST_L0 = 0.05
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """A comparison under way: everything that its trainings share.
-
-    Args:
-        config: The recipe.
-        source: The activations.
-        output: The comparison's folder.
-        device: Where SAEs live.
-        guard: Knows about signals.
-        report: Shows progress.
-    """
+    """A comparison under way: everything that its trainings share."""
 
     config: CompareConfig
     source: ActivationSource
@@ -67,16 +58,10 @@ class ComparisonRun:
 
 @dataclass(frozen=True)
 class Group:
-    """SAEs to train together, of one seed and one number of mini-batches per step.
-
-    Args:
-        entries: The SAEs.
-        coefficients: Value of each searched knob by the SAE's name.
-        tokens: Length of the run.
-    """
+    """SAEs to train together, of one seed and one number of mini-batches per step."""
 
     entries: Sequence[Entry]
-    coefficients: Mapping[str, float]
+    coefficients: Mapping[str, float]  # Value of each searched knob by the SAE's name
     tokens: int
 
     @property
@@ -107,13 +92,8 @@ class _ReportedProgress(SilentProgress):
 class GroupSession(TrainingSession):
     """Trains a group of a comparison.
 
-    Args:
-        group: The SAEs.
-        settings: The session.
-        saes: The initialised SAEs by name.
-        batches: Of the group's seed.
-        keys: By name, what an SAE depends on; kept in checkpoints.
-        earlier: Seconds of each SAE's own steps in earlier sessions.
+    Keys are what each SAE depends on, kept in checkpoints; `earlier` the seconds of each SAE's own
+    steps in earlier sessions.
     """
 
     def __init__(
@@ -163,20 +143,9 @@ def train_group(
     checkpoint: Checkpoint | None = None,
     title: str,
 ) -> GroupSession:
-    """Train to the end; scaling is not folded and no threshold is set yet.
+    """Train to the end, from a checkpoint if given; nothing is folded and no threshold set yet.
 
-    Args:
-        run: The comparison.
-        group: Which SAEs.
-        keys: By name, what an SAE depends on; kept in checkpoints. None keeps no logs: a trial of
-            a search.
-        store: Where checkpoints go; None writes none.
-        checkpoint: Continue from here.
-        title: For the progress.
-
-    Raises:
-        InterruptedBySignalError: Between two steps, once a checkpoint is written.
-        RunFailure: A loss is not finite.
+    Without keys no logs are kept, without a store no checkpoints: a trial of a search.
     """
     config, tokens = run.config, group.tokens
     training = entry_training(group.entries[0], config, tokens)
@@ -241,14 +210,10 @@ def is_matched(l0: float, target: float, tolerance: float) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """The inference cut of a trained SAE.
+    """The inference cut of a trained SAE."""
 
-    Args:
-        l0: Active latents per token on fresh activations.
-        calibration: What was changed for it; None for an architecture without a cut.
-    """
-
-    l0: float
+    l0: float  # Active latents per token on fresh activations
+    # What was changed for it; None for an architecture without a cut
     calibration: Mapping[str, float] | None
 
 
@@ -274,11 +239,7 @@ def finish(
     keys: Mapping[str, str],
     search_tokens: Mapping[str, int],
 ) -> None:
-    """Fold, export and record every SAE of a group.
-
-    Raises:
-        RunFailure: An export does not agree with what was trained, or is silent.
-    """
+    """Fold, export and record every SAE of a group."""
     trained.trainer.fold_scaling()
     for entry in trained.group.entries:
         name = entry.name

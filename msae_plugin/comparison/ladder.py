@@ -32,23 +32,14 @@ _FOLLOWS_L0 = {"zscore_z_lr": _Z_RATE}
 
 @dataclass(frozen=True)
 class Variant:
-    """One method of the ladder.
-
-    Args:
-        name: Of the method in the comparison.
-        group: Which part of the ladder.
-        mechanism: What is different, in a few words.
-        claim: What it is for in the source; None for what the source does not have.
-        against: Name of the variant it is compared with; None for a reference.
-        section: As in `saes` of a comparison, less d_sae and lr.
-    """
+    """One method of the ladder."""
 
     name: str
     group: Group
-    mechanism: str
-    claim: str | None
-    against: str | None
-    section: Mapping[str, Any]
+    mechanism: str  # What is different, in a few words
+    claim: str | None  # What it is for in the source; None for what the source does not have
+    against: str | None  # Name of the variant it is compared with; None for a reference
+    section: Mapping[str, Any]  # As in `saes` of a comparison, less d_sae and lr
 
 
 @dataclass(frozen=True)
@@ -210,11 +201,7 @@ def ladder_variants() -> list[Variant]:
 
 
 def chosen_variants(groups: list[Group], leave_out: list[str]) -> list[Variant]:
-    """The variants of some groups, less some names.
-
-    Raises:
-        InputError: A name is no variant, or is what others are compared with.
-    """
+    """The variants of some groups, less some names."""
     known = {variant.name for variant in ladder_variants()}
     for name in leave_out:
         if name not in known:

@@ -63,19 +63,12 @@ _CONTEXTS_PER_LATENT = 5
 
 @dataclass(frozen=True)
 class HeldoutText:
-    """Held-out text, and the model that reads it.
-
-    Args:
-        language_model: The model.
-        texts: Held-out documents.
-        autocast: Whether the model runs in bfloat16, as it did for the training activations.
-        hooks: Hook of each SAE, as the model knows it.
-    """
+    """Held-out text, and the model that reads it."""
 
     language_model: LanguageModel
     texts: Sequence[str]
-    autocast: bool
-    hooks: Mapping[str, str]
+    autocast: bool  # Whether the model runs in bfloat16, as it did for the training activations
+    hooks: Mapping[str, str]  # Hook of each SAE, as the model knows it
 
 
 def heldout_keys(
@@ -104,11 +97,7 @@ def measure_heldout(
     with_contexts: Sequence[str],
     report: Reporter,
 ) -> None:
-    """Measure SAEs and store what was found, a few at a time.
-
-    Raises:
-        InputError: There is too little held-out text.
-    """
+    """Measure SAEs and store what was found, a few at a time."""
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(subjects), _AT_ONCE):
@@ -206,15 +195,7 @@ EVALUATION_FOLDER = "evaluation"
 
 
 class LanguageModelTestbed:
-    """Activations, metrics and controls of a comparison on a language model.
-
-    Args:
-        config: The recipe.
-        output: The comparison's folder.
-        report: Shows progress.
-        language_model: A model that is loaded already.
-        skip_missing: Leave evaluations out whose data or packages are missing.
-    """
+    """Activations, metrics and controls of a comparison on a language model."""
 
     def __init__(
         self,
@@ -234,11 +215,7 @@ class LanguageModelTestbed:
         self._text: TextData | None = None
 
     def check(self) -> None:
-        """Refuse what can be refused before the model is loaded.
-
-        Raises:
-            InputError: Model, hooks or data cannot work, or an evaluation lacks something.
-        """
+        """Refuse what can be refused before the model is loaded."""
         recipe(self.config).validate(self._shape())
         evaluation = self.config.eval_config()
         if evaluation is None or self._skip_missing:
@@ -255,11 +232,7 @@ class LanguageModelTestbed:
         return dict.fromkeys(self.config.hooks, self._shape().d_model)
 
     def source(self, guard: InterruptionGuard) -> StoredActivations:
-        """The activations, after the model's pass if it was not made yet.
-
-        Raises:
-            InputError: The folder holds those of another model, text or length.
-        """
+        """The activations, after the model's pass if it was not made yet."""
         stored = open_activations(self.output)
         if stored is not None:
             if stored.manifest["key"] != activations_key(self.config):

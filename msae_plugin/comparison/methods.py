@@ -56,29 +56,15 @@ _MATRYOSHKA_SHARES = (32, 16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Knob:
-    """What sets the L0 of an architecture.
+    """What sets the L0 of an architecture."""
 
-    Args:
-        name: Field of its config.
-        searched: Whether the value that gives an L0 has to be found.
-        start: Where a search begins.
-    """
-
-    name: str
-    searched: bool
-    start: float = 0.0
+    name: str  # Field of its config
+    searched: bool  # Whether the value that gives an L0 has to be found
+    start: float = 0.0  # Where a search begins
 
 
 def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
-    """The knob of an SAE's section.
-
-    Args:
-        section: With `architecture` and any fields of its config.
-        where: Its dotted path, for messages.
-
-    Raises:
-        InputError: The architecture is unknown or has no knob, or the section sets the L0 itself.
-    """
+    """The knob of an SAE's section, which has `architecture` and any fields of its config."""
     architecture = str(section.get("architecture", DEFAULT_ARCHITECTURE))
     fields = {item.name: item for item in dataclasses.fields(config_class(architecture, where))}
     direct = next((name for name in _DIRECT if name in fields), None)
@@ -104,14 +90,7 @@ def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
 
 
 def with_l0(section: Mapping[str, Any], knob: Knob, l0: float, d_sae: int) -> dict[str, Any]:
-    """The section of one target L0; a searched knob is left as it is.
-
-    Args:
-        section: As for `sparsity_knob`.
-        knob: Its knob.
-        l0: Mean number of active latents per token.
-        d_sae: Number of latents, which Matryoshka's default widths follow.
-    """
+    """The section of one target L0; a searched knob is left as it is."""
     found = dict(section)
     if not knob.searched:
         found[knob.name] = l0
@@ -127,9 +106,7 @@ def with_l0(section: Mapping[str, Any], knob: Knob, l0: float, d_sae: int) -> di
 def mean_l0(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> float:
     """Active latents per token of an SAE whose `encode` in eval mode is that of its export.
 
-    Args:
-        sae: In eval mode.
-        batches: Activations, each (n_tokens, d_in), scaled as training batches are.
+    Batches (n_tokens, d_in) are scaled as training batches are.
     """
     active = sum(int((_dense(sae.encode(batch)) != 0).sum()) for batch in batches)
     return active / sum(len(batch) for batch in batches)
@@ -145,13 +122,8 @@ def scale_thresholds(
 ) -> dict[str, float]:
     """Multiply all thresholds of a JumpReLU by one factor, so that its mean L0 is the target.
 
-    Args:
-        sae: In eval mode; its `threshold` is changed.
-        batches: Activations, each (n_tokens, d_in), scaled as training batches are; at least one.
-        l0: The target.
-
-    Returns:
-        `l0_before`, `l0_after` and `threshold` (mean over the latents).
+    Batches (n_tokens, d_in) are scaled as training batches are. Gives `l0_before`, `l0_after` and
+    `threshold`, the mean over the latents.
     """
     before = mean_l0(sae, batches)
     # A threshold of zero could not be scaled.
@@ -181,75 +153,45 @@ _PERMUTED = re.compile(r"permuted_decoder of (\S+)")
 
 @dataclass(frozen=True)
 class Method:
-    """Everything about a method but its sparsity and its seed.
-
-    Args:
-        name: Its name.
-        section: Keys of an SAE in a recipe, `d_sae` among them; no `peer` or `control`.
-        knob: What sets its L0.
-        accumulation_steps: Mini-batches per step.
-        frozen_decoder: Train without changing the decoder.
-        variant: Where it stands in the ladder, if it does.
-    """
+    """Everything about a method but its sparsity and its seed."""
 
     name: str
+    # Keys of an SAE in a recipe, `d_sae` among them; no `peer` or `control`
     section: Mapping[str, Any]
     knob: Knob
     accumulation_steps: int
-    frozen_decoder: bool = False
-    variant: Variant | None = None
+    frozen_decoder: bool = False  # Train without changing the decoder
+    variant: Variant | None = None  # Where it stands in the ladder, if it does
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One SAE to train.
+    """One SAE to train."""
 
-    Args:
-        name: Unique in the comparison; the name of its folder.
-        bundle: The name without the seed: what the seeds share is a coefficient.
-        method: What it is an instance of.
-        hook: Where its activations are read.
-        l0: Target L0.
-        seed: Of its initialisation, the order of its data, and what it draws.
-    """
-
-    name: str
-    bundle: str
+    name: str  # Unique in the comparison; the name of its folder
+    bundle: str  # The name without the seed: what the seeds share is a coefficient
     method: Method
     hook: str
     l0: float
-    seed: int
+    seed: int  # Of its initialisation, the order of its data, and what it draws
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control that is made, not trained.
-
-    Args:
-        name: Unique in the comparison.
-        method: As in the recipe.
-        hook: Where it reads.
-        of: The SAE whose decoder is permuted; None for the residual stream.
-    """
+    """A control that is made, not trained."""
 
     name: str
     method: str
     hook: str
-    of: Entry | None
+    of: Entry | None  # The SAE whose decoder is permuted; None for the residual stream
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """Everything that a comparison consists of.
-
-    Args:
-        entries: SAEs to train, method by method.
-        controls: What is evaluated beside them.
-        methods: By name.
-    """
+    """Everything that a comparison consists of."""
 
     entries: list[Entry]
-    controls: list[Control]
+    controls: list[Control]  # What is evaluated beside them
     methods: dict[str, Method] = field(default_factory=dict[str, Method])
 
 
@@ -264,15 +206,7 @@ def sae_folder(output: Path, name: str) -> Path:
 
 
 def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
-    """All SAEs of a comparison, each checked against its architecture.
-
-    Args:
-        config: The recipe.
-        d_in: Width of the activations by hook.
-
-    Raises:
-        InputError: A method cannot work; the field is named.
-    """
+    """All SAEs of a comparison, each checked against its architecture."""
     sections = {name: dict(section) for name, section in config.saes.items()}
     variants: dict[str, Variant] = {}
     if config.ladder is not None:
@@ -384,9 +318,6 @@ def entry_training(entry: Entry, config: CompareConfig, tokens: int) -> Training
 
     Warm-up, decay and the dead window are scaled: to the SAE's own number of mini-batches per step,
     and to the length of a short trial, whose schedule is that of the whole run in small.
-
-    Raises:
-        InputError: The schedule does not fit into the run.
     """
     training, accumulation = config.training, entry.method.accumulation_steps
     share = tokens / training.tokens
@@ -418,15 +349,8 @@ def plan_entry(
 ) -> SAEPlan:
     """SAELens' training configuration of one SAE.
 
-    Args:
-        entry: Which.
-        config: The recipe.
-        d_in: Width of its activations.
-        coefficient: Value of a searched knob; None leaves the one the search begins with.
-        tokens: Length of the run; None is training.tokens.
-
-    Raises:
-        InputError: The architecture refuses its configuration.
+    Without a coefficient a searched knob is where the search begins; tokens are training.tokens
+    unless given.
     """
     tokens = config.training.tokens if tokens is None else tokens
     training = entry_training(entry, config, tokens)
@@ -458,10 +382,6 @@ class ResidualStreamSAE(StandardSAE):
 
     L0 is d_in and explained variance 1. SAEBench's probes on the largest of these "latents" are its
     `llm_top_k`, up to the random numbers they draw.
-
-    Args:
-        d_in: Width of the activations.
-        metadata: Of the SAEs it is compared with: model, hook, context.
     """
 
     def __init__(self, d_in: int, metadata: SAEMetadata) -> None:
@@ -487,15 +407,7 @@ class ResidualStreamSAE(StandardSAE):
 
 @torch.no_grad()
 def with_permuted_decoder(sae: SAE[Any], seed: int) -> SAE[Any]:
-    """A copy of an SAE whose decoder directions belong to other latents.
-
-    Args:
-        sae: A trained SAE; it is not changed.
-        seed: Of the permutation.
-
-    Returns:
-        The copy. `W_dec` (d_sae, d_in) has the same rows in another order; nothing else differs.
-    """
+    """A copy of an SAE whose decoder directions belong to other latents; nothing else differs."""
     permuted = copy.deepcopy(sae)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(sae.W_dec.shape[0], generator=generator)

@@ -32,16 +32,13 @@ _VERSIONS = (
 
 @dataclass
 class Measured:
-    """Measurements of the SAEs of a comparison.
+    """Measurements of the SAEs of a comparison."""
 
-    Attributes:
-        metrics: By SAE and `evaluation/metric`.
-        definitions: Of metrics that are not a comparison's own.
-        missing: What was not measured: `what`, `status` and `reason`.
-    """
-
+    # By SAE and `evaluation/metric`
     metrics: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    # Of metrics that are not a comparison's own
     definitions: dict[str, Any] = field(default_factory=dict[str, Any])
+    # What was not measured: `what`, `status` and `reason`
     missing: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
     def add(self, name: str, metrics: Mapping[str, float]) -> None:
@@ -108,11 +105,7 @@ def comparison_contents(
     device: str,
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The contents of `comparison.json`.
-
-    Raises:
-        RunFailure: A row of an SAE without training.
-    """
+    """The contents of `comparison.json`."""
     full: list[dict[str, Any]] = []
     for row in rows:
         if not row["control"] and not row["training_steps"]:

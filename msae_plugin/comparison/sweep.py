@@ -36,32 +36,22 @@ _DEFAULT_MINUTES = 24 * 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a job.
+    """Result of a job."""
 
-    Attributes:
-        problems: One line each: SAEs that could not be trained, what was not measured.
-    """
-
+    # One line each: SAEs that could not be trained, what was not measured
     problems: list[str] = field(default_factory=list[str])
 
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One job of a sweep.
+    """One job of a sweep."""
 
-    Attributes:
-        task: The model's pass over the text, the training of a shard, or the evaluation of all.
-        recipe: The comparison, as `CompareConfig.to_dict` gives it.
-        output: Its folder.
-        shard: Which SAEs are trained; of training alone.
-        skip_missing: Leave evaluations out whose data or packages are missing.
-    """
-
+    # The model's pass over the text, the training of a shard, or the evaluation of all
     task: Literal["activations", "training", "evaluation"]
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, Any]  # The comparison, as `CompareConfig.to_dict` gives it
     output: Path
-    shard: Shard | None = None
-    skip_missing: bool = True
+    shard: Shard | None = None  # Which SAEs are trained; of training alone
+    skip_missing: bool = True  # Leave evaluations out whose data or packages are missing
 
     @property
     def name(self) -> str:
@@ -105,21 +95,10 @@ def sweep(
     skip_missing: bool = False,
     report: Reporter = no_report,
 ) -> None:
-    """Run a comparison as jobs, and wait for them.
+    """Run a comparison as jobs, and wait for them; the same command continues one that was stopped.
 
-    Args:
-        config: The recipe.
-        output: The comparison's folder, on a disk that all jobs see.
-        executor: Where jobs run: as processes of this machine, or on a Slurm cluster.
-        jobs: In how many shards the training is shared.
-        parameters: submitit's: timeout_min, gpus_per_node, slurm_partition and the like.
-        skip_missing: Leave evaluations out whose data or packages are missing.
-        report: Shows progress.
-
-    Raises:
-        InputError: The recipe, the folder or a parameter cannot work, or submitit is missing.
-        RunFailure: A job failed; the message names it and its log.
-        InterruptedBySignalError: The jobs were cancelled; the same command continues.
+    The folder is on a disk that all jobs see. The training is shared in as many shards as there are
+    jobs. Parameters are submitit's: timeout_min, gpus_per_node, slurm_partition and the like.
     """
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1, not {jobs}")

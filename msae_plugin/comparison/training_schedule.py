@@ -53,40 +53,23 @@ _MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a search.
-
-    Args:
-        coefficient: What was tried.
-        l0: What it gave, active latents per token.
-        tokens: What the run cost.
-        whole: Whether it was as long as the runs that are reported.
-    """
+    """One run of a search."""
 
     coefficient: float
-    l0: float
-    tokens: int
-    whole: bool = False
+    l0: float  # What it gave, active latents per token
+    tokens: int  # What the run cost
+    whole: bool = False  # Whether it was as long as the runs that are reported
 
 
 def best_trial(trials: Sequence[Trial], target: float) -> Trial:
-    """The one whose L0 is closest to the target, in ratio.
-
-    Raises:
-        ValueError: There is no trial.
-    """
+    """The one of at least one trial whose L0 is closest to the target, in ratio."""
     if not trials:
         raise ValueError("a search needs at least one trial")
     return min(trials, key=lambda trial: abs(log_error(trial.l0, target)))
 
 
 def next_coefficient(trials: Sequence[Trial], target: float, start: float) -> float:
-    """The next coefficient to try.
-
-    Args:
-        trials: So far, in their order, all of one length.
-        target: The L0 to reach.
-        start: The first to try.
-    """
+    """The next coefficient to try, after trials of one length in their order."""
     if not trials:
         return start
     points = [(math.log(t.coefficient), log_error(t.l0, target)) for t in trials]
@@ -169,8 +152,7 @@ def search_key(entry: Entry, config: CompareConfig) -> str:
 def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
     """The `run.json` of an SAE that is complete; None for one to train.
 
-    Raises:
-        InputError: The folder holds an SAE of this name that was trained otherwise.
+    Refuses an SAE of this name that was trained otherwise.
     """
     record = read_run_record(folder)
     if record is None or record.get("status") != "complete":
@@ -185,11 +167,7 @@ def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
 
 
 def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Path) -> list[Entry]:
-    """The entries that are still to be trained.
-
-    Raises:
-        InputError: One was trained with other settings.
-    """
+    """The entries that are still to be trained."""
     return [
         entry
         for entry in entries
@@ -199,21 +177,13 @@ def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Pat
 
 @dataclass
 class Search:
-    """The search of one method at one L0.
-
-    Attributes:
-        key: What it depends on.
-        target: The L0.
-        trials: All of them.
-        coefficient: What further runs use; None until the short trials are over.
-        settled: Whether a whole run was accepted with it.
-    """
+    """The search of one method at one L0."""
 
     key: str
     target: float
     trials: list[Trial] = field(default_factory=list[Trial])
-    coefficient: float | None = None
-    settled: bool = False
+    coefficient: float | None = None  # What further runs use; None until the short trials are over
+    settled: bool = False  # Whether a whole run was accepted with it
 
     @property
     def short(self) -> list[Trial]:
@@ -227,22 +197,14 @@ class Search:
 
 
 class Tuner:
-    """Finds and remembers coefficients.
-
-    Args:
-        run: The comparison.
-    """
+    """Finds and remembers coefficients."""
 
     def __init__(self, run: ComparisonRun) -> None:
         self._run = run
         self._folder = run.output / FOLDER
 
     def load(self, entry: Entry, key: str) -> Search:
-        """The search of an entry's method and L0 as far as it is.
-
-        Raises:
-            InputError: The folder holds a search with other settings.
-        """
+        """The search of an entry's method and L0 as far as it is."""
         path = self._path(entry)
         if not path.is_file():
             return Search(key, entry.l0)
@@ -310,23 +272,14 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Shard:
-    """A share of the training for one of several processes.
+    """A share of the training for one of several processes."""
 
-    Args:
-        number: From 1.
-        of: How many there are.
-    """
-
-    number: int = 1
-    of: int = 1
+    number: int = 1  # From 1
+    of: int = 1  # How many there are
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read `2/3`.
-
-        Raises:
-            InputError: The text is not of this form.
-        """
+        """Read `2/3`."""
         number, slash, of = text.partition("/")
         if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
             raise InputError(f"--part {text!r} is not of the form NUMBER/OF, such as 1/2")
@@ -334,14 +287,9 @@ class Shard:
 
 
 def train_all(run: ComparisonRun, entries: Sequence[Entry], shard: Shard) -> dict[str, str]:
-    """Train what is missing.
+    """Train what is missing; the reason by name, of the SAEs that could not be trained.
 
-    Returns:
-        Reason by name, of the SAEs that could not be trained.
-
-    Raises:
-        InputError: A folder holds an SAE that was trained with other settings.
-        InterruptedBySignalError: A signal arrived; everything finished so far is kept.
+    A signal raises; everything finished so far is kept.
     """
     schedule = _Schedule(run, entries)
     schedule.run(share_of(entries, shard))

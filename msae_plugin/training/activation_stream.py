@@ -32,10 +32,6 @@ class ActivationStream:
     SAELens keeps the mixing buffer inside a generator. Rows stay in it for any number of refills,
     so that they cannot be made anew from a place in the text: they are saved. The text is read
     again up to its place, without the model.
-
-    Args:
-        store: Reads the text and runs the model; nothing was taken from it yet.
-        hooks: The hooks.
     """
 
     def __init__(self, store: ActivationsStore, hooks: Sequence[str]) -> None:
@@ -53,11 +49,7 @@ class ActivationStream:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        """(mini-batch, d_in) by hook; never ends.
-
-        Raises:
-            ValueError: The text has too few tokens for one forward pass.
-        """
+        """(mini-batch, d_in) by hook; never ends."""
         while self._ready == 0 or self._rows is None:
             self._refill()
         size = self._store.train_batch_size_tokens
@@ -92,11 +84,7 @@ class ActivationStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position.
-
-        Raises:
-            InputError: The text is shorter than it was.
-        """
+        """Go on from a position."""
         rows = state["rows"]
         self._rows = None if rows is None else rows.to(self._store.device)
         self._widths, self._ready = list(state["widths"]), int(state["ready"])

@@ -41,16 +41,8 @@ def make_cache(
 ) -> CachedActivations:
     """Run the text through the model and keep what a run of this recipe reads.
 
-    Args:
-        config: The recipe; its SAEs say only how many activations are needed.
-        output: A new or empty folder, or one with an unfinished cache, which is continued.
-        language_model: An already loaded model to use instead of `config.model.name`.
-        text: Already loaded text to use instead of `config.data.source`.
-        progress: Shows how far the pass is.
-
-    Raises:
-        InputError: The recipe or the folder cannot work, the text is too short, the disk too small.
-        InterruptedBySignalError: On SIGINT or SIGTERM, once everything so far is on the disk.
+    Its SAEs say only how many activations are needed. An unfinished cache in the folder is
+    continued; a signal raises once everything so far is on the disk.
     """
     progress = progress or SilentProgress()
     config = replace(config, cached_activations=None)
@@ -118,12 +110,7 @@ def write_activations(
     guard: InterruptionGuard,
     advance: Callable[[int], object],
 ) -> None:
-    """Make what is missing of a store.
-
-    Raises:
-        InputError: The text is too short, or the disk too small.
-        InterruptedBySignalError: Between two batches.
-    """
+    """Make what is missing of a store; a signal raises between two batches."""
     saved = time.perf_counter()
     while writer.done < writer.rows:
         guard.check()

@@ -116,18 +116,11 @@ def latent_statistics(
 ) -> dict[str, float]:
     """How a window's L0 is spread over the latents, and how encoder and decoder agree.
 
-    Args:
-        firings: (d_sae,) how many tokens of the window each latent fired on.
-        n_tokens: Tokens of the window.
-        dead: (d_sae,) which latents count as dead.
-        sae: The SAE.
-
-    Returns:
-        `dead_share` of the latents; `dense_share` of the L0, on latents that fire on more than
-        a tenth of the tokens; quantiles of log10 firing rates, -10 for a latent that never
-        fired; and, for an SAE with W_enc and W_dec, `encoder_decoder_alignment`, the mean cosine
-        of a latent's encoder and decoder direction over those that are not dead, evenly sampled
-        where they are many.
+    From firing counts (d_sae,) over the window's tokens and which latents are dead: `dead_share` of
+    the latents; `dense_share` of the L0, on latents that fire on more than a tenth of the tokens;
+    quantiles of log10 firing rates, -10 for a latent that never fired; and, for an SAE with W_enc
+    and W_dec, `encoder_decoder_alignment`, the mean cosine of a latent's encoder and decoder
+    direction over those that are not dead, evenly sampled where they are many.
     """
     rates = firings / max(n_tokens, 1)
     quantiles = torch.quantile(rates.float(), rates.new_tensor([0.05, 0.5, 0.95]).float())
@@ -159,12 +152,7 @@ class MetricSink(Protocol):
 
 
 class JsonLines:
-    """Appends JSON objects to a file, one per line.
-
-    Args:
-        path: The file; created with its first line.
-        step_key: Key of the step in each row, used to drop rows when a run is resumed.
-    """
+    """Appends JSON objects to a file, one per line; the file is created with its first line."""
 
     def __init__(self, path: Path, step_key: str = "step") -> None:
         self.path = path
@@ -172,11 +160,7 @@ class JsonLines:
         self._handle: Any = None
 
     def truncate_after(self, step: int) -> int:
-        """Drop rows of later steps, and a last line cut short by a kill.
-
-        Returns:
-            How many lines were dropped.
-        """
+        """Drop rows of later steps, and a last line cut short by a kill; how many were dropped."""
         if not self.path.exists():
             return 0
         lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -212,12 +196,7 @@ class JsonLines:
 
 
 class JsonLinesSink:
-    """`metrics.jsonl` in each SAE's folder.
-
-    Args:
-        folders: Folder of each SAE by name.
-        resume_step: Rows after this step are dropped first.
-    """
+    """`metrics.jsonl` in each SAE's folder, less rows after the step that a run resumes at."""
 
     def __init__(self, folders: Mapping[str, Path], resume_step: int = 0) -> None:
         self._files = {name: JsonLines(path / METRICS_FILE) for name, path in folders.items()}
@@ -240,13 +219,7 @@ class JsonLinesSink:
 
 
 class TensorBoardSink:
-    """Event files for TensorBoard, one run per SAE below `folder`.
-
-    Args:
-        folder: The log directory to give to `tensorboard --logdir`.
-        names: Names of the SAEs.
-        resume_step: Events after this step are hidden.
-    """
+    """Event files for TensorBoard, one run per SAE below `folder`, later events hidden."""
 
     def __init__(self, folder: Path, names: list[str], resume_step: int = 0) -> None:
         # TensorBoard is optional, and importing it takes seconds.
@@ -278,15 +251,8 @@ class TensorBoardSink:
 class WandbSink:
     """Weights & Biases, or trackio, which has the same functions and needs no account.
 
-    One run for all SAEs; keys are `<sae>/<metric>` as in SAELens.
-
-    Args:
-        options: Arguments of the client's `init`: project, name and so on.
-        config: The run's configuration.
-        client: `wandb` or `trackio`.
-
-    Raises:
-        InputError: The client is not installed.
+    One run for all SAEs; keys are `<sae>/<metric>` as in SAELens. Options go to the client's
+    `init`.
     """
 
     def __init__(
@@ -317,11 +283,7 @@ class WandbSink:
 
 
 def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
-    """Whether to write TensorBoard files.
-
-    Raises:
-        InputError: If they are asked for and TensorBoard is not installed.
-    """
+    """Whether to write TensorBoard files; refused where asked for and not installed."""
     installed = importlib.util.find_spec("tensorboard") is not None
     if setting == "on" and not installed:
         raise InputError(

@@ -123,16 +123,7 @@ class RecipeSession(TrainingSession):
 
 
 class SharedPassRunner(RecipeSession, MultiSAETrainingRunner):
-    """SAELens' multi-SAE runner with our training: one pass of the language model for all SAEs.
-
-    Args:
-        config: The recipe.
-        settings: The session.
-        dataset: The training text.
-        language_model: The model.
-        saes: The initialised SAEs by name.
-        autocast: Whether the model runs in bfloat16.
-    """
+    """SAELens' multi-SAE runner with our training: one pass of the language model for all SAEs."""
 
     def __init__(
         self,
@@ -176,14 +167,7 @@ class SharedPassRunner(RecipeSession, MultiSAETrainingRunner):
 
 
 class CachedPass(RecipeSession):
-    """Trains all SAEs of a recipe on the rows of a cache.
-
-    Args:
-        cache: The cache, already checked against the recipe.
-        config: The recipe.
-        settings: The session.
-        saes: The initialised SAEs by name.
-    """
+    """Trains all SAEs of a recipe on the rows of a cache that was checked against it."""
 
     def __init__(
         self,
@@ -225,17 +209,7 @@ def reading_runner(
     guard: InterruptionGuard,
     progress: ProgressDisplay,
 ) -> SharedPassRunner:
-    """A runner that makes the batches of `msae train` and trains nothing.
-
-    Args:
-        config: The recipe; its SAEs are not looked at.
-        language_model: The model.
-        text: The text.
-        device: Where the activations are made.
-        autocast: Whether the model runs in bfloat16.
-        guard: Knows about signals.
-        progress: Of the run.
-    """
+    """A runner that makes the batches of `msae train` and trains nothing."""
     # SAELens' runner wants an SAE.
     config = replace(config, sae=PLACEHOLDER, saes=None)
     plans = config.validate(language_model.shape)

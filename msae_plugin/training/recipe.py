@@ -75,25 +75,12 @@ class RunConfig:
     def load(
         cls, path: Path | str, overrides: Sequence[str] = (), only: Sequence[str] = ()
     ) -> Self:
-        """Read a recipe.
-
-        Args:
-            path: A YAML file, or the name of a shipped recipe.
-            overrides: As of `common.recipes.with_overrides`.
-            only: Names of `saes` that are trained; all by default.
-
-        Raises:
-            InputError: If the file cannot be read, a key is unknown, or a value cannot work.
-        """
+        """Read a recipe by path or name; `only` names the `saes` that are trained."""
         return cls.from_dict(with_only(with_overrides(read_recipe(path, "train"), overrides), only))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
-        """Build a recipe from plain dictionaries, as `to_dict` gives them; they are not changed.
-
-        Raises:
-            InputError: As `load`.
-        """
+        """Build a recipe from plain dictionaries, as `to_dict` gives them; they are not changed."""
         merged = with_overrides(values, overrides)
         _accumulate_as_presets_ask(merged)
         return coerce(merged, cls, "")
@@ -113,16 +100,9 @@ class RunConfig:
         return self.training.tokens // self.tokens_per_step
 
     def validate(self, shape: ModelShape | None = None) -> list[SAEPlan]:
-        """Refuse what cannot work, before a language model is loaded.
+        """Refuse what cannot work before a language model is loaded; one plan per SAE and hook.
 
-        Args:
-            shape: Sizes of the model; read from its config when not given.
-
-        Returns:
-            What will be trained, one plan per SAE and hook.
-
-        Raises:
-            InputError: Naming the field, what is wrong and what to do.
+        The model's sizes are read from its config when not given.
         """
         check_buffer(self.training, self.data)
         check_length(self.training)

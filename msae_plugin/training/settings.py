@@ -183,11 +183,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_buffer(training: TrainingSettings, data: DataSettings) -> None:
-    """Refuse a buffer of activations that is smaller than a mini-batch.
-
-    Raises:
-        InputError: Naming the fields.
-    """
+    """Refuse a buffer of activations that is smaller than a mini-batch."""
     buffer = training.n_batches_in_buffer * data.context_size
     if buffer < training.batch_size_tokens:
         needed = math.ceil(training.batch_size_tokens / data.context_size)
@@ -200,11 +196,7 @@ def check_buffer(training: TrainingSettings, data: DataSettings) -> None:
 
 
 def check_length(training: TrainingSettings) -> None:
-    """Refuse a run that is shorter than a step.
-
-    Raises:
-        InputError: Naming the fields.
-    """
+    """Refuse a run that is shorter than a step."""
     per_step = training.batch_size_tokens * training.accumulation_steps
     if training.tokens < per_step:
         raise InputError(
@@ -214,15 +206,7 @@ def check_length(training: TrainingSettings) -> None:
 
 
 def check_schedule(training: TrainingSettings, steps: int) -> None:
-    """Refuse a learning-rate schedule that does not fit into the run.
-
-    Args:
-        training: The settings.
-        steps: Length of the run.
-
-    Raises:
-        InputError: Naming the fields.
-    """
+    """Refuse a learning-rate schedule that does not fit into the run."""
     around = training.lr_warm_up_steps + training.lr_decay_steps
     constant = training.lr_scheduler == "constant"
     if around >= steps and (training.lr_decay_steps > 0 or not constant):

@@ -48,18 +48,11 @@ class TrainedSAE(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """A training step.
+    """A training step."""
 
-    Attributes:
-        sae: The SAE, in a recorded step with the recording's own weights.
-        sae_in: (n_tokens, d_in) activations of this rank, in the training unit.
-        schedule: The numbers of the step.
-        switched_on: The mechanisms that are on.
-    """
-
-    sae: TrainedSAE
-    sae_in: torch.Tensor
-    schedule: StepSchedule
+    sae: TrainedSAE  # The SAE, in a recorded step with the recording's own weights
+    sae_in: torch.Tensor  # (n_tokens, d_in) activations of this rank, in the training unit
+    schedule: StepSchedule  # The numbers of the step
     switched_on: Sequence[Mechanism]
 
     @property
@@ -79,20 +72,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents of a step.
+    """The latents of a step."""
 
-    Attributes:
-        feature_acts: (n_tokens, d_sae) latents at the budget k, dense.
-        tokens: (n_pairs,) tokens of pairs among which all active ones are; other latents are zero.
-        latents: (n_pairs,) their latents.
-        fired: (d_sae,) tokens on which each latent fired, of all ranks.
-        threshold: Zero-dimensional, smallest score at the budget k; 0 when nothing is active.
-    """
-
-    feature_acts: torch.Tensor
+    feature_acts: torch.Tensor  # (n_tokens, d_sae) latents at the budget k, dense
+    # (n_pairs,) tokens of pairs among which all active ones are; other latents are zero
     tokens: torch.Tensor
-    latents: torch.Tensor
-    fired: torch.Tensor
+    latents: torch.Tensor  # (n_pairs,) their latents
+    fired: torch.Tensor  # (d_sae,) tokens on which each latent fired, of all ranks
+    # Zero-dimensional, smallest score at the budget k; 0 when nothing is active
     threshold: torch.Tensor
 
 

@@ -110,14 +110,9 @@ class MultiScaleNormalisation(Mechanism):
 
     @override
     def forward(self, x_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise tokens.
+        """Activations minus b_dec (..., d_in) -> x_hat (..., d_in) and scale(x) (..., 1).
 
-        Args:
-            x_c: (..., d_in) activations minus b_dec.
-
-        Returns:
-            x_hat (..., d_in), and scale(x) (..., 1): with unit gain and no bias,
-            scale(x) * x_hat is x_c minus its mean.
+        With unit gain and no bias, scale(x) * x_hat is x_c minus its mean.
         """
         centred, variance = self._centre(x_c)
         reciprocal = self._reciprocal_deviations(variance)

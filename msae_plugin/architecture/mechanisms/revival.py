@@ -25,12 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class RevivalRecord(Mechanism):
-    """Who is dead, who was revived when, and how the revived have done.
-
-    Attributes:
-        events: Revivals and their outcomes that nobody has fetched yet, oldest first.
-        optimizer: The host's, whose moments of revived latents are reset; None when not attached.
-    """
+    """Who is dead, who was revived when, and how the revived have done."""
 
     steps_since_fired: torch.Tensor
     revived_at: torch.Tensor

@@ -27,17 +27,11 @@ Section = dict[str, Any]
 
 @dataclass(frozen=True)
 class Peer:
-    """A method to compare with.
+    """A method to compare with."""
 
-    Args:
-        summary: What it is, and what follows its paper.
-        source: Where it is from.
-        section: Section of a recipe for a run of so many steps.
-    """
-
-    summary: str
+    summary: str  # What it is, and what follows its paper
     source: str
-    section: Callable[[int], Section]
+    section: Callable[[int], Section]  # Section of a recipe for a run of so many steps
 
 
 def batchtopk_section() -> Section:
@@ -129,15 +123,7 @@ PEERS: Mapping[str, Peer] = {
 
 
 def peer_section(name: str, training_steps: int) -> Section:
-    """The section of a peer.
-
-    Args:
-        name: One of `PEERS`.
-        training_steps: Length of the run, which schedules are fitted to.
-
-    Raises:
-        InputError: There is no such peer.
-    """
+    """The section of a peer, schedules fitted to the length of the run."""
     if name not in PEERS:
         near = difflib.get_close_matches(name, PEERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PEERS)}"
