@@ -27,8 +27,8 @@ import torch
 
 from msae_plugin import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.config import mechanisms_off
+from msae_plugin.architecture.mechanisms import Mechanisms
 from msae_plugin.architecture.mechanisms.base import Latents, Step
-from msae_plugin.architecture.mechanisms.collection import Mechanisms
 from msae_plugin.architecture.mechanisms.orthogonality import nearest_neighbours, pair_penalty
 from msae_plugin.architecture.ranks import ALONE
 from msae_plugin.architecture.step_schedule import StepSchedule

@@ -25,7 +25,6 @@ from msae_plugin.architecture.float32_buffers import (
     restore_exact,
 )
 from msae_plugin.architecture.mechanisms.normalisation import MultiScaleNormalisation
-from msae_plugin.architecture.mechanisms.skip import with_skip
 
 # The two are level at about 11 % in the smaller of these sizes; here sparse still takes half.
 MAX_DENSITY = 1 / 32
@@ -126,7 +125,7 @@ class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):
         sae_out = super().forward(x)
         if self.cfg.skip_scale == 0 or self.use_error_term:
             return sae_out
-        return with_skip(sae_out, x, self.b_dec, self.cfg.skip_scale)
+        return sae_out + self.cfg.skip_scale * (x.to(sae_out.dtype) - self.b_dec)
 
     @override
     @torch.no_grad()

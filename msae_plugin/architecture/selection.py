@@ -13,11 +13,6 @@ import torch
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
 
-# The previous threshold times this share admits the candidates of the next ranking: enough that the
-# exact top-k lies among them in all but a few steps, few enough that it costs 22 ms instead of
-# 240 ms (2048 x 4608, k 32, one CPU core).
-CANDIDATE_SHARE = 0.7
-
 
 @dataclass
 class Selection:

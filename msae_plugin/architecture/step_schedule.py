@@ -6,7 +6,6 @@ everything that changes from step to step is here, as Python numbers or as tenso
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,11 +15,6 @@ from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.selection import pair_budgets, running_rate
 
 Number = float | torch.Tensor
-
-# While k falls a recorded list has room for the largest k of its part of the fall.
-_PARTS_OF_THE_FALL = 8
-# Shortest padded list of dead latents; the others are twice, four times as long, and so on.
-_SHORTEST_LIST = 64
 
 
 @dataclass(frozen=True)
@@ -82,19 +76,6 @@ class StepSchedule:
         return StepSchedule(self.step, k, budgets, *rates)
 
 
-def room_for_pairs(cfg: MultiScaleTrainingSAEConfig, step: int, n_tokens: int) -> int:
-    """Length of a list that holds the pairs of this step and of those near it.
-
-    The same number for every step of an eighth of the fall of k, and after it.
-    """
-    k, highest = cfg.k, cfg.k * cfg.k_initial_multiplier
-    if highest > k:
-        part = math.ceil((cfg.k_at(step) - k) / (highest - k) * _PARTS_OF_THE_FALL)
-        k += (highest - k) * part / _PARTS_OF_THE_FALL
-    at_least = Budgets.of(cfg.k_at(step), cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed
-    return max(at_least, Budgets.of(k, cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed)
-
-
 @dataclass(frozen=True)
 class DeadLatents:
     """The latents that AuxK trains."""
@@ -110,15 +91,6 @@ class DeadLatents:
         """A list as long as there are dead latents, or None when there are none."""
         latents = mask.nonzero().squeeze(1)
         return cls(mask, latents) if latents.numel() else None
-
-    def padded(self) -> tuple[torch.Tensor, int]:
-        """The list in one of few lengths, and the number of dead latents in it."""
-        n_dead, length = self.latents.numel(), _SHORTEST_LIST
-        while length < n_dead:
-            length *= 2
-        padded = self.latents.new_zeros(min(length, self.mask.numel()))
-        padded[:n_dead] = self.latents
-        return padded, n_dead
 
 
 @dataclass(frozen=True)

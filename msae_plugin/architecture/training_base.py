@@ -28,9 +28,10 @@ from msae_plugin.architecture.kernels.decoding import (
     MachineSettings,
     triton_runs_on,
 )
-from msae_plugin.architecture.mechanisms.collection import Mechanisms
-from msae_plugin.architecture.nested import assign_groups
+from msae_plugin.architecture.losses import assign_groups
+from msae_plugin.architecture.mechanisms import Mechanisms
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.step_schedule import StepInputs, StepResults, StepSchedule
 from msae_plugin.common.errors import InputError
 
 # Tensors of checkpoints of version 0.1, and what they are called now.
@@ -107,6 +108,10 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             self.input_units = InputUnits(
                 cfg.d_in, self.dtype, self.device, scales=not cfg.norm_scales
             )
+
+    def take_step(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
+        """The equations of a training step on plain tensors."""
+        raise NotImplementedError
 
     def in_units(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d_in) activations -> (..., d_in) in the unit in which the SAE is trained."""

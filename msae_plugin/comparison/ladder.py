@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from msae_plugin.architecture.peers.registry import batchtopk_section
+from msae_plugin.architecture.peers import batchtopk_section
 from msae_plugin.architecture.presets import preset, preset_names, preset_summary
 from msae_plugin.common.errors import InputError
 

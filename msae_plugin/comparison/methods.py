@@ -32,7 +32,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from typing_extensions import override
 
 from msae_plugin.architecture.calibration import calibrated_threshold
-from msae_plugin.architecture.peers.registry import peer_section
+from msae_plugin.architecture.peers import peer_section
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import Count, coerce
 from msae_plugin.comparison.ladder import Variant, chosen_variants

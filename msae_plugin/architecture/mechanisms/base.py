@@ -1,7 +1,7 @@
 """The moments of a training step at which a mechanism may act.
 
 A mechanism holds buffers and parameters; its settings are fields of the configuration, where 0 or
-an empty list switches it off. `collection.py` lists all of them.
+an empty list switches it off. `mechanisms/__init__.py` lists all of them.
 """
 
 from __future__ import annotations
