@@ -205,13 +205,6 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         by_rate = torch.argsort(self.firing_rate, descending=True, stable=True)
         return by_rate[torch.argsort(self.latent_group[by_rate], stable=True)]
 
-    @torch.no_grad()
-    def to_export_units(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """Latents (..., d_sae) of this SAE in the order and units of its export (unit decoder)."""
-        if not self.cfg.rescale_acts_by_decoder_norm:
-            feature_acts = feature_acts * self.get_W_dec_norm()
-        return feature_acts[..., self.export_order()]
-
     # ---- SAELens' folding and saving ----------------------------------------------------------
 
     @override
