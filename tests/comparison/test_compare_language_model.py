@@ -14,6 +14,7 @@ from sae_lens.util import get_special_token_ids
 
 from msae_plugin import InputError
 from msae_plugin.common.seeding import derive_seed
+from msae_plugin.comparison import language_model
 from msae_plugin.comparison.activations import open_activations, rows_needed
 from msae_plugin.comparison.compare import Comparison, compare
 from msae_plugin.comparison.language_model import LanguageModelTestbed
