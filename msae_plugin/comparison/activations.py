@@ -28,7 +28,7 @@ from typing_extensions import Self
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, key_digest
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import derive_seed, seed_everything
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData
@@ -229,7 +229,7 @@ def store_activations(
         device,
         autocast=autocast,
         guard=guard,
-        progress=SilentProgress(),
+        progress=ProgressDisplay(),
     )
     record = ModelAndText(language_model, text, autocast).record()
     facts = {

@@ -17,7 +17,7 @@ from typing_extensions import override
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.comparison.activations import ActivationSource, SeededBatches
 from msae_plugin.comparison.methods import (
     SAES_FOLDER,
@@ -70,7 +70,7 @@ class Group:
         return self.entries[0].seed
 
 
-class _ReportedProgress(SilentProgress):
+class _ReportedProgress(ProgressDisplay):
     """Tells a comparison's reporter how far a training is."""
 
     def __init__(self, report: Reporter, title: str) -> None:

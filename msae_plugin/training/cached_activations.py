@@ -10,7 +10,7 @@ from pathlib import Path
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.files import disk_errors_told, remove_leftovers
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay, SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import seed_everything
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
@@ -44,7 +44,7 @@ def make_cache(
     Its SAEs say only how many activations are needed. An unfinished cache in the folder is
     continued; a signal raises once everything so far is on the disk.
     """
-    progress = progress or SilentProgress()
+    progress = progress or ProgressDisplay()
     config = replace(config, cached_activations=None)
     plans = config.validate(None if language_model is None else language_model.shape)
     rows = rows_needed(config, plans)

@@ -13,11 +13,12 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.saes.sae import TrainStepOutput
+from typing_extensions import override
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
@@ -135,20 +136,18 @@ def latent_statistics(
     return found
 
 
-class MetricSink(Protocol):
+class MetricSink:
     """A destination of one run's rows."""
 
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         """Take one row of one SAE."""
-        ...
+        raise NotImplementedError
 
     def flush(self) -> None:
         """Make everything written so far survive a kill."""
-        ...
 
     def close(self) -> None:
         """The run has ended."""
-        ...
 
 
 class JsonLines:
@@ -195,7 +194,7 @@ class JsonLines:
             self._handle = None
 
 
-class JsonLinesSink:
+class JsonLinesSink(MetricSink):
     """`metrics.jsonl` in each SAE's folder, less rows after the step that a run resumes at."""
 
     def __init__(self, folders: Mapping[str, Path], resume_step: int = 0) -> None:
@@ -203,22 +202,22 @@ class JsonLinesSink:
         for file in self._files.values():
             file.truncate_after(resume_step)
 
+    @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        """Append the row."""
         self._files[sae_name].append(row)
 
+    @override
     def flush(self) -> None:
-        """Force all files onto the disk."""
         for file in self._files.values():
             file.flush()
 
+    @override
     def close(self) -> None:
-        """Close all files."""
         for file in self._files.values():
             file.close()
 
 
-class TensorBoardSink:
+class TensorBoardSink(MetricSink):
     """Event files for TensorBoard, one run per SAE below `folder`, later events hidden."""
 
     def __init__(self, folder: Path, names: list[str], resume_step: int = 0) -> None:
@@ -230,25 +229,25 @@ class TensorBoardSink:
             name: SummaryWriter(log_dir=str(folder / name), purge_step=purge) for name in names
         }
 
+    @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        """Write every value of the row as a scalar."""
         step = int(row["step"])
         for key, value in row.items():
             if key != "step":
                 self._writers[sae_name].add_scalar(key, value, global_step=step)
 
+    @override
     def flush(self) -> None:
-        """Flush the event files."""
         for writer in self._writers.values():
             writer.flush()
 
+    @override
     def close(self) -> None:
-        """Close the event files."""
         for writer in self._writers.values():
             writer.close()
 
 
-class WandbSink:
+class WandbSink(MetricSink):
     """Weights & Biases, or trackio, which has the same functions and needs no account.
 
     One run for all SAEs; keys are `<sae>/<metric>` as in SAELens. Options go to the client's
@@ -267,18 +266,15 @@ class WandbSink:
         arguments: dict[str, Any] = {"resume": "allow", **options, "config": dict(config)}
         self._wandb.init(**arguments)
 
+    @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        """Log the row at its step."""
         self._wandb.log(
             {f"{sae_name}/{key}": value for key, value in row.items() if key != "step"},
             step=int(row["step"]),
         )
 
-    def flush(self) -> None:
-        """The client sends by itself."""
-
+    @override
     def close(self) -> None:
-        """End the run."""
         self._wandb.finish()
 
 
@@ -293,23 +289,23 @@ def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
     return installed and setting != "off"
 
 
-class MetricsLog:
+class MetricsLog(MetricSink):
     """All sinks of a run."""
 
     def __init__(self, sinks: list[MetricSink]) -> None:
         self._sinks = sinks
 
+    @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        """Give one row of one SAE to every sink."""
         for sink in self._sinks:
             sink.write(sae_name, row)
 
+    @override
     def flush(self) -> None:
-        """Make everything written so far survive a kill."""
         for sink in self._sinks:
             sink.flush()
 
+    @override
     def close(self) -> None:
-        """Close every sink."""
         for sink in self._sinks:
             sink.close()

@@ -30,7 +30,7 @@ from msae_plugin.common.files import (
     remove_leftovers,
 )
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay, SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import seed_everything
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.data.text import TextData
@@ -188,7 +188,7 @@ class MultiScaleRunner:
         self._language_model = language_model
         self._text = text
         self._leads = ranks.rank == 0
-        self._progress = progress if progress and self._leads else SilentProgress()
+        self._progress = progress if progress and self._leads else ProgressDisplay()
         self._inputs = None
         shape = None
         if config.cached_activations is not None:

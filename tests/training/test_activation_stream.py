@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.activation_stream import ActivationStream
@@ -35,7 +35,7 @@ def store(
             "cpu",
             autocast=False,
             guard=InterruptionGuard(),
-            progress=SilentProgress(),
+            progress=ProgressDisplay(),
         )
         return runner.activations_store
 
