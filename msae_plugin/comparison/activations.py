@@ -35,9 +35,8 @@ from msae_plugin.data.text import TextData
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.activation_store import PLACEHOLDER, ActivationWriter, read_activations
-from msae_plugin.training.cached_activations import write_activations
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
-from msae_plugin.training.passes import SharedPassRunner, reading_runner
+from msae_plugin.training.passes import SharedPassRunner, reading_runner, write_activations
 from msae_plugin.training.recipe import RunConfig
 
 SAMPLE_TOKENS = 4096

@@ -45,7 +45,7 @@ from msae_plugin.training.plans import (
     plan_saes,
     preset_training,
 )
-from msae_plugin.training.settings import TrainingSettings, check_schedule
+from msae_plugin.training.recipe import TrainingSettings, check_schedule
 
 _MODE = "jumprelu_sparsity_loss_mode"
 _DIRECT = ("k", "max_iterations")

@@ -37,7 +37,7 @@ from msae_plugin.common.recipes import (
 from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hook_names import common_style, parse_hook_name
-from msae_plugin.training.settings import (
+from msae_plugin.training.recipe import (
     DataSettings,
     ModelSettings,
     TrainingSettings,

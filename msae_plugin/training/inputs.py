@@ -20,8 +20,7 @@ from msae_plugin.models.loading import (
     load_language_model,
 )
 from msae_plugin.training.plans import SAEPlan
-from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.settings import DataSettings, ModelSettings
+from msae_plugin.training.recipe import DataSettings, ModelSettings, RunConfig
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from msae_plugin.training.data_parallel import (
 )
 from msae_plugin.training.log import REVIVALS_FILE, JsonLines, MetricsLog
 from msae_plugin.training.plans import SAEPlan
-from msae_plugin.training.settings import TrainingSettings
+from msae_plugin.training.recipe import TrainingSettings
 from msae_plugin.training.trainer import LockstepTrainer, StepOptions
 
 

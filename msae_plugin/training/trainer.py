@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -29,7 +29,6 @@ from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.seeding import RandomStream, derive_seed
-from msae_plugin.training.activation_stream import Positioned
 from msae_plugin.training.data_parallel import (
     gathered,
     same_weights_everywhere,
@@ -41,6 +40,19 @@ from msae_plugin.training.log import TrainingWindow, latent_statistics, scalar
 from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule, build_optimiser
 
 RULES_FILE = "learning_rate_rule.pt"
+
+
+@runtime_checkable
+class Positioned(Protocol):
+    """Batches that can go on where they were."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as `torch.load` takes it with `weights_only`; cheap."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position; nothing was read before."""
+        ...
 
 
 @dataclass(frozen=True)

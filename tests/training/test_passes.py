@@ -13,8 +13,7 @@ from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.training.activation_stream import ActivationStream
-from msae_plugin.training.passes import reading_runner
+from msae_plugin.training.passes import ActivationStream, reading_runner
 from msae_plugin.training.recipe import RunConfig
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
