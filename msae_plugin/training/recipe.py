@@ -5,6 +5,7 @@ refused before a language model is loaded.
 """
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
