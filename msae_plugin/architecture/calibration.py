@@ -131,11 +131,9 @@ class SupportsRevival(Protocol):
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets the SAE reset the optimiser's state of the latents that it re-aims."""
-        ...
 
     def pop_events(self) -> list[dict[str, Any]]:
         """Revivals and their outcomes since the last call, as JSON-able dictionaries."""
-        ...
 
 
 @runtime_checkable
@@ -144,7 +142,6 @@ class SupportsRanks(Protocol):
 
     def attach_ranks(self, ranks: Ranks) -> None:
         """Compute what depends on the batch over the batches of all ranks."""
-        ...
 
 
 @runtime_checkable
@@ -153,7 +150,6 @@ class SupportsCalibration(Protocol):
 
     def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
         """Set the threshold on these batches, scaled as training batches are."""
-        ...
 
 
 def needs_calibration(sae: TrainingSAE[Any]) -> bool:

@@ -134,7 +134,6 @@ class Report(Protocol):
 
     def __call__(self, message: str, done: int | None = None, total: int | None = None) -> None:
         """Show it."""
-        ...
 
 
 def warnings_alone(message: str, done: int | None = None, total: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Training of SAEs that share their batches, and its end: cut, export and record of each."""
+"""Training of SAEs that share their batches, and its end: threshold, export and record of each."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Group:
     """SAEs to train together, of one seed and one number of mini-batches per step."""
 
     entries: Sequence[Entry]
-    coefficients: Mapping[str, float]  # Value of each searched knob by the SAE's name
+    coefficients: Mapping[str, float]  # Value of each searched setting by the SAE's name
     tokens: int
 
     @property
@@ -209,33 +209,33 @@ def is_matched(l0: float, target: float, tolerance: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The inference cut of a trained SAE."""
+class L0Match:
+    """A trained SAE at its inference threshold."""
 
     l0: float  # Active latents per token on fresh activations
-    # What was changed for it; None for an architecture without a cut
+    # What was changed for it; None for an architecture without a threshold
     calibration: Mapping[str, float] | None
 
 
-def set_cut(run: ComparisonRun, trained: GroupSession, entry: Entry) -> Cut:
-    """Set the cut of an SAE that has one to its target L0, and measure the L0."""
+def match_l0(run: ComparisonRun, trained: GroupSession, entry: Entry) -> L0Match:
+    """Set the threshold of an SAE that has one to its target L0, and measure the L0."""
     sae = trained.saes[entry.name]
     sae.eval()
     count = run.config.training.calibrate_batches
     batches = trained.scaled(entry.name, run.source.fresh(entry.hook, entry.seed, count))
     if needs_calibration(sae):
         found = calibrate(sae, batches)
-        return Cut(found["l0_after"], found)
-    if isinstance(sae, JumpReLUTrainingSAE) and not entry.method.knob.searched:
+        return L0Match(found["l0_after"], found)
+    if isinstance(sae, JumpReLUTrainingSAE) and not entry.method.sparsity.searched:
         found = scale_thresholds(sae, batches, entry.l0)
-        return Cut(found["l0_after"], found)
-    return Cut(mean_l0(sae, batches), None)
+        return L0Match(found["l0_after"], found)
+    return L0Match(mean_l0(sae, batches), None)
 
 
 def finish(
     run: ComparisonRun,
     trained: GroupSession,
-    cuts: Mapping[str, Cut],
+    matches: Mapping[str, L0Match],
     keys: Mapping[str, str],
     search_tokens: Mapping[str, int],
 ) -> None:
@@ -243,11 +243,16 @@ def finish(
     trained.trainer.fold_scaling()
     for entry in trained.group.entries:
         name = entry.name
-        _finish_one(run, trained, entry, cuts[name], keys[name], search_tokens.get(name, 0))
+        _finish_one(run, trained, entry, matches[name], keys[name], search_tokens.get(name, 0))
 
 
 def _finish_one(
-    run: ComparisonRun, trained: GroupSession, entry: Entry, cut: Cut, key: str, search_tokens: int
+    run: ComparisonRun,
+    trained: GroupSession,
+    entry: Entry,
+    match: L0Match,
+    key: str,
+    search_tokens: int,
 ) -> None:
     config, training, plan = run.config, trained.settings.training, trained.plans[entry.name]
     lr, seconds = training.lr if plan.lr is None else plan.lr, trained.seconds[entry.name]
@@ -264,8 +269,8 @@ def _finish_one(
                 "accumulation_steps": training.accumulation_steps,
                 "comparison": config.to_dict(),
             },
-            calibration=cut.calibration,
-            l0=cut.l0,
+            calibration=match.calibration,
+            l0=match.l0,
         )
     except RunFailure as failure:
         raise RunFailure(f"SAE {entry.name!r}: {failure}") from failure
@@ -285,7 +290,10 @@ def _finish_one(
                 }
             },
             "config": config.to_dict(),
-            "comparison": {"key": key, "row": _row(trained, entry, config, cut, lr, search_tokens)},
+            "comparison": {
+                "key": key,
+                "row": _row(trained, entry, config, match, lr, search_tokens),
+            },
         },
         seconds,
     ).write("complete")
@@ -295,14 +303,16 @@ def _row(
     trained: GroupSession,
     entry: Entry,
     config: CompareConfig,
-    cut: Cut,
+    match: L0Match,
     lr: float,
     search_tokens: int,
 ) -> dict[str, Any]:
     """The SAE's row of comparison.json, without metrics."""
-    method, knob = entry.method, entry.method.knob
+    method, sparsity = entry.method, entry.method.sparsity
     sae_config = trained.plans[entry.name].config
-    found = {knob.name: float(getattr(sae_config, knob.name))} if knob.searched else None
+    found = (
+        {sparsity.name: float(getattr(sae_config, sparsity.name))} if sparsity.searched else None
+    )
     row = {
         "name": entry.name,
         "method": method.name,
@@ -310,8 +320,8 @@ def _row(
         "preset": method.section.get("preset"),
         "hook": None if config.synthetic is not None else entry.hook,
         "l0_target": entry.l0,
-        "l0_measured": cut.l0,
-        "l0_matched": is_matched(cut.l0, entry.l0, config.search.tolerance),
+        "l0_measured": match.l0,
+        "l0_matched": is_matched(match.l0, entry.l0, config.search.tolerance),
         "seed": entry.seed,
         "lr": lr,
         "coefficient": found,
@@ -333,14 +343,6 @@ def _row(
     return row
 
 
-def halves(group: Group) -> list[Group]:
-    """A group in two, to find the SAE that fails."""
-    middle = len(group.entries) // 2
-    return [
-        replace(group, entries=half) for half in (group.entries[:middle], group.entries[middle:])
-    ]
-
-
 def trained_or_failed(
     train: Callable[[Group], None], group: Group, failed: Callable[[Entry, RunFailure], None]
 ) -> None:
@@ -351,5 +353,6 @@ def trained_or_failed(
         if len(group.entries) == 1:
             failed(group.entries[0], failure)
             return
-        for half in halves(group):
-            trained_or_failed(train, half, failed)
+        middle = len(group.entries) // 2
+        for half in (group.entries[:middle], group.entries[middle:]):
+            trained_or_failed(train, replace(group, entries=half), failed)

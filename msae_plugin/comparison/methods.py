@@ -3,7 +3,7 @@
 - `k` (topk, batchtopk, matryoshka_batchtopk, multiscale, ...) and `max_iterations`
   (matching_pursuit) are the L0.
 - `jumprelu` gets `target_l0` in SAELens' quadratic loss; at the end its thresholds are scaled by
-  one factor to that mean L0, as the cut of every BatchTopK is set.
+  one factor to that mean L0, as the threshold of every BatchTopK is set.
 - `standard` and `gated` (`l1_coefficient`), and `jumprelu` with another loss (`l0_coefficient`),
   have a coefficient that is searched.
 
@@ -55,7 +55,7 @@ _MATRYOSHKA_SHARES = (32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
-class Knob:
+class SparsitySetting:
     """What sets the L0 of an architecture."""
 
     name: str  # Field of its config
@@ -63,8 +63,8 @@ class Knob:
     start: float = 0.0  # Where a search begins
 
 
-def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
-    """The knob of an SAE's section, which has `architecture` and any fields of its config."""
+def sparsity_setting(section: Mapping[str, Any], where: str) -> SparsitySetting:
+    """The setting of an SAE's section, which has `architecture` and any fields of its config."""
     architecture = str(section.get("architecture", DEFAULT_ARCHITECTURE))
     fields = {item.name: item for item in dataclasses.fields(config_class(architecture, where))}
     direct = next((name for name in _DIRECT if name in fields), None)
@@ -74,7 +74,7 @@ def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
     if direct is not None:
         if direct in section:
             raise InputError(f"'{where}.{direct}' is not set here: 'l0' of the comparison sets it")
-        return Knob(direct, searched=False)
+        return SparsitySetting(direct, searched=False)
     for name in _SEARCHED:
         if name in fields:
             given = section.get(name, fields[name].default)
@@ -83,18 +83,20 @@ def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
                 raise InputError(
                     f"'{where}.{name}' is where the search for the L0 begins: it must be positive"
                 )
-            return Knob(name, searched=True, start=start)
+            return SparsitySetting(name, searched=True, start=start)
     raise InputError(
         f"'{where}.architecture' {architecture!r} has no setting that its L0 could be set with"
     )
 
 
-def with_l0(section: Mapping[str, Any], knob: Knob, l0: float, d_sae: int) -> dict[str, Any]:
-    """The section of one target L0; a searched knob is left as it is."""
+def with_l0(
+    section: Mapping[str, Any], sparsity: SparsitySetting, l0: float, d_sae: int
+) -> dict[str, Any]:
+    """The section of one target L0; a searched setting is left as it is."""
     found = dict(section)
-    if not knob.searched:
-        found[knob.name] = l0
-    if knob.name == "target_l0":
+    if not sparsity.searched:
+        found[sparsity.name] = l0
+    if sparsity.name == "target_l0":
         found.setdefault(_MODE, "quadratic")
     if found.get("architecture") == "matryoshka_batchtopk" and "matryoshka_widths" not in found:
         widths = {max(1, d_sae // share) for share in _MATRYOSHKA_SHARES}
@@ -129,7 +131,7 @@ def scale_thresholds(
     # A threshold of zero could not be scaled.
     floor = 1e-3 * float(sae.threshold.median()) or 1e-6
     original = sae.threshold.data.clamp(min=floor)
-    # Latent i is on where pre_i / threshold_i is above the factor: the factor is a cut of these.
+    # Latent i is on where pre_i / threshold_i is above the factor, which is a threshold of these.
     factor = calibrated_threshold(
         batches,
         lambda batch: sae.encode_with_hidden_pre(batch)[1] / original,
@@ -158,7 +160,7 @@ class Method:
     name: str
     # Keys of an SAE in a recipe, `d_sae` among them; no `peer` or `control`
     section: Mapping[str, Any]
-    knob: Knob
+    sparsity: SparsitySetting
     accumulation_steps: int
     frozen_decoder: bool = False  # Train without changing the decoder
     variant: Variant | None = None  # Where it stands in the ladder, if it does
@@ -169,7 +171,7 @@ class Entry:
     """One SAE to train."""
 
     name: str  # Unique in the comparison; the name of its folder
-    bundle: str  # The name without the seed: what the seeds share is a coefficient
+    seed_group: str  # The name without the seed: what the seeds share is a coefficient
     method: Method
     hook: str
     l0: float
@@ -284,8 +286,8 @@ def _method(
     if "d_sae" not in section:
         raise InputError(f"'{where}.d_sae' is missing: give it here or once in 'common'")
     section["d_sae"] = coerce(section["d_sae"], int, f"{where}.d_sae")
-    knob = sparsity_knob(section, where)
-    return Method(name, section, knob, steps, frozen, variant)
+    sparsity = sparsity_setting(section, where)
+    return Method(name, section, sparsity, steps, frozen, variant)
 
 
 def _accumulation(config: CompareConfig, section: dict[str, Any], where: str) -> int:
@@ -349,13 +351,13 @@ def plan_entry(
 ) -> SAEPlan:
     """SAELens' training configuration of one SAE.
 
-    Without a coefficient a searched knob is where the search begins; tokens are training.tokens
+    Without a coefficient a searched setting is where the search begins; tokens are training.tokens
     unless given.
     """
     tokens = config.training.tokens if tokens is None else tokens
     training = entry_training(entry, config, tokens)
     method = entry.method
-    section = with_l0(method.section, method.knob, entry.l0, int(method.section["d_sae"]))
+    section = with_l0(method.section, method.sparsity, entry.l0, int(method.section["d_sae"]))
     share = tokens / config.training.tokens
     for key, value in section.items():
         # A sparsity penalty that is still warming up at the end of a trial says little.
@@ -363,7 +365,7 @@ def plan_entry(
             whole: int = coerce(value, int, f"saes.{method.name}.{key}")
             section[key] = round(whole * share)
     if coefficient is not None:
-        section[method.knob.name] = coefficient
+        section[method.sparsity.name] = coefficient
     steps = tokens // (training.batch_size_tokens * training.accumulation_steps)
     (plan,) = plan_saes(
         {method.name: section},

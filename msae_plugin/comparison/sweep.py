@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,14 +35,6 @@ _DEFAULT_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Result of a job."""
-
-    # One line each: SAEs that could not be trained, what was not measured
-    problems: list[str] = field(default_factory=list[str])
-
-
-@dataclass(frozen=True)
 class SweepJob:
     """One job of a sweep."""
 
@@ -58,17 +50,17 @@ class SweepJob:
         """Its name in messages."""
         return self.task if self.shard is None else f"part {self.shard.number}/{self.shard.of}"
 
-    def __call__(self) -> Outcome:
-        """Do what is missing of the task."""
+    def __call__(self) -> list[str]:
+        """Do what is missing of the task; a line each of what was not trained or measured."""
         config = CompareConfig.from_dict(self.recipe)
         if self.task == "activations":
             _make_activations(config, self.output)
-            return Outcome()
+            return []
         comparison = compare(config, self.output, shard=self.shard, skip_missing=self.skip_missing)
         problems = [f"{name}: {reason}" for name, reason in comparison.failures.items()]
         if self.task == "evaluation" and not comparison.complete and not problems:
             problems = ["not everything was measured: comparison.json names it"]
-        return Outcome(problems)
+        return problems
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit before a preempted job ends: it is submitted again."""
@@ -156,9 +148,9 @@ def _run(submitter: submitit.AutoExecutor, jobs: Sequence[SweepJob], report: Rep
         raise RunFailure(f"{problems[0]}{more}; the same command continues once that is mended")
 
 
-def _problems(job: submitit.Job[Outcome]) -> list[str]:
+def _problems(job: submitit.Job[list[str]]) -> list[str]:
     error = job.exception()
     if error is None:
-        return job.result().problems
+        return job.result()
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" -=")]
     return [lines[-1] if lines else type(error).__name__]

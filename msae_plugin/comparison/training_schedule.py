@@ -28,13 +28,13 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import json_safe, key_digest, write_json_atomic
 from msae_plugin.comparison.group_training import (
     ComparisonRun,
-    Cut,
     Group,
     GroupSession,
+    L0Match,
     finish,
     is_matched,
     log_error,
-    set_cut,
+    match_l0,
     train_group,
     trained_or_failed,
 )
@@ -134,7 +134,7 @@ def entry_key(entry: Entry, config: CompareConfig) -> str:
     if "synthetic" in shared and shared["synthetic"] is not None:
         for key in ("eval_samples", "eval_batch_size", "saes_at_once", "device"):
             shared["synthetic"].pop(key)
-    if not entry.method.knob.searched:
+    if not entry.method.sparsity.searched:
         shared.pop("search")
     method = entry.method
     own = [
@@ -223,18 +223,18 @@ class Tuner:
         """Run short trials until one matches or there may be no more; the best coefficient."""
         config = self._run.config
         settings, tokens = config.search, config.search_tokens
-        knob = entry.method.knob
+        sparsity = entry.method.sparsity
         while search.coefficient is None:
             best = best_trial(search.short, entry.l0) if search.short else None
             found = best is not None and is_matched(best.l0, entry.l0, settings.tolerance)
             if best is not None and (found or len(search.short) >= settings.max_trials):
                 search.coefficient = best.coefficient
                 break
-            coefficient = next_coefficient(search.short, entry.l0, knob.start)
+            coefficient = next_coefficient(search.short, entry.l0, sparsity.start)
             group = Group([entry], {entry.name: coefficient}, tokens)
-            title = f"{entry.bundle}: trying {knob.name} {coefficient:.4g}"
+            title = f"{entry.seed_group}: trying {sparsity.name} {coefficient:.4g}"
             trained = train_group(self._run, group, title=title)
-            l0 = set_cut(self._run, trained, entry).l0
+            l0 = match_l0(self._run, trained, entry).l0
             search.trials.append(Trial(coefficient, l0, trained.tokens))
             self.save(entry, search)
         self.save(entry, search)
@@ -262,7 +262,7 @@ class Tuner:
         write_json_atomic(path, dataclasses.asdict(search))
 
     def _path(self, entry: Entry) -> Path:
-        return self._folder / f"{entry.bundle}.json"
+        return self._folder / f"{entry.seed_group}.json"
 
 
 logger = logging.getLogger(__name__)
@@ -303,9 +303,9 @@ def train_all(run: ComparisonRun, entries: Sequence[Entry], shard: Shard) -> dic
 
 def share_of(entries: Sequence[Entry], shard: Shard) -> list[Entry]:
     """The entries of one process: seeds that share a coefficient stay together."""
-    bundles = list(dict.fromkeys(entry.bundle for entry in entries))
-    ours = set(bundles[shard.number - 1 :: shard.of])
-    return [entry for entry in entries if entry.bundle in ours]
+    seed_groups = list(dict.fromkeys(entry.seed_group for entry in entries))
+    ours = set(seed_groups[shard.number - 1 :: shard.of])
+    return [entry for entry in entries if entry.seed_group in ours]
 
 
 class _Schedule:
@@ -315,7 +315,7 @@ class _Schedule:
         self._keys = {entry.name: entry_key(entry, run.config) for entry in entries}
         self._first: dict[str, Entry] = {}
         for entry in entries:
-            self._first.setdefault(entry.bundle, entry)
+            self._first.setdefault(entry.seed_group, entry)
         self._tuner = Tuner(run)
         self._coefficients: dict[str, float] = {}
         self._search_tokens: dict[str, int] = {}
@@ -329,8 +329,8 @@ class _Schedule:
         for group, store, checkpoint in self._interrupted(missing):
             go_on = partial(self._train, store=store, checkpoint=checkpoint)
             trained_or_failed(go_on, group, self._failed)
-        for entry in {e.bundle: self._first[e.bundle] for e in missing}.values():
-            if entry.method.knob.searched:
+        for entry in {e.seed_group: self._first[e.seed_group] for e in missing}.values():
+            if entry.method.sparsity.searched:
                 self._tune(entry)
         rest = [e for e in missing if self._record(e) is None and e.name not in self.failures]
         for group in self._groups(rest):
@@ -357,12 +357,12 @@ class _Schedule:
 
     def _group(self, entries: Sequence[Entry]) -> Group:
         for entry in entries:
-            if entry.method.knob.searched:
+            if entry.method.sparsity.searched:
                 self._take_coefficient(entry)
         coefficients = {
             entry.name: self._coefficients[entry.name]
             for entry in entries
-            if entry.method.knob.searched
+            if entry.method.sparsity.searched
         }
         return Group(entries, coefficients, self._run.config.training.tokens)
 
@@ -386,7 +386,7 @@ class _Schedule:
                 search = self._search(entry)
         except RunFailure as failure:
             for other in self._entries:
-                if other.bundle == entry.bundle and self._record(other) is None:
+                if other.seed_group == entry.seed_group and self._record(other) is None:
                     self._failed(other, failure)
 
     def _train(
@@ -414,18 +414,18 @@ class _Schedule:
         trained = train_group(
             self._run, group, keys=keys, store=store, checkpoint=checkpoint, title=title
         )
-        cuts = {entry.name: set_cut(self._run, trained, entry) for entry in group.entries}
-        if judge and not self._accepted(trained, cuts):
+        matches = {entry.name: match_l0(self._run, trained, entry) for entry in group.entries}
+        if judge and not self._accepted(trained, matches):
             shutil.rmtree(store.folder, ignore_errors=True)
             return
-        finish(self._run, trained, cuts, keys, self._search_tokens)
+        finish(self._run, trained, matches, keys, self._search_tokens)
         self._done += len(group.entries)
         store.finish()
 
-    def _accepted(self, trained: GroupSession, cuts: Mapping[str, Cut]) -> bool:
+    def _accepted(self, trained: GroupSession, matches: Mapping[str, L0Match]) -> bool:
         (entry,) = trained.group.entries
         search = self._search(entry)
-        return self._tuner.judge_whole_run(entry, search, cuts[entry.name].l0, trained.tokens)
+        return self._tuner.judge_whole_run(entry, search, matches[entry.name].l0, trained.tokens)
 
     def _store(self, keys: Sequence[str]) -> CheckpointStore:
         folder = self._run.output / CHECKPOINTS / key_digest({"keys": list(keys)})
@@ -455,4 +455,4 @@ class _Schedule:
         return found
 
     def _may_resume(self, entry: Entry) -> bool:
-        return not entry.method.knob.searched or self._search(entry).settled
+        return not entry.method.sparsity.searched or self._search(entry).settled

@@ -57,7 +57,6 @@ class StepFunction(Protocol):
         parameters: Sequence[torch.Tensor],
     ) -> StepOutputs:
         """Run it with these in place of what it was made from."""
-        ...
 
 
 class Recording(Protocol):
