@@ -77,7 +77,7 @@ def one_step(variant: str, d_sae: int, d_in: int, n_tokens: int, k: int, search_
     sae_in = torch.randn(n_tokens, d_in)
     W_dec.grad = torch.zeros_like(W_dec)  # any training step has it
     before = peak_mebibytes()
-    mechanisms = Mechanisms(cfg, torch.float32, torch.device("cpu"))
+    mechanisms = Mechanisms(cfg, torch.device("cpu"))
     sae = SimpleNamespace(
         cfg=cfg, W_dec=W_dec, firing_rate=fired, ranks=ALONE, decode_kernel=lambda: "embedding_bag"
     )

@@ -98,7 +98,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             # SAELens tells an SAE the step in training only, `encode` needs k always.
             training_step=torch.zeros((), dtype=torch.int64, device=self.device),
         )
-        self.mechanisms = Mechanisms(cfg, self.dtype, self.device)
+        self.mechanisms = Mechanisms(cfg, self.device)
         self.ranks = ALONE
         self.machine = MachineSettings()
         self.recorded_steps = RecordedSteps()

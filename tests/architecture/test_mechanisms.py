@@ -26,9 +26,7 @@ class Probe(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         return cls()
 
     @override

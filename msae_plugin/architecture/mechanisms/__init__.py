@@ -44,12 +44,10 @@ class Mechanisms(nn.Module):
     importance: FeatureImportance | None
     orthogonality: Orthogonality | None
 
-    def __init__(
-        self, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> None:
         super().__init__()
         for name, kind in MECHANISMS.items():
-            setattr(self, name, kind.of(cfg, dtype, device))
+            setattr(self, name, kind.of(cfg, device))
 
     def __iter__(self) -> Iterator[Mechanism]:
         """Those that are on, in their order."""

@@ -84,16 +84,8 @@ class Mechanism(KeepsFloat32):
     """A part of the method that can be switched off. By default it does nothing."""
 
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        """The mechanism that a configuration asks for; None when it is off.
-
-        Args:
-            cfg: Configuration of the SAE.
-            dtype: Data type of learned parameters.
-            device: Device of parameters and buffers.
-        """
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
+        """The mechanism that a configuration asks for; None when it is off."""
         raise NotImplementedError
 
     def before_step(self, step: Step) -> None:

@@ -17,6 +17,7 @@ import math
 from typing import Literal, Protocol
 
 import torch
+from sae_lens.util import str_to_dtype
 from torch import nn
 from typing_extensions import Self, override
 
@@ -98,10 +99,8 @@ class MultiScaleNormalisation(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        return cls(cfg, dtype, device) if cfg.norm_scales else None
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
+        return cls(cfg, str_to_dtype(cfg.dtype), device) if cfg.norm_scales else None
 
     @override
     def before_step(self, step: Step) -> None:

@@ -47,10 +47,7 @@ class RevivalRecord(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         return cls(cfg.d_sae, device) if cfg.revival_every else None
 
     @override
