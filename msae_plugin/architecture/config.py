@@ -361,18 +361,18 @@ def require(condition: bool, field_name: str, value: object, demand: str) -> Non
         raise InputError(f"{field_name} must {demand}; got {value!r}")
 
 
-_Config = MultiScaleSAEConfig | MultiScaleTrainingSAEConfig
+MultiScaleConfig = MultiScaleSAEConfig | MultiScaleTrainingSAEConfig
 
 
-def _check(cfg: _Config, name: str, condition: bool, demand: str) -> None:
+def _check(cfg: MultiScaleConfig, name: str, condition: bool, demand: str) -> None:
     require(condition, name, getattr(cfg, name), demand)
 
 
-def _check_choice(cfg: _Config, name: str, choices: tuple[str, ...]) -> None:
+def _check_choice(cfg: MultiScaleConfig, name: str, choices: tuple[str, ...]) -> None:
     _check(cfg, name, getattr(cfg, name) in choices, f"be one of {', '.join(choices)}")
 
 
-def validate_inference(cfg: _Config) -> None:
+def validate_inference(cfg: MultiScaleConfig) -> None:
     """Check the fields that training and inference share.
 
     Raises:

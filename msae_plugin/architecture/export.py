@@ -15,7 +15,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from safetensors.torch import save_file
 
-from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.config import MultiScaleConfig
 from msae_plugin.architecture.float32_buffers import add_remainders
 from msae_plugin.architecture.training_base import MultiScaleTrainingBase
 from msae_plugin.common.errors import InputError
@@ -70,7 +70,7 @@ def _folded_weights(sae: MultiScaleTrainingBase) -> dict[str, torch.Tensor]:
     }
 
 
-def jumprelu_export_obstacle(cfg: MultiScaleSAEConfig | MultiScaleTrainingSAEConfig) -> str | None:
+def jumprelu_export_obstacle(cfg: MultiScaleConfig) -> str | None:
     """Why a configuration has no JumpReLU export, in one line; None when it has one."""
     if cfg.norm_scales:
         return (

@@ -14,13 +14,7 @@ from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import versions, write_json_atomic
 from msae_plugin.comparison.methods import Control
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
-from msae_plugin.evaluation.outcomes import MetricDefinition, definitions
-
-
-def defined(names: set[str]) -> dict[str, MetricDefinition]:
-    """Definitions of the metrics among `names` that are a comparison's own."""
-    return {name: found for name, found in definitions("comparison").items() if name in names}
-
+from msae_plugin.evaluation.outcomes import definitions
 
 COMPARISON_FILE = "comparison.json"
 FORMAT = 1
@@ -119,7 +113,9 @@ def comparison_contents(
             raise RunFailure(f"SAE {row['name']!r}: {bad[0]} is {metrics[bad[0]]}")
         full.append({**row, "metrics": dict(metrics)})
     names = {name for row in full for name in row["metrics"]}
-    own = {name: asdict(definition) for name, definition in defined(names).items()}
+    own = {
+        name: asdict(found) for name, found in definitions("comparison").items() if name in names
+    }
     missing = [
         {"what": name, "status": "failed", "reason": reason} for name, reason in failures.items()
     ]

@@ -14,14 +14,13 @@ attends to the scale branches only, so that `encode` remains a function of one t
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
 
 import torch
 from sae_lens.util import str_to_dtype
 from torch import nn
 from typing_extensions import Self, override
 
-from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.config import MultiScaleConfig, MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.mechanisms.base import Mechanism, Step
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.architecture.step_schedule import Number
@@ -53,26 +52,12 @@ class ScaleAttention(nn.Module):
 _SMALLEST_VARIANCE = 1e-24
 
 
-class NormalisationFields(Protocol):
-    """The configuration fields that the normalisation reads."""
-
-    d_in: int
-    norm_scales: list[float]
-    norm_centre: bool
-    norm_affine: bool
-    norm_gate: bool
-    norm_eps: float
-    norm_eps_mode: Literal["absolute", "relative"]
-    norm_attention: bool
-    attention_d_key: int | None
-
-
 class MultiScaleNormalisation(Mechanism):
     """The input normalisation and the factor per token that undoes it."""
 
     running_variance: torch.Tensor
 
-    def __init__(self, cfg: NormalisationFields, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, cfg: MultiScaleConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.cfg = cfg
         n_scales = len(cfg.norm_scales)
