@@ -134,6 +134,7 @@ class SupportsRevival(Protocol):
 
     def pop_events(self) -> list[dict[str, Any]]:
         """Revivals and their outcomes since the last call, as JSON-able dictionaries."""
+        ...
 
 
 @runtime_checkable
@@ -150,6 +151,7 @@ class SupportsCalibration(Protocol):
 
     def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
         """Set the threshold on these batches, scaled as training batches are."""
+        ...
 
 
 def needs_calibration(sae: TrainingSAE[Any]) -> bool:

@@ -213,11 +213,10 @@ class MultiScaleTrainingSAE(HostedTrainingSAE):
         coefficient = self.cfg.aux_loss_coefficient
         if coefficient == 0:
             return {}
-        loss = residual.new_zeros(())
-        if dead is not None:
-            weights = (self.W_enc, self.b_enc, self.W_dec)
-            loss = coefficient * losses.auxk_loss(given, residual, *weights, dead)
-        return {"auxiliary_reconstruction_loss": loss}
+        if dead is None:
+            return {"auxiliary_reconstruction_loss": residual.new_zeros(())}
+        loss = losses.auxk_loss(given, residual, self.W_enc, self.b_enc, self.W_dec, dead)
+        return {"auxiliary_reconstruction_loss": coefficient * loss}
 
     def l1(
         self,

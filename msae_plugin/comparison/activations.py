@@ -52,21 +52,26 @@ class ActivationSource(Protocol):
 
     def d_in(self, hook: str) -> int:
         """Width of the activations."""
+        ...
 
     def batch(self, hook: str, seed: int, number: int) -> torch.Tensor:
         """Training batch `number`, (batch_size, d_in)."""
+        ...
 
     def fresh(self, hook: str, seed: int, count: int) -> list[torch.Tensor]:
         """Further batches that no SAE is trained on, each (batch_size, d_in)."""
+        ...
 
     def samples(self, hook: str, seed: int) -> torch.Tensor:
         """(SAMPLE_TOKENS, d_in) further activations in float32."""
+        ...
 
     def describe(self, metadata: SAEMetadata, hook: str) -> None:
         """Write into an SAE's metadata where its activations are from."""
 
     def record(self) -> dict[str, Any]:
         """`model` and `data` of a `run.json`."""
+        ...
 
 
 class SeededBatches:

@@ -48,6 +48,7 @@ class Positioned(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as `torch.load` takes it with `weights_only`; cheap."""
+        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a position; nothing was read before."""

@@ -57,6 +57,7 @@ class StepFunction(Protocol):
         parameters: Sequence[torch.Tensor],
     ) -> StepOutputs:
         """Run it with these in place of what it was made from."""
+        ...
 
 
 class Recording(Protocol):

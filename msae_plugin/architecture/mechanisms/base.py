@@ -35,12 +35,15 @@ class TrainedSAE(Protocol):
 
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
         """The input less b_dec."""
+        ...
 
     def errors(self, sae_in: torch.Tensor) -> torch.Tensor:
         """(n_tokens, d_in) input minus reconstruction, in the training unit."""
+        ...
 
     def decode_kernel(self) -> DecodeKernel:
         """The kernel that sums decoder rows."""
+        ...
 
 
 @dataclass(frozen=True)
