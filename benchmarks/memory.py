@@ -27,8 +27,8 @@ import torch
 
 from msae_plugin import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.config import mechanisms_off
+from msae_plugin.architecture.mechanisms import Mechanisms
 from msae_plugin.architecture.mechanisms.base import Latents, Step
-from msae_plugin.architecture.mechanisms.collection import Mechanisms
 from msae_plugin.architecture.mechanisms.orthogonality import nearest_neighbours, pair_penalty
 from msae_plugin.architecture.ranks import ALONE
 from msae_plugin.architecture.step_schedule import StepSchedule
@@ -77,7 +77,7 @@ def one_step(variant: str, d_sae: int, d_in: int, n_tokens: int, k: int, search_
     sae_in = torch.randn(n_tokens, d_in)
     W_dec.grad = torch.zeros_like(W_dec)  # any training step has it
     before = peak_mebibytes()
-    mechanisms = Mechanisms(cfg, torch.float32, torch.device("cpu"))
+    mechanisms = Mechanisms(cfg, torch.device("cpu"))
     sae = SimpleNamespace(
         cfg=cfg, W_dec=W_dec, firing_rate=fired, ranks=ALONE, decode_kernel=lambda: "embedding_bag"
     )

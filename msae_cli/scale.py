@@ -42,10 +42,10 @@ def cache(
     """
     check_config(config, "train")
     check_output(output)
-    import_first("msae_plugin.training.cached_activations")
+    import_first("msae_plugin.training.passes")
     # As in import_first.
     from msae_plugin.common.progress import training_display
-    from msae_plugin.training.cached_activations import make_cache
+    from msae_plugin.training.passes import make_cache
     from msae_plugin.training.recipe import RunConfig
 
     recipe = RunConfig.load(config, set_ or [])

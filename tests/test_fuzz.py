@@ -27,7 +27,7 @@ from reporting.report_inputs import comparison, write_comparison, write_evaluati
 
 from msae_plugin.common.files import file_sha256
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.training.cached_activations import make_cache
+from msae_plugin.training.passes import make_cache
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner
 

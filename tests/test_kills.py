@@ -23,8 +23,8 @@ from msae_plugin.comparison.compare import compare
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData, load_text
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.training import cached_activations
-from msae_plugin.training.cached_activations import make_cache
+from msae_plugin.training import passes
+from msae_plugin.training.passes import make_cache
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, is_complete
 
@@ -85,7 +85,7 @@ def commands(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Command]:
-    monkeypatch.setattr(cached_activations, "SECONDS_BETWEEN_SAVES", 0.05)
+    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0.05)
     logging = {"logging": {"every_steps": 7, "tensorboard": "off"}}
 
     def train(output: Path, **changes: Any) -> None:

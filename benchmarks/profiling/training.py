@@ -9,10 +9,9 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 
 from msae_plugin import MultiScaleTrainingSAE, preset
-from msae_plugin.architecture.auxk import auxk_loss
 from msae_plugin.architecture.kernels.decoding import DecodeKernel, MachineSettings
+from msae_plugin.architecture.losses import Reconstructions, auxk_loss, reconstruction_losses
 from msae_plugin.architecture.mechanisms.base import Latents, Step
-from msae_plugin.architecture.nested import Reconstructions, reconstruction_losses
 from msae_plugin.architecture.selection import Selection
 from msae_plugin.architecture.step_schedule import DeadLatents, EncoderInput, StepSchedule
 from profiling.machine import Peak, Timing, timed

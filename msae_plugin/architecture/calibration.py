@@ -131,7 +131,6 @@ class SupportsRevival(Protocol):
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets the SAE reset the optimiser's state of the latents that it re-aims."""
-        ...
 
     def pop_events(self) -> list[dict[str, Any]]:
         """Revivals and their outcomes since the last call, as JSON-able dictionaries."""
@@ -144,7 +143,6 @@ class SupportsRanks(Protocol):
 
     def attach_ranks(self, ranks: Ranks) -> None:
         """Compute what depends on the batch over the batches of all ranks."""
-        ...
 
 
 @runtime_checkable
@@ -162,18 +160,10 @@ def needs_calibration(sae: TrainingSAE[Any]) -> bool:
 
 
 def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Set the inference threshold of an SAE that has one.
+    """Set the inference threshold of an SAE for which `needs_calibration` holds, before folding.
 
-    Args:
-        sae: A trained SAE for which `needs_calibration` holds, its activation scaling not yet
-            folded in.
-        batches: Activations, each (tokens, d_in), scaled as training batches are.
-
-    Returns:
-        `l0_before`, `l0_after` (active latents per token on these batches) and `threshold`.
-
-    Raises:
-        TypeError: If the architecture has no threshold.
+    `batches` (n_tokens, d_in) are scaled as training batches are. Gives `l0_before` and `l0_after`,
+    active latents per token on them, and `threshold`. Raises TypeError without a threshold.
     """
     was_training = sae.training
     sae.eval()

@@ -7,6 +7,7 @@ training configuration repeats them under the same name, because SAELens copies 
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -360,18 +361,18 @@ def require(condition: bool, field_name: str, value: object, demand: str) -> Non
         raise InputError(f"{field_name} must {demand}; got {value!r}")
 
 
-_Config = MultiScaleSAEConfig | MultiScaleTrainingSAEConfig
+MultiScaleConfig = MultiScaleSAEConfig | MultiScaleTrainingSAEConfig
 
 
-def _check(cfg: _Config, name: str, condition: bool, demand: str) -> None:
+def _check(cfg: MultiScaleConfig, name: str, condition: bool, demand: str) -> None:
     require(condition, name, getattr(cfg, name), demand)
 
 
-def _check_choice(cfg: _Config, name: str, choices: tuple[str, ...]) -> None:
+def _check_choice(cfg: MultiScaleConfig, name: str, choices: tuple[str, ...]) -> None:
     _check(cfg, name, getattr(cfg, name) in choices, f"be one of {', '.join(choices)}")
 
 
-def validate_inference(cfg: _Config) -> None:
+def validate_inference(cfg: MultiScaleConfig) -> None:
     """Check the fields that training and inference share.
 
     Raises:
@@ -417,6 +418,34 @@ def validate_inference(cfg: _Config) -> None:
     check("skip_scale", 0 <= cfg.skip_scale < 1, "be in [0, 1)")
 
 
+# By what is demanded of a field alone.
+_BOUNDS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "be at least 1": (lambda value: value >= 1, (
+        "k_initial_multiplier", "orthogonality_chunk_size", "orthogonality_every",
+        "neighbour_count", "neighbour_refresh_every", "revival_dead_steps",
+        "revival_survival_steps",
+    )),
+    "not be negative": (lambda value: value >= 0, (
+        "k_anneal_steps", "l1_warm_up_steps", "prefix_sort_every", "sketch_rank", "revival_every",
+    )),
+    "be finite and not negative": (lambda value: 0 <= value < math.inf, (
+        "aux_loss_coefficient", "l1_coefficient", "sparsity_scale_weight", "prefix_weight",
+        "orthogonality_coefficient", "importance_power", "zscore_z_lr", "firing_floor",
+        "firing_floor_rate",
+    )),
+    "be a decay in [0, 1)": (
+        lambda value: 0 <= value < 1, ("firing_rate_decay", "statistics_decay")
+    ),
+    "be in (0, 1]": (
+        lambda value: 0 < value <= 1, ("topk_threshold_lr", "revival_max_fraction")
+    ),
+    "be in [0, 1]": (lambda value: 0 <= value <= 1, ("standardise",)),
+    "be a share in [0, 1]": (lambda value: 0 <= value <= 1, ("dense_share_limit",)),
+    "be in [-1, 1]": (lambda value: -1 <= value <= 1, ("orthogonality_tau",)),
+    "be a cosine in [-1, 1]": (lambda value: -1 <= value <= 1, ("revival_min_cosine",)),
+}  # fmt: skip
+
+
 def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
     """Check every field of a training configuration.
 
@@ -426,9 +455,6 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
     check = partial(_check, cfg)
     validate_inference(cfg)
     check("k", math.isfinite(cfg.k) and cfg.k > 0, "be positive")
-    check("k_initial_multiplier", cfg.k_initial_multiplier >= 1, "be at least 1")
-    check("k_anneal_steps", cfg.k_anneal_steps >= 0, "not be negative")
-    check("topk_threshold_lr", 0 < cfg.topk_threshold_lr <= 1, "be in (0, 1]")
     _check_choice(cfg, "weight_init", ("kaiming", "inverse_sqrt_d"))
     _check_choice(cfg, "input_normalization", ("none", "first_batch"))
     check(
@@ -436,25 +462,11 @@ def validate_training(cfg: MultiScaleTrainingSAEConfig) -> None:
         cfg.input_normalization == "none" or cfg.apply_b_dec_to_input or not cfg.norm_scales,
         "be 'none' with norm_scales unless apply_b_dec_to_input: the shift folds into b_dec",
     )
-    for name in (
-        "aux_loss_coefficient",
-        "l1_coefficient",
-        "sparsity_scale_weight",
-        "prefix_weight",
-        "orthogonality_coefficient",
-        "importance_power",
-        "zscore_z_lr",
-        "firing_floor",
-        "firing_floor_rate",
-    ):
-        check(name, 0 <= getattr(cfg, name) < math.inf, "be finite and not negative")
-    for name in ("l1_warm_up_steps", "prefix_sort_every", "sketch_rank", "revival_every"):
-        check(name, getattr(cfg, name) >= 0, "not be negative")
-    for name in ("firing_rate_decay", "statistics_decay"):
-        check(name, 0 <= getattr(cfg, name) < 1, "be a decay in [0, 1)")
+    for demand, (holds, names) in _BOUNDS.items():
+        for name in names:
+            check(name, holds(getattr(cfg, name)), demand)
     _validate_scales(cfg)
     _validate_orthogonality(cfg)
-    _validate_revival(cfg)
 
 
 def _validate_scales(cfg: MultiScaleTrainingSAEConfig) -> None:
@@ -490,7 +502,6 @@ def _validate_scales(cfg: MultiScaleTrainingSAEConfig) -> None:
         cfg.selection == "batchtopk" or cfg.k_initial_multiplier == 1 or cfg.zscore_z_lr > 0,
         "be 1 with a fixed z-score threshold, which does not follow k",
     )
-    check("standardise", 0 <= cfg.standardise <= 1, "be in [0, 1]")
     check(
         "standardise",
         cfg.selection == "batchtopk" or cfg.standardise == 0,
@@ -498,7 +509,6 @@ def _validate_scales(cfg: MultiScaleTrainingSAEConfig) -> None:
     )
     check("zscore_z", math.isfinite(cfg.zscore_z), "be finite")
     check("firing_floor", cfg.firing_floor < 1, "be below 1, the mean firing rate")
-    check("dense_share_limit", 0 <= cfg.dense_share_limit <= 1, "be a share in [0, 1]")
     ranked = cfg.selection == "batchtopk" and cfg.standardise == 0
     because = "unless selection='batchtopk' and standardise=0: standardised latents fire equally "
     because += "often by themselves"
@@ -510,14 +520,6 @@ def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:
     check = partial(_check, cfg)
     _check_choice(cfg, "orthogonality_pairs", ("chunks", "neighbours"))
     _check_choice(cfg, "orthogonality_weighting", ("none", "coactivation"))
-    for name in (
-        "orthogonality_chunk_size",
-        "orthogonality_every",
-        "neighbour_count",
-        "neighbour_refresh_every",
-    ):
-        check(name, getattr(cfg, name) >= 1, "be at least 1")
-    check("orthogonality_tau", -1 <= cfg.orthogonality_tau <= 1, "be in [-1, 1]")
     if cfg.orthogonality_coefficient == 0 or cfg.orthogonality_pairs == "neighbours":
         return
     check(
@@ -525,11 +527,3 @@ def _validate_orthogonality(cfg: MultiScaleTrainingSAEConfig) -> None:
         cfg.orthogonality_weighting == "none" or cfg.sketch_rank > 0,
         "be positive when chunks are weighted by co-activation, which comes from the sketch",
     )
-
-
-def _validate_revival(cfg: MultiScaleTrainingSAEConfig) -> None:
-    check = partial(_check, cfg)
-    check("revival_dead_steps", cfg.revival_dead_steps >= 1, "be at least 1")
-    check("revival_survival_steps", cfg.revival_survival_steps >= 1, "be at least 1")
-    check("revival_min_cosine", -1 <= cfg.revival_min_cosine <= 1, "be a cosine in [-1, 1]")
-    check("revival_max_fraction", 0 < cfg.revival_max_fraction <= 1, "be in (0, 1]")

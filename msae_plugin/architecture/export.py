@@ -15,7 +15,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from safetensors.torch import save_file
 
-from msae_plugin.architecture.config import MultiScaleSAEConfig, MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.config import MultiScaleConfig
 from msae_plugin.architecture.float32_buffers import add_remainders
 from msae_plugin.architecture.training_base import MultiScaleTrainingBase
 from msae_plugin.common.errors import InputError
@@ -28,15 +28,7 @@ _EXACT_EXPORT_TENSORS = {
 
 @torch.no_grad()
 def exported_tensors(sae: MultiScaleTrainingBase) -> dict[str, torch.Tensor]:
-    """State dict of the inference SAE.
-
-    Args:
-        sae: The trained SAE; it is not changed.
-
-    Returns:
-        `W_enc` (d_in, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_in) with unit rows, `b_dec`
-        (d_in,), `threshold` (d_sae,) float32, and the tensors of the normalisation when on.
-    """
+    """State dict of the inference SAE: decoder rows of unit norm, (d_sae,) float32 thresholds."""
     folded = _folded_weights(sae)
     normalisation = sae.mechanisms.normalisation
     if normalisation is not None:
@@ -78,7 +70,7 @@ def _folded_weights(sae: MultiScaleTrainingBase) -> dict[str, torch.Tensor]:
     }
 
 
-def jumprelu_export_obstacle(cfg: MultiScaleSAEConfig | MultiScaleTrainingSAEConfig) -> str | None:
+def jumprelu_export_obstacle(cfg: MultiScaleConfig) -> str | None:
     """Why a configuration has no JumpReLU export, in one line; None when it has one."""
     if cfg.norm_scales:
         return (
@@ -91,15 +83,7 @@ def jumprelu_export_obstacle(cfg: MultiScaleSAEConfig | MultiScaleTrainingSAECon
 
 
 def save_jumprelu_export(sae: MultiScaleTrainingBase, path: Path) -> None:
-    """Write a checkpoint that SAELens loads without this package, with equal latents.
-
-    Args:
-        sae: The trained SAE.
-        path: Folder for `cfg.json` and `sae_weights.safetensors`; made when missing.
-
-    Raises:
-        InputError: The configuration has no such export.
-    """
+    """Write a checkpoint that SAELens loads without this package, with equal latents."""
     obstacle = jumprelu_export_obstacle(sae.cfg)
     if obstacle is not None:
         raise InputError(f"no jumprelu twin: {obstacle}")

@@ -25,7 +25,6 @@ from msae_plugin.architecture.float32_buffers import (
     restore_exact,
 )
 from msae_plugin.architecture.mechanisms.normalisation import MultiScaleNormalisation
-from msae_plugin.architecture.mechanisms.skip import with_skip
 
 # The two are level at about 11 % in the smaller of these sizes; here sparse still takes half.
 MAX_DENSITY = 1 / 32
@@ -36,19 +35,11 @@ _MIN_LATENTS = 2**18
 def decode_latents(
     feature_acts: torch.Tensor, W_dec: torch.Tensor, max_density: float = MAX_DENSITY
 ) -> torch.Tensor:
-    """The product feature_acts @ W_dec.
+    """The product of latents (..., d_sae), of any sign, with W_dec (d_sae, d_in).
 
     Sparse only on a CPU, in float32 or float64, where no gradient is asked for (under
     `torch.no_grad`, as in every evaluation), and when at most a share `max_density` of the latents
     is not zero. On a GPU the number of active latents would have to be waited for.
-
-    Args:
-        feature_acts: (..., d_sae) latents, of any sign.
-        W_dec: (d_sae, d_in) decoder.
-        max_density: 0 is always dense, 1 sparse wherever that is possible.
-
-    Returns:
-        (..., d_in).
     """
     if not _sparse_is_possible(feature_acts, W_dec):
         return feature_acts @ W_dec
@@ -111,14 +102,7 @@ class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):
 
     @override
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents of tokens.
-
-        Args:
-            x: (..., d_in) activations.
-
-        Returns:
-            (..., d_sae), not negative.
-        """
+        """Latents (..., d_sae), not negative, of activations (..., d_in)."""
         if self.normalisation is None:
             return super().encode(x)
         x_hat, token_scale = self.normalisation(self.process_sae_in(x))
@@ -128,14 +112,7 @@ class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):
 
     @override
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """Exactly f @ W_dec + b_dec, for any latents.
-
-        Args:
-            feature_acts: (..., d_sae).
-
-        Returns:
-            (..., d_in).
-        """
+        """(..., d_sae) -> (..., d_in): exactly f @ W_dec + b_dec, for any latents."""
         sae_out = self.hook_sae_recons(decode_latents(feature_acts, self.W_dec) + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
@@ -148,7 +125,7 @@ class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):
         sae_out = super().forward(x)
         if self.cfg.skip_scale == 0 or self.use_error_term:
             return sae_out
-        return with_skip(sae_out, x, self.b_dec, self.cfg.skip_scale)
+        return sae_out + self.cfg.skip_scale * (x.to(sae_out.dtype) - self.b_dec)
 
     @override
     @torch.no_grad()

@@ -63,13 +63,8 @@ def estimate_units(activations: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 class InputUnits(KeepsFloat32):
     """The map from activations to the unit in which the SAE is trained, and back.
 
-    The identity until `estimate` has seen a batch.
-
-    Args:
-        d_in: Width of the activations.
-        dtype: Data type of the weights; the buffers keep at least float32.
-        device: Device of the buffers.
-        scales: False leaves `scale` at 1, for an SAE that divides each token by its own norm.
+    The identity until `estimate` has seen a batch. Without `scales` the scale stays 1, for an SAE
+    that divides each token by its own norm.
     """
 
     shift: torch.Tensor

@@ -7,163 +7,51 @@ it; `msae train` applies it, other hosts cannot.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig, mechanisms_off
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.recipes import did_you_mean
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named recipe.
+    """A named recipe."""
 
-    Attributes:
-        summary: One line: what it is for, or what a run of the source added.
-        sae: Field values of MultiScaleTrainingSAEConfig.
-        k_anneal_share: Share of the training steps over which k falls; 0 leaves k fixed.
-        training: Options of `msae train` that belong to the recipe.
-    """
-
-    summary: str
+    summary: str  # One line: what it is for, or what a run of the source added
     sae: Mapping[str, Any]
-    k_anneal_share: float = 0.0
+    k_anneal_share: float = 0.0  # Share of the training steps over which k falls; 0 leaves k fixed
+    # Options of `msae train` that belong to the recipe
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Measured in docs/results.md, "How the first presets were chosen".
-_ANNEAL_MULTIPLIER, _ANNEAL_SHARE = 2.0, 0.4
+# Of k at the start, where it is annealed.
+_ANNEAL_MULTIPLIER = 2.0
+_FILE = Path(__file__).with_name("presets.yaml")
 
-_RECONSTRUCTION: dict[str, Any] = {
-    **mechanisms_off(),
-    "sparsity_scales": [2.0],
-    "sparsity_scale_weight": 0.25,
-    "firing_floor": 0.1,
-    "dense_share_limit": 0.3,
-    "input_normalization": "first_batch",
-}
-_DEFAULT: dict[str, Any] = {
-    **_RECONSTRUCTION,
-    "prefix_fractions": [1 / 4, 1 / 2],
-    "prefix_weight": 0.1,
-    "prefix_sort_every": 100,
-}
-# `default` up to 0.1. Its narrow prefixes find a hierarchy of features, and pay in dense latents
-# on a language model.
-_FEATURES: dict[str, Any] = {
-    **_DEFAULT,
-    "dense_share_limit": 1.0,
-    "prefix_fractions": [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2],
-    "prefix_weight": 0.25,
-    "orthogonality_coefficient": 0.1,
-    "orthogonality_pairs": "chunks",
-    "orthogonality_weighting": "none",
-}
 
-_SOURCE_1: dict[str, Any] = {
-    **mechanisms_off(),
-    "selection": "zscore",
-    "zscore_z": 2.0,
-    "l1_coefficient": 0.04,
-    "l1_warm_up_steps": 1000,
-    "aux_loss_coefficient": 0.0,
-    "orthogonality_coefficient": 0.1,
-    "orthogonality_pairs": "chunks",
-    "orthogonality_weighting": "none",
-    "sketch_rank": 32,
-}
-_SOURCE_2 = {
-    **_SOURCE_1,
-    "weight_init": "inverse_sqrt_d",
-    "decoder_init_norm": 1.0,
-    "unit_norm_decoder": True,
-    "zscore_z": 1.5,
-    "orthogonality_coefficient": 0.01,
-}
-_SOURCE_4 = {**_SOURCE_2, "skip_scale": 0.1}
-_SOURCE_5 = {**_SOURCE_4, "importance_power": 0.5}
-_SOURCE_6 = {**_SOURCE_5, "norm_scales": [1.0]}
-_SOURCE_7 = {**_SOURCE_6, "norm_gate": True}
-# Attention over a single branch is a constant: two scales are the fewest it can weigh.
-_SOURCE_8 = {
-    **_SOURCE_7,
-    "norm_scales": [0.5, 1.0],
-    "norm_eps": 0.1,
-    "norm_eps_mode": "relative",
-    "norm_attention": True,
-}
-_SOURCE_9 = {**_SOURCE_8, "norm_scales": [0.1, 0.5, 1.0, 2.0]}
-_SOURCE_PLAN = {
-    **_SOURCE_9,
-    "orthogonality_pairs": "neighbours",
-    "orthogonality_weighting": "coactivation",
-    "revival_every": 100,
-    "revival_min_cosine": 0.2,
-}
-_FALLING_LR = {"gradient_lr": {"enabled": True}, "lr_floor": 1e-5}
-_ACCUMULATION = {**_FALLING_LR, "accumulation_steps": 4}
+def _presets() -> dict[str, Preset]:
+    stored: dict[str, dict[str, Any]] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
 
-PRESETS: dict[str, Preset] = {
-    "default": Preset(
-        "for language models: the loss at 2 k, two nested prefixes ordered by firing rate, a floor "
-        "under the firing rates, a limit on what dense latents take",
-        _DEFAULT,
-        _ANNEAL_SHARE,
-    ),
-    "features": Preset(
-        "features first, where they form a hierarchy: five nested prefixes and decoder directions "
-        "kept apart; costs variance and dense latents on language models",
-        _FEATURES,
-        _ANNEAL_SHARE,
-    ),
-    "reconstruction": Preset(
-        "reconstruction first: the loss at 2 k, a floor under the firing rates, a limit on what "
-        "dense latents take",
-        _RECONSTRUCTION,
-        _ANNEAL_SHARE,
-    ),
-    "source-run-1": Preset(
-        "z-score thresholds (z = 2), orthogonality 0.1, rank-32 co-activation sketch, L1 0.04",
-        _SOURCE_1,
-    ),
-    "source-run-2": Preset(
-        "run 1 + init 1/sqrt(d), unit-norm decoder, z 1.5, orthogonality 0.01", _SOURCE_2
-    ),
-    "source-run-3": Preset(
-        "run 2 + a learning rate that falls when gradients are large, floor 1e-5",
-        _SOURCE_2,
-        training=_FALLING_LR,
-    ),
-    "source-run-4": Preset(
-        "run 3 + skip connection of scale 0.1 in forward", _SOURCE_4, training=_FALLING_LR
-    ),
-    "source-run-5": Preset(
-        "run 4 + gradients and L1 weighted by feature importance", _SOURCE_5, training=_FALLING_LR
-    ),
-    "source-run-6": Preset(
-        "run 5 + layer normalisation with learned gain and bias", _SOURCE_6, training=_FALLING_LR
-    ),
-    "source-run-7": Preset("run 6 + a sigmoid gate on the gain", _SOURCE_7, training=_FALLING_LR),
-    "source-run-8": Preset(
-        "run 7 + attention over two normalisation scales, keys of width d/4",
-        _SOURCE_8,
-        training=_FALLING_LR,
-    ),
-    "source-run-9": Preset(
-        "run 8 with the four scales 0.1, 0.5, 1, 2", _SOURCE_9, training=_FALLING_LR
-    ),
-    "source-run-10": Preset(
-        "run 9 + gradients accumulated over 4 mini-batches", _SOURCE_9, training=_ACCUMULATION
-    ),
-    "source-plan": Preset(
-        "run 10 + penalty weighted by co-activation over neighbours, revival of interfering "
-        "latents",
-        _SOURCE_PLAN,
-        training=_ACCUMULATION,
-    ),
-}
+    def built(name: str) -> Preset:
+        own = stored[name]
+        base = built(own["extends"]) if "extends" in own else Preset("", mechanisms_off())
+        return Preset(
+            own["summary"],
+            {**base.sae, **own.get("sae", {})},
+            own.get("k_anneal_share", base.k_anneal_share),
+            {**base.training, **own.get("training", {})},
+        )
+
+    return {name: built(name) for name in stored}
+
+
+PRESETS: Mapping[str, Preset] = _presets()
 
 
 def preset_names() -> list[str]:
@@ -172,14 +60,9 @@ def preset_names() -> list[str]:
 
 
 def get_preset(name: str) -> Preset:
-    """The recipe of a name.
-
-    Raises:
-        InputError: Naming the nearest known preset.
-    """
+    """The recipe of a name."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"
+        hint = did_you_mean(name, PRESETS, "known: ")
         raise InputError(f"preset must be a known name; got {name!r}: {hint}")
     return PRESETS[name]
 
@@ -216,9 +99,10 @@ def preset(
     known = {item.name for item in fields(MultiScaleTrainingSAEConfig)}
     for field_name in overrides:
         if field_name not in known:
-            near = difflib.get_close_matches(field_name, known, n=1)
-            hint = f": did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{field_name!r} is not a field of MultiScaleTrainingSAEConfig{hint}")
+            hint = did_you_mean(field_name, sorted(known))
+            raise InputError(
+                f"{field_name!r} is not a field of MultiScaleTrainingSAEConfig: {hint}"
+            )
     values: dict[str, Any] = {key: _copied(value) for key, value in recipe.sae.items()}
     if recipe.k_anneal_share:
         values["k_anneal_steps"] = round(recipe.k_anneal_share * training_steps)

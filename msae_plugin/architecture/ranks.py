@@ -22,15 +22,10 @@ _T = TypeVar("_T")
 
 
 class Ranks:
-    """One process alone.
+    """One process alone: number `rank`, from 0, of `count`."""
 
-    Attributes:
-        rank: Number of this process, from 0.
-        count: Number of processes.
-    """
-
-    rank: int = 0
-    count: int = 1
+    rank: int = 0  # Number of this process, from 0
+    count: int = 1  # Number of processes
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks of a tensor of any shape."""
@@ -53,25 +48,14 @@ class Ranks:
         return tensor
 
     def concatenated(self, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The rows of all ranks in their order.
+        """The rows (n, ...) of all ranks in their order, and where this rank's begin.
 
-        Args:
-            rows: (n, ...) of this rank; n may differ between ranks, the rest may not.
-
-        Returns:
-            (n_0 + n_1 + ..., ...) rows, and where this rank's begin.
+        n may differ between ranks, the rest may not.
         """
         return rows, 0
 
     def var_mean(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Variance and mean over the tokens of the whole batch.
-
-        Args:
-            values: (n_tokens, width) of this rank, floating point.
-
-        Returns:
-            (width,) variance without Bessel's correction, and (width,) mean.
-        """
+        """(width,) variance without Bessel's correction, and mean, over the whole batch."""
         return torch.var_mean(values, dim=0, correction=0)
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -85,8 +69,7 @@ ALONE = Ranks()
 class ProcessRanks(Ranks):
     """The processes of torch.distributed's default group.
 
-    Raises:
-        RunFailure: From every method, once another rank is gone.
+    Every method raises RunFailure once another rank is gone.
     """
 
     def __init__(self) -> None:

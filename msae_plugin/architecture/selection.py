@@ -13,37 +13,24 @@ import torch
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
 
-# The previous threshold times this share admits the candidates of the next ranking: enough that the
-# exact top-k lies among them in all but a few steps, few enough that it costs 22 ms instead of
-# 240 ms (2048 x 4608, k 32, one CPU core).
-CANDIDATE_SHARE = 0.7
-
 
 @dataclass
 class Selection:
-    """Active pairs of a batch.
+    """Active pairs of a batch."""
 
-    Attributes:
-        values: (n_pairs,) pre-activations at the pairs, positive, without gradient; zero at
-            padding, which is never active (static_selection.py).
-        tokens: (n_pairs,) token of each pair, long.
-        latents: (n_pairs,) latent of each pair, long.
-        levels: (n_pairs,) index of the smallest budget that includes the pair, long.
-        main_level: Level of the budget k itself: pairs with `levels <= main_level` are the latents.
-        threshold: Smallest score among the pairs of the budget k; a zero-dimensional tensor,
-            +inf when nothing is active.
-        lowest_score: Smallest score among all pairs, likewise.
-        padded: Whether there may be padding.
-    """
-
+    # (n_pairs,) pre-activations at the pairs, positive, without gradient; zero at padding, which is
+    # never active (static_selection.py)
     values: torch.Tensor
-    tokens: torch.Tensor
-    latents: torch.Tensor
-    levels: torch.Tensor
+    tokens: torch.Tensor  # (n_pairs,) token of each pair, long
+    latents: torch.Tensor  # (n_pairs,) latent of each pair, long
+    levels: torch.Tensor  # (n_pairs,) index of the smallest budget that includes the pair, long
+    # Level of the budget k itself: pairs with `levels <= main_level` are the latents
     main_level: int
+    # Smallest score among the pairs of the budget k; a zero-dimensional tensor, +inf when nothing
+    # is active
     threshold: torch.Tensor
-    lowest_score: torch.Tensor
-    padded: bool = False
+    lowest_score: torch.Tensor  # Smallest score among all pairs, likewise
+    padded: bool = False  # Whether there may be padding
     _active: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def active(self) -> torch.Tensor:
@@ -68,7 +55,7 @@ def pair_budgets(
 
 
 def batch_top_k(
-    hidden_pre: torch.Tensor,
+    hidden_pre: torch.Tensor,  # (n_tokens, d_sae) pre-activations
     scores: torch.Tensor,
     k: float,
     sparsity_scales: Sequence[float],
@@ -78,16 +65,9 @@ def batch_top_k(
     """Rank the positive pre-activations of a batch and keep k and every s * k (BatchTopK).
 
     int(k * n_tokens) pairs are kept, as in SAELens' BatchTopK, capped at the number of entries. The
-    pairs of all ranks are ranked together, and each keeps those of its own tokens.
-
-    Args:
-        hidden_pre: (n_tokens, d_sae) pre-activations.
-        scores: (n_tokens, d_sae) what is ranked; `hidden_pre` itself unless standardised.
-        k: Mean number of active latents per token.
-        sparsity_scales: Further budgets as multiples of k.
-        candidate_threshold: A guess below the final one that shortens the ranking. It never changes
-            the result: when too few entries lie above it, all are ranked.
-        ranks: The processes that share the batch.
+    pairs of all ranks are ranked together, and each keeps those of its own tokens. Scores are the
+    pre-activations themselves unless standardised. `candidate_threshold` is a guess below the final
+    one that shortens the ranking; where too few entries lie above it, all are ranked.
     """
     n_tokens, d_sae = hidden_pre.shape
     budgets, main_level = pair_budgets(k, sparsity_scales, n_tokens * ranks.count, d_sae)

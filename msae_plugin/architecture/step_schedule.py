@@ -6,7 +6,6 @@ everything that changes from step to step is here, as Python numbers or as tenso
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,26 +16,15 @@ from msae_plugin.architecture.selection import pair_budgets, running_rate
 
 Number = float | torch.Tensor
 
-# While k falls a recorded list has room for the largest k of its part of the fall.
-_PARTS_OF_THE_FALL = 8
-# Shortest padded list of dead latents; the others are twice, four times as long, and so on.
-_SHORTEST_LIST = 64
-
 
 @dataclass(frozen=True)
 class Budgets:
-    """How many pairs of a batch may be active.
+    """How many pairs of a batch may be active."""
 
-    Attributes:
-        pairs: Pairs that k and every s * k allow, ascending; zero-dimensional tensors in a recorded
-            step.
-        main_level: Which of them is k's own.
-        n_listed: Length of the list of pairs; at least the last budget.
-    """
-
+    # Pairs that k and every s * k allow, ascending; zero-dimensional tensors in a recorded step
     pairs: Sequence[int] | Sequence[torch.Tensor]
-    main_level: int
-    n_listed: int
+    main_level: int  # Which of them is k's own
+    n_listed: int  # Length of the list of pairs; at least the last budget
 
     @classmethod
     def of(cls, k: float, sparsity_scales: Sequence[float], n_tokens: int, d_sae: int) -> Budgets:
@@ -47,26 +35,17 @@ class Budgets:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """The numbers of one training step.
+    """The numbers of one training step."""
 
-    Attributes:
-        step: Training steps before this one.
-        k: Target L0.
-        budgets: Pairs that may be active.
-        floor_rate: Firing rate below which a latent is helped.
-        threshold_rate: Weight of this step in the running threshold. While k falls the threshold
-            falls with it, so the running estimate starts when k has arrived.
-        firing_rate_rate: Weight of this step in the running firing rates.
-        statistics_rate: Weight of this step in all other running means.
-    """
-
-    step: int
+    step: int  # Training steps before this one
     k: Number
-    budgets: Budgets
-    floor_rate: Number
+    budgets: Budgets  # Pairs that may be active
+    floor_rate: Number  # Firing rate below which a latent is helped
+    # Weight of this step in the running threshold. While k falls the threshold falls with it, so
+    # the running estimate starts when k has arrived
     threshold_rate: Number
-    firing_rate_rate: Number
-    statistics_rate: Number
+    firing_rate_rate: Number  # Weight of this step in the running firing rates
+    statistics_rate: Number  # Weight of this step in all other running means
 
     @classmethod
     def at(cls, cfg: MultiScaleTrainingSAEConfig, step: int, n_tokens: int) -> StepSchedule:
@@ -97,32 +76,14 @@ class StepSchedule:
         return StepSchedule(self.step, k, budgets, *rates)
 
 
-def room_for_pairs(cfg: MultiScaleTrainingSAEConfig, step: int, n_tokens: int) -> int:
-    """Length of a list that holds the pairs of this step and of those near it.
-
-    The same number for every step of an eighth of the fall of k, and after it.
-    """
-    k, highest = cfg.k, cfg.k * cfg.k_initial_multiplier
-    if highest > k:
-        part = math.ceil((cfg.k_at(step) - k) / (highest - k) * _PARTS_OF_THE_FALL)
-        k += (highest - k) * part / _PARTS_OF_THE_FALL
-    at_least = Budgets.of(cfg.k_at(step), cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed
-    return max(at_least, Budgets.of(k, cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed)
-
-
 @dataclass(frozen=True)
 class DeadLatents:
-    """The latents that AuxK trains.
+    """The latents that AuxK trains."""
 
-    Attributes:
-        mask: (d_sae,) bool, which latents are dead.
-        latents: (n_listed,) their indices, long, and padding behind them.
-        count: How many there are, where the list is padded: a zero-dimensional tensor. None
-            where the list is as long as they are many.
-    """
-
-    mask: torch.Tensor
-    latents: torch.Tensor
+    mask: torch.Tensor  # (d_sae,) bool, which latents are dead
+    latents: torch.Tensor  # (n_listed,) their indices, long, and padding behind them
+    # How many there are, where the list is padded: a zero-dimensional tensor. None where the list
+    # is as long as they are many
     count: torch.Tensor | None = None
 
     @classmethod
@@ -131,64 +92,37 @@ class DeadLatents:
         latents = mask.nonzero().squeeze(1)
         return cls(mask, latents) if latents.numel() else None
 
-    def padded(self) -> tuple[torch.Tensor, int]:
-        """The list in one of few lengths, and the number of dead latents in it."""
-        n_dead, length = self.latents.numel(), _SHORTEST_LIST
-        while length < n_dead:
-            length *= 2
-        padded = self.latents.new_zeros(min(length, self.mask.numel()))
-        padded[:n_dead] = self.latents
-        return padded, n_dead
-
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step is given.
+    """What a step is given."""
 
-    Attributes:
-        sae_in: (n_tokens, d_in) activations in the dtype of the SAE.
-        dead: The latents that AuxK trains; None when there are none.
-        l1_coefficient: Weight of the L1 penalty in this step.
-    """
-
-    sae_in: torch.Tensor
-    dead: DeadLatents | None
-    l1_coefficient: float = 0.0
+    sae_in: torch.Tensor  # (n_tokens, d_in) activations in the dtype of the SAE
+    dead: DeadLatents | None  # The latents that AuxK trains; None when there are none
+    l1_coefficient: float = 0.0  # Weight of the L1 penalty in this step
 
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """What the encoder is given.
+    """What the encoder is given."""
 
-    Attributes:
-        x_hat: (n_tokens, d_in) normalised tokens.
-        token_scale: (n_tokens, 1) factor that undoes the normalisation; None without one.
-        decoder_norm: (d_sae,) norms by which pre-activations are multiplied, so that they are
-            ranked as if the decoder had unit norm; None without the rescaling. They cancel in the
-            reconstruction and carry no gradient.
-        centre: (d_in,) b_dec where x_hat is a constant less b_dec; None otherwise.
-    """
-
-    x_hat: torch.Tensor
+    x_hat: torch.Tensor  # (n_tokens, d_in) normalised tokens
+    # (n_tokens, 1) factor that undoes the normalisation; None without one
     token_scale: torch.Tensor | None = None
+    # (d_sae,) norms by which pre-activations are multiplied, so that they are ranked as if the
+    # decoder had unit norm; None without the rescaling. They cancel in the reconstruction and carry
+    # no gradient
     decoder_norm: torch.Tensor | None = None
+    # (d_in,) b_dec where x_hat is a constant less b_dec; None otherwise
     centre: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepResults:
-    """What a step gives.
+    """What a step gives."""
 
-    Attributes:
-        terms: Loss terms by name, zero-dimensional.
-        loss: Their sum.
-        sae_out: (n_tokens, d_in) reconstruction.
-        feature_acts: (n_tokens, d_sae) latents.
-        hidden_pre: (n_tokens, d_sae) pre-activations.
-    """
-
-    terms: dict[str, torch.Tensor]
+    terms: dict[str, torch.Tensor]  # Loss terms by name, zero-dimensional
     loss: torch.Tensor
-    sae_out: torch.Tensor
-    feature_acts: torch.Tensor
-    hidden_pre: torch.Tensor
+    sae_out: torch.Tensor  # (n_tokens, d_in) reconstruction
+    feature_acts: torch.Tensor  # (n_tokens, d_sae) latents
+    hidden_pre: torch.Tensor  # (n_tokens, d_sae) pre-activations

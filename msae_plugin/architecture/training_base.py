@@ -28,9 +28,10 @@ from msae_plugin.architecture.kernels.decoding import (
     MachineSettings,
     triton_runs_on,
 )
-from msae_plugin.architecture.mechanisms.collection import Mechanisms
-from msae_plugin.architecture.nested import assign_groups
+from msae_plugin.architecture.losses import assign_groups
+from msae_plugin.architecture.mechanisms import Mechanisms
 from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.architecture.step_schedule import StepInputs, StepResults, StepSchedule
 from msae_plugin.common.errors import InputError
 
 # Tensors of checkpoints of version 0.1, and what they are called now.
@@ -54,10 +55,7 @@ def initialise_inverse_sqrt_d(
 ) -> None:
     """Normal decoder with standard deviation 1/sqrt(d_in), encoder its transpose, in place.
 
-    Args:
-        W_enc: (d_in, d_sae).
-        W_dec: (d_sae, d_in).
-        decoder_init_norm: Norm given to each row afterwards; None keeps norms near 1.
+    `decoder_init_norm` is given to each row afterwards; None keeps norms near 1.
     """
     if W_dec.is_meta:
         return  # a checkpoint's weights will be assigned
@@ -68,12 +66,7 @@ def initialise_inverse_sqrt_d(
 
 
 class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConfig]):
-    """Weights and buffers of the training SAE, and everything that is not the training step.
-
-    Args:
-        cfg: Configuration.
-        use_error_term: As in SAELens.
-    """
+    """Weights and buffers of the training SAE, and everything that is not the training step."""
 
     b_enc: nn.Parameter
     topk_threshold: torch.Tensor
@@ -105,7 +98,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             # SAELens tells an SAE the step in training only, `encode` needs k always.
             training_step=torch.zeros((), dtype=torch.int64, device=self.device),
         )
-        self.mechanisms = Mechanisms(cfg, self.dtype, self.device)
+        self.mechanisms = Mechanisms(cfg, self.device)
         self.ranks = ALONE
         self.machine = MachineSettings()
         self.recorded_steps = RecordedSteps()
@@ -115,6 +108,10 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             self.input_units = InputUnits(
                 cfg.d_in, self.dtype, self.device, scales=not cfg.norm_scales
             )
+
+    def take_step(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
+        """The equations of a training step on plain tensors."""
+        raise NotImplementedError
 
     def in_units(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d_in) activations -> (..., d_in) in the unit in which the SAE is trained."""
@@ -163,11 +160,7 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         self.ranks = ranks
 
     def attach_machine(self, machine: MachineSettings) -> None:
-        """Compute steps as the training recipe says.
-
-        Raises:
-            InputError: The Triton kernels cannot run on the device of the SAE.
-        """
+        """Compute steps as the training recipe says."""
         if machine.decode_kernel == "triton" and self.device.type != "cuda":
             raise InputError(
                 f"decode_kernel must be 'auto' on device {str(self.device)!r}: the Triton kernels "
@@ -211,13 +204,6 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
             return torch.arange(self.cfg.d_sae, device=self.device)
         by_rate = torch.argsort(self.firing_rate, descending=True, stable=True)
         return by_rate[torch.argsort(self.latent_group[by_rate], stable=True)]
-
-    @torch.no_grad()
-    def to_export_units(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """Latents (..., d_sae) of this SAE in the order and units of its export (unit decoder)."""
-        if not self.cfg.rescale_acts_by_decoder_norm:
-            feature_acts = feature_acts * self.get_W_dec_norm()
-        return feature_acts[..., self.export_order()]
 
     # ---- SAELens' folding and saving ----------------------------------------------------------
 

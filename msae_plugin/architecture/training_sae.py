@@ -11,32 +11,15 @@ loss    = reconstruction + AuxK + L1 + orthogonality  [S], [G], [O]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
-
 import torch
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from msae_plugin.architecture import nested
-from msae_plugin.architecture.auxk import auxk_loss
-from msae_plugin.architecture.calibration import calibrate_multiscale
-from msae_plugin.architecture.export import exported_tensors
+from msae_plugin.architecture import losses
 from msae_plugin.architecture.kernels.decoding import active_preactivations, scale_gradient
-from msae_plugin.architecture.kernels.replay import replayed_step
-from msae_plugin.architecture.kernels.static_selection import (
-    needs_static_shapes,
-    static_batch_top_k,
-)
+from msae_plugin.architecture.kernels.static_selection import fast_batch_top_k
+from msae_plugin.architecture.losses import Reconstructions
 from msae_plugin.architecture.mechanisms.base import Latents, Step
-from msae_plugin.architecture.mechanisms.orthogonality import mean_nearest_cosine
-from msae_plugin.architecture.mechanisms.skip import with_skip
-from msae_plugin.architecture.selection import (
-    CANDIDATE_SHARE,
-    Selection,
-    above_threshold,
-    batch_top_k,
-)
+from msae_plugin.architecture.selection import Selection, above_threshold
 from msae_plugin.architecture.step_schedule import (
     Budgets,
     DeadLatents,
@@ -46,18 +29,10 @@ from msae_plugin.architecture.step_schedule import (
     StepResults,
     StepSchedule,
 )
-from msae_plugin.architecture.training_base import MultiScaleTrainingBase
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+from msae_plugin.architecture.training_host import HostedTrainingSAE
 
 
-def _never_compiled(method: _Method) -> _Method:
-    # SAELens' runner compiles what calls it, with compile_sae=True, and Inductor lets running means
-    # be overwritten without a word (pytorch issue 183575).
-    return cast("_Method", torch.compiler.disable(method))
-
-
-class MultiScaleTrainingSAE(MultiScaleTrainingBase):
+class MultiScaleTrainingSAE(HostedTrainingSAE):
     """Multi-scale orthogonal SAE, trained with SAELens.
 
     In training mode `encode` selects over the batch (BatchTopK); in evaluation mode it compares
@@ -68,14 +43,13 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         use_error_term: As in SAELens.
     """
 
-    # ---- encode, select, decode ---------------------------------------------------------------
+    # ---- the SAE ------------------------------------------------------------------------------
 
+    @override
     def normalise(self, x_c: torch.Tensor, *, constant_input: bool = False) -> EncoderInput:
         """[N], [A]: (..., d_in) tokens less b_dec, in the training unit, as the encoder takes them.
 
-        Args:
-            x_c: The tokens.
-            constant_input: Whether x_c depends on nothing that is trained but b_dec.
+        `constant_input` says that x_c depends on nothing that is trained but b_dec.
         """
         if self.mechanisms.normalisation is not None:
             x_hat, token_scale = self.mechanisms.normalisation(x_c)
@@ -83,6 +57,7 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         centred = constant_input and self.cfg.apply_b_dec_to_input
         return EncoderInput(x_c, None, self.decoder_norm(), self.b_dec if centred else None)
 
+    @override
     def pre_activations(self, given: EncoderInput) -> torch.Tensor:
         """(..., d_sae): x_hat @ W_enc + b_enc, as if the decoder had unit norm."""
         hidden_pre = given.x_hat @ self.W_enc + self.b_enc
@@ -93,32 +68,21 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
     ) -> Selection:
         """[Z], [S]: active pairs of (n_tokens, d_sae) pre-activations in training mode.
 
-        Args:
-            hidden_pre: (n_tokens, d_sae).
-            k: Target L0.
-            budgets: What k allows in this batch; counted anew if None.
+        `budgets` is what the target L0 allows in this batch; counted anew if None.
         """
-        statistics, scales = self.mechanisms.statistics, self.cfg.sparsity_scales
-        if self.cfg.selection == "zscore" and statistics is not None:
+        cfg, statistics = self.cfg, self.mechanisms.statistics
+        if cfg.selection == "zscore" and statistics is not None:
             return above_threshold(hidden_pre, statistics.own_threshold(), self.ranks)
-        scores, candidates = self.scores(hidden_pre), 0.0
-        if self.ranks.count == 1 and needs_static_shapes(hidden_pre):
-            budgets = budgets or Budgets.of(float(k), scales, *hidden_pre.shape)
-            return static_batch_top_k(hidden_pre, scores, budgets)
-        if self.cfg.standardise == 0:
-            candidates = CANDIDATE_SHARE * float(self.candidate_threshold)
-        return batch_top_k(hidden_pre, scores, float(k), scales, candidates, self.ranks)
+        # Standardised scores are in another unit than the threshold before.
+        previous = None if cfg.standardise else self.candidate_threshold
+        return fast_batch_top_k(
+            hidden_pre, self.scores(hidden_pre), k, cfg.sparsity_scales, budgets, previous,
+            self.ranks,
+        )  # fmt: skip
 
     @override
     def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents and pre-activations, dense and differentiable.
-
-        Args:
-            x: (..., d_in) activations.
-
-        Returns:
-            feature_acts (..., d_sae) and hidden_pre (..., d_sae), in units of the activations.
-        """
+        """Latents and pre-activations (..., d_sae) of activations (..., d_in), differentiable."""
         given = self.normalise(self.process_sae_in(self.in_units(x)))
         hidden_pre = self.hook_sae_acts_pre(self.pre_activations(given))
         if self.training:
@@ -150,116 +114,50 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         sae_out = super().forward(x)
         if self.cfg.skip_scale == 0 or self.use_error_term:
             return sae_out
-        return with_skip(sae_out, x, self.decoder_bias(), self.cfg.skip_scale)
+        return sae_out + self.cfg.skip_scale * (x.to(sae_out.dtype) - self.decoder_bias())
 
     # ---- the training step --------------------------------------------------------------------
 
     @override
-    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
-        if self.cfg.l1_coefficient == 0:
-            return {}
-        return {"l1": TrainCoefficientConfig(self.cfg.l1_coefficient, self.cfg.l1_warm_up_steps)}
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One training step: selection, nested and multi-budget reconstruction, losses.
-
-        Args:
-            step_input: `sae_in` (n_tokens, d_in) or (batch, seq, d_in), the step, dead latents.
-
-        Returns:
-            SAELens' output. The losses are in the training unit (`input_normalization`), the rest
-            is in units of the activations. `feature_acts` and `hidden_pre` carry no gradient of
-            their own: the loss reaches the weights over the active latents only.
-        """
-        return self._forward_pass(step_input)
-
-    @_never_compiled
-    def _forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        shape, step = step_input.sae_in.shape, step_input.n_training_steps
-        activations = step_input.sae_in.to(self.dtype).reshape(-1, shape[-1])
-        if step == 0 and self.input_units is not None:
-            self.input_units.estimate(activations, self.ranks)
-        sae_in = self.in_units(activations)
-        schedule = StepSchedule.at(self.cfg, step, sae_in.shape[0] * self.ranks.count)
-        self._before_step(sae_in, schedule)
-        dead = self._dead_latents(step_input.dead_neuron_mask)
-        given = StepInputs(sae_in, dead, step_input.coefficients.get("l1", 0.0))
-        results = replayed_step(self, self.take_step, given, schedule)
-        if results is None:
-            results = self.take_step(given, schedule)
-        # The copies cost a pass over (n_tokens, d_sae) each: none without a training unit.
-        latents, hidden_pre = results.feature_acts, results.hidden_pre
-        if self.input_units is not None:
-            latents, hidden_pre = latents * self.latent_unit(), hidden_pre * self.latent_unit()
-        return TrainStepOutput(
-            sae_in=step_input.sae_in,
-            sae_out=self.from_units(results.sae_out).reshape(shape),
-            feature_acts=latents.reshape(*shape[:-1], self.cfg.d_sae),
-            hidden_pre=hidden_pre.reshape(*shape[:-1], self.cfg.d_sae),
-            loss=results.loss,
-            losses=results.terms,
-            metrics=self._metrics(step_input),
-        )
-
-    @torch.no_grad()
-    def _before_step(self, sae_in: torch.Tensor, schedule: StepSchedule) -> None:
-        """What changes weights or order before the step: unit norms, prefixes, mechanisms."""
-        cfg, now = self.cfg, schedule.step
-        if cfg.unit_norm_decoder:
-            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8))
-        if cfg.prefix_sort_every and now and now % cfg.prefix_sort_every == 0:
-            self.latent_group.copy_(nested.assign_groups(self.firing_rate, cfg.prefix_widths))
-        step = Step(self, sae_in, schedule, list(self.mechanisms))
-        for mechanism in step.switched_on:
-            mechanism.before_step(step)
-        self.training_step.fill_(now)
-
     def take_step(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
-        """The equations of a step on plain tensors, which can be recorded (`kernels/replay.py`).
-
-        Args:
-            given: The batch and what the host said of it.
-            schedule: The numbers of the step.
-        """
-        sae_in, cfg = given.sae_in, self.cfg
+        """The equations of a step on plain tensors, which can be recorded (`kernels/replay.py`)."""
+        sae_in, cfg, n_tokens = given.sae_in, self.cfg, given.sae_in.shape[0]
         step = Step(self, sae_in, schedule, list(self.mechanisms))
         x_c = self.process_sae_in(sae_in)
         encoder_input = self.normalise(x_c, constant_input=not sae_in.requires_grad)
-        with torch.no_grad():
-            hidden_pre = self.hook_sae_acts_pre(self.pre_activations(encoder_input))
-            for mechanism in step.switched_on:
-                mechanism.on_pre_activations(hidden_pre, step)
+        hidden_pre = self.followed_pre_activations(encoder_input, step)
         selection = self.select(hidden_pre, schedule.k, schedule.budgets)
-        factors = self._gradient_factors()
+        factors = self.gradient_factors()
         coefficients = self.decoder_coefficients(selection, encoder_input, factors)
-        reconstructions = self.reconstruct(selection, coefficients, sae_in.shape[0], factors)
-        feature_acts = self._dense_latents(selection, encoder_input, sae_in.shape[0])
+        reconstructions = self.reconstruct(selection, coefficients, n_tokens, factors)
+        feature_acts = self.dense_latents(selection, encoder_input, n_tokens)
 
         target = sae_in - cfg.skip_scale * x_c if cfg.skip_scale else sae_in
-        terms = nested.reconstruction_losses(cfg, reconstructions, target)
-        terms |= self._auxk(given, encoder_input, target - reconstructions.main)
-        if given.l1_coefficient:
-            norm = self.W_dec.norm(dim=-1).clamp(min=1e-8)
-            latent_weight = None if factors is None else 1 / factors
-            l1 = nested.l1_loss(selection, coefficients, norm, latent_weight, sae_in.shape[0])
-            terms["l1_loss"] = given.l1_coefficient * l1
+        terms = losses.reconstruction_losses(cfg, reconstructions, target)
+        terms |= self.auxk(given.dead, encoder_input, target - reconstructions.main)
+        terms |= self.l1(given.l1_coefficient, selection, coefficients, factors, n_tokens)
         for mechanism in step.switched_on:
             terms |= mechanism.loss(step)
 
-        self._update_statistics(selection, feature_acts, step)
+        self.follow(selection, feature_acts, step)
         sae_out = reconstructions.main
-        if cfg.skip_scale:
-            sae_out = sae_out + (sae_in - target)
         return StepResults(
             terms=terms,
             loss=torch.stack(list(terms.values())).sum(),
-            sae_out=sae_out,
+            sae_out=sae_out + (sae_in - target) if cfg.skip_scale else sae_out,
             feature_acts=feature_acts,
             hidden_pre=hidden_pre,
         )
 
-    def _gradient_factors(self) -> torch.Tensor | None:
+    @torch.no_grad()
+    def followed_pre_activations(self, given: EncoderInput, step: Step) -> torch.Tensor:
+        """(n_tokens, d_sae) pre-activations, shown to the mechanisms."""
+        hidden_pre = self.hook_sae_acts_pre(self.pre_activations(given))
+        for mechanism in step.switched_on:
+            mechanism.on_pre_activations(hidden_pre, step)
+        return hidden_pre
+
+    def gradient_factors(self) -> torch.Tensor | None:
         """[G]: (d_sae,) factors of the latents' gradients; None when all are 1."""
         importance = self.mechanisms.importance
         return None if importance is None else importance.factors(self.cfg.importance_power)
@@ -287,16 +185,16 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         coefficients: torch.Tensor,
         n_tokens: int,
         factors: torch.Tensor | None = None,
-    ) -> nested.Reconstructions:
+    ) -> Reconstructions:
         """[S]: every nested prefix and every sparsity budget, from one decoding pass."""
         W_dec = self.W_dec if factors is None else scale_gradient(self.W_dec, factors[:, None])
-        return nested.decode_nested(
+        return losses.decode_nested(
             self.cfg, selection, coefficients, W_dec, self.b_dec, self.latent_group, n_tokens,
             self.decode_kernel(),
         )  # fmt: skip
 
     @torch.no_grad()
-    def _dense_latents(
+    def dense_latents(
         self, selection: Selection, given: EncoderInput, n_tokens: int
     ) -> torch.Tensor:
         """(n_tokens, d_sae) latents at the budget k."""
@@ -307,44 +205,37 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         dense[selection.tokens, selection.latents] = values * selection.active()
         return self.hook_sae_acts_post(dense)
 
-    def _dead_latents(self, mask: torch.Tensor | None) -> DeadLatents | None:
-        """Which latents AuxK trains; None when there are none, for which the host has to wait."""
-        if mask is None or self.cfg.aux_loss_coefficient == 0:
-            return None
-        return DeadLatents.listed(mask)
-
-    def _auxk(
-        self,
-        given: StepInputs,
-        encoder_input: EncoderInput,
-        residual: torch.Tensor,
+    @override
+    def auxk(
+        self, dead: DeadLatents | None, given: EncoderInput, residual: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        coefficient, weights = self.cfg.aux_loss_coefficient, (self.W_enc, self.b_enc, self.W_dec)
+        """The weighted AuxK loss; zero while nothing is dead."""
+        coefficient = self.cfg.aux_loss_coefficient
         if coefficient == 0:
             return {}
-        if given.dead is None:
+        if dead is None:
             return {"auxiliary_reconstruction_loss": residual.new_zeros(())}
-        loss = auxk_loss(encoder_input, residual, *weights, given.dead)
+        loss = losses.auxk_loss(given, residual, self.W_enc, self.b_enc, self.W_dec, dead)
         return {"auxiliary_reconstruction_loss": coefficient * loss}
 
-    @override
-    def calculate_aux_loss(
+    def l1(
         self,
-        step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        sae_out: torch.Tensor,
+        coefficient: float,
+        selection: Selection,
+        values: torch.Tensor,
+        factors: torch.Tensor | None,
+        n_tokens: int,
     ) -> dict[str, torch.Tensor]:
-        """AuxK alone, for hosts that call it; `training_forward_pass` adds the other terms."""
-        sae_in = self.in_units(step_input.sae_in)
-        given = StepInputs(sae_in, self._dead_latents(step_input.dead_neuron_mask))
-        encoder_input = self.normalise(self.process_sae_in(sae_in))
-        return self._auxk(given, encoder_input, sae_in - self.in_units(sae_out))
+        """The weighted L1 loss; [G] penalises least what contributes most."""
+        if not coefficient:
+            return {}
+        norm = self.W_dec.norm(dim=-1).clamp(min=1e-8)
+        latent_weight = None if factors is None else 1 / factors
+        l1 = losses.l1_loss(selection, values, norm, latent_weight, n_tokens)
+        return {"l1_loss": coefficient * l1}
 
     @torch.no_grad()
-    def _update_statistics(
-        self, selection: Selection, feature_acts: torch.Tensor, step: Step
-    ) -> None:
+    def follow(self, selection: Selection, feature_acts: torch.Tensor, step: Step) -> None:
         """Everything that is followed over time; buffers only, no synchronisation needed."""
         threshold, lowest = selection.threshold.float(), selection.lowest_score.float()
         known = threshold < torch.inf  # neither infinity, of nothing active, nor NaN
@@ -362,53 +253,3 @@ class MultiScaleTrainingSAE(MultiScaleTrainingBase):
         latents = Latents(feature_acts, selection.tokens, selection.latents, fired, threshold)
         for mechanism in step.switched_on:
             mechanism.on_latents(latents, step)
-
-    @torch.no_grad()
-    def _metrics(self, step_input: TrainStepInput) -> dict[str, Any]:
-        cfg, step = self.cfg, step_input.n_training_steps
-        metrics: dict[str, Any] = {
-            "k": cfg.k_at(step),
-            "topk_threshold": self.topk_threshold * self.latent_unit(),
-        }
-        if not step_input.is_logging_step:
-            return metrics
-        if cfg.d_sae > 1:
-            rows = cfg.orthogonality_chunk_size
-            metrics["nearest_cosine"] = mean_nearest_cosine(self.W_dec, rows)
-        for mechanism in self.mechanisms:
-            metrics |= mechanism.metrics(cfg, step)
-        return metrics
-
-    # ---- what follows training ----------------------------------------------------------------
-
-    def errors(self, sae_in: torch.Tensor) -> torch.Tensor:
-        """(n_tokens, d_in) input minus reconstruction, in the training unit."""
-        activations = self.from_units(sae_in)
-        return sae_in - self.in_units(self.decode(self.encode(activations)))
-
-    @torch.no_grad()
-    def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-        """Set the threshold so that the mean L0 over these activations is exactly k.
-
-        Args:
-            batches: Activations, each (n_tokens, d_in), scaled as training batches are.
-
-        Returns:
-            `l0_before`, `l0_after` and `threshold` (mean over the latents).
-
-        Raises:
-            RunFailure: No batch was given.
-        """
-        # Training is over: what a recorded step holds is wanted for other things.
-        self.recorded_steps.give_up()
-
-        def hidden_pre_of(batch: torch.Tensor) -> torch.Tensor:
-            sae_in = self.in_units(batch.to(self.device))
-            return self.pre_activations(self.normalise(self.process_sae_in(sae_in)))
-
-        return calibrate_multiscale(self, list(batches), hidden_pre_of)
-
-    @override
-    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        state_dict.clear()
-        state_dict.update(exported_tensors(self))

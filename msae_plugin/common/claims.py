@@ -35,14 +35,8 @@ _POLL_SECONDS = 0.5
 def claimed_output(folder: Path, share: str | None = None) -> Generator[None]:
     """Hold the folder of a command's results for the time of the block; it is made if need be.
 
-    A folder that was made and that nothing was written into is gone afterwards.
-
-    Args:
-        folder: What `--output` says.
-        share: Which of several processes that divide the work this is; None for all of it.
-
-    Raises:
-        InputError: Another process holds the folder, or it cannot be made or written.
+    A folder that was made and that nothing was written into is gone afterwards. `share` is which of
+    several processes that divide the work this is.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     claim = folder / (CLAIM if share is None else f"{CLAIM}-{share}")
@@ -84,9 +78,6 @@ def claim_when_free(folder: Path) -> None:
     """Wait until no other process holds a folder, then hold it until `release`.
 
     The claim lies beside the folder: its holder may empty the folder.
-
-    Raises:
-        OSError: The place cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     told = False

@@ -61,11 +61,7 @@ def _sync_file(path: Path) -> None:
 
 @contextmanager
 def disk_errors_told(target: Path) -> Generator[None]:
-    """Tell what a full or failing disk does to a file or folder in one line.
-
-    Raises:
-        RunFailure: The disk refused a write inside the block.
-    """
+    """Tell what a full or failing disk does to a file or folder in one line, as RunFailure."""
     try:
         yield
     except RunFailure:  # a RuntimeError, which has told it
@@ -160,11 +156,7 @@ def folder_written_atomically(target: Path) -> Generator[Path]:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete what a killed process left unfinished in a folder and those below it.
-
-    Returns:
-        The temporary files and folders that were deleted.
-    """
+    """Delete what a killed process left unfinished in a folder and those below it."""
     leftovers = list(folder.rglob(f"{TEMPORARY_PREFIX}*"))
     for path in leftovers:
         if path.is_dir():
@@ -205,8 +197,7 @@ def default_cache() -> Path:
 def key_digest(key: Mapping[str, Any]) -> str:
     """The name of a key: the same for equal keys whatever the order of their entries.
 
-    Raises:
-        TypeError: A value is not JSON: its text would not say what it is.
+    Raises TypeError where a value is not JSON: its text would not say what it is.
     """
     text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARACTERS]
@@ -215,18 +206,7 @@ def key_digest(key: Mapping[str, Any]) -> str:
 def keyed_folder(root: Path, kind: str, key: Mapping[str, Any]) -> Path:
     """The folder of a key, created when missing; emptied when a killed run left it unfinished.
 
-    Until it is complete it belongs to this process; another one that asks for it waits.
-
-    Args:
-        root: Root of the caches.
-        kind: What it holds; the name of the folder above.
-        key: Everything that the contents depend on, JSON-able.
-
-    Returns:
-        The folder. `is_complete` tells whether it may be read; `mark_complete` says so for others.
-
-    Raises:
-        InputError: The folder cannot be made.
+    Until `mark_complete` it belongs to this process; another one that asks for it waits.
     """
     folder = root / kind / key_digest(key)
     try:
@@ -259,14 +239,7 @@ def mark_complete(folder: Path, key: Mapping[str, Any]) -> None:
 def kept_folder(
     root: Path, kind: str, key: Mapping[str, Any], compute: Callable[[Path], object]
 ) -> Path:
-    """The finished folder of a key: filled by `compute` unless an earlier run has done so.
-
-    Args:
-        root: Root of the caches.
-        kind: What it holds; the name of the folder above.
-        key: As in `keyed_folder`.
-        compute: Called with the empty folder. If it raises, the folder does not count.
-    """
+    """The finished folder of a key: filled by `compute` unless an earlier run has done so."""
     folder = keyed_folder(root, kind, key)
     if not is_complete(folder):
         try:

@@ -21,13 +21,9 @@ HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptedBySignalError(KeyboardInterrupt):
-    """A signal asked the run to stop.
+    """A signal asked the run to stop; `checkpoint` was written on the way out, if anything was.
 
     A KeyboardInterrupt, so that a library's `except Exception` cannot swallow it.
-
-    Attributes:
-        signal_number: The signal, for example `signal.SIGTERM`.
-        checkpoint: The checkpoint written on the way out; None when there was nothing to save.
     """
 
     def __init__(self, signal_number: int, checkpoint: Path | None = None) -> None:
@@ -84,11 +80,7 @@ class InterruptionGuard:
         return self._requested
 
     def check(self) -> None:
-        """Raise if a signal has arrived.
-
-        Raises:
-            InterruptedBySignalError: If one has.
-        """
+        """Raise InterruptedBySignalError if a signal has arrived."""
         if self._requested is not None:
             raise InterruptedBySignalError(self._requested)
 

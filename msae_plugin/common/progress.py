@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from typing_extensions import override
 
 logger = logging.getLogger(__name__)
 
@@ -28,48 +29,24 @@ WARNING_PREFIX = "warning: "
 """What begins with it stays on the screen."""
 
 
-class ProgressDisplay(Protocol):
-    """Shows how far a run is."""
+class ProgressDisplay:
+    """Shows how far a run is; by itself nothing, but warnings are logged: the library's default."""
 
     def start(self, total_tokens: int, done_tokens: int, names: list[str]) -> None:
         """Training begins (or continues at `done_tokens`)."""
-        ...
 
     def message(self, text: str) -> None:
         """Say one thing outside the bar."""
-        ...
-
-    def advance(self, done_tokens: int) -> None:
-        """So many tokens are done in all."""
-        ...
-
-    def metrics(self, name: str, row: Mapping[str, float]) -> None:
-        """An SAE has a new log row."""
-        ...
-
-    def stop(self) -> None:
-        """Training has ended, for whatever reason; harmless when called twice."""
-        ...
-
-
-class SilentProgress:
-    """Shows nothing, and logs warnings: the default of the library."""
-
-    def start(self, total_tokens: int, done_tokens: int, names: list[str]) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Log a warning."""
         warnings_alone(text)
 
     def advance(self, done_tokens: int) -> None:
-        """Nothing."""
+        """So many tokens are done in all."""
 
     def metrics(self, name: str, row: Mapping[str, float]) -> None:
-        """Nothing."""
+        """An SAE has a new log row."""
 
     def stop(self) -> None:
-        """Nothing."""
+        """Training has ended, for whatever reason; harmless when called twice."""
 
 
 def describe_row(row: Mapping[str, float]) -> str:
@@ -83,12 +60,8 @@ def describe_row(row: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-class ConsoleProgress:
-    """A bar with one line per SAE in a terminal; a line every few seconds anywhere else.
-
-    Args:
-        console: Where to show it; standard error leaves standard output to results.
-    """
+class ConsoleProgress(ProgressDisplay):
+    """A bar with one line per SAE in a terminal; a line every few seconds anywhere else."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -108,8 +81,8 @@ class ConsoleProgress:
         self._started = time.perf_counter()
         self._next_line = 0.0
 
+    @override
     def start(self, total_tokens: int, done_tokens: int, names: list[str]) -> None:
-        """Show the bar."""
         self._total, self._done_before = total_tokens, done_tokens
         self._rows = dict.fromkeys(names, "")
         self._started = time.perf_counter()
@@ -126,13 +99,13 @@ class ConsoleProgress:
         lines = [Text(f"  {name:<{width}}  {row}") for name, row in self._rows.items() if row]
         return Group(self._bar, *lines)
 
+    @override
     def message(self, text: str) -> None:
-        """Print a line above the bar."""
         # Text, not markup: a path with brackets is not a style.
         self.console.print(Text(text), soft_wrap=True)
 
+    @override
     def advance(self, done_tokens: int) -> None:
-        """Move the bar, or print a line when one is due."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         speed = (done_tokens - self._done_before) / elapsed
         detail = f"{done_tokens:,}/{self._total:,} tokens  {speed:,.0f} tokens/s"
@@ -145,45 +118,15 @@ class ConsoleProgress:
             rows = "".join(f" | {name}: {row}" for name, row in self._rows.items() if row)
             self.message(f"{100 * done_tokens / self._total:3.0f} %  {detail}{rows}")
 
+    @override
     def metrics(self, name: str, row: Mapping[str, float]) -> None:
-        """Refresh the SAE's line."""
         self._rows[name] = describe_row(row)
 
+    @override
     def stop(self) -> None:
-        """Leave the last state on the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-
-class Advance(Protocol):
-    """Called with the number of tokens done since the last call."""
-
-    def __call__(self, tokens: int, /) -> None:
-        """Count them."""
-        ...
-
-
-@contextmanager
-def token_counter(console: Console, title: str, total: int) -> Generator[Advance]:
-    """Show how many of `total` tokens are done while the block runs."""
-    if console.is_terminal:
-        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda tokens: bar.update(task, advance=tokens)
-        return
-    console.print(Text(title), soft_wrap=True)
-    done, next_line = 0, time.perf_counter() + PLAIN_LINE_SECONDS
-
-    def advance(tokens: int) -> None:
-        nonlocal done, next_line
-        done += tokens
-        if time.perf_counter() >= next_line:
-            next_line = time.perf_counter() + PLAIN_LINE_SECONDS
-            console.print(f"{100 * done / total:3.0f} %  {done:,}/{total:,} tokens")
-
-    yield advance
 
 
 class Report(Protocol):
@@ -191,7 +134,6 @@ class Report(Protocol):
 
     def __call__(self, message: str, done: int | None = None, total: int | None = None) -> None:
         """Show it."""
-        ...
 
 
 def warnings_alone(message: str, done: int | None = None, total: int | None = None) -> None:
@@ -205,9 +147,8 @@ def warnings_alone(message: str, done: int | None = None, total: int | None = No
 def step_reporter(console: Console) -> Generator[Report]:
     """Show steps whose names and lengths are not known beforehand.
 
-    Args:
-        console: Where to show them: a line that changes in a terminal, elsewhere a line when the
-            message is new and now and then. A warning stays.
+    In a terminal on a line that changes; elsewhere on a line when the message is new, and now and
+    then. A warning stays.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -238,7 +179,7 @@ def step_reporter(console: Console) -> Generator[Report]:
 
 def training_display(progress: bool | Console) -> ProgressDisplay:
     """The display of a training run: on a console, on standard error (True), or silent (False)."""
-    return ConsoleProgress(_console(progress)) if progress else SilentProgress()
+    return ConsoleProgress(_console(progress)) if progress else ProgressDisplay()
 
 
 @contextmanager

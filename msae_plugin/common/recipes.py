@@ -94,16 +94,7 @@ def did_you_mean(
     n: int = 1,
     listed: int = 1000,
 ) -> str:
-    """`did you mean 'x'?`, or all the known names where none is near.
-
-    Args:
-        name: What was given.
-        known: What could have been.
-        otherwise: Stands before the list of the known names.
-        shown: How a near name is written.
-        n: Near names at most.
-        listed: Known names at most.
-    """
+    """`did you mean 'x'?`, or `otherwise` and the known names where none is near."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
     if near:
@@ -118,24 +109,12 @@ def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
 
 
 def as_mapping(value: object, where: str) -> dict[str, Any]:
-    """Check that a value is a mapping with string keys.
-
-    Raises:
-        InputError: If it is anything else.
-    """
+    """The value, if it is a mapping with string keys."""
     return coerce(value, dict[str, Any], where)
 
 
 def read_yaml(path: Path, kind: str = "config") -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Args:
-        path: The file.
-        kind: What it is, for messages.
-
-    Raises:
-        InputError: It cannot be read, or holds something else.
-    """
+    """The mapping in a YAML file; `kind` names it in messages."""
     try:
         values: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -173,15 +152,7 @@ def shipped_recipes(command: str) -> dict[str, Path]:
 
 
 def find_recipe(path: Path | str, command: str) -> Path:
-    """The file that a path or a name stands for; what exists on the disk comes first.
-
-    Args:
-        path: A YAML file, or the name of a shipped recipe.
-        command: Whose recipes are offered where there is no such file.
-
-    Raises:
-        InputError: There is no such file.
-    """
+    """The file that a path or the name of a shipped recipe stands for; the disk comes first."""
     file = Path(path).expanduser()
     if file.is_file():
         return file
@@ -196,11 +167,7 @@ def find_recipe(path: Path | str, command: str) -> Path:
 
 
 def read_recipe(path: Path | str, command: str) -> dict[str, Any]:
-    """Read the recipe of a command, by path or name.
-
-    Raises:
-        InputError: It cannot be found or read, or is one for another command.
-    """
+    """The values of a recipe, by path or name; refused where it is for another command."""
     values = read_yaml(find_recipe(path, command))
     found = command_of(values)
     if found not in (command, None):
@@ -216,13 +183,7 @@ def with_only(
 ) -> dict[str, Any]:
     """A recipe with some of its `saes` alone; as it is where no name is given.
 
-    Args:
-        values: The recipe; it is not changed.
-        names: Of the SAEs that stay.
-        elsewhere: Names of SAEs that do not stand in `saes`.
-
-    Raises:
-        InputError: The recipe has not one of these.
+    `elsewhere` are names of SAEs that do not stand in `saes`.
     """
     saes = as_mapping(values.get("saes") or {}, "saes")
     known = [*saes, *elsewhere]
@@ -242,14 +203,8 @@ def with_overrides(
 ) -> dict[str, Any]:
     """A copy of a recipe with `--set` applied, less the keys that are null.
 
-    Args:
-        values: The recipe as nested dictionaries.
-        overrides: `key.path=value` with the value in YAML, applied in order; `saes.NAME=null` and
-            `evaluations.NAME=null` leave one out.
-        adjust: Applied to each value, with its dotted path.
-
-    Raises:
-        InputError: An override cannot be applied.
+    Overrides are `key.path=value` with the value in YAML, applied in order; `saes.NAME=null` and
+    `evaluations.NAME=null` leave one out. `adjust` is applied to each value, with its path.
     """
     merged = copy.deepcopy(dict(values))
     for override in overrides:
@@ -266,11 +221,7 @@ def with_overrides(
 
 
 def set_value(values: dict[str, Any], path: str, value: object, where: str) -> None:
-    """Set a dotted key in nested dictionaries, making those that are missing.
-
-    Raises:
-        InputError: The path is none, or leads through something that is not a mapping.
-    """
+    """Set a dotted key in nested dictionaries, making those that are missing."""
     keys = path.split(".")
     if not all(keys):
         raise InputError(f"{where} is not of the form key.path=value")
@@ -293,14 +244,8 @@ def set_value(values: dict[str, Any], path: str, value: object, where: str) -> N
 def coerce(value: Any, annotation: Any, where: str) -> Any:
     """Check a value against a type, turning `"3e-4"` into a float and 1e6 into a whole number.
 
-    Args:
-        value: The value read from YAML.
-        annotation: A scalar, Literal, union, list or dict of these, or a dataclass of a recipe;
-            anything else is not checked.
-        where: Dotted path of the value, for messages.
-
-    Raises:
-        InputError: If the value does not fit.
+    The type is a scalar, Literal, union, list or dict of these, or a dataclass of a recipe;
+    anything else is not checked. `where` is the dotted path of the value, for messages.
     """
     try:
         return _adapter(annotation).validate_python(value)

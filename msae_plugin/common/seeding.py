@@ -18,11 +18,7 @@ import torch
 
 
 def derive_seed(seed: int, *labels: str) -> int:
-    """A seed for one part of the run, independent of the run's other parts.
-
-    Returns:
-        A number below 2**32, the range that numpy accepts.
-    """
+    """A seed for one part of the run, below 2**32 (numpy's range), independent of other parts."""
     digest = hashlib.sha256("\x1f".join([str(seed), *labels]).encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
@@ -37,9 +33,7 @@ def seed_everything(seed: int) -> None:
 class RandomStream:
     """One part's own view of torch's, numpy's and Python's global generators.
 
-    Args:
-        seed: Where the stream starts.
-        device: Device whose generator belongs to the stream as well; the CPU's always does.
+    The CPU's generators always belong to the stream, those of a CUDA device where it is given.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:

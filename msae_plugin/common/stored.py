@@ -230,11 +230,7 @@ class StoredCache(TypedDict, total=False):
 
 
 def parsed(text: str, where: str) -> Any:
-    """JSON that can be written again, as text and into a page.
-
-    Raises:
-        InputError: It is none.
-    """
+    """JSON that can be written again, as text and into a page."""
     try:
         content: Any = json.loads(text)
         if "\\ud" in text.lower():  # halves of characters, which no file can hold
@@ -245,15 +241,7 @@ def parsed(text: str, where: str) -> Any:
 
 
 def read_json_object(path: Path, shape: Any = Facts) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        path: The file.
-        shape: What the readers rely on: one of the types above.
-
-    Raises:
-        InputError: It cannot be read, or holds something else.
-    """
+    """The JSON object in a file, checked against one of the types above."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -262,11 +250,7 @@ def read_json_object(path: Path, shape: Any = Facts) -> dict[str, Any]:
 
 
 def checked(content: Any, where: str, shape: Any) -> Any:
-    """The content, if it is what the readers rely on.
-
-    Raises:
-        InputError: It is not.
-    """
+    """The content, if it is what the readers rely on."""
     if not isinstance(content, dict):
         raise InputError(f"{where} does not hold a JSON object")
     try:

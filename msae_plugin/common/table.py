@@ -22,25 +22,16 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Spread:
-    """A metric over seeds.
-
-    Args:
-        mean: Mean.
-        std: Sample standard deviation (n - 1); None for a single value, which has no spread.
-        n: Number of values.
-    """
+    """A metric over seeds."""
 
     mean: float
+    # Sample standard deviation (n - 1); None for a single value, which has no spread
     std: float | None
-    n: int
+    n: int  # Number of values
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Mean and sample standard deviation.
-
-    Raises:
-        ValueError: There is no value.
-    """
+    """Mean and sample standard deviation of at least one value."""
     listed = list(values)
     if not listed:
         raise ValueError("a spread needs at least one value")
@@ -130,48 +121,28 @@ CellValue = str | float | int | Spread | None
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
-
-    Args:
-        key: Name in the CSV.
-        heading: Shown above it.
-        detail: Unit or direction, in small type under the heading.
-        signed: Numbers carry their sign: differences.
-        digits: Decimal places; None chooses those that suit all values.
-        absent: Shown in place of None.
-        is_number: Aligned to the right; None leaves it to the values.
-    """
+    """A column of a table."""
 
     key: str
-    heading: str
-    detail: str = ""
-    signed: bool = False
-    digits: int | None = None
-    absent: str = NOT_MEASURED
-    is_number: bool | None = None
+    heading: str  # Shown above it
+    detail: str = ""  # Unit or direction, in small type under the heading
+    signed: bool = False  # Numbers carry their sign: differences
+    digits: int | None = None  # Decimal places; None chooses those that suit all values
+    absent: str = NOT_MEASURED  # Shown in place of None
+    is_number: bool | None = None  # Aligned to the right; None leaves it to the values
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns.
+    """Rows under columns; the first column names the row."""
 
-    Args:
-        name: File name, and id on a page.
-        caption: One sentence, or several.
-        columns: As many as each row has values. The first names the row.
-        rows: Text, numbers, means with spreads, or None for what was not measured.
-        folded: Closed at first, on a page.
-        best: Row and column of the cells to mark: the best of their column, and shown to be.
-
-    Raises:
-        ValueError: A row has more or fewer values than there are columns.
-    """
-
-    name: str
-    caption: str
-    columns: Sequence[Column]
+    name: str  # File name, and id on a page
+    caption: str  # One sentence, or several
+    columns: Sequence[Column]  # As many as each row has values. The first names the row
+    # Text, numbers, means with spreads, or None for what was not measured
     rows: Sequence[Sequence[CellValue]]
-    folded: bool = False
+    folded: bool = False  # Closed at first, on a page
+    # Row and column of the cells to mark: the best of their column, and shown to be
     best: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:

@@ -28,16 +28,15 @@ from typing_extensions import Self
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, key_digest
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import derive_seed, seed_everything
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.activation_store import PLACEHOLDER, ActivationWriter, read_activations
-from msae_plugin.training.cached_activations import write_activations
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
-from msae_plugin.training.passes import SharedPassRunner, reading_runner
+from msae_plugin.training.passes import SharedPassRunner, reading_runner, write_activations
 from msae_plugin.training.recipe import RunConfig
 
 SAMPLE_TOKENS = 4096
@@ -69,7 +68,6 @@ class ActivationSource(Protocol):
 
     def describe(self, metadata: SAEMetadata, hook: str) -> None:
         """Write into an SAE's metadata where its activations are from."""
-        ...
 
     def record(self) -> dict[str, Any]:
         """`model` and `data` of a `run.json`."""
@@ -77,13 +75,7 @@ class ActivationSource(Protocol):
 
 
 class SeededBatches:
-    """One seed's batches of some hooks, as SAELens' trainers take them.
-
-    Args:
-        source: Where they are from.
-        hooks: Which hooks.
-        seed: Whose order.
-    """
+    """One seed's batches of some hooks, as SAELens' trainers take them."""
 
     def __init__(self, source: ActivationSource, hooks: list[str], seed: int) -> None:
         self._source = source
@@ -144,13 +136,7 @@ def activations_key(config: CompareConfig) -> str:
 
 
 class StoredActivations:
-    """The activations of a comparison on the disk.
-
-    Args:
-        folder: OUTPUT/activations.
-        manifest: Contents of activations.json.
-        tensors: (rows, d_in) by hook, mapped from the files.
-    """
+    """The activations of a comparison on the disk, (rows, d_in) by hook, mapped from the files."""
 
     side_by_side: int | None = 1
 
@@ -203,11 +189,7 @@ class StoredActivations:
 
 
 def open_activations(output: Path) -> StoredActivations | None:
-    """The activations in a comparison's folder; None when the pass was not made or not finished.
-
-    Raises:
-        InputError: They are of another format.
-    """
+    """The activations in a comparison's folder; None when the pass was not made or not finished."""
     folder = output / FOLDER
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -229,11 +211,7 @@ def store_activations(
     guard: InterruptionGuard,
     report: Reporter,
 ) -> StoredActivations:
-    """Run the text through the model once and keep the activations.
-
-    Raises:
-        InputError: The text is too short, or the disk too small.
-    """
+    """Run the text through the model once and keep the activations."""
     folder = output / FOLDER
     # Of a pass that was killed.
     shutil.rmtree(folder, ignore_errors=True)
@@ -249,7 +227,7 @@ def store_activations(
         device,
         autocast=autocast,
         guard=guard,
-        progress=SilentProgress(),
+        progress=ProgressDisplay(),
     )
     record = ModelAndText(language_model, text, autocast).record()
     facts = {

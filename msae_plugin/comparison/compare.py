@@ -59,19 +59,13 @@ _OURS = frozenset(
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison that has ended.
-
-    Args:
-        output: Its folder.
-        contents: The contents of comparison.json; None where only a shard was trained.
-        failures: Reason by name, of SAEs that could not be trained.
-        complete: Whether everything was trained and measured.
-    """
+    """A comparison that has ended."""
 
     output: Path
+    # The contents of comparison.json; None where only a shard was trained
     contents: dict[str, Any] | None
-    failures: dict[str, str]
-    complete: bool
+    failures: dict[str, str]  # Reason by name, of SAEs that could not be trained
+    complete: bool  # Whether everything was trained and measured
 
 
 def compare(
@@ -85,20 +79,11 @@ def compare(
 ) -> Comparison:
     """Train, evaluate and write; again and again until everything is there.
 
-    Args:
-        config: The recipe.
-        output: The comparison's folder. What is complete in it is kept: a killed comparison goes
-            on, and SAEs that were added to the recipe are added to the results.
-        report: Shows progress.
-        language_model: A model that is loaded already, as `config.model` describes it.
-        shard: Train and measure a share only, and write no comparison.json: for several processes
-            on one folder. Controls and SAEBench's evaluations are left to the run without it.
-        skip_missing: Leave evaluations out whose data or packages are missing.
-
-    Raises:
-        InputError: The recipe or the folder cannot work, or another process writes into it.
-        RunFailure: A number could not be measured, or nothing could be trained.
-        InterruptedBySignalError: While training; everything finished is kept.
+    What is complete in the folder is kept: a killed comparison goes on, and SAEs that were added to
+    the recipe are added to the results. A shard trains and measures a share only and writes no
+    comparison.json, for several processes on one folder; controls and SAEBench's evaluations are
+    left to the run without it. `skip_missing` leaves evaluations out whose data or packages are
+    missing.
     """
     check_comparison_folder(output)
     shard = shard or Shard()
@@ -183,11 +168,7 @@ def _source_record(output: Path, entry: Entry) -> dict[str, Any]:
 
 
 def check_comparison_folder(output: Path) -> None:
-    """Refuse a folder that holds something else than a comparison.
-
-    Raises:
-        InputError: Saying what it holds.
-    """
+    """Refuse a folder that holds something else than a comparison."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {str(output)!r} is a file: give a folder")
     if not output.is_dir():

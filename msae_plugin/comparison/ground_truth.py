@@ -46,11 +46,7 @@ from msae_plugin.training.plans import default_device
 
 
 def model_config(section: SyntheticSettings) -> SyntheticModelConfig:
-    """SAELens' configuration of the ground truth.
-
-    Raises:
-        InputError: A field is unknown, missing or impossible.
-    """
+    """SAELens' configuration of the ground truth."""
     known = {item.name for item in dataclasses.fields(SyntheticModelConfig)}
     for key in section.model:
         if key not in known:
@@ -68,15 +64,7 @@ def model_config(section: SyntheticSettings) -> SyntheticModelConfig:
 
 
 class SyntheticSource:
-    """Ground-truth models and their samples.
-
-    Args:
-        section: The recipe's section.
-        batch_size: Samples per mini-batch.
-
-    Raises:
-        InputError: The section cannot work.
-    """
+    """Ground-truth models and their samples, `batch_size` per mini-batch."""
 
     def __init__(self, section: SyntheticSettings, batch_size: int) -> None:
         self.config = model_config(section)
@@ -154,8 +142,7 @@ class SyntheticSource:
 class RecordedSamples:
     """Recorded samples in place of a generator; from the beginning again with `rewind`.
 
-    Args:
-        batches: Sparse feature activations, each (n_samples, n_features), in the order of the draw.
+    Batches are sparse feature activations (n_samples, n_features) in the order of the draw.
     """
 
     def __init__(self, batches: Sequence[torch.Tensor]) -> None:
@@ -174,20 +161,12 @@ class RecordedSamples:
             return cls([generator.sample(size).to_sparse() for size in sizes])
 
     def rewind(self) -> ActivationGenerator:
-        """Begin again.
-
-        Returns:
-            Itself, as the generator it stands for: SAELens' evaluation calls `sample` alone.
-        """
+        """Begin again; itself, as the generator it stands for: SAELens calls `sample` alone."""
         self._next = 0
         return cast("ActivationGenerator", self)
 
     def sample(self, n_samples: int) -> torch.Tensor:
-        """The next batch, dense (n_samples, n_features).
-
-        Raises:
-            ValueError: Another size than was recorded is asked for, or more batches.
-        """
+        """The next batch, dense (n_samples, n_features); ValueError if not recorded so."""
         if self._next == len(self._batches):
             raise ValueError(f"only {len(self._batches)} batches were recorded")
         batch = self._batches[self._next]
@@ -202,133 +181,15 @@ FOLDER = "ground_truth"
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exported SAE to judge.
-
-    Attributes:
-        name: Unique.
-        entry: What it is, or is made of.
-        permuted: Its decoder directions belong to other latents: a control.
-    """
+    """An exported SAE to judge."""
 
     name: str
-    entry: Entry
-    permuted: bool = False
-
-    def load(self, output: Path, device: str) -> SAE[Any]:
-        """The SAE, from the comparison's folder."""
-        folder = sae_folder(output, self.entry.name) / SAE_FOLDER
-        sae = SAE.load_from_disk(folder, device=device)
-        if not self.permuted:
-            return sae
-        return with_permuted_decoder(sae, derive_seed(self.entry.seed, "permuted decoder"))
-
-
-def measure_ground_truth(
-    config: CompareConfig,
-    output: Path,
-    candidates: Sequence[Candidate],
-    source: SyntheticSource,
-    report: Reporter,
-) -> dict[str, dict[str, float]]:
-    """Metrics of every SAE by name; what was measured before is read.
-
-    Raises:
-        RunFailure: A metric is not a number.
-    """
-    folder = output / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, float]] = {}
-    samples: tuple[int, RecordedSamples] | None = None
-    # By seed: a ground truth of each seed's own is made once.
-    for number, candidate in enumerate(sorted(candidates, key=lambda one: one.entry.seed)):
-        report("judging against the ground truth", number, len(candidates))
-        sae, seed = candidate.load(output, source.device), candidate.entry.seed
-        key = _key(config, candidate, sae)
-        path = folder / f"{candidate.name}.json"
-        stored = stored_metrics(path, key)
-        if stored is None:
-            if samples is None or samples[0] != seed:
-                samples = seed, record_samples(config, source, seed)
-            stored = judge(config, source, sae, seed, samples[1])
-            require_real(stored, f"SAE {candidate.name!r}")
-            store_metrics(path, key, stored)
-        found[candidate.name] = stored
-    return found
-
-
-def record_samples(config: CompareConfig, source: SyntheticSource, seed: int) -> RecordedSamples:
-    """The samples on which all SAEs of a seed are judged."""
-    section = config.synthetic
-    assert section is not None, "only a comparison on ground truth is judged so"
-    with source.stream(config.training.seed, "evaluation", str(seed)).active():
-        return RecordedSamples.record(
-            source.model(seed).activation_generator, section.eval_samples, section.eval_batch_size
-        )
-
-
-def judge(
-    config: CompareConfig,
-    source: SyntheticSource,
-    sae: SAE[Any],
-    seed: int,
-    samples: RecordedSamples,
-) -> dict[str, float]:
-    """`ground_truth/...` of one SAE on recorded samples of its seed."""
-    section = config.synthetic
-    assert section is not None, "as in record_samples"
-    result = eval_sae_on_synthetic_data(
-        sae,
-        source.model(seed).feature_dict,
-        samples.rewind(),
-        num_samples=section.eval_samples,
-        batch_size=section.eval_batch_size,
-    )
-    classified = result.classification
-    values = {
-        "f1": classified.f1_score,
-        "precision": classified.precision,
-        "recall": classified.recall,
-        "mcc": result.mcc,
-        "uniqueness": result.uniqueness,
-        "explained_variance": result.explained_variance,
-        "shrinkage": result.shrinkage,
-        "dead_latents": result.dead_latents,
-        "dead_share": result.dead_latents / sae.cfg.d_sae,
-        "l0": result.sae_l0,
-        "true_l0": result.true_l0,
-        "mean_max_decoder_cosine": mean_max_decoder_cosine(sae.W_dec),
-    }
-    alignment = encoder_decoder_alignment(sae, torch.ones(sae.cfg.d_sae, dtype=torch.bool))
-    if alignment is not None:
-        values["encoder_decoder_alignment"] = alignment
-    return {f"ground_truth/{name}": float(value) for name, value in values.items()}
-
-
-def _key(config: CompareConfig, candidate: Candidate, sae: SAE[Any]) -> str:
-    section = config.synthetic
-    assert section is not None, "as in judge"
-    return key_digest(
-        {
-            "model": section.model,
-            "own": section.new_model_per_seed,
-            "samples": [section.eval_samples, section.eval_batch_size],
-            "seeds": [config.training.seed, candidate.entry.seed],
-            "sae": tensors_sha256(sae.state_dict()),
-        }
-    )
+    entry: Entry  # What it is, or is made of
+    permuted: bool = False  # Its decoder directions belong to other latents: a control
 
 
 class GroundTruthTestbed:
-    """Samples, metrics and controls of a comparison on ground truth.
-
-    Args:
-        config: The recipe.
-        output: The comparison's folder.
-        report: Shows progress.
-
-    Raises:
-        InputError: The ground truth's configuration cannot work.
-    """
+    """Samples, metrics and controls of a comparison on ground truth."""
 
     def __init__(self, config: CompareConfig, output: Path, report: Reporter) -> None:
         if config.synthetic is None:
@@ -336,6 +197,7 @@ class GroundTruthTestbed:
         self.config = config
         self.output = output
         self._report = report
+        self._section = config.synthetic
         self._source = SyntheticSource(config.synthetic, config.training.batch_size_tokens)
         self.device = self._source.device
 
@@ -357,18 +219,14 @@ class GroundTruthTestbed:
     ) -> Measured:
         """SAELens' metrics of the trained SAEs and the controls."""
         del source
-        candidates = [Candidate(entry.name, entry) for entry in trained]
         names = {entry.name for entry in trained}
-        candidates += [
+        controls = [
             Candidate(control.name, control.of, permuted=True)
             for control in expansion.controls
             if control.of is not None and control.of.name in names
         ]
         measured = Measured()
-        found = measure_ground_truth(
-            self.config, self.output, candidates, self._source, self._report
-        )
-        for name, metrics in found.items():
+        for name, metrics in self._metrics([*_candidates(trained), *controls]).items():
             measured.add(name, metrics)
         return measured
 
@@ -377,5 +235,85 @@ class GroundTruthTestbed:
     ) -> None:
         """Measure SAEs and keep it for `measure`; one of several processes on one folder."""
         del expansion, source
-        candidates = [Candidate(entry.name, entry) for entry in trained]
-        measure_ground_truth(self.config, self.output, candidates, self._source, self._report)
+        self._metrics(_candidates(trained))
+
+    def _metrics(self, candidates: Sequence[Candidate]) -> dict[str, dict[str, float]]:
+        """Metrics of every SAE by name; what was measured before is read."""
+        folder = self.output / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        found: dict[str, dict[str, float]] = {}
+        samples: tuple[int, RecordedSamples] | None = None
+        # By seed: a ground truth of each seed's own is made once.
+        for number, candidate in enumerate(sorted(candidates, key=lambda one: one.entry.seed)):
+            self._report("judging against the ground truth", number, len(candidates))
+            sae, seed = self._load(candidate), candidate.entry.seed
+            key = self._key(seed, sae)
+            path = folder / f"{candidate.name}.json"
+            stored = stored_metrics(path, key)
+            if stored is None:
+                if samples is None or samples[0] != seed:
+                    samples = seed, self._record_samples(seed)
+                stored = self._judge(sae, seed, samples[1])
+                require_real(stored, f"SAE {candidate.name!r}")
+                store_metrics(path, key, stored)
+            found[candidate.name] = stored
+        return found
+
+    def _load(self, candidate: Candidate) -> SAE[Any]:
+        folder = sae_folder(self.output, candidate.entry.name) / SAE_FOLDER
+        sae = SAE.load_from_disk(folder, device=self.device)
+        if not candidate.permuted:
+            return sae
+        return with_permuted_decoder(sae, derive_seed(candidate.entry.seed, "permuted decoder"))
+
+    def _record_samples(self, seed: int) -> RecordedSamples:
+        """The samples on which all SAEs of a seed are judged."""
+        section, source = self._section, self._source
+        with source.stream(self.config.training.seed, "evaluation", str(seed)).active():
+            generator = source.model(seed).activation_generator
+            return RecordedSamples.record(generator, section.eval_samples, section.eval_batch_size)
+
+    def _judge(self, sae: SAE[Any], seed: int, samples: RecordedSamples) -> dict[str, float]:
+        """`ground_truth/...` of one SAE on recorded samples of its seed."""
+        result = eval_sae_on_synthetic_data(
+            sae,
+            self._source.model(seed).feature_dict,
+            samples.rewind(),
+            num_samples=self._section.eval_samples,
+            batch_size=self._section.eval_batch_size,
+        )
+        classified = result.classification
+        values = {
+            "f1": classified.f1_score,
+            "precision": classified.precision,
+            "recall": classified.recall,
+            "mcc": result.mcc,
+            "uniqueness": result.uniqueness,
+            "explained_variance": result.explained_variance,
+            "shrinkage": result.shrinkage,
+            "dead_latents": result.dead_latents,
+            "dead_share": result.dead_latents / sae.cfg.d_sae,
+            "l0": result.sae_l0,
+            "true_l0": result.true_l0,
+            "mean_max_decoder_cosine": mean_max_decoder_cosine(sae.W_dec),
+        }
+        alignment = encoder_decoder_alignment(sae, torch.ones(sae.cfg.d_sae, dtype=torch.bool))
+        if alignment is not None:
+            values["encoder_decoder_alignment"] = alignment
+        return {f"ground_truth/{name}": float(value) for name, value in values.items()}
+
+    def _key(self, seed: int, sae: SAE[Any]) -> str:
+        section = self._section
+        return key_digest(
+            {
+                "model": section.model,
+                "own": section.new_model_per_seed,
+                "samples": [section.eval_samples, section.eval_batch_size],
+                "seeds": [self.config.training.seed, seed],
+                "sae": tensors_sha256(sae.state_dict()),
+            }
+        )
+
+
+def _candidates(trained: Sequence[Entry]) -> list[Candidate]:
+    return [Candidate(entry.name, entry) for entry in trained]

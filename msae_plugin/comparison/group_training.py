@@ -1,4 +1,4 @@
-"""Training of SAEs that share their batches, and its end: cut, export and record of each."""
+"""Training of SAEs that share their batches, and its end: threshold, export and record of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing_extensions import override
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.comparison.activations import ActivationSource, SeededBatches
 from msae_plugin.comparison.methods import (
     SAES_FOLDER,
@@ -42,16 +42,7 @@ _SMALLEST_L0 = 0.05
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """A comparison under way: everything that its trainings share.
-
-    Args:
-        config: The recipe.
-        source: The activations.
-        output: The comparison's folder.
-        device: Where SAEs live.
-        guard: Knows about signals.
-        report: Shows progress.
-    """
+    """A comparison under way: everything that its trainings share."""
 
     config: CompareConfig
     source: ActivationSource
@@ -67,16 +58,10 @@ class ComparisonRun:
 
 @dataclass(frozen=True)
 class Group:
-    """SAEs to train together, of one seed and one number of mini-batches per step.
-
-    Args:
-        entries: The SAEs.
-        coefficients: Value of each searched knob by the SAE's name.
-        tokens: Length of the run.
-    """
+    """SAEs to train together, of one seed and one number of mini-batches per step."""
 
     entries: Sequence[Entry]
-    coefficients: Mapping[str, float]
+    coefficients: Mapping[str, float]  # Value of each searched setting by the SAE's name
     tokens: int
 
     @property
@@ -85,7 +70,7 @@ class Group:
         return self.entries[0].seed
 
 
-class _ReportedProgress(SilentProgress):
+class _ReportedProgress(ProgressDisplay):
     """Tells a comparison's reporter how far a training is."""
 
     def __init__(self, report: Reporter, title: str) -> None:
@@ -107,13 +92,8 @@ class _ReportedProgress(SilentProgress):
 class GroupSession(TrainingSession):
     """Trains a group of a comparison.
 
-    Args:
-        group: The SAEs.
-        settings: The session.
-        saes: The initialised SAEs by name.
-        batches: Of the group's seed.
-        keys: By name, what an SAE depends on; kept in checkpoints.
-        earlier: Seconds of each SAE's own steps in earlier sessions.
+    Keys are what each SAE depends on, kept in checkpoints; `earlier` the seconds of each SAE's own
+    steps in earlier sessions.
     """
 
     def __init__(
@@ -163,20 +143,9 @@ def train_group(
     checkpoint: Checkpoint | None = None,
     title: str,
 ) -> GroupSession:
-    """Train to the end; scaling is not folded and no threshold is set yet.
+    """Train to the end, from a checkpoint if given; nothing is folded and no threshold set yet.
 
-    Args:
-        run: The comparison.
-        group: Which SAEs.
-        keys: By name, what an SAE depends on; kept in checkpoints. None keeps no logs: a trial of
-            a search.
-        store: Where checkpoints go; None writes none.
-        checkpoint: Continue from here.
-        title: For the progress.
-
-    Raises:
-        InterruptedBySignalError: Between two steps, once a checkpoint is written.
-        RunFailure: A loss is not finite.
+    Without keys no logs are kept, without a store no checkpoints: a trial of a search.
     """
     config, tokens = run.config, group.tokens
     training = entry_training(group.entries[0], config, tokens)
@@ -240,53 +209,50 @@ def is_matched(l0: float, target: float, tolerance: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The inference cut of a trained SAE.
+class L0Match:
+    """A trained SAE at its inference threshold."""
 
-    Args:
-        l0: Active latents per token on fresh activations.
-        calibration: What was changed for it; None for an architecture without a cut.
-    """
-
-    l0: float
+    l0: float  # Active latents per token on fresh activations
+    # What was changed for it; None for an architecture without a threshold
     calibration: Mapping[str, float] | None
 
 
-def set_cut(run: ComparisonRun, trained: GroupSession, entry: Entry) -> Cut:
-    """Set the cut of an SAE that has one to its target L0, and measure the L0."""
+def match_l0(run: ComparisonRun, trained: GroupSession, entry: Entry) -> L0Match:
+    """Set the threshold of an SAE that has one to its target L0, and measure the L0."""
     sae = trained.saes[entry.name]
     sae.eval()
     count = run.config.training.calibrate_batches
     batches = trained.scaled(entry.name, run.source.fresh(entry.hook, entry.seed, count))
     if needs_calibration(sae):
         found = calibrate(sae, batches)
-        return Cut(found["l0_after"], found)
-    if isinstance(sae, JumpReLUTrainingSAE) and not entry.method.knob.searched:
+        return L0Match(found["l0_after"], found)
+    if isinstance(sae, JumpReLUTrainingSAE) and not entry.method.sparsity.searched:
         found = scale_thresholds(sae, batches, entry.l0)
-        return Cut(found["l0_after"], found)
-    return Cut(mean_l0(sae, batches), None)
+        return L0Match(found["l0_after"], found)
+    return L0Match(mean_l0(sae, batches), None)
 
 
 def finish(
     run: ComparisonRun,
     trained: GroupSession,
-    cuts: Mapping[str, Cut],
+    matches: Mapping[str, L0Match],
     keys: Mapping[str, str],
     search_tokens: Mapping[str, int],
 ) -> None:
-    """Fold, export and record every SAE of a group.
-
-    Raises:
-        RunFailure: An export does not agree with what was trained, or is silent.
-    """
+    """Fold, export and record every SAE of a group."""
     trained.trainer.fold_scaling()
     for entry in trained.group.entries:
         name = entry.name
-        _finish_one(run, trained, entry, cuts[name], keys[name], search_tokens.get(name, 0))
+        _finish_one(run, trained, entry, matches[name], keys[name], search_tokens.get(name, 0))
 
 
 def _finish_one(
-    run: ComparisonRun, trained: GroupSession, entry: Entry, cut: Cut, key: str, search_tokens: int
+    run: ComparisonRun,
+    trained: GroupSession,
+    entry: Entry,
+    match: L0Match,
+    key: str,
+    search_tokens: int,
 ) -> None:
     config, training, plan = run.config, trained.settings.training, trained.plans[entry.name]
     lr, seconds = training.lr if plan.lr is None else plan.lr, trained.seconds[entry.name]
@@ -303,8 +269,8 @@ def _finish_one(
                 "accumulation_steps": training.accumulation_steps,
                 "comparison": config.to_dict(),
             },
-            calibration=cut.calibration,
-            l0=cut.l0,
+            calibration=match.calibration,
+            l0=match.l0,
         )
     except RunFailure as failure:
         raise RunFailure(f"SAE {entry.name!r}: {failure}") from failure
@@ -324,7 +290,10 @@ def _finish_one(
                 }
             },
             "config": config.to_dict(),
-            "comparison": {"key": key, "row": _row(trained, entry, config, cut, lr, search_tokens)},
+            "comparison": {
+                "key": key,
+                "row": _row(trained, entry, config, match, lr, search_tokens),
+            },
         },
         seconds,
     ).write("complete")
@@ -334,14 +303,16 @@ def _row(
     trained: GroupSession,
     entry: Entry,
     config: CompareConfig,
-    cut: Cut,
+    match: L0Match,
     lr: float,
     search_tokens: int,
 ) -> dict[str, Any]:
     """The SAE's row of comparison.json, without metrics."""
-    method, knob = entry.method, entry.method.knob
+    method, sparsity = entry.method, entry.method.sparsity
     sae_config = trained.plans[entry.name].config
-    found = {knob.name: float(getattr(sae_config, knob.name))} if knob.searched else None
+    found = (
+        {sparsity.name: float(getattr(sae_config, sparsity.name))} if sparsity.searched else None
+    )
     row = {
         "name": entry.name,
         "method": method.name,
@@ -349,8 +320,8 @@ def _row(
         "preset": method.section.get("preset"),
         "hook": None if config.synthetic is not None else entry.hook,
         "l0_target": entry.l0,
-        "l0_measured": cut.l0,
-        "l0_matched": is_matched(cut.l0, entry.l0, config.search.tolerance),
+        "l0_measured": match.l0,
+        "l0_matched": is_matched(match.l0, entry.l0, config.search.tolerance),
         "seed": entry.seed,
         "lr": lr,
         "coefficient": found,
@@ -372,14 +343,6 @@ def _row(
     return row
 
 
-def halves(group: Group) -> list[Group]:
-    """A group in two, to find the SAE that fails."""
-    middle = len(group.entries) // 2
-    return [
-        replace(group, entries=half) for half in (group.entries[:middle], group.entries[middle:])
-    ]
-
-
 def trained_or_failed(
     train: Callable[[Group], None], group: Group, failed: Callable[[Entry, RunFailure], None]
 ) -> None:
@@ -390,5 +353,6 @@ def trained_or_failed(
         if len(group.entries) == 1:
             failed(group.entries[0], failure)
             return
-        for half in halves(group):
-            trained_or_failed(train, half, failed)
+        middle = len(group.entries) // 2
+        for half in (group.entries[:middle], group.entries[middle:]):
+            trained_or_failed(train, replace(group, entries=half), failed)

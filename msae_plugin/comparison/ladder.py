@@ -13,11 +13,14 @@ number of it: all its reported runs read `training_steps: 0`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from msae_plugin.architecture.peers.registry import batchtopk_section
+import yaml
+
+from msae_plugin.architecture.peers import batchtopk_section
 from msae_plugin.architecture.presets import preset, preset_names, preset_summary
 from msae_plugin.common.errors import InputError
 
@@ -25,182 +28,34 @@ Group = Literal["cumulative", "alone", "default"]
 
 BASELINE, OFF, DEFAULT = "baseline", "off", "default"
 _NO_AUXK = "only-no-auxk"
-# Largest move of z per step: from run 2's 1.5 to the 2.05 of L0 = 48 at d_sae 2304 in 28 steps.
-_Z_RATE = 0.02
-_FOLLOWS_L0 = {"zscore_z_lr": _Z_RATE}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One method of the ladder.
-
-    Args:
-        name: Of the method in the comparison.
-        group: Which part of the ladder.
-        mechanism: What is different, in a few words.
-        claim: What it is for in the source; None for what the source does not have.
-        against: Name of the variant it is compared with; None for a reference.
-        section: As in `saes` of a comparison, less d_sae and lr.
-    """
+    """One method of the ladder."""
 
     name: str
     group: Group
-    mechanism: str
-    claim: str | None
-    against: str | None
-    section: Mapping[str, Any]
+    mechanism: str  # What is different, in a few words
+    claim: str | None  # What it is for in the source; None for what the source does not have
+    against: str | None  # Name of the variant it is compared with; None for a reference
+    section: Mapping[str, Any]  # As in `saes` of a comparison, less d_sae and lr
 
 
 @dataclass(frozen=True)
 class _Mechanism:
-    key: str
-    mechanism: str
-    claim: str | None
-    section: Mapping[str, Any]
+    text: str
+    claim: str | None = None
+    section: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    removal: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-_RUN_CLAIMS = {
-    1: "thresholds adapt to each latent, features become orthogonal, activity decorrelates",
-    2: "stable training, decoder rows comparable",
-    3: "no divergence when gradients are large",
-    4: "better reconstruction",
-    5: "capacity goes to features that matter",
-    6: "robust to the scale of the input",
-    7: "normalisation where the input needs it",
-    8: "features interact",
-    9: "features at several scales",
-    10: "smoother gradients, larger effective batch",
-}
-
-_ORTHOGONAL = {
-    "orthogonality_coefficient": 0.1,
-    "orthogonality_pairs": "chunks",
-    "orthogonality_weighting": "none",
-}
-_NEIGHBOURS = {
-    "orthogonality_coefficient": 3.0,
-    "orthogonality_pairs": "neighbours",
-    "orthogonality_weighting": "coactivation",
-}
-_SKETCHED = {
-    "orthogonality_coefficient": 3.0,
-    "orthogonality_pairs": "chunks",
-    "orthogonality_weighting": "coactivation",
-    "sketch_rank": 32,
-}
-_FOUR_SCALES = {
-    "norm_scales": [0.1, 0.5, 1.0, 2.0],
-    "norm_eps": 0.1,
-    "norm_eps_mode": "relative",
-}
-_BUDGETS = {"sparsity_scales": [2.0], "sparsity_scale_weight": 0.25}
-_PREFIXES = {
-    "prefix_fractions": [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2],
-    "prefix_weight": 0.25,
-    "prefix_sort_every": 100,
-}
-
-# Mechanisms of the source; each is put on BatchTopK and on the default.
-_SOURCE_MECHANISMS = (
-    _Mechanism(
-        "zscore",
-        "z-score thresholds in place of BatchTopK",
-        "adapt to each latent",
-        {"selection": "zscore", "zscore_z": 2.0, **_FOLLOWS_L0},
-    ),
-    _Mechanism(
-        "coactivation",
-        "penalty weighted by co-activation, over decoder neighbours",
-        "push apart only what interferes",
-        _NEIGHBOURS,
-    ),
-    _Mechanism(
-        "sketch",
-        "penalty weighted by a rank-32 sketch of the co-activation",
-        "decorrelate at low rank",
-        _SKETCHED,
-    ),
-    _Mechanism(
-        "init",
-        "init 1/sqrt(d) and unit-norm decoder",
-        "stable training",
-        {"weight_init": "inverse_sqrt_d", "decoder_init_norm": 1.0, "unit_norm_decoder": True},
-    ),
-    _Mechanism(
-        "gradient-lr",
-        "learning rate that falls with large gradients",
-        "no divergence",
-        {"gradient_lr": {"enabled": True}, "lr_floor": 1e-5},
-    ),
-    _Mechanism("skip", "skip connection 0.1", "better reconstruction", {"skip_scale": 0.1}),
-    _Mechanism(
-        "importance",
-        "gradients weighted by importance",
-        "capacity to what matters",
-        {"importance_power": 0.5},
-    ),
-    _Mechanism("layer-norm", "layer normalisation", "robust to scale", {"norm_scales": [1.0]}),
-    _Mechanism(
-        "gated-norm",
-        "gated layer normalisation",
-        "normalise where needed",
-        {"norm_scales": [1.0], "norm_gate": True},
-    ),
-    _Mechanism("four-scales", "normalisation at four scales", "several scales", _FOUR_SCALES),
-    _Mechanism(
-        "attention",
-        "attention over four scales",
-        "features interact",
-        {**_FOUR_SCALES, "norm_attention": True},
-    ),
-    _Mechanism(
-        "accumulation",
-        "gradients of 4 mini-batches per step",
-        "smoother gradients",
-        {"accumulation_steps": 4},
-    ),
-    _Mechanism(
-        "revival",
-        "revival of dead latents that interfere",
-        "dead features come back",
-        {"revival_every": 50, "revival_dead_steps": 50, "revival_min_cosine": 0.2},
-    ),
-)
-# Mechanisms that the default preset has or could have: each is put on BatchTopK, and removed from
-# the default where that has it, else added to it.
-_DEFAULT_MECHANISMS = (
-    (_Mechanism("budgets", "loss at 2 k", None, _BUDGETS), {"sparsity_scales": []}),
-    (_Mechanism("prefixes", "nested prefixes", None, _PREFIXES), {"prefix_fractions": []}),
-    (
-        _Mechanism("annealing", "k annealed from 2 k", None, {}),
-        {"k_anneal_steps": 0, "k_initial_multiplier": 1.0},
-    ),
-    (
-        _Mechanism("orthogonality", "OrtSAE's penalty", "orthogonal features", _ORTHOGONAL),
-        {"orthogonality_coefficient": 0.0},
-    ),
-    (
-        _Mechanism("auxk", "AuxK for dead latents", None, {}),
-        {"aux_loss_coefficient": 0.0},
-    ),
-    (
-        _Mechanism(
-            "firing-floor",
-            "a lower cut for latents that hardly fire",
-            None,
-            {"firing_floor": 0.1},
-        ),
-        {"firing_floor": 0.0},
-    ),
-    (
-        _Mechanism(
-            "dense-limit",
-            "higher thresholds for dense latents",
-            None,
-            {"dense_share_limit": 0.3},
-        ),
-        {"dense_share_limit": 1.0},
-    ),
+_STORED = yaml.safe_load(Path(__file__).with_name("ladder.yaml").read_text(encoding="utf-8"))
+_RUN_CLAIMS: Sequence[str] = _STORED["run_claims"]
+_FOLLOWS_L0: Mapping[str, Any] = _STORED["follows_l0"]
+_OF_THE_DEFAULT, _OF_THE_SOURCE = (
+    {key: _Mechanism(**entry) for key, entry in _STORED[of].items()}
+    for of in ("of_the_default", "of_the_source")
 )
 
 
@@ -210,11 +65,7 @@ def ladder_variants() -> list[Variant]:
 
 
 def chosen_variants(groups: list[Group], leave_out: list[str]) -> list[Variant]:
-    """The variants of some groups, less some names.
-
-    Raises:
-        InputError: A name is no variant, or is what others are compared with.
-    """
+    """The variants of some groups, less some names."""
     known = {variant.name for variant in ladder_variants()}
     for name in leave_out:
         if name not in known:
@@ -247,17 +98,9 @@ def _cumulative() -> list[Variant]:
         )
     ]
     runs = [name for name in preset_names() if name.startswith("source-run-")]
-    for number, name in enumerate(runs, start=1):
-        found.append(
-            Variant(
-                name,
-                "cumulative",
-                preset_summary(name),
-                _RUN_CLAIMS[number],
-                BASELINE if number == 1 else runs[number - 2],
-                {"preset": name, **_FOLLOWS_L0},
-            )
-        )
+    for name, claim, before in zip(runs, _RUN_CLAIMS, [BASELINE, *runs], strict=False):
+        section = {"preset": name, **_FOLLOWS_L0}
+        found.append(Variant(name, "cumulative", preset_summary(name), claim, before, section))
     return found
 
 
@@ -265,16 +108,15 @@ def _alone() -> list[Variant]:
     off = batchtopk_section()
     no_auxk = {**off, "aux_loss_coefficient": 0.0}
     found = [Variant(OFF, "alone", "every mechanism off: BatchTopK", None, None, off)]
-    for item in (*(m for m, _ in _DEFAULT_MECHANISMS), *_SOURCE_MECHANISMS):
-        if item.key == "auxk":
+    for key, item in {**_OF_THE_DEFAULT, **_OF_THE_SOURCE}.items():
+        if key == "auxk":
             continue  # part of BatchTopK: below it is removed
         section = {**off, **item.section}
-        if item.key == "annealing":
+        if key == "annealing":
             # The preset fits the schedule to the run: it is what `off` leaves out.
-            for key in ("k_anneal_steps", "k_initial_multiplier"):
-                section.pop(key)
-        found.append(Variant(f"only-{item.key}", "alone", item.mechanism, item.claim, OFF, section))
-    revival = next(m for m in _SOURCE_MECHANISMS if m.key == "revival")
+            section = {name: off[name] for name in off if name not in item.removal}
+        found.append(Variant(f"only-{key}", "alone", item.text, item.claim, OFF, section))
+    revival = _OF_THE_SOURCE["revival"]
     found += [
         Variant(_NO_AUXK, "alone", "BatchTopK without AuxK", None, OFF, no_auxk),
         Variant(
@@ -293,18 +135,18 @@ def _default() -> list[Variant]:
     found = [Variant(DEFAULT, "default", "the default preset", None, None, {"preset": DEFAULT})]
     # The ladder follows the preset: what it is made of is not said twice.
     settings = vars(preset(DEFAULT, d_in=16, d_sae=64, k=4, training_steps=100))
-    for item, removal in _DEFAULT_MECHANISMS:
-        has_it = any(settings[key] != value for key, value in removal.items())
+    for key, item in _OF_THE_DEFAULT.items():
+        has_it = any(settings[name] != value for name, value in item.removal.items())
         if not has_it and not item.section:
             continue
         word, text = ("no", "without") if has_it else ("plus", "with")
-        section = {"preset": DEFAULT, **(removal if has_it else item.section)}
-        name, text = f"default-{word}-{item.key}", f"default {text}: {item.mechanism}"
+        section = {"preset": DEFAULT, **(item.removal if has_it else item.section)}
+        name, text = f"default-{word}-{key}", f"default {text}: {item.text}"
         found.append(Variant(name, "default", text, item.claim, DEFAULT, section))
-    for item in _SOURCE_MECHANISMS:
+    for key, item in _OF_THE_SOURCE.items():
         section = {"preset": DEFAULT, **item.section}
         against = DEFAULT
-        if item.key == "zscore":
+        if key == "zscore":
             # A threshold has no budget to scale, and no common cut that a floor could lower.
             section["sparsity_scales"] = []
             if settings["firing_floor"]:
@@ -313,8 +155,6 @@ def _default() -> list[Variant]:
                 section["dense_share_limit"] = 1.0
             without = "default-no-budgets"
             against = without if any(v.name == without for v in found) else DEFAULT
-        text = f"default with: {item.mechanism}"
-        found.append(
-            Variant(f"default-plus-{item.key}", "default", text, item.claim, against, section)
-        )
+        text = f"default with: {item.text}"
+        found.append(Variant(f"default-plus-{key}", "default", text, item.claim, against, section))
     return found

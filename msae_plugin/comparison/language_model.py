@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -36,7 +36,7 @@ from msae_plugin.comparison.methods import (
 )
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import Measured, store_metrics, stored_metrics
-from msae_plugin.data.text import TextData, Window, iterate_windows
+from msae_plugin.data.text import TextData, iterate_windows
 from msae_plugin.evaluation.contexts import ContextCollector, contexts_as_json
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
@@ -60,73 +60,6 @@ _AT_ONCE = 32
 _CONTEXTS_PER_LATENT = 5
 
 
-@dataclass(frozen=True)
-class HeldoutText:
-    """Held-out text, and the model that reads it.
-
-    Args:
-        language_model: The model.
-        texts: Held-out documents.
-        autocast: Whether the model runs in bfloat16, as it did for the training activations.
-        hooks: Hook of each SAE, as the model knows it.
-    """
-
-    language_model: LanguageModel
-    texts: Sequence[str]
-    autocast: bool
-    hooks: Mapping[str, str]
-
-
-def heldout_keys(
-    config: CompareConfig, activations_key: str, subjects: Sequence[EvaluatedSAE]
-) -> dict[str, str]:
-    """A digest of everything that an SAE's held-out metrics depend on, by name."""
-    heldout = config.heldout
-    shared = [activations_key, heldout.tokens, heldout.loss_tokens]
-    return {s.name: key_digest({"shared": shared, "sae": s.weights_sha256}) for s in subjects}
-
-
-def stored_heldout(output: Path, keys: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Metrics by name, of the SAEs that were measured with these keys."""
-    found = {
-        name: stored_metrics(output / FOLDER / f"{name}.json", key) for name, key in keys.items()
-    }
-    return {name: metrics for name, metrics in found.items() if metrics is not None}
-
-
-def measure_heldout(
-    config: CompareConfig,
-    output: Path,
-    subjects: Sequence[EvaluatedSAE],
-    keys: Mapping[str, str],
-    text: HeldoutText,
-    with_contexts: Sequence[str],
-    report: Reporter,
-) -> None:
-    """Measure SAEs and store what was found, a few at a time.
-
-    Raises:
-        InputError: There is too little held-out text.
-    """
-    folder = output / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(subjects), _AT_ONCE):
-        group = subjects[start : start + _AT_ONCE]
-        message = f"held-out text: SAEs {start + 1} to {start + len(group)} of {len(subjects)}"
-        collectors = {
-            subject.name: ContextCollector(
-                subject.sae.cfg.d_sae, config.data.context_size, _CONTEXTS_PER_LATENT
-            )
-            for subject in group
-            if subject.name in with_contexts
-        }
-        report(message, 0, config.heldout.tokens)
-        found = _evaluate(config, group, text, collectors, report, message)
-        _write_contexts(config, output, group, collectors, text)
-        for name, metrics in found.items():
-            store_metrics(folder / f"{name}.json", keys[name], as_metrics(metrics))
-
-
 def as_metrics(found: HeldoutMetrics) -> dict[str, float]:
     """`heldout/...` by name; what could not be measured is left out."""
     values: dict[str, Any] = found.to_dict()
@@ -136,84 +69,11 @@ def as_metrics(found: HeldoutMetrics) -> dict[str, float]:
     return {f"heldout/{key}": float(value) for key, value in values.items() if value is not None}
 
 
-def _evaluate(
-    config: CompareConfig,
-    group: Sequence[EvaluatedSAE],
-    text: HeldoutText,
-    collectors: Mapping[str, ContextCollector],
-    report: Reporter,
-    message: str,
-) -> dict[str, HeldoutMetrics]:
-    done = 0
-
-    def advance(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        report(message, min(done, config.heldout.tokens), config.heldout.tokens)
-
-    def observe(batch: LatentBatch) -> None:
-        if batch.name in collectors:
-            collectors[batch.name].update(batch)
-
-    return evaluate_many(
-        {subject.name: subject.sae for subject in group},
-        text.language_model,
-        {subject.name: text.hooks[subject.name] for subject in group},
-        text.texts,
-        context_size=config.data.context_size,
-        max_tokens=config.heldout.tokens,
-        max_loss_tokens=config.heldout.loss_tokens,
-        prepend_bos=config.data.prepend_bos,
-        autocast=text.autocast,
-        observer=observe if collectors else None,
-        progress=advance,
-    )
-
-
-def _write_contexts(
-    config: CompareConfig,
-    output: Path,
-    group: Sequence[EvaluatedSAE],
-    collectors: Mapping[str, ContextCollector],
-    text: HeldoutText,
-) -> None:
-    if not collectors:
-        return
-    windows = _windows(config, text)
-    for subject in group:
-        collector = collectors.get(subject.name)
-        if collector is None:
-            continue
-        decoder = subject.sae.W_dec
-        latents = collector.strongest(decoder, config.heldout.contexts)
-        profiles = collector.profiles(latents, decoder, windows, text.language_model.tokenizer)
-        write_json_atomic(
-            sae_folder(output, subject.name) / CONTEXTS_FILE,
-            {"latents": contexts_as_json(profiles)},
-        )
-
-
-def _windows(config: CompareConfig, text: HeldoutText) -> list[Window]:
-    model, size = text.language_model, config.data.context_size
-    windows = iterate_windows(
-        model.model, model.tokenizer, text.texts, size, prepend_bos=config.data.prepend_bos
-    )
-    return list(islice(windows, max(1, config.heldout.tokens // size)))
-
-
 EVALUATION_FOLDER = "evaluation"
 
 
 class LanguageModelTestbed:
-    """Activations, metrics and controls of a comparison on a language model.
-
-    Args:
-        config: The recipe.
-        output: The comparison's folder.
-        report: Shows progress.
-        language_model: A model that is loaded already.
-        skip_missing: Leave evaluations out whose data or packages are missing.
-    """
+    """Activations, metrics and controls of a comparison on a language model."""
 
     def __init__(
         self,
@@ -233,11 +93,7 @@ class LanguageModelTestbed:
         self._text: TextData | None = None
 
     def check(self) -> None:
-        """Refuse what can be refused before the model is loaded.
-
-        Raises:
-            InputError: Model, hooks or data cannot work, or an evaluation lacks something.
-        """
+        """Refuse what can be refused before the model is loaded."""
         recipe(self.config).validate(self._shape())
         evaluation = self.config.eval_config()
         if evaluation is None or self._skip_missing:
@@ -254,11 +110,7 @@ class LanguageModelTestbed:
         return dict.fromkeys(self.config.hooks, self._shape().d_model)
 
     def source(self, guard: InterruptionGuard) -> StoredActivations:
-        """The activations, after the model's pass if it was not made yet.
-
-        Raises:
-            InputError: The folder holds those of another model, text or length.
-        """
+        """The activations, after the model's pass if it was not made yet."""
         stored = open_activations(self.output)
         if stored is not None:
             if stored.manifest["key"] != activations_key(self.config):
@@ -281,12 +133,12 @@ class LanguageModelTestbed:
         self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
     ) -> Measured:
         """Held-out metrics and evaluations of the trained SAEs and the controls."""
-        subjects = self._subjects(expansion, trained)
+        saes = self._load_saes(expansion, trained)
         measured = Measured()
-        self._measure_heldout(expansion, subjects, source, measured)
+        self._measure_heldout(expansion, saes, source, measured)
         evaluation = self.config.eval_config()
         if evaluation is not None:
-            self._evaluate(subjects, measured)
+            self._evaluate(saes, measured)
         return measured
 
     def measure_share(
@@ -298,14 +150,14 @@ class LanguageModelTestbed:
         `measure`.
         """
         without_controls = replace(expansion, controls=[])
-        subjects = self._subjects(without_controls, trained)
-        self._measure_heldout(without_controls, subjects, source, Measured())
+        saes = self._load_saes(without_controls, trained)
+        self._measure_heldout(without_controls, saes, source, Measured())
 
-    def _subjects(self, expansion: Expansion, trained: Sequence[Entry]) -> list[EvaluatedSAE]:
+    def _load_saes(self, expansion: Expansion, trained: Sequence[Entry]) -> list[EvaluatedSAE]:
         folders = [str(sae_folder(self.output, entry.name)) for entry in trained]
         loaded = {s.name: s for s in load_saes(folders, device=self.device)}
         controls = [self._control(control, loaded) for control in expansion.controls]
-        return [*loaded.values(), *(subject for subject in controls if subject is not None)]
+        return [*loaded.values(), *(one for one in controls if one is not None)]
 
     def _control(self, control: Control, loaded: Mapping[str, EvaluatedSAE]) -> EvaluatedSAE | None:
         if control.of is None:
@@ -334,23 +186,25 @@ class LanguageModelTestbed:
     def _measure_heldout(
         self,
         expansion: Expansion,
-        subjects: Sequence[EvaluatedSAE],
+        saes: Sequence[EvaluatedSAE],
         source: Mapping[str, Any],
         measured: Measured,
     ) -> None:
-        keys = heldout_keys(self.config, activations_key(self.config), subjects)
-        todo = [s for s in subjects if s.name not in stored_heldout(self.output, keys)]
+        """Measure what is not stored, a few SAEs at a time."""
+        keys = self._heldout_keys(saes)
+        todo = [s for s in saes if s.name not in self._stored_heldout(keys)]
         if todo:
+            folder = self.output / FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
             hooks = {item.name: item.hook for item in (*expansion.entries, *expansion.controls)}
-            text = HeldoutText(
-                self._model(),
-                self._loaded_text().heldout_texts(self._model().tokenizer),
-                bool(source["model"]["autocast"]),
-                hooks,
-            )
             contexts = self._with_contexts(expansion)
-            measure_heldout(self.config, self.output, todo, keys, text, contexts, self._report)
-        for name, metrics in stored_heldout(self.output, keys).items():
+            for start in range(0, len(todo), _AT_ONCE):
+                group = todo[start : start + _AT_ONCE]
+                message = f"held-out text: SAEs {start + 1} to {start + len(group)} of {len(todo)}"
+                found = self.read_heldout(group, hooks, contexts, source, message)
+                for name, metrics in found.items():
+                    store_metrics(folder / f"{name}.json", keys[name], as_metrics(metrics))
+        for name, metrics in self._stored_heldout(keys).items():
             measured.add(name, metrics)
             if "heldout/loss_recovered" not in metrics:
                 measured.missing.append(
@@ -360,6 +214,89 @@ class LanguageModelTestbed:
                         "reason": "zeroing the activations does not change the model's loss",
                     }
                 )
+
+    def _heldout_keys(self, saes: Sequence[EvaluatedSAE]) -> dict[str, str]:
+        """A digest of everything that an SAE's held-out metrics depend on, by name."""
+        heldout = self.config.heldout
+        shared = [activations_key(self.config), heldout.tokens, heldout.loss_tokens]
+        return {s.name: key_digest({"shared": shared, "sae": s.weights_sha256}) for s in saes}
+
+    def _stored_heldout(self, keys: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """Metrics by name, of the SAEs that were measured with these keys."""
+        folder = self.output / FOLDER
+        found = {name: stored_metrics(folder / f"{name}.json", key) for name, key in keys.items()}
+        return {name: metrics for name, metrics in found.items() if metrics is not None}
+
+    def read_heldout(
+        self,
+        group: Sequence[EvaluatedSAE],
+        hooks: Mapping[str, str],
+        with_contexts: Sequence[str],
+        source: Mapping[str, Any],
+        message: str,
+    ) -> dict[str, HeldoutMetrics]:
+        """Run the model over the held-out text once for a group of SAEs."""
+        config, model = self.config, self._model()
+        texts = self._loaded_text().heldout_texts(model.tokenizer)
+        total, done = config.heldout.tokens, 0
+        collectors = {
+            one.name: ContextCollector(
+                one.sae.cfg.d_sae, config.data.context_size, _CONTEXTS_PER_LATENT
+            )
+            for one in group
+            if one.name in with_contexts
+        }
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            self._report(message, min(done, total), total)
+
+        def observe(batch: LatentBatch) -> None:
+            if batch.name in collectors:
+                collectors[batch.name].update(batch)
+
+        self._report(message, 0, total)
+        found = evaluate_many(
+            {one.name: one.sae for one in group},
+            model,
+            {one.name: hooks[one.name] for one in group},
+            texts,
+            context_size=config.data.context_size,
+            max_tokens=total,
+            max_loss_tokens=config.heldout.loss_tokens,
+            prepend_bos=config.data.prepend_bos,
+            # As it did for the training activations.
+            autocast=bool(source["model"]["autocast"]),
+            observer=observe if collectors else None,
+            progress=advance,
+        )
+        self._write_contexts(group, collectors, texts)
+        return found
+
+    def _write_contexts(
+        self,
+        group: Sequence[EvaluatedSAE],
+        collectors: Mapping[str, ContextCollector],
+        texts: Sequence[str],
+    ) -> None:
+        if not collectors:
+            return
+        data, heldout, model = self.config.data, self.config.heldout, self._model()
+        windows = iterate_windows(
+            model.model, model.tokenizer, texts, data.context_size, prepend_bos=data.prepend_bos
+        )
+        read = list(islice(windows, max(1, heldout.tokens // data.context_size)))
+        for one in group:
+            if one.name not in collectors:
+                continue
+            collector, decoder = collectors[one.name], one.sae.W_dec
+            latents = collector.strongest(decoder, heldout.contexts)
+            profiles = collector.profiles(latents, decoder, read, model.tokenizer)
+            write_json_atomic(
+                sae_folder(self.output, one.name) / CONTEXTS_FILE,
+                {"latents": contexts_as_json(profiles)},
+            )
 
     def _with_contexts(self, expansion: Expansion) -> list[str]:
         """The first seed of each method at the first L0, less the variants of the ladder.
@@ -376,7 +313,7 @@ class LanguageModelTestbed:
             and (entry.method.variant is None or entry.method.variant.against is None)
         ]
 
-    def _evaluate(self, subjects: Sequence[EvaluatedSAE], measured: Measured) -> None:
+    def _evaluate(self, saes: Sequence[EvaluatedSAE], measured: Measured) -> None:
         evaluation = self.config.eval_config()
         assert evaluation is not None, "the caller has looked"
         # Loaded already, and as the evaluation wants it.
@@ -390,7 +327,7 @@ class LanguageModelTestbed:
         )
         result = evaluate(
             evaluation,
-            subjects,
+            saes,
             self.output / EVALUATION_FOLDER,
             language_model=model if fits else None,
             skip_missing=self._skip_missing,

@@ -39,43 +39,27 @@ Run = Callable[[CompareConfig], Comparison]
 
 @dataclass(frozen=True)
 class RateChoice:
-    """The rate of one method.
+    """The rate of one method."""
 
-    Attributes:
-        lr: The best one; None where no SAE of the method could be trained.
-        tried: Score by rate; None where training failed.
-        missed: Rates at which L0 missed its target. They count only where all do, and then the one
-            whose L0 is nearest is taken: scores at different L0s say nothing.
-        at_end: Whether the best one is the lowest or the highest that was tried, by its score.
-        tokens: Activations that the trials were trained on, searches for coefficients included.
-    """
-
-    lr: float | None
-    tried: Mapping[float, float | None]
+    lr: float | None  # The best one; None where no SAE of the method could be trained
+    tried: Mapping[float, float | None]  # Score by rate; None where training failed
+    # Rates at which L0 missed its target. They count only where all do, and then the one whose L0
+    # is nearest is taken: scores at different L0s say nothing
     missed: Sequence[float]
-    at_end: bool
-    tokens: int
+    at_end: bool  # Whether the best one is the lowest or the highest that was tried, by its score
+    tokens: int  # Activations that the trials were trained on, searches for coefficients included
 
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """The trials of a search for rates.
+    """The trials of a search for rates."""
 
-    Attributes:
-        rates: Of every method at first.
-        l0: Target L0 of all trials.
-        seed: Of all trials; none that the comparison reports.
-        metrics: Names in the rows of comparison.json, whose mean is the score.
-        extend: How often the rates of a method may be extended.
-        methods: Only these; None: all of the recipe.
-    """
-
-    rates: Sequence[float]
-    l0: float
-    seed: int
-    metrics: Sequence[str]
-    extend: int = 3
-    methods: Sequence[str] | None = None
+    rates: Sequence[float]  # Of every method at first
+    l0: float  # Target L0 of all trials
+    seed: int  # Of all trials; none that the comparison reports
+    metrics: Sequence[str]  # Names in the rows of comparison.json, whose mean is the score
+    extend: int = 3  # How often the rates of a method may be extended
+    methods: Sequence[str] | None = None  # Only these; None: all of the recipe
 
     @classmethod
     def of(
@@ -91,17 +75,8 @@ class TuningPlan:
     ) -> TuningPlan:
         """A plan, checked against the comparison.
 
-        Args:
-            config: The comparison.
-            rates: Learning rates, at least two.
-            l0: None: the middle one of the comparison.
-            seed: None: 100 above its highest one.
-            metrics: None: what `DEFAULT_METRICS` says.
-            extend: How often the rates of a method may be extended.
-            methods: None: all.
-
-        Raises:
-            InputError: The plan cannot work.
+        By default at its middle L0, with a seed 100 above its highest one, of all methods, scored
+        by `DEFAULT_METRICS`.
         """
         if len(set(rates)) < 2:
             raise InputError("give at least two different --rates")
@@ -156,18 +131,9 @@ def trial_name(method: str, rate: float) -> str:
 
 
 def tune(config: CompareConfig, plan: TuningPlan, run: Run) -> dict[str, RateChoice]:
-    """Try, choose, extend.
+    """Try, choose, extend; the choice by method.
 
-    Args:
-        config: The comparison.
-        plan: What is tried.
-        run: Runs a comparison in a folder that keeps what it has trained.
-
-    Returns:
-        The choice by method.
-
-    Raises:
-        RunFailure: A metric was not measured.
+    `run` runs a comparison in a folder that keeps what it has trained.
     """
     methods = [m for m in tunable_methods(config) if plan.methods is None or m in plan.methods]
     rates = {method: sorted(plan.rates) for method in methods}

@@ -3,7 +3,7 @@
 - `k` (topk, batchtopk, matryoshka_batchtopk, multiscale, ...) and `max_iterations`
   (matching_pursuit) are the L0.
 - `jumprelu` gets `target_l0` in SAELens' quadratic loss; at the end its thresholds are scaled by
-  one factor to that mean L0, as the cut of every BatchTopK is set.
+  one factor to that mean L0, as the threshold of every BatchTopK is set.
 - `standard` and `gated` (`l1_coefficient`), and `jumprelu` with another loss (`l0_coefficient`),
   have a coefficient that is searched.
 
@@ -32,7 +32,7 @@ from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from typing_extensions import override
 
 from msae_plugin.architecture.calibration import calibrated_threshold
-from msae_plugin.architecture.peers.registry import peer_section
+from msae_plugin.architecture.peers import peer_section
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import Count, coerce
 from msae_plugin.comparison.ladder import Variant, chosen_variants
@@ -45,7 +45,7 @@ from msae_plugin.training.plans import (
     plan_saes,
     preset_training,
 )
-from msae_plugin.training.settings import TrainingSettings, check_schedule
+from msae_plugin.training.recipe import TrainingSettings, check_schedule
 
 _MODE = "jumprelu_sparsity_loss_mode"
 _DIRECT = ("k", "max_iterations")
@@ -55,30 +55,16 @@ _MATRYOSHKA_SHARES = (32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
-class Knob:
-    """What sets the L0 of an architecture.
+class SparsitySetting:
+    """What sets the L0 of an architecture."""
 
-    Args:
-        name: Field of its config.
-        searched: Whether the value that gives an L0 has to be found.
-        start: Where a search begins.
-    """
-
-    name: str
-    searched: bool
-    start: float = 0.0
+    name: str  # Field of its config
+    searched: bool  # Whether the value that gives an L0 has to be found
+    start: float = 0.0  # Where a search begins
 
 
-def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
-    """The knob of an SAE's section.
-
-    Args:
-        section: With `architecture` and any fields of its config.
-        where: Its dotted path, for messages.
-
-    Raises:
-        InputError: The architecture is unknown or has no knob, or the section sets the L0 itself.
-    """
+def sparsity_setting(section: Mapping[str, Any], where: str) -> SparsitySetting:
+    """The setting of an SAE's section, which has `architecture` and any fields of its config."""
     architecture = str(section.get("architecture", DEFAULT_ARCHITECTURE))
     fields = {item.name: item for item in dataclasses.fields(config_class(architecture, where))}
     direct = next((name for name in _DIRECT if name in fields), None)
@@ -88,7 +74,7 @@ def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
     if direct is not None:
         if direct in section:
             raise InputError(f"'{where}.{direct}' is not set here: 'l0' of the comparison sets it")
-        return Knob(direct, searched=False)
+        return SparsitySetting(direct, searched=False)
     for name in _SEARCHED:
         if name in fields:
             given = section.get(name, fields[name].default)
@@ -97,25 +83,20 @@ def sparsity_knob(section: Mapping[str, Any], where: str) -> Knob:
                 raise InputError(
                     f"'{where}.{name}' is where the search for the L0 begins: it must be positive"
                 )
-            return Knob(name, searched=True, start=start)
+            return SparsitySetting(name, searched=True, start=start)
     raise InputError(
         f"'{where}.architecture' {architecture!r} has no setting that its L0 could be set with"
     )
 
 
-def with_l0(section: Mapping[str, Any], knob: Knob, l0: float, d_sae: int) -> dict[str, Any]:
-    """The section of one target L0; a searched knob is left as it is.
-
-    Args:
-        section: As for `sparsity_knob`.
-        knob: Its knob.
-        l0: Mean number of active latents per token.
-        d_sae: Number of latents, which Matryoshka's default widths follow.
-    """
+def with_l0(
+    section: Mapping[str, Any], sparsity: SparsitySetting, l0: float, d_sae: int
+) -> dict[str, Any]:
+    """The section of one target L0; a searched setting is left as it is."""
     found = dict(section)
-    if not knob.searched:
-        found[knob.name] = l0
-    if knob.name == "target_l0":
+    if not sparsity.searched:
+        found[sparsity.name] = l0
+    if sparsity.name == "target_l0":
         found.setdefault(_MODE, "quadratic")
     if found.get("architecture") == "matryoshka_batchtopk" and "matryoshka_widths" not in found:
         widths = {max(1, d_sae // share) for share in _MATRYOSHKA_SHARES}
@@ -127,9 +108,7 @@ def with_l0(section: Mapping[str, Any], knob: Knob, l0: float, d_sae: int) -> di
 def mean_l0(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> float:
     """Active latents per token of an SAE whose `encode` in eval mode is that of its export.
 
-    Args:
-        sae: In eval mode.
-        batches: Activations, each (n_tokens, d_in), scaled as training batches are.
+    Batches (n_tokens, d_in) are scaled as training batches are.
     """
     active = sum(int((_dense(sae.encode(batch)) != 0).sum()) for batch in batches)
     return active / sum(len(batch) for batch in batches)
@@ -145,19 +124,14 @@ def scale_thresholds(
 ) -> dict[str, float]:
     """Multiply all thresholds of a JumpReLU by one factor, so that its mean L0 is the target.
 
-    Args:
-        sae: In eval mode; its `threshold` is changed.
-        batches: Activations, each (n_tokens, d_in), scaled as training batches are; at least one.
-        l0: The target.
-
-    Returns:
-        `l0_before`, `l0_after` and `threshold` (mean over the latents).
+    Batches (n_tokens, d_in) are scaled as training batches are. Gives `l0_before`, `l0_after` and
+    `threshold`, the mean over the latents.
     """
     before = mean_l0(sae, batches)
     # A threshold of zero could not be scaled.
     floor = 1e-3 * float(sae.threshold.median()) or 1e-6
     original = sae.threshold.data.clamp(min=floor)
-    # Latent i is on where pre_i / threshold_i is above the factor: the factor is a cut of these.
+    # Latent i is on where pre_i / threshold_i is above the factor, which is a threshold of these.
     factor = calibrated_threshold(
         batches,
         lambda batch: sae.encode_with_hidden_pre(batch)[1] / original,
@@ -181,75 +155,45 @@ _PERMUTED = re.compile(r"permuted_decoder of (\S+)")
 
 @dataclass(frozen=True)
 class Method:
-    """Everything about a method but its sparsity and its seed.
-
-    Args:
-        name: Its name.
-        section: Keys of an SAE in a recipe, `d_sae` among them; no `peer` or `control`.
-        knob: What sets its L0.
-        accumulation_steps: Mini-batches per step.
-        frozen_decoder: Train without changing the decoder.
-        variant: Where it stands in the ladder, if it does.
-    """
+    """Everything about a method but its sparsity and its seed."""
 
     name: str
+    # Keys of an SAE in a recipe, `d_sae` among them; no `peer` or `control`
     section: Mapping[str, Any]
-    knob: Knob
+    sparsity: SparsitySetting
     accumulation_steps: int
-    frozen_decoder: bool = False
-    variant: Variant | None = None
+    frozen_decoder: bool = False  # Train without changing the decoder
+    variant: Variant | None = None  # Where it stands in the ladder, if it does
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One SAE to train.
+    """One SAE to train."""
 
-    Args:
-        name: Unique in the comparison; the name of its folder.
-        bundle: The name without the seed: what the seeds share is a coefficient.
-        method: What it is an instance of.
-        hook: Where its activations are read.
-        l0: Target L0.
-        seed: Of its initialisation, the order of its data, and what it draws.
-    """
-
-    name: str
-    bundle: str
+    name: str  # Unique in the comparison; the name of its folder
+    seed_group: str  # The name without the seed: what the seeds share is a coefficient
     method: Method
     hook: str
     l0: float
-    seed: int
+    seed: int  # Of its initialisation, the order of its data, and what it draws
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control that is made, not trained.
-
-    Args:
-        name: Unique in the comparison.
-        method: As in the recipe.
-        hook: Where it reads.
-        of: The SAE whose decoder is permuted; None for the residual stream.
-    """
+    """A control that is made, not trained."""
 
     name: str
     method: str
     hook: str
-    of: Entry | None
+    of: Entry | None  # The SAE whose decoder is permuted; None for the residual stream
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """Everything that a comparison consists of.
-
-    Args:
-        entries: SAEs to train, method by method.
-        controls: What is evaluated beside them.
-        methods: By name.
-    """
+    """Everything that a comparison consists of."""
 
     entries: list[Entry]
-    controls: list[Control]
+    controls: list[Control]  # What is evaluated beside them
     methods: dict[str, Method] = field(default_factory=dict[str, Method])
 
 
@@ -264,15 +208,7 @@ def sae_folder(output: Path, name: str) -> Path:
 
 
 def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
-    """All SAEs of a comparison, each checked against its architecture.
-
-    Args:
-        config: The recipe.
-        d_in: Width of the activations by hook.
-
-    Raises:
-        InputError: A method cannot work; the field is named.
-    """
+    """All SAEs of a comparison, each checked against its architecture."""
     sections = {name: dict(section) for name, section in config.saes.items()}
     variants: dict[str, Variant] = {}
     if config.ladder is not None:
@@ -350,8 +286,8 @@ def _method(
     if "d_sae" not in section:
         raise InputError(f"'{where}.d_sae' is missing: give it here or once in 'common'")
     section["d_sae"] = coerce(section["d_sae"], int, f"{where}.d_sae")
-    knob = sparsity_knob(section, where)
-    return Method(name, section, knob, steps, frozen, variant)
+    sparsity = sparsity_setting(section, where)
+    return Method(name, section, sparsity, steps, frozen, variant)
 
 
 def _accumulation(config: CompareConfig, section: dict[str, Any], where: str) -> int:
@@ -384,9 +320,6 @@ def entry_training(entry: Entry, config: CompareConfig, tokens: int) -> Training
 
     Warm-up, decay and the dead window are scaled: to the SAE's own number of mini-batches per step,
     and to the length of a short trial, whose schedule is that of the whole run in small.
-
-    Raises:
-        InputError: The schedule does not fit into the run.
     """
     training, accumulation = config.training, entry.method.accumulation_steps
     share = tokens / training.tokens
@@ -418,20 +351,13 @@ def plan_entry(
 ) -> SAEPlan:
     """SAELens' training configuration of one SAE.
 
-    Args:
-        entry: Which.
-        config: The recipe.
-        d_in: Width of its activations.
-        coefficient: Value of a searched knob; None leaves the one the search begins with.
-        tokens: Length of the run; None is training.tokens.
-
-    Raises:
-        InputError: The architecture refuses its configuration.
+    Without a coefficient a searched setting is where the search begins; tokens are training.tokens
+    unless given.
     """
     tokens = config.training.tokens if tokens is None else tokens
     training = entry_training(entry, config, tokens)
     method = entry.method
-    section = with_l0(method.section, method.knob, entry.l0, int(method.section["d_sae"]))
+    section = with_l0(method.section, method.sparsity, entry.l0, int(method.section["d_sae"]))
     share = tokens / config.training.tokens
     for key, value in section.items():
         # A sparsity penalty that is still warming up at the end of a trial says little.
@@ -439,7 +365,7 @@ def plan_entry(
             whole: int = coerce(value, int, f"saes.{method.name}.{key}")
             section[key] = round(whole * share)
     if coefficient is not None:
-        section[method.knob.name] = coefficient
+        section[method.sparsity.name] = coefficient
     steps = tokens // (training.batch_size_tokens * training.accumulation_steps)
     (plan,) = plan_saes(
         {method.name: section},
@@ -458,10 +384,6 @@ class ResidualStreamSAE(StandardSAE):
 
     L0 is d_in and explained variance 1. SAEBench's probes on the largest of these "latents" are its
     `llm_top_k`, up to the random numbers they draw.
-
-    Args:
-        d_in: Width of the activations.
-        metadata: Of the SAEs it is compared with: model, hook, context.
     """
 
     def __init__(self, d_in: int, metadata: SAEMetadata) -> None:
@@ -487,15 +409,7 @@ class ResidualStreamSAE(StandardSAE):
 
 @torch.no_grad()
 def with_permuted_decoder(sae: SAE[Any], seed: int) -> SAE[Any]:
-    """A copy of an SAE whose decoder directions belong to other latents.
-
-    Args:
-        sae: A trained SAE; it is not changed.
-        seed: Of the permutation.
-
-    Returns:
-        The copy. `W_dec` (d_sae, d_in) has the same rows in another order; nothing else differs.
-    """
+    """A copy of an SAE whose decoder directions belong to other latents; nothing else differs."""
     permuted = copy.deepcopy(sae)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(sae.W_dec.shape[0], generator=generator)

@@ -37,7 +37,7 @@ from msae_plugin.common.recipes import (
 from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hook_names import common_style, parse_hook_name
-from msae_plugin.training.settings import (
+from msae_plugin.training.recipe import (
     DataSettings,
     ModelSettings,
     TrainingSettings,
@@ -167,16 +167,10 @@ class CompareConfig:
         quick: bool = False,
         only: Sequence[str] = (),
     ) -> Self:
-        """Read the recipe of a comparison.
+        """Read the recipe of a comparison by path or name.
 
-        Args:
-            path: A YAML file, or the name of a shipped recipe.
-            overrides: As of `common.recipes.with_overrides`, applied last.
-            quick: Apply what the recipe's `quick` says.
-            only: Methods that are compared, of `saes` and of the ladder; all by default.
-
-        Raises:
-            InputError: The file cannot be read, or a value cannot work.
+        `quick` applies what its `quick` says, overrides come last; `only` names the methods that
+        are compared, of `saes` and of the ladder.
         """
         folder = find_recipe(path, "compare").resolve().parent
         return cls.from_dict(
@@ -193,17 +187,9 @@ class CompareConfig:
         folder: Path | None = None,
         only: Sequence[str] = (),
     ) -> Self:
-        """Build a comparison from plain dictionaries, as `to_dict` gives them.
+        """Build a comparison from plain dictionaries, as `to_dict` gives them; they do not change.
 
-        Args:
-            values: The dictionaries; they are not changed.
-            overrides: As in `load`.
-            quick: As in `load`.
-            folder: What paths in the values are relative to.
-            only: As in `load`.
-
-        Raises:
-            InputError: As `load`.
+        Paths in the values are relative to `folder`.
         """
         merged = with_overrides(_quick(values) if quick else values, overrides)
         if only:
@@ -247,11 +233,7 @@ class CompareConfig:
         return None if self.evaluation is None else EvalConfig.from_dict(self.evaluation)
 
     def check(self) -> None:
-        """Refuse lists and names that cannot work, and a buffer or a run too small for one step.
-
-        Raises:
-            InputError: Naming the field.
-        """
+        """Refuse lists and names that cannot work, and a buffer or a run too small for one step."""
         self._check_lists()
         if self.synthetic is None:
             # Samples of a ground truth are made as they are needed, without a buffer.

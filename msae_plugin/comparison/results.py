@@ -14,13 +14,7 @@ from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import versions, write_json_atomic
 from msae_plugin.comparison.methods import Control
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
-from msae_plugin.evaluation.outcomes import MetricDefinition, definitions
-
-
-def defined(names: set[str]) -> dict[str, MetricDefinition]:
-    """Definitions of the metrics among `names` that are a comparison's own."""
-    return {name: found for name, found in definitions("comparison").items() if name in names}
-
+from msae_plugin.evaluation.outcomes import definitions
 
 COMPARISON_FILE = "comparison.json"
 FORMAT = 1
@@ -32,16 +26,13 @@ _VERSIONS = (
 
 @dataclass
 class Measured:
-    """Measurements of the SAEs of a comparison.
+    """Measurements of the SAEs of a comparison."""
 
-    Attributes:
-        metrics: By SAE and `evaluation/metric`.
-        definitions: Of metrics that are not a comparison's own.
-        missing: What was not measured: `what`, `status` and `reason`.
-    """
-
+    # By SAE and `evaluation/metric`
     metrics: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    # Of metrics that are not a comparison's own
     definitions: dict[str, Any] = field(default_factory=dict[str, Any])
+    # What was not measured: `what`, `status` and `reason`
     missing: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
 
     def add(self, name: str, metrics: Mapping[str, float]) -> None:
@@ -108,11 +99,7 @@ def comparison_contents(
     device: str,
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The contents of `comparison.json`.
-
-    Raises:
-        RunFailure: A row of an SAE without training.
-    """
+    """The contents of `comparison.json`."""
     full: list[dict[str, Any]] = []
     for row in rows:
         if not row["control"] and not row["training_steps"]:
@@ -126,7 +113,9 @@ def comparison_contents(
             raise RunFailure(f"SAE {row['name']!r}: {bad[0]} is {metrics[bad[0]]}")
         full.append({**row, "metrics": dict(metrics)})
     names = {name for row in full for name in row["metrics"]}
-    own = {name: asdict(definition) for name, definition in defined(names).items()}
+    own = {
+        name: asdict(found) for name, found in definitions("comparison").items() if name in names
+    }
     missing = [
         {"what": name, "status": "failed", "reason": reason} for name, reason in failures.items()
     ]

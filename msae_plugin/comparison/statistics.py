@@ -20,18 +20,10 @@ NO_DIFFERENCE = "no difference shown"
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of the differences first - second over pairs, with a t-interval.
-
-    Args:
-        mean: Mean difference.
-        low: Lower end of the interval; None for a single pair, which has none.
-        high: Its upper end.
-        n_pairs: Number of pairs.
-        confidence: Of the interval.
-    """
+    """Mean of the differences first - second over pairs, with a t-interval."""
 
     mean: float
-    low: float | None
+    low: float | None  # Lower end of the interval; None for a single pair, which has none
     high: float | None
     n_pairs: int
     confidence: float = CONFIDENCE
@@ -47,12 +39,7 @@ def paired_difference(
 ) -> PairedDifference:
     """The t-interval of the mean of paired differences: mean +- t(n - 1) s / sqrt(n).
 
-    Args:
-        differences: One per pair.
-        confidence: Two-sided.
-
-    Raises:
-        ValueError: There is no pair, or the confidence is not between 0 and 1.
+    Raises ValueError without a pair, or where the (two-sided) confidence is not between 0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, not {confidence}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,50 +35,32 @@ _DEFAULT_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Result of a job.
-
-    Attributes:
-        problems: One line each: SAEs that could not be trained, what was not measured.
-    """
-
-    problems: list[str] = field(default_factory=list[str])
-
-
-@dataclass(frozen=True)
 class SweepJob:
-    """One job of a sweep.
+    """One job of a sweep."""
 
-    Attributes:
-        task: The model's pass over the text, the training of a shard, or the evaluation of all.
-        recipe: The comparison, as `CompareConfig.to_dict` gives it.
-        output: Its folder.
-        shard: Which SAEs are trained; of training alone.
-        skip_missing: Leave evaluations out whose data or packages are missing.
-    """
-
+    # The model's pass over the text, the training of a shard, or the evaluation of all
     task: Literal["activations", "training", "evaluation"]
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, Any]  # The comparison, as `CompareConfig.to_dict` gives it
     output: Path
-    shard: Shard | None = None
-    skip_missing: bool = True
+    shard: Shard | None = None  # Which SAEs are trained; of training alone
+    skip_missing: bool = True  # Leave evaluations out whose data or packages are missing
 
     @property
     def name(self) -> str:
         """Its name in messages."""
         return self.task if self.shard is None else f"part {self.shard.number}/{self.shard.of}"
 
-    def __call__(self) -> Outcome:
-        """Do what is missing of the task."""
+    def __call__(self) -> list[str]:
+        """Do what is missing of the task; a line each of what was not trained or measured."""
         config = CompareConfig.from_dict(self.recipe)
         if self.task == "activations":
             _make_activations(config, self.output)
-            return Outcome()
+            return []
         comparison = compare(config, self.output, shard=self.shard, skip_missing=self.skip_missing)
         problems = [f"{name}: {reason}" for name, reason in comparison.failures.items()]
         if self.task == "evaluation" and not comparison.complete and not problems:
             problems = ["not everything was measured: comparison.json names it"]
-        return Outcome(problems)
+        return problems
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit before a preempted job ends: it is submitted again."""
@@ -105,21 +87,10 @@ def sweep(
     skip_missing: bool = False,
     report: Reporter = no_report,
 ) -> None:
-    """Run a comparison as jobs, and wait for them.
+    """Run a comparison as jobs, and wait for them; the same command continues one that was stopped.
 
-    Args:
-        config: The recipe.
-        output: The comparison's folder, on a disk that all jobs see.
-        executor: Where jobs run: as processes of this machine, or on a Slurm cluster.
-        jobs: In how many shards the training is shared.
-        parameters: submitit's: timeout_min, gpus_per_node, slurm_partition and the like.
-        skip_missing: Leave evaluations out whose data or packages are missing.
-        report: Shows progress.
-
-    Raises:
-        InputError: The recipe, the folder or a parameter cannot work, or submitit is missing.
-        RunFailure: A job failed; the message names it and its log.
-        InterruptedBySignalError: The jobs were cancelled; the same command continues.
+    The folder is on a disk that all jobs see. The training is shared in as many shards as there are
+    jobs. Parameters are submitit's: timeout_min, gpus_per_node, slurm_partition and the like.
     """
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1, not {jobs}")
@@ -177,9 +148,9 @@ def _run(submitter: submitit.AutoExecutor, jobs: Sequence[SweepJob], report: Rep
         raise RunFailure(f"{problems[0]}{more}; the same command continues once that is mended")
 
 
-def _problems(job: submitit.Job[Outcome]) -> list[str]:
+def _problems(job: submitit.Job[list[str]]) -> list[str]:
     error = job.exception()
     if error is None:
-        return job.result().problems
+        return job.result()
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" -=")]
     return [lines[-1] if lines else type(error).__name__]

@@ -28,13 +28,13 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import json_safe, key_digest, write_json_atomic
 from msae_plugin.comparison.group_training import (
     ComparisonRun,
-    Cut,
     Group,
     GroupSession,
+    L0Match,
     finish,
     is_matched,
     log_error,
-    set_cut,
+    match_l0,
     train_group,
     trained_or_failed,
 )
@@ -53,40 +53,23 @@ _MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a search.
-
-    Args:
-        coefficient: What was tried.
-        l0: What it gave, active latents per token.
-        tokens: What the run cost.
-        whole: Whether it was as long as the runs that are reported.
-    """
+    """One run of a search."""
 
     coefficient: float
-    l0: float
-    tokens: int
-    whole: bool = False
+    l0: float  # What it gave, active latents per token
+    tokens: int  # What the run cost
+    whole: bool = False  # Whether it was as long as the runs that are reported
 
 
 def best_trial(trials: Sequence[Trial], target: float) -> Trial:
-    """The one whose L0 is closest to the target, in ratio.
-
-    Raises:
-        ValueError: There is no trial.
-    """
+    """The one of at least one trial whose L0 is closest to the target, in ratio."""
     if not trials:
         raise ValueError("a search needs at least one trial")
     return min(trials, key=lambda trial: abs(log_error(trial.l0, target)))
 
 
 def next_coefficient(trials: Sequence[Trial], target: float, start: float) -> float:
-    """The next coefficient to try.
-
-    Args:
-        trials: So far, in their order, all of one length.
-        target: The L0 to reach.
-        start: The first to try.
-    """
+    """The next coefficient to try, after trials of one length in their order."""
     if not trials:
         return start
     points = [(math.log(t.coefficient), log_error(t.l0, target)) for t in trials]
@@ -151,7 +134,7 @@ def entry_key(entry: Entry, config: CompareConfig) -> str:
     if "synthetic" in shared and shared["synthetic"] is not None:
         for key in ("eval_samples", "eval_batch_size", "saes_at_once", "device"):
             shared["synthetic"].pop(key)
-    if not entry.method.knob.searched:
+    if not entry.method.sparsity.searched:
         shared.pop("search")
     method = entry.method
     own = [
@@ -169,8 +152,7 @@ def search_key(entry: Entry, config: CompareConfig) -> str:
 def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
     """The `run.json` of an SAE that is complete; None for one to train.
 
-    Raises:
-        InputError: The folder holds an SAE of this name that was trained otherwise.
+    Refuses an SAE of this name that was trained otherwise.
     """
     record = read_run_record(folder)
     if record is None or record.get("status") != "complete":
@@ -185,11 +167,7 @@ def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
 
 
 def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Path) -> list[Entry]:
-    """The entries that are still to be trained.
-
-    Raises:
-        InputError: One was trained with other settings.
-    """
+    """The entries that are still to be trained."""
     return [
         entry
         for entry in entries
@@ -199,21 +177,13 @@ def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Pat
 
 @dataclass
 class Search:
-    """The search of one method at one L0.
-
-    Attributes:
-        key: What it depends on.
-        target: The L0.
-        trials: All of them.
-        coefficient: What further runs use; None until the short trials are over.
-        settled: Whether a whole run was accepted with it.
-    """
+    """The search of one method at one L0."""
 
     key: str
     target: float
     trials: list[Trial] = field(default_factory=list[Trial])
-    coefficient: float | None = None
-    settled: bool = False
+    coefficient: float | None = None  # What further runs use; None until the short trials are over
+    settled: bool = False  # Whether a whole run was accepted with it
 
     @property
     def short(self) -> list[Trial]:
@@ -227,22 +197,14 @@ class Search:
 
 
 class Tuner:
-    """Finds and remembers coefficients.
-
-    Args:
-        run: The comparison.
-    """
+    """Finds and remembers coefficients."""
 
     def __init__(self, run: ComparisonRun) -> None:
         self._run = run
         self._folder = run.output / FOLDER
 
     def load(self, entry: Entry, key: str) -> Search:
-        """The search of an entry's method and L0 as far as it is.
-
-        Raises:
-            InputError: The folder holds a search with other settings.
-        """
+        """The search of an entry's method and L0 as far as it is."""
         path = self._path(entry)
         if not path.is_file():
             return Search(key, entry.l0)
@@ -261,18 +223,18 @@ class Tuner:
         """Run short trials until one matches or there may be no more; the best coefficient."""
         config = self._run.config
         settings, tokens = config.search, config.search_tokens
-        knob = entry.method.knob
+        sparsity = entry.method.sparsity
         while search.coefficient is None:
             best = best_trial(search.short, entry.l0) if search.short else None
             found = best is not None and is_matched(best.l0, entry.l0, settings.tolerance)
             if best is not None and (found or len(search.short) >= settings.max_trials):
                 search.coefficient = best.coefficient
                 break
-            coefficient = next_coefficient(search.short, entry.l0, knob.start)
+            coefficient = next_coefficient(search.short, entry.l0, sparsity.start)
             group = Group([entry], {entry.name: coefficient}, tokens)
-            title = f"{entry.bundle}: trying {knob.name} {coefficient:.4g}"
+            title = f"{entry.seed_group}: trying {sparsity.name} {coefficient:.4g}"
             trained = train_group(self._run, group, title=title)
-            l0 = set_cut(self._run, trained, entry).l0
+            l0 = match_l0(self._run, trained, entry).l0
             search.trials.append(Trial(coefficient, l0, trained.tokens))
             self.save(entry, search)
         self.save(entry, search)
@@ -300,7 +262,7 @@ class Tuner:
         write_json_atomic(path, dataclasses.asdict(search))
 
     def _path(self, entry: Entry) -> Path:
-        return self._folder / f"{entry.bundle}.json"
+        return self._folder / f"{entry.seed_group}.json"
 
 
 logger = logging.getLogger(__name__)
@@ -310,23 +272,14 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Shard:
-    """A share of the training for one of several processes.
+    """A share of the training for one of several processes."""
 
-    Args:
-        number: From 1.
-        of: How many there are.
-    """
-
-    number: int = 1
-    of: int = 1
+    number: int = 1  # From 1
+    of: int = 1  # How many there are
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read `2/3`.
-
-        Raises:
-            InputError: The text is not of this form.
-        """
+        """Read `2/3`."""
         number, slash, of = text.partition("/")
         if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
             raise InputError(f"--part {text!r} is not of the form NUMBER/OF, such as 1/2")
@@ -334,14 +287,9 @@ class Shard:
 
 
 def train_all(run: ComparisonRun, entries: Sequence[Entry], shard: Shard) -> dict[str, str]:
-    """Train what is missing.
+    """Train what is missing; the reason by name, of the SAEs that could not be trained.
 
-    Returns:
-        Reason by name, of the SAEs that could not be trained.
-
-    Raises:
-        InputError: A folder holds an SAE that was trained with other settings.
-        InterruptedBySignalError: A signal arrived; everything finished so far is kept.
+    A signal raises; everything finished so far is kept.
     """
     schedule = _Schedule(run, entries)
     schedule.run(share_of(entries, shard))
@@ -355,9 +303,9 @@ def train_all(run: ComparisonRun, entries: Sequence[Entry], shard: Shard) -> dic
 
 def share_of(entries: Sequence[Entry], shard: Shard) -> list[Entry]:
     """The entries of one process: seeds that share a coefficient stay together."""
-    bundles = list(dict.fromkeys(entry.bundle for entry in entries))
-    ours = set(bundles[shard.number - 1 :: shard.of])
-    return [entry for entry in entries if entry.bundle in ours]
+    seed_groups = list(dict.fromkeys(entry.seed_group for entry in entries))
+    ours = set(seed_groups[shard.number - 1 :: shard.of])
+    return [entry for entry in entries if entry.seed_group in ours]
 
 
 class _Schedule:
@@ -367,7 +315,7 @@ class _Schedule:
         self._keys = {entry.name: entry_key(entry, run.config) for entry in entries}
         self._first: dict[str, Entry] = {}
         for entry in entries:
-            self._first.setdefault(entry.bundle, entry)
+            self._first.setdefault(entry.seed_group, entry)
         self._tuner = Tuner(run)
         self._coefficients: dict[str, float] = {}
         self._search_tokens: dict[str, int] = {}
@@ -381,8 +329,8 @@ class _Schedule:
         for group, store, checkpoint in self._interrupted(missing):
             go_on = partial(self._train, store=store, checkpoint=checkpoint)
             trained_or_failed(go_on, group, self._failed)
-        for entry in {e.bundle: self._first[e.bundle] for e in missing}.values():
-            if entry.method.knob.searched:
+        for entry in {e.seed_group: self._first[e.seed_group] for e in missing}.values():
+            if entry.method.sparsity.searched:
                 self._tune(entry)
         rest = [e for e in missing if self._record(e) is None and e.name not in self.failures]
         for group in self._groups(rest):
@@ -409,12 +357,12 @@ class _Schedule:
 
     def _group(self, entries: Sequence[Entry]) -> Group:
         for entry in entries:
-            if entry.method.knob.searched:
+            if entry.method.sparsity.searched:
                 self._take_coefficient(entry)
         coefficients = {
             entry.name: self._coefficients[entry.name]
             for entry in entries
-            if entry.method.knob.searched
+            if entry.method.sparsity.searched
         }
         return Group(entries, coefficients, self._run.config.training.tokens)
 
@@ -438,7 +386,7 @@ class _Schedule:
                 search = self._search(entry)
         except RunFailure as failure:
             for other in self._entries:
-                if other.bundle == entry.bundle and self._record(other) is None:
+                if other.seed_group == entry.seed_group and self._record(other) is None:
                     self._failed(other, failure)
 
     def _train(
@@ -466,18 +414,18 @@ class _Schedule:
         trained = train_group(
             self._run, group, keys=keys, store=store, checkpoint=checkpoint, title=title
         )
-        cuts = {entry.name: set_cut(self._run, trained, entry) for entry in group.entries}
-        if judge and not self._accepted(trained, cuts):
+        matches = {entry.name: match_l0(self._run, trained, entry) for entry in group.entries}
+        if judge and not self._accepted(trained, matches):
             shutil.rmtree(store.folder, ignore_errors=True)
             return
-        finish(self._run, trained, cuts, keys, self._search_tokens)
+        finish(self._run, trained, matches, keys, self._search_tokens)
         self._done += len(group.entries)
         store.finish()
 
-    def _accepted(self, trained: GroupSession, cuts: Mapping[str, Cut]) -> bool:
+    def _accepted(self, trained: GroupSession, matches: Mapping[str, L0Match]) -> bool:
         (entry,) = trained.group.entries
         search = self._search(entry)
-        return self._tuner.judge_whole_run(entry, search, cuts[entry.name].l0, trained.tokens)
+        return self._tuner.judge_whole_run(entry, search, matches[entry.name].l0, trained.tokens)
 
     def _store(self, keys: Sequence[str]) -> CheckpointStore:
         folder = self._run.output / CHECKPOINTS / key_digest({"keys": list(keys)})
@@ -507,4 +455,4 @@ class _Schedule:
         return found
 
     def _may_resume(self, entry: Entry) -> bool:
-        return not entry.method.knob.searched or self._search(entry).settled
+        return not entry.method.sparsity.searched or self._search(entry).settled

@@ -37,7 +37,7 @@ from msae_plugin.saes.load import EvaluatedSAE, load_saes
 from msae_plugin.saes.run_record import RUN_FILE, read_run_record
 from msae_plugin.training.inputs import load_data
 from msae_plugin.training.plans import default_device
-from msae_plugin.training.settings import DataSettings
+from msae_plugin.training.recipe import DataSettings
 
 PAGE_FILE, CHUNKS_FOLDER = "index.html", "chunks"
 CATALOGUE, TEXT = "catalogue", "text"

@@ -60,13 +60,8 @@ def read_activations(
 ) -> dict[str, torch.Tensor]:
     """Activations by hook, (rows, d_in), mapped from their files.
 
-    Args:
-        folder: Where they are.
-        manifest: `rows`, `dtype`, and `hooks` with the width of each.
-        damaged: The refusal of a file of another size, with {} for its path.
-
-    Raises:
-        InputError: A file is missing or has another size.
+    The manifest has `rows`, `dtype`, and `hooks` with the width of each; `damaged` is the refusal
+    of a file that is missing or of another size, with {} for its path.
     """
     dtype, rows = getattr(torch, str(manifest["dtype"])), int(manifest["rows"])
     tensors: dict[str, torch.Tensor] = {}
@@ -82,11 +77,7 @@ def read_activations(
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Refuse a disk on which activations of this many bytes do not fit.
-
-    Raises:
-        InputError: Saying how much is needed and free.
-    """
+    """Refuse a disk on which activations of this many bytes do not fit."""
     free = shutil.disk_usage(folder).free
     if free < needed + _SPARE_BYTES:
         raise InputError(
@@ -141,17 +132,11 @@ def norm_batches(config: RunConfig, plans: Sequence[SAEPlan]) -> int:
 
 @dataclass(frozen=True)
 class CachedActivations:
-    """A complete cache.
-
-    Attributes:
-        folder: Where it is.
-        manifest: Contents of cache.json.
-        tensors: (rows, d_in) by hook, mapped from the files.
-    """
+    """A complete cache."""
 
     folder: Path
     manifest: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]  # (rows, d_in) by hook, mapped from the files
 
     @property
     def rows(self) -> int:
@@ -204,14 +189,7 @@ class CachedInputs:
 
 
 def open_cache(folder: Path) -> CachedActivations:
-    """Map a cache into memory.
-
-    Args:
-        folder: What `msae cache` was given as --output.
-
-    Raises:
-        InputError: There is no complete cache, it is of another version, or a file is damaged.
-    """
+    """Map the cache that `msae cache` wrote into memory."""
     try:
         manifest = read_json_object(folder / MANIFEST)
     except InputError as error:
@@ -230,11 +208,7 @@ def open_cache(folder: Path) -> CachedActivations:
 
 
 def check_cache(cache: CachedActivations, config: RunConfig, plans: list[SAEPlan]) -> None:
-    """Refuse a cache that does not hold what the recipe describes.
-
-    Raises:
-        InputError: Naming the first key that differs and both values.
-    """
+    """Refuse a cache that does not hold what the recipe describes."""
     where = f"the cache {str(cache.folder)!r}"
     differing_key(cache.manifest["key"], config, where)
     if config.model.autocast not in ("auto", cache.autocast):
@@ -268,15 +242,7 @@ def differing_key(key: Mapping[str, Any], config: RunConfig, where: str) -> None
 
 
 class CachedBatches:
-    """The mini-batches of a cache in their order, or one rank's share of each.
-
-    Args:
-        cache: The cache.
-        hooks: Which hooks.
-        batch_size: Activations per mini-batch of all ranks.
-        device: Where the batches go.
-        ranks: The processes that share each mini-batch.
-    """
+    """The mini-batches of a cache in their order, or one rank's share of each."""
 
     def __init__(
         self,
@@ -322,15 +288,8 @@ class CachedBatches:
 class ActivationWriter:
     """Writes rows into the files of a store, and goes on where a killed pass stopped.
 
-    Args:
-        folder: New, empty, or with an unfinished store of the same activations.
-        facts: What the manifest says; `rows` is the number of rows per hook.
-        hooks: The hooks.
-        manifest: Name of the manifest.
-        dtype: Precision on the disk; None for what the model gives.
-
-    Raises:
-        InputError: The folder holds something else.
+    The facts are what the manifest says, `rows` per hook among them; without a dtype rows keep the
+    model's. Refuses a folder with anything but an unfinished store of the same activations.
     """
 
     def __init__(
@@ -432,11 +391,7 @@ class ActivationWriter:
 
 
 def check_new_cache(folder: Path) -> None:
-    """Refuse a folder that holds anything but an unfinished cache.
-
-    Raises:
-        InputError: Saying what it holds.
-    """
+    """Refuse a folder that holds anything but an unfinished cache."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {str(folder)!r} is a file: give a folder")
     if (folder / MANIFEST).exists():

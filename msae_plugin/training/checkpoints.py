@@ -35,30 +35,18 @@ MANIFEST_FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk.
-
-    Attributes:
-        path: Its folder.
-        step: Training steps completed.
-        tokens: Tokens trained on.
-        config: The run's configuration, as `RunConfig.to_dict` gave it.
-    """
+    """A complete checkpoint on disk."""
 
     path: Path
-    step: int
+    step: int  # Training steps completed
     tokens: int
-    config: dict[str, Any]
+    config: dict[str, Any]  # The run's configuration, as `RunConfig.to_dict` gave it
 
 
 def open_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
     """Read a checkpoint's manifest and check every file against it.
 
-    Args:
-        path: Its folder.
-        whole: Read and hash every file; else their sizes have to do. Version 0.1 kept no hashes.
-
-    Raises:
-        InputError: If the folder is no checkpoint, or a file of it is missing or damaged.
+    Unless `whole`, by sizes alone. Version 0.1 kept no hashes.
     """
     manifest_path = path / MANIFEST_FILE
     if not manifest_path.is_file():
@@ -105,12 +93,9 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 class CheckpointStore:
-    """The `checkpoints/` folder of a run.
+    """The `checkpoints/` folder of a run, of which the newest `keep` stay.
 
-    Args:
-        folder: Where the checkpoints live; created with the first one.
-        keep: How many of the newest checkpoints stay; 0 keeps none once the run is finished.
-        writes: Whether this process is the one that writes; the others only read.
+    0 keeps none once the run is finished. Only one process writes, the others read.
     """
 
     def __init__(self, folder: Path, keep: int, *, writes: bool = True) -> None:
@@ -150,10 +135,8 @@ class CheckpointStore:
     def remove_after(self, step: int) -> None:
         """Remove what a run that goes on at this step has passed by: damaged checkpoints.
 
-        They would count as the newest, and be kept in place of whole ones.
-
-        Raises:
-            RunFailure: One is whole: another process wrote it since this one looked.
+        They would count as the newest, and be kept in place of whole ones. A whole one fails:
+        another process wrote it since this one looked.
         """
         kept = {checkpoint.path for checkpoint in self.complete() if checkpoint.step <= step}
         for path in self._folders():
@@ -167,11 +150,7 @@ class CheckpointStore:
     def save(
         self, step: int, tokens: int, config: dict[str, Any], write: Callable[[Path], None]
     ) -> Path:
-        """Write a checkpoint named after its tokens, then remove the oldest beyond `keep`.
-
-        Returns:
-            The checkpoint's folder.
-        """
+        """Write a checkpoint named after its tokens, then remove the oldest beyond `keep`."""
         target = self.folder_of(tokens)
         with folder_written_atomically(target) as temporary:
             write(temporary)
@@ -213,17 +192,9 @@ class CheckpointStore:
             self.folder.rmdir()
 
     def resolve(self, resume: str) -> Checkpoint | None:
-        """The checkpoint that `--resume` means.
+        """The checkpoint that `--resume` means: a path, or `auto` for the newest of this folder.
 
-        Args:
-            resume: `auto` for the newest complete one of this folder, or a checkpoint's path.
-
-        Returns:
-            None for `auto` when there is none yet: the run then starts from the beginning.
-
-        Raises:
-            InputError: If the path is no complete checkpoint, or this folder holds newer ones; if
-                all of this folder's are damaged.
+        None for `auto` when there is none yet. Refuses a path with newer ones in this folder.
         """
         chosen = None if resume == "auto" else open_checkpoint(Path(resume))
         newest = self.newest()

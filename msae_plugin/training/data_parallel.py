@@ -47,18 +47,9 @@ _PER_TOKEN = (StandardTrainingSAE, GatedTrainingSAE, JumpReLUTrainingSAE, TopKTr
 
 @contextmanager
 def launched_ranks(device: str) -> Generator[Ranks]:
-    """The processes that torchrun started, or this one alone.
+    """The processes that torchrun started, or `ALONE`.
 
-    Args:
-        device: `model.device` of the recipe: CUDA tensors go over NCCL, others over gloo. With
-            CUDA each process takes the device of its local rank.
-
-    Yields:
-        `ALONE` without torchrun or under it with one process.
-
-    Raises:
-        InputError: There are more processes than devices, or the device is not for several.
-        RunFailure: The processes do not find each other.
+    CUDA tensors go over NCCL, others over gloo; each process takes the device of its local rank.
     """
     if any(name not in os.environ for name in _TORCHRUN) or int(os.environ["WORLD_SIZE"]) == 1:
         yield ALONE
@@ -99,11 +90,7 @@ def own_share(dataset: HfDataset, ranks: Ranks) -> HfDataset:
 
 
 def own_batch_size(batch_size: int, ranks: Ranks) -> int:
-    """This rank's share of a mini-batch.
-
-    Raises:
-        InputError: It cannot be shared equally.
-    """
+    """This rank's share of a mini-batch."""
     if batch_size % ranks.count:
         raise InputError(
             f"training.batch_size_tokens = {batch_size} cannot be shared by {ranks.count} "
@@ -178,11 +165,7 @@ def same_weights_everywhere(saes: Mapping[str, TrainingSAE[Any]], ranks: Ranks) 
 
 
 def stop_together(guard: InterruptionGuard, ranks: Ranks) -> None:
-    """Raise on every rank when a signal has arrived at one of them.
-
-    Raises:
-        InterruptedBySignalError: If one has.
-    """
+    """Raise InterruptedBySignalError on every rank when a signal has arrived at one of them."""
     if ranks.count == 1:
         guard.check()
         return
@@ -194,8 +177,7 @@ def stop_together(guard: InterruptionGuard, ranks: Ranks) -> None:
 def share_batches(sae: TrainingSAE[Any], name: str, ranks: Ranks) -> None:
     """Let an SAE compute what depends on the batch over the batches of all ranks.
 
-    Raises:
-        InputError: The architecture is not known to give the same weights on several ranks.
+    Refuses an architecture that is not known to give the same weights on several ranks.
     """
     if isinstance(sae, SupportsRanks):
         sae.attach_ranks(ranks)

@@ -24,22 +24,13 @@ _CENTRE_FILE = "activation_centre.safetensors"
 
 
 class CentringScaler(ActivationScaler):
-    """SAELens' scaler, which subtracts a centre first: (x - centre) * scaling_factor.
+    """SAELens' scaler, which subtracts a centre (d_in,) first: (x - centre) * scaling_factor."""
 
-    Attributes:
-        centre: (d_in,); None until it is estimated.
-    """
-
-    centre: torch.Tensor | None = None
+    centre: torch.Tensor | None = None  # (d_in,); None until it is estimated
 
     @torch.no_grad()
     def estimate(self, activations: torch.Tensor, ranks: Ranks) -> None:
-        """Take centre and factor from the first batch.
-
-        Args:
-            activations: (n_tokens, d_in) of this rank.
-            ranks: The processes that share the batch.
-        """
+        """Take centre and factor from the first batch (n_tokens, d_in) of all ranks."""
         if self.centre is None:
             shift, scale = estimate_units(ranks.concatenated(activations)[0])
             self.centre, self.scaling_factor = shift, 1 / float(scale)
@@ -71,11 +62,7 @@ class CentringScaler(ActivationScaler):
 
 
 def check_can_be_centred(cfg: Any, where: str) -> None:
-    """Refuse a configuration into whose weights the centre does not fold.
-
-    Raises:
-        InputError: It scales activations itself, or does not subtract b_dec from its input.
-    """
+    """Refuse a configuration into whose weights the centre does not fold."""
     if cfg.normalize_activations != "none":
         raise InputError(
             f"'{where}' sets input_normalization and normalize_activations: leave one out"

@@ -20,30 +20,19 @@ from msae_plugin.models.loading import (
     load_language_model,
 )
 from msae_plugin.training.plans import SAEPlan
-from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.settings import DataSettings, ModelSettings
+from msae_plugin.training.recipe import DataSettings, ModelSettings, RunConfig
 
 
 @dataclass(frozen=True)
 class ModelAndText:
-    """A loaded model and its text.
-
-    Attributes:
-        language_model: The model.
-        text: The text.
-        autocast: Whether the model runs in bfloat16.
-    """
+    """A loaded model and its text."""
 
     language_model: LanguageModel
     text: TextData
-    autocast: bool
+    autocast: bool  # Whether the model runs in bfloat16
 
     def fitted(self, plans: Sequence[SAEPlan]) -> list[SAEPlan]:
-        """The plans for the widths that the model has at their hooks.
-
-        Raises:
-            InputError: A recipe gives another.
-        """
+        """The plans for the widths that the model has at their hooks."""
         widths = hook_widths(self.language_model, list({plan.hook: None for plan in plans}))
         return [plan.fitted(widths[plan.hook]) for plan in plans]
 
@@ -78,11 +67,7 @@ def load_model_and_text(
     text: TextData | None = None,
     ranks: Ranks = ALONE,
 ) -> ModelAndText:
-    """Load what is not given.
-
-    Raises:
-        InputError: The model or the text cannot be read, or the text does not fit the model.
-    """
+    """Load what is not given."""
     # The text first: a wrong path must not cost the minutes that a large model takes.
     if text is None:
         shape = language_model.shape if language_model else describe_model(config.model.name)

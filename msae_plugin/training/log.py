@@ -13,11 +13,12 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.saes.sae import TrainStepOutput
+from typing_extensions import override
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
@@ -115,18 +116,11 @@ def latent_statistics(
 ) -> dict[str, float]:
     """How a window's L0 is spread over the latents, and how encoder and decoder agree.
 
-    Args:
-        firings: (d_sae,) how many tokens of the window each latent fired on.
-        n_tokens: Tokens of the window.
-        dead: (d_sae,) which latents count as dead.
-        sae: The SAE.
-
-    Returns:
-        `dead_share` of the latents; `dense_share` of the L0, on latents that fire on more than
-        a tenth of the tokens; quantiles of log10 firing rates, -10 for a latent that never
-        fired; and, for an SAE with W_enc and W_dec, `encoder_decoder_alignment`, the mean cosine
-        of a latent's encoder and decoder direction over those that are not dead, evenly sampled
-        where they are many.
+    From firing counts (d_sae,) over the window's tokens and which latents are dead: `dead_share` of
+    the latents; `dense_share` of the L0, on latents that fire on more than a tenth of the tokens;
+    quantiles of log10 firing rates, -10 for a latent that never fired; and, for an SAE with W_enc
+    and W_dec, `encoder_decoder_alignment`, the mean cosine of a latent's encoder and decoder
+    direction over those that are not dead, evenly sampled where they are many.
     """
     rates = firings / max(n_tokens, 1)
     quantiles = torch.quantile(rates.float(), rates.new_tensor([0.05, 0.5, 0.95]).float())
@@ -141,29 +135,22 @@ def latent_statistics(
     return found
 
 
-class MetricSink(Protocol):
+class MetricSink:
     """A destination of one run's rows."""
 
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         """Take one row of one SAE."""
-        ...
+        raise NotImplementedError
 
     def flush(self) -> None:
         """Make everything written so far survive a kill."""
-        ...
 
     def close(self) -> None:
         """The run has ended."""
-        ...
 
 
 class JsonLines:
-    """Appends JSON objects to a file, one per line.
-
-    Args:
-        path: The file; created with its first line.
-        step_key: Key of the step in each row, used to drop rows when a run is resumed.
-    """
+    """Appends JSON objects to a file, one per line; the file is created with its first line."""
 
     def __init__(self, path: Path, step_key: str = "step") -> None:
         self.path = path
@@ -171,11 +158,7 @@ class JsonLines:
         self._handle: Any = None
 
     def truncate_after(self, step: int) -> int:
-        """Drop rows of later steps, and a last line cut short by a kill.
-
-        Returns:
-            How many lines were dropped.
-        """
+        """Drop rows of later steps, and a last line cut short by a kill; how many were dropped."""
         if not self.path.exists():
             return 0
         lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -210,42 +193,31 @@ class JsonLines:
             self._handle = None
 
 
-class JsonLinesSink:
-    """`metrics.jsonl` in each SAE's folder.
-
-    Args:
-        folders: Folder of each SAE by name.
-        resume_step: Rows after this step are dropped first.
-    """
+class JsonLinesSink(MetricSink):
+    """`metrics.jsonl` in each SAE's folder, less rows after the step that a run resumes at."""
 
     def __init__(self, folders: Mapping[str, Path], resume_step: int = 0) -> None:
         self._files = {name: JsonLines(path / METRICS_FILE) for name, path in folders.items()}
         for file in self._files.values():
             file.truncate_after(resume_step)
 
+    @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        """Append the row."""
         self._files[sae_name].append(row)
 
+    @override
     def flush(self) -> None:
-        """Force all files onto the disk."""
         for file in self._files.values():
             file.flush()
 
+    @override
     def close(self) -> None:
-        """Close all files."""
         for file in self._files.values():
             file.close()
 
 
-class TensorBoardSink:
-    """Event files for TensorBoard, one run per SAE below `folder`.
-
-    Args:
-        folder: The log directory to give to `tensorboard --logdir`.
-        names: Names of the SAEs.
-        resume_step: Events after this step are hidden.
-    """
+class TensorBoardSink(MetricSink):
+    """Event files for TensorBoard, one run per SAE below `folder`, later events hidden."""
 
     def __init__(self, folder: Path, names: list[str], resume_step: int = 0) -> None:
         # TensorBoard is optional, and importing it takes seconds.
@@ -256,36 +228,29 @@ class TensorBoardSink:
             name: SummaryWriter(log_dir=str(folder / name), purge_step=purge) for name in names
         }
 
+    @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        """Write every value of the row as a scalar."""
         step = int(row["step"])
         for key, value in row.items():
             if key != "step":
                 self._writers[sae_name].add_scalar(key, value, global_step=step)
 
+    @override
     def flush(self) -> None:
-        """Flush the event files."""
         for writer in self._writers.values():
             writer.flush()
 
+    @override
     def close(self) -> None:
-        """Close the event files."""
         for writer in self._writers.values():
             writer.close()
 
 
-class WandbSink:
+class WandbSink(MetricSink):
     """Weights & Biases, or trackio, which has the same functions and needs no account.
 
-    One run for all SAEs; keys are `<sae>/<metric>` as in SAELens.
-
-    Args:
-        options: Arguments of the client's `init`: project, name and so on.
-        config: The run's configuration.
-        client: `wandb` or `trackio`.
-
-    Raises:
-        InputError: The client is not installed.
+    One run for all SAEs; keys are `<sae>/<metric>` as in SAELens. Options go to the client's
+    `init`.
     """
 
     def __init__(
@@ -300,27 +265,20 @@ class WandbSink:
         arguments: dict[str, Any] = {"resume": "allow", **options, "config": dict(config)}
         self._wandb.init(**arguments)
 
+    @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        """Log the row at its step."""
         self._wandb.log(
             {f"{sae_name}/{key}": value for key, value in row.items() if key != "step"},
             step=int(row["step"]),
         )
 
-    def flush(self) -> None:
-        """The client sends by itself."""
-
+    @override
     def close(self) -> None:
-        """End the run."""
         self._wandb.finish()
 
 
 def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
-    """Whether to write TensorBoard files.
-
-    Raises:
-        InputError: If they are asked for and TensorBoard is not installed.
-    """
+    """Whether to write TensorBoard files; refused where asked for and not installed."""
     installed = importlib.util.find_spec("tensorboard") is not None
     if setting == "on" and not installed:
         raise InputError(
@@ -330,23 +288,23 @@ def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
     return installed and setting != "off"
 
 
-class MetricsLog:
+class MetricsLog(MetricSink):
     """All sinks of a run."""
 
     def __init__(self, sinks: list[MetricSink]) -> None:
         self._sinks = sinks
 
+    @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        """Give one row of one SAE to every sink."""
         for sink in self._sinks:
             sink.write(sae_name, row)
 
+    @override
     def flush(self) -> None:
-        """Make everything written so far survive a kill."""
         for sink in self._sinks:
             sink.flush()
 
+    @override
     def close(self) -> None:
-        """Close every sink."""
         for sink in self._sinks:
             sink.close()

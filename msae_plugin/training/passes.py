@@ -1,15 +1,17 @@
-"""Training sessions of `msae train`: on one pass of the language model, or on a cache."""
+"""Passes over activations: training on the language model or a cache, and `msae cache`."""
 
 from __future__ import annotations
 
 import logging
+import time
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import logger as sae_lens_logger
 from sae_lens.config import HfDataset
 from sae_lens.multi_sae_training_runner import (
@@ -17,24 +19,34 @@ from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunnerConfig,
 )
 from sae_lens.saes.sae import TrainingSAE
-from typing_extensions import override
+from sae_lens.training.activations_store import ActivationsStore
+from typing_extensions import Self, override
 
 from msae_plugin import upstream
+from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.files import disk_errors_told, remove_leftovers
+from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay
+from msae_plugin.common.seeding import seed_everything
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.activation_store import (
+    FORMAT,
     PLACEHOLDER,
+    ActivationWriter,
     CachedActivations,
     CachedBatches,
+    activations_key,
+    check_new_cache,
     norm_batches,
+    open_cache,
+    rows_needed,
 )
-from msae_plugin.training.activation_stream import ActivationStream
 from msae_plugin.training.data_parallel import documents_read, own_batch_size, own_share
+from msae_plugin.training.inputs import load_model_and_text
 from msae_plugin.training.log import MetricsLog
-from msae_plugin.training.plans import SAEPlan, build_sae
+from msae_plugin.training.plans import SAEPlan, build_sae, default_device
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import (
     SessionSettings,
@@ -42,6 +54,9 @@ from msae_plugin.training.session import (
     shared_settings,
     whole_steps,
 )
+
+SECONDS_BETWEEN_SAVES = 30.0
+"""Of a cache that is being written."""
 
 
 class _NotAboutUs(logging.Filter):
@@ -107,6 +122,82 @@ def shared_pass_config(
     )
 
 
+class ActivationStream:
+    """What SAELens' `get_multi_hook_data_loader` gives, with a position.
+
+    SAELens keeps the mixing buffer inside a generator. Rows stay in it for any number of refills,
+    so that they cannot be made anew from a place in the text: they are saved. The text is read
+    again up to its place, without the model.
+    """
+
+    def __init__(self, store: ActivationsStore, hooks: Sequence[str]) -> None:
+        self._store = store
+        self._hooks = list(dict.fromkeys(hooks))
+        self._sequences = upstream.CountedSequences(store)
+        self._passes = upstream.filtered_batches(store)
+        self._widths: list[int] = []
+        # (rows, sum of d_in), the first `_ready` mini-batches of it mixed and to be served.
+        self._rows: torch.Tensor | None = None
+        self._ready = 0
+
+    def __iter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        """(mini-batch, d_in) by hook; never ends."""
+        while self._ready == 0 or self._rows is None:
+            self._refill()
+        size = self._store.train_batch_size_tokens
+        batch, self._rows = self._rows[:size], self._rows[size:]
+        self._ready -= 1
+        return dict(zip(self._hooks, batch.split(self._widths, dim=1), strict=True))
+
+    def _refill(self) -> None:
+        """One forward pass; `mixing_buffer` of SAELens."""
+        store = self._store
+        made = next(self._passes)
+        self._widths = [made[hook].shape[1] for hook in self._hooks]
+        rows = torch.cat([made[hook] for hook in self._hooks], dim=1)
+        if self._rows is not None:
+            rows = torch.cat([self._rows, rows])
+        whole = store.n_batches_in_buffer * store.training_context_size
+        if len(rows) >= whole:
+            if store.activations_mixing_fraction > 0:
+                rows = rows[torch.randperm(len(rows))]
+            served = len(rows) - int(whole * store.activations_mixing_fraction)
+            self._ready = max(1, served // store.train_batch_size_tokens)
+        self._rows = rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position. The rows are not copied; they are never changed in place."""
+        return {
+            "rows": self._rows,
+            "widths": self._widths,
+            "ready": self._ready,
+            "sequences": self._sequences.taken,
+            "documents": self._store.n_dataset_processed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position."""
+        rows = state["rows"]
+        self._rows = None if rows is None else rows.to(self._store.device)
+        self._widths, self._ready = list(state["widths"]), int(state["ready"])
+        for _ in range(int(state["sequences"])):
+            if next(self._store.iterable_sequences, None) is None:
+                raise InputError(
+                    "the text is shorter than when the checkpoint was written: give the same text, "
+                    "or start a new run"
+                )
+        self._store.n_dataset_processed = int(state["documents"])
+
+    def skip_documents(self, count: int) -> None:
+        """Begin after so many documents, with an empty buffer."""
+        while self._store.n_dataset_processed < count:
+            self._store.get_batch_tokens(1, move_to_model_device=False)
+
+
 class RecipeSession(TrainingSession):
     """Trains the SAEs of a recipe of `msae train`."""
 
@@ -123,16 +214,7 @@ class RecipeSession(TrainingSession):
 
 
 class SharedPassRunner(RecipeSession, MultiSAETrainingRunner):
-    """SAELens' multi-SAE runner with our training: one pass of the language model for all SAEs.
-
-    Args:
-        config: The recipe.
-        settings: The session.
-        dataset: The training text.
-        language_model: The model.
-        saes: The initialised SAEs by name.
-        autocast: Whether the model runs in bfloat16.
-    """
+    """SAELens' multi-SAE runner with our training: one pass of the language model for all SAEs."""
 
     def __init__(
         self,
@@ -176,14 +258,7 @@ class SharedPassRunner(RecipeSession, MultiSAETrainingRunner):
 
 
 class CachedPass(RecipeSession):
-    """Trains all SAEs of a recipe on the rows of a cache.
-
-    Args:
-        cache: The cache, already checked against the recipe.
-        config: The recipe.
-        settings: The session.
-        saes: The initialised SAEs by name.
-    """
+    """Trains all SAEs of a recipe on the rows of a cache that was checked against it."""
 
     def __init__(
         self,
@@ -225,17 +300,7 @@ def reading_runner(
     guard: InterruptionGuard,
     progress: ProgressDisplay,
 ) -> SharedPassRunner:
-    """A runner that makes the batches of `msae train` and trains nothing.
-
-    Args:
-        config: The recipe; its SAEs are not looked at.
-        language_model: The model.
-        text: The text.
-        device: Where the activations are made.
-        autocast: Whether the model runs in bfloat16.
-        guard: Knows about signals.
-        progress: Of the run.
-    """
+    """A runner that makes the batches of `msae train` and trains nothing."""
     # SAELens' runner wants an SAE.
     config = replace(config, sae=PLACEHOLDER, saes=None)
     plans = config.validate(language_model.shape)
@@ -258,3 +323,94 @@ def reading_runner(
         saes={plan.name: build_sae(plan, 0, device) for plan in plans},
         autocast=autocast,
     )
+
+
+def make_cache(
+    config: RunConfig,
+    output: Path,
+    *,
+    language_model: LanguageModel | None = None,
+    text: TextData | None = None,
+    progress: ProgressDisplay | None = None,
+) -> CachedActivations:
+    """Run the text through the model and keep what a run of this recipe reads.
+
+    Its SAEs say only how many activations are needed. An unfinished cache in the folder is
+    continued; a signal raises once everything so far is on the disk.
+    """
+    progress = progress or ProgressDisplay()
+    config = replace(config, cached_activations=None)
+    plans = config.validate(None if language_model is None else language_model.shape)
+    rows = rows_needed(config, plans)
+    check_new_cache(output)
+    with claimed_output(output), disk_errors_told(output):
+        # Another process may have finished there since this one began.
+        check_new_cache(output)
+        remove_leftovers(output)
+        return _make_cache(config, plans, rows, output, language_model, text, progress)
+
+
+def _make_cache(
+    config: RunConfig,
+    plans: list[SAEPlan],
+    rows: int,
+    output: Path,
+    language_model: LanguageModel | None,
+    text: TextData | None,
+    progress: ProgressDisplay,
+) -> CachedActivations:
+    device = default_device(config.model.device)
+    seed_everything(config.training.seed)
+    inputs = load_model_and_text(config, device, progress, language_model=language_model, text=text)
+    inputs.fitted(plans)
+    started = time.perf_counter()
+    with InterruptionGuard() as guard:
+        runner = reading_runner(
+            config,
+            inputs.language_model,
+            inputs.text,
+            device,
+            autocast=inputs.autocast,
+            guard=guard,
+            progress=progress,
+        )
+        record = inputs.record()
+        facts = {
+            "format": FORMAT,
+            "key": activations_key(config),
+            "rows": rows,
+            "seed": config.training.seed,
+            "model": {**record["model"], "vocabulary": inputs.language_model.vocabulary},
+            "data": record["data"],
+        }
+        writer = ActivationWriter(output, facts, config.hooks)
+        if writer.position is not None:
+            runner.trainer.go_to(writer.position)
+        progress.start(rows, writer.done, list(config.hooks))
+        try:
+            write_activations(runner, writer, guard, progress.advance)
+        except InterruptedBySignalError:
+            writer.save_progress()
+            raise
+        finally:
+            progress.stop()
+        writer.finish(time.perf_counter() - started)
+    return open_cache(output)
+
+
+def write_activations(
+    runner: SharedPassRunner,
+    writer: ActivationWriter,
+    guard: InterruptionGuard,
+    advance: Callable[[int], object],
+) -> None:
+    """Make what is missing of a store; a signal raises between two batches."""
+    saved = time.perf_counter()
+    while writer.done < writer.rows:
+        guard.check()
+        (batch,) = runner.fresh_batches(1)
+        writer.append(batch, runner.trainer.position())
+        advance(writer.done)
+        if time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
+            writer.save_progress()
+            saved = time.perf_counter()

@@ -63,31 +63,18 @@ _RESIDUAL_WIDTH = (
 
 @dataclass(frozen=True)
 class SAEPlan:
-    """One SAE to train at one hook.
+    """One SAE to train at one hook."""
 
-    Attributes:
-        name: Its name in the run, `<name>_layer<L>` when there are several hooks.
-        base_name: Its name in the recipe.
-        hook: Where its activations come from.
-        config: SAELens' training configuration.
-        lr: Its own learning rate; None for the run's.
-        lr_floor: Its own floor of the rate; None for the run's.
-        gradient_lr: Its own gradient-driven rule; None for the run's.
-        centres_inputs: Whether the trainer centres and scales its activations.
-        alone: Whether it is the only SAE of the run, and so owns the run's folder.
-        width_given: Whether the recipe gives `d_in`; else it is the width that the hook turns out
-            to have.
-    """
-
-    name: str
-    base_name: str
-    hook: str
+    name: str  # Its name in the run, `<name>_layer<L>` when there are several hooks
+    base_name: str  # Its name in the recipe
+    hook: str  # Where its activations come from
     config: TrainingSAEConfig
-    lr: float | None
-    lr_floor: float | None
-    gradient_lr: GradientRateConfig | None
-    centres_inputs: bool
-    alone: bool
+    lr: float | None  # Its own learning rate; None for the run's
+    lr_floor: float | None  # Its own floor of the rate; None for the run's
+    gradient_lr: GradientRateConfig | None  # Its own gradient-driven rule; None for the run's
+    centres_inputs: bool  # Whether the trainer centres and scales its activations
+    alone: bool  # Whether it is the only SAE of the run, and so owns the run's folder
+    # Whether the recipe gives `d_in`; else it is the width that the hook turns out to have
     width_given: bool
 
     def folder(self, output: Path) -> Path:
@@ -95,11 +82,7 @@ class SAEPlan:
         return output if self.alone else output / self.name
 
     def fitted(self, width: int) -> SAEPlan:
-        """The same for activations of the width that was measured at the hook.
-
-        Raises:
-            InputError: The recipe gives another `d_in`.
-        """
+        """The same for the width measured at the hook; refused if the recipe gives another."""
         if self.config.d_in == width:
             return self
         if self.width_given:
@@ -118,17 +101,9 @@ def plan_saes(
     training_steps: int,
     accumulation_steps: int = 1,
 ) -> list[SAEPlan]:
-    """One plan per SAE and hook.
+    """One plan per SAE section and hook.
 
-    Args:
-        sections: The recipe's SAE sections by name.
-        hooks: The hooks.
-        d_model: Width of the model's residual stream.
-        training_steps: Length of the run, which presets fit their schedules to.
-        accumulation_steps: Mini-batches per step of the run, which some presets prescribe.
-
-    Raises:
-        InputError: For an unknown architecture, preset or field, or a value that cannot work.
+    Presets fit their schedules to the steps of the run, and some prescribe its accumulation.
     """
     labels = hook_labels(hooks)
     alone = len(sections) * len(hooks) == 1
@@ -245,11 +220,7 @@ def _check_accumulation(section: Mapping[str, Any], steps: int, where: str) -> N
 
 
 def config_class(architecture: Any, where: str) -> type[TrainingSAEConfig]:
-    """SAELens' config class of an architecture.
-
-    Raises:
-        InputError: There is no such architecture.
-    """
+    """SAELens' config class of an architecture."""
     known = sorted(SAE_TRAINING_CLASS_REGISTRY)
     if architecture not in known:
         hint = did_you_mean(str(architecture), known)
@@ -289,11 +260,7 @@ def _from_preset(
 
 
 def require_memory(plans: Sequence[SAEPlan], device: str) -> None:
-    """Refuse SAEs that this machine cannot hold: weights, gradients and two moments of Adam.
-
-    Raises:
-        InputError: Naming the largest.
-    """
+    """Refuse SAEs that this machine cannot hold: weights, gradients and two moments of Adam."""
 
     def size(plan: SAEPlan) -> int:
         own = plan.config
@@ -314,16 +281,7 @@ def require_memory(plans: Sequence[SAEPlan], device: str) -> None:
 
 
 def build_sae(plan: SAEPlan, seed: int, device: str) -> TrainingSAE[Any]:
-    """Initialise an SAE from a seed of its own: adding another SAE to a run does not change it.
-
-    Args:
-        plan: What to build.
-        seed: Seed of the run.
-        device: Where it will live.
-
-    Raises:
-        InputError: If the architecture refuses its configuration.
-    """
+    """Initialise an SAE from a seed of its own: adding another SAE to a run does not change it."""
     config = dataclasses.replace(plan.config, device=device)
     sae_class = get_sae_training_class(config.architecture())[0]
     stream = RandomStream(derive_seed(seed, "init", plan.base_name, plan.hook), device)
@@ -335,14 +293,7 @@ def build_sae(plan: SAEPlan, seed: int, device: str) -> TrainingSAE[Any]:
 
 
 def default_device(setting: str) -> str:
-    """The device that `model.device` means.
-
-    Args:
-        setting: auto, cpu, cuda, cuda:N or mps.
-
-    Raises:
-        InputError: This machine has no such device.
-    """
+    """The device that `model.device` (auto, cpu, cuda, cuda:N or mps) means; refused if absent."""
     if setting == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = setting.partition(":")

@@ -30,7 +30,7 @@ from msae_plugin.common.files import (
     remove_leftovers,
 )
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay, SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import seed_everything
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.data.text import TextData
@@ -81,11 +81,7 @@ _MAY_CHANGE = (
 
 
 def check_output(output: Path, resume: str | None) -> None:
-    """Refuse a folder whose contents a run would overwrite.
-
-    Raises:
-        InputError: If the folder is in use by something else, or holds a finished run.
-    """
+    """Refuse a folder whose contents a run would overwrite."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {str(output)!r} is a file: give a folder")
     contents = [] if not output.exists() else [path.name for path in output.iterdir()]
@@ -109,11 +105,7 @@ def check_output(output: Path, resume: str | None) -> None:
 
 
 def is_complete(output: Path, config: RunConfig) -> bool:
-    """Whether a folder holds the complete run of a recipe.
-
-    Raises:
-        InputError: It holds that of another recipe.
-    """
+    """Whether a folder holds the complete run of a recipe; refused if it is of another."""
     record = read_run_record(output)
     if record is None or record.get("status") != "complete":
         return False
@@ -122,11 +114,7 @@ def is_complete(output: Path, config: RunConfig) -> bool:
 
 
 def check_same_run(path: Path, earlier: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuse to continue a run or checkpoint with a recipe that would train something else.
-
-    Raises:
-        InputError: Naming the first field that differs and both values.
-    """
+    """Refuse to continue a run or checkpoint with a recipe that would train something else."""
     then = dict(_flatten(earlier))
     now = dict(_flatten(config.to_dict()))
     for key in sorted(then.keys() | now.keys()):
@@ -157,50 +145,30 @@ Inputs: TypeAlias = ModelAndText | CachedInputs
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run in memory.
+    """A finished run in memory."""
 
-    Attributes:
-        saes: The trained SAEs by name: eval mode, activation scaling folded in.
-        folders: Folder of each SAE, with its `sae/` export.
-        hook_names: Hook of each SAE.
-        heldout: Documents that were kept from training; none where a cache was trained on.
-        language_model: The model; None where a cache was trained on.
-        tokens_per_second: Training speed by SAE name (its own steps, without the language model)
-            and under `overall` (everything), of this session; empty if no step was left to do.
-        activation_samples: (n, d_in) raw activations by hook.
-        exports: What the export check measured, by SAE name; empty on ranks that do not write.
-        final_rows: Last row of each SAE's metrics.jsonl, likewise.
-    """
-
+    # The trained SAEs by name: eval mode, activation scaling folded in
     saes: dict[str, TrainingSAE[Any]]
-    folders: dict[str, Path]
+    folders: dict[str, Path]  # Folder of each SAE, with its `sae/` export
     hook_names: dict[str, str]
-    heldout: list[str]
-    language_model: LanguageModel | None
+    heldout: list[str]  # Documents that were kept from training; none where a cache was trained on
+    language_model: LanguageModel | None  # The model; None where a cache was trained on
+    # Training speed by SAE name (its own steps, without the language model) and under `overall`
+    # (everything), of this session; empty if no step was left to do
     tokens_per_second: dict[str, float]
-    activation_samples: dict[str, torch.Tensor]
+    activation_samples: dict[str, torch.Tensor]  # (n, d_in) raw activations by hook
+    # What the export check measured, by SAE name; empty on ranks that do not write
     exports: dict[str, ExportReport]
-    final_rows: dict[str, dict[str, Any]]
+    final_rows: dict[str, dict[str, Any]]  # Last row of each SAE's metrics.jsonl, likewise
 
 
 class MultiScaleRunner:
     """Trains, calibrates, exports and records the SAEs of a recipe.
 
     Everything that can be refused without loading a model is refused here, in the constructor.
-
-    Args:
-        config: The recipe.
-        output: The run's folder; new or empty unless resuming.
-        resume: None for a new run, `auto` for the newest complete checkpoint of `output` (a new
-            run when there is none), or the path of a checkpoint.
-        language_model: An already loaded model to use instead of `config.model.name`.
-        text: Already loaded text to use instead of `config.data.source`.
-        progress: Shows how far the run is; silent by default.
-        ranks: The processes that share the run, from `data_parallel.launched_ranks`; rank 0 alone
-            writes into the folder and exports.
-
-    Raises:
-        InputError: If the recipe, the folder or the checkpoint cannot work.
+    `resume` is None for a new run, `auto` for the newest complete checkpoint of `output` (a new run
+    when there is none), or a checkpoint's path. A model and a text that are loaded already stand in
+    for those of the recipe. Of several ranks, rank 0 alone writes into the folder and exports.
     """
 
     def __init__(
@@ -220,7 +188,7 @@ class MultiScaleRunner:
         self._language_model = language_model
         self._text = text
         self._leads = ranks.rank == 0
-        self._progress = progress if progress and self._leads else SilentProgress()
+        self._progress = progress if progress and self._leads else ProgressDisplay()
         self._inputs = None
         shape = None
         if config.cached_activations is not None:
@@ -257,12 +225,7 @@ class MultiScaleRunner:
     def run(self) -> RunResult:
         """Run to the end.
 
-        Raises:
-            InputError: For what only the loaded model or text can show, or if another process
-                writes into the folder, or it cannot be written.
-            RunFailure: If training diverges, an export does not agree with what was trained, or the
-                disk is full.
-            InterruptedBySignalError: On SIGINT or SIGTERM, once a checkpoint is written.
+        Raises InterruptedBySignalError on SIGINT or SIGTERM, once a checkpoint is written.
         """
         if not self._leads:
             return self._run()

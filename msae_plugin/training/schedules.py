@@ -43,10 +43,7 @@ class GradientRateConfig:
 class LearningRateRule:
     """Gives the learning rate of each step; one per SAE.
 
-    Args:
-        gradient: The gradient-driven rule.
-        lr_floor: Lower bound of the rate once the warm-up is over.
-        warm_up_steps: The floor does not apply before this step: a warm-up starts near zero.
+    `lr_floor` holds once the warm-up, which starts near zero, is over.
     """
 
     def __init__(
@@ -105,11 +102,7 @@ def build_optimiser(
 ) -> torch.optim.Optimizer:
     """Adam over all parameters, or AdamW (decoupled decay, arXiv 1711.05101) on the dictionaries.
 
-    Args:
-        sae: The SAE whose parameters are trained.
-        lr: Learning rate, before any schedule.
-        betas: Adam's two decay rates.
-        weight_decay: 0 gives exactly the optimiser of SAELens' trainer.
+    A decay of 0 gives exactly the optimiser of SAELens' trainer.
     """
     if weight_decay == 0:
         return torch.optim.Adam(sae.parameters(), lr=lr, betas=betas)

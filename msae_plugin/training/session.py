@@ -36,38 +36,25 @@ from msae_plugin.training.data_parallel import (
 )
 from msae_plugin.training.log import REVIVALS_FILE, JsonLines, MetricsLog
 from msae_plugin.training.plans import SAEPlan
-from msae_plugin.training.settings import TrainingSettings
+from msae_plugin.training.recipe import TrainingSettings
 from msae_plugin.training.trainer import LockstepTrainer, StepOptions
 
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """Everything about a session but its batches.
-
-    Args:
-        plans: The SAEs.
-        training: How they are trained.
-        device: Where they are.
-        seed: Of their own randomness and of the data's.
-        log_every: Steps between two log rows.
-        guard: Knows about signals.
-        progress: Shows how far the training is.
-        folders: Folder of each SAE; empty keeps no logs (a trial of a search).
-        store: Where checkpoints go; None writes none.
-        metrics: Takes the log rows.
-        ranks: The processes that share the session. Rank 0 alone writes; the others take part.
-    """
+    """Everything about a session but its batches."""
 
     plans: Sequence[SAEPlan]
     training: TrainingSettings
     device: str
-    seed: int
+    seed: int  # Of their own randomness and of the data's
     log_every: int
     guard: InterruptionGuard
     progress: ProgressDisplay
-    folders: Mapping[str, Path]
-    store: CheckpointStore | None
+    folders: Mapping[str, Path]  # Folder of each SAE; empty keeps no logs (a trial of a search)
+    store: CheckpointStore | None  # Where checkpoints go; None writes none
     metrics: MetricsLog
+    # The processes that share the session. Rank 0 alone writes; the others take part
     ranks: Ranks = ALONE
 
 
@@ -119,17 +106,12 @@ def _own_options(options: StepOptions, plan: SAEPlan) -> StepOptions:
 
 @dataclass(frozen=True)
 class FinishedSAE:
-    """An exported SAE, as its `run.json` tells of it.
+    """An exported SAE, as its `run.json` tells of it."""
 
-    Attributes:
-        final: Last row of its metrics.jsonl; empty where nothing was logged.
-        calibration: What setting its threshold found; None where there was none to set.
-        report: What the export check measured.
-    """
-
-    final: Mapping[str, Any]
+    final: Mapping[str, Any]  # Last row of its metrics.jsonl; empty where nothing was logged
+    # What setting its threshold found; None where there was none to set
     calibration: Mapping[str, float] | None
-    report: ExportReport
+    report: ExportReport  # What the export check measured
 
     def record(self, tokens_per_second: float | None) -> dict[str, Any]:
         """Its entry in `run.json`."""
@@ -148,15 +130,9 @@ def sae_record(plan: SAEPlan, folder: str) -> dict[str, Any]:
 
 
 class TrainingSession:
-    """Trains SAEs on one stream of batches, and exports them.
+    """Trains SAEs on one stream of batches, this rank's shares by hook, and exports them."""
 
-    Args:
-        settings: What is trained, and how.
-        saes: The initialised SAEs by name.
-        batches: This rank's shares of the mini-batches, by hook.
-    """
-
-    saes: dict[str, TrainingSAE[Any]]
+    saes: dict[str, TrainingSAE[Any]]  # The initialised SAEs by name
 
     def __init__(
         self,
@@ -227,17 +203,12 @@ class TrainingSession:
     def approach(self, folder: Path, states: Sequence[Mapping[str, Any]]) -> None:
         """Put the batches near where they were when a checkpoint was written.
 
-        Args:
-            folder: The checkpoint, of another number of ranks or of version 0.1.
-            states: What its ranks knew.
+        Of a checkpoint of another number of ranks, or of version 0.1; `states` is what its ranks
+        knew.
         """
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint: weights, optimisers, schedules, position in the batches.
-
-        Raises:
-            InputError: If a file of the checkpoint cannot be read or does not fit.
-        """
+        """Continue from a checkpoint: weights, optimisers, schedules, position in the batches."""
         trainer, ranks = self.trainer, self.settings.ranks
         trainer.load_checkpoint(checkpoint.path)
         states = load_states(checkpoint.path)
@@ -257,9 +228,7 @@ class TrainingSession:
     def run(self) -> dict[str, TrainingSAE[Any]]:
         """Train to the end and write the checkpoint of the finished training.
 
-        Raises:
-            InterruptedBySignalError: With the checkpoint that was written.
-            RunFailure: When training diverged; the last good checkpoint stays.
+        InterruptedBySignalError carries the checkpoint that was written.
         """
         trainer, progress = self.trainer, self.settings.progress
         for revivals in self._revivals.values():
@@ -367,7 +336,7 @@ class TrainingSession:
     def export(
         self,
         name: str,
-        activations: torch.Tensor,
+        activations: torch.Tensor,  # (n, d_in) real activations for the export check
         runner_cfg: Callable[[], Mapping[str, Any]],
         *,
         calibration: Mapping[str, float] | None,
@@ -375,16 +344,9 @@ class TrainingSession:
     ) -> FinishedSAE:
         """Export a trained SAE, its scaling folded in, with its metadata complete.
 
-        Args:
-            name: Which.
-            activations: (n, d_in) real activations for the export check.
-            runner_cfg: Gives the contents of runner_cfg.json, once the metadata is complete.
-            calibration: What setting its threshold found.
-            l0: Active latents per token at that threshold; None leaves SAELens' own figure, which
-                counts the training batches.
-
-        Raises:
-            RunFailure: The export does not agree with what was trained, or is silent.
+        `activations` (n, d_in) are for the export check; `runner_cfg` is asked once the metadata is
+        complete; `l0` counts active latents per token at the calibrated threshold, None leaves
+        SAELens' own figure, which counts the training batches.
         """
         folder, sae = self.settings.folders[name], self.saes[name]
         log = read_rows(folder / METRICS_FILE)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -29,7 +29,6 @@ from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.seeding import RandomStream, derive_seed
-from msae_plugin.training.activation_stream import Positioned
 from msae_plugin.training.data_parallel import (
     gathered,
     same_weights_everywhere,
@@ -43,25 +42,29 @@ from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule,
 RULES_FILE = "learning_rate_rule.pt"
 
 
+@runtime_checkable
+class Positioned(Protocol):
+    """Batches that can go on where they were."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as `torch.load` takes it with `weights_only`; cheap."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position; nothing was read before."""
+
+
 @dataclass(frozen=True)
 class StepOptions:
-    """Options of our step beyond SAELens'.
+    """Options of our step beyond SAELens'."""
 
-    Attributes:
-        accumulation_steps: Mini-batches whose mean gradient makes one step.
-        weight_decay: AdamW's decay of the dictionaries; 0 is SAELens' Adam.
-        clip_grad_norm: Largest gradient norm over all parameters; None does not clip.
-        lr_floor: The learning rate never falls below it after the warm-up.
-        gradient_lr: The gradient-driven rule.
-        centres_inputs: Activations are centred and scaled by the first batch, for an SAE that does
-            not do it itself.
-    """
-
-    accumulation_steps: int = 1
-    weight_decay: float = 0.0
+    accumulation_steps: int = 1  # Mini-batches whose mean gradient makes one step
+    weight_decay: float = 0.0  # AdamW's decay of the dictionaries; 0 is SAELens' Adam
+    # Largest gradient norm over all parameters; None does not clip
     clip_grad_norm: float | None = 1.0
-    lr_floor: float = 0.0
+    lr_floor: float = 0.0  # The learning rate never falls below it after the warm-up
     gradient_lr: GradientRateConfig = field(default_factory=GradientRateConfig)
+    # Activations are centred and scaled by the first batch, for an SAE that does not do it itself
     centres_inputs: bool = False
     machine: MachineSettings = field(default_factory=MachineSettings)
 
@@ -69,16 +72,9 @@ class StepOptions:
 class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
     """SAELens' trainer of one SAE, with the options of `StepOptions` and a metrics window.
 
-    Args:
-        cfg: SAELens' configuration; `train_batch_size_samples` is the size of one mini-batch.
-        sae: The SAE.
-        name: Its name in messages.
-        options: See `StepOptions`.
-        total_steps: Length of the run in steps, for the learning-rate schedule.
-        stream: Where the SAE's own random numbers come from; the same on all ranks.
-        ranks: The processes that share each mini-batch.
-        one_of_several: Other SAEs take their steps in turn with this one. On a GPU its step then
-            waits for theirs to end before its own time is taken.
+    `train_batch_size_samples` of cfg is the size of one mini-batch. The stream of the SAE's own
+    random numbers is the same on all ranks. With other SAEs taking their steps in turn
+    (`one_of_several`), a step on a GPU waits for theirs to end before its own time is taken.
     """
 
     def __init__(
@@ -141,13 +137,9 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
         return self.step_on([batch])
 
     def step_on(self, batches: Sequence[torch.Tensor]) -> TrainStepOutput:
-        """One optimiser step on the mean gradient of several raw batches, each (tokens, d_in).
+        """One optimiser step on the mean gradient of several raw batches; the last one's output.
 
-        Returns:
-            The output of the last batch.
-
-        Raises:
-            RunFailure: If the loss or the gradient is not finite; no weight has changed then.
+        Fails before any weight has changed if the loss or the gradient is not finite.
         """
         started = self._now()
         with self.stream.active():
@@ -342,24 +334,10 @@ class _Clock:
 class LockstepTrainer(MultiSAETrainer):
     """SAELens' trainer of several SAEs on one stream of activations, over our `StepTrainer`s.
 
-    Args:
-        cfg: SAELens' configuration; `total_training_samples` is a multiple of one step's tokens,
-            `train_batch_size_samples` the size of a mini-batch over all ranks.
-        saes: The SAEs by name.
-        hook_names: Hook of each SAE.
-        data_provider: Yields a dictionary of (tokens, d_in) activations by hook: this rank's share
-            of a mini-batch.
-        options: Step options of the run.
-        own_options: Step options of the SAEs that have their own; the accumulation is the run's.
-        learning_rates: Learning rate of each SAE that has its own.
-        seed: Seed of the run, from which each SAE's and the data's randomness is derived.
-        log_every: Steps between two log rows.
-        guard: Asked between steps whether a signal has arrived.
-        on_step: Called after each step with this trainer.
-        on_log: Called with an SAE's name and its log row.
-        on_checkpoint: Called when a checkpoint is due.
-        checkpoint_seconds: Time after which one is due, whatever the position; None for none.
-        ranks: The processes that share each mini-batch.
+    `total_training_samples` of cfg is a multiple of one step's tokens, `train_batch_size_samples`
+    the size of a mini-batch over all ranks. The provider yields this rank's share of a mini-batch,
+    (tokens, d_in) by hook. Each SAE's and the data's randomness is derived from the seed of the
+    run. A checkpoint is due `checkpoint_seconds` after the last, whatever the position.
     """
 
     step_trainers: dict[str, StepTrainer]
@@ -434,11 +412,7 @@ class LockstepTrainer(MultiSAETrainer):
         )
 
     def next_batch(self) -> dict[str, torch.Tensor]:
-        """The next mini-batch of every hook, shuffled by the data's own random stream.
-
-        Raises:
-            InputError: If the corpus is too small to fill the buffer.
-        """
+        """The next mini-batch of every hook, shuffled by the data's own random stream."""
         try:
             with self._data_stream.active(), self._waiting():
                 return next(self.data_provider)
@@ -458,9 +432,7 @@ class LockstepTrainer(MultiSAETrainer):
     def fit(self) -> dict[str, TrainingSAE[Any]]:
         """Train to the end; the activation scaling is not folded in yet (see `fold_scaling`).
 
-        Raises:
-            InterruptedBySignalError: Between two steps, when a signal has arrived.
-            RunFailure: If a loss is not finite.
+        A signal raises InterruptedBySignalError between two steps.
         """
         self.prepare_scaling()
         same_weights_everywhere(self.saes, self.ranks)
@@ -601,9 +573,6 @@ class LockstepTrainer(MultiSAETrainer):
 
         Random numbers continue in new streams derived from the step, where `load_state_dict` does
         not follow: with the checkpoint of another number of ranks, or of version 0.1.
-
-        Raises:
-            InputError: If a file of the checkpoint cannot be read or does not fit.
         """
         for name, trainer in self.step_trainers.items():
             folder = Path(path) / name

@@ -50,6 +50,14 @@ def make(seed: int = 0, **fields: Any) -> MultiScaleTrainingSAE:
     return MultiScaleTrainingSAE(MultiScaleTrainingSAEConfig(**fields))
 
 
+@torch.no_grad()
+def to_export_units(sae: MultiScaleTrainingSAE, feature_acts: torch.Tensor) -> torch.Tensor:
+    """Latents (..., d_sae) of an SAE in the order and units of its export (unit decoder)."""
+    if not sae.cfg.rescale_acts_by_decoder_norm:
+        feature_acts = feature_acts * sae.get_W_dec_norm()
+    return feature_acts[..., sae.export_order()]
+
+
 def activations(n_tokens: int, d_in: int, seed: int, dtype: torch.dtype = torch.float32):
     """Activations with structure: sparse sums of fixed directions, off-centre, norms that vary."""
     directions = torch.randn(3 * d_in, d_in, generator=torch.Generator().manual_seed(1))

@@ -18,11 +18,10 @@ from steps import activations, make, plain, step_input
 from tolerance import rounding_tolerance
 
 from msae_plugin import MultiScaleTrainingSAE
-from msae_plugin.architecture import training_sae
-from msae_plugin.architecture.auxk import auxk_loss
 from msae_plugin.architecture.kernels import replay, static_selection
 from msae_plugin.architecture.kernels.cuda_graphs import RecordedSteps, StepFunction
 from msae_plugin.architecture.kernels.decoding import MachineSettings
+from msae_plugin.architecture.losses import auxk_loss
 from msae_plugin.architecture.selection import batch_top_k
 from msae_plugin.architecture.step_schedule import (
     Budgets,
@@ -30,7 +29,6 @@ from msae_plugin.architecture.step_schedule import (
     EncoderInput,
     StepInputs,
     StepSchedule,
-    room_for_pairs,
 )
 from msae_plugin.common.errors import RunFailure
 
@@ -95,7 +93,7 @@ class LiteralRecording:
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps on a CPU take the form that they have on a GPU, and may be recorded."""
-    monkeypatch.setattr(training_sae, "needs_static_shapes", lambda _: True)
+    monkeypatch.setattr(static_selection, "needs_static_shapes", lambda _: True)
     allowed = replay._can_be_recorded
 
     def on_gpu(sae: MultiScaleTrainingSAE, sae_in: torch.Tensor) -> bool:
@@ -372,7 +370,7 @@ def test_auxk_over_a_padded_list_is_auxk(n_dead: int, scaled: bool) -> None:
     weights = [random(D_IN, D_SAE), random(D_SAE), random(D_SAE, D_IN)]
     listed = DeadLatents.listed(mask)
     assert listed is not None
-    latents, count = listed.padded()
+    latents, count = replay.padded(listed)
     assert latents.numel() == D_SAE
     results: list[list[torch.Tensor]] = []
     padded = DeadLatents(mask, latents, torch.tensor(float(count), dtype=torch.float64))
@@ -401,7 +399,7 @@ def test_lists_of_the_dead_come_in_few_lengths() -> None:
     for n_dead in range(1, 1000):
         listed = DeadLatents.listed(torch.arange(1000) < n_dead)
         assert listed is not None
-        padded, count = listed.padded()
+        padded, count = replay.padded(listed)
         assert count == n_dead
         assert padded[:count].tolist() == list(range(n_dead))
         lengths.add(padded.numel())
@@ -412,7 +410,7 @@ def test_lists_of_the_dead_come_in_few_lengths() -> None:
 def test_room_for_pairs_takes_few_values_and_is_enough() -> None:
     falls = {"k_initial_multiplier": 2.5, "k_anneal_steps": 1000}
     cfg = make(**plain(**{**DEFAULT, **falls})).cfg
-    rooms = [room_for_pairs(cfg, step, N_TOKENS) for step in range(1500)]
+    rooms = [replay.room_for_pairs(cfg, step, N_TOKENS) for step in range(1500)]
     needed = [StepSchedule.at(cfg, step, N_TOKENS).budgets.n_listed for step in range(1500)]
     assert all(room >= need for room, need in zip(rooms, needed, strict=True))
     assert len(set(rooms)) == 9

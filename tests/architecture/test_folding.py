@@ -13,7 +13,7 @@ from sae_lens import SAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
-from steps import EVERYTHING, activations, make, plain, train
+from steps import EVERYTHING, activations, make, plain, to_export_units, train
 
 from msae_plugin import (
     InputError,
@@ -100,7 +100,7 @@ def assert_export_agrees(sae: MultiScaleTrainingSAE, x: torch.Tensor, folder: Pa
     exported = SAE.load_from_disk(folder)
     assert exported.cfg.normalize_activations == "none"
     with torch.no_grad():
-        expected = sae.to_export_units(sae.encode(x))
+        expected = to_export_units(sae, sae.encode(x))
         torch.testing.assert_close(exported.encode(x), expected, rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(exported(x), sae(x), rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(exported.W_dec.norm(dim=1), torch.ones(sae.cfg.d_sae))

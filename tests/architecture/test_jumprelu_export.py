@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from sae_lens import SAE
-from steps import activations, make, train
+from steps import activations, make, to_export_units, train
 
 from msae_plugin import InputError, MultiScaleTrainingSAE, preset, preset_names
 from msae_plugin.architecture.export import jumprelu_export_obstacle, save_jumprelu_export
@@ -36,7 +36,7 @@ def test_the_twin_loads_without_this_package(tmp_path: Path) -> None:
     save_jumprelu_export(sae, tmp_path / "twin")
     x = activations(20, 8, 7)
     with torch.no_grad():
-        torch.save((x, sae.to_export_units(sae.encode(x)), sae(x)), tmp_path / "expected.pt")
+        torch.save((x, to_export_units(sae, sae.encode(x)), sae(x)), tmp_path / "expected.pt")
     found = subprocess.run(
         [sys.executable, "-c", TWIN_CHECK, str(tmp_path / "twin"), str(tmp_path / "expected.pt")],
         capture_output=True,
@@ -68,5 +68,5 @@ def test_the_twin_of_every_preset_is_equal_or_refused(name: str, tmp_path: Path)
     with torch.no_grad():
         assert torch.equal(twin.encode(x), own.encode(x))
         assert torch.equal(twin(x), own(x))
-        torch.testing.assert_close(twin.encode(x), sae.to_export_units(sae.encode(x)))
+        torch.testing.assert_close(twin.encode(x), to_export_units(sae, sae.encode(x)))
     assert twin.cfg.metadata.training_architecture == "multiscale"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE
-from steps import EVERYTHING, activations, make, plain, step_input, train
+from steps import EVERYTHING, activations, make, plain, step_input, to_export_units, train
 
 from msae_plugin import MultiScaleTrainingSAE, RunFailure
 from msae_plugin.architecture.mechanisms.normalisation import MultiScaleNormalisation
@@ -112,7 +112,7 @@ def test_any_width_trains_and_exports(flavour: str, d_sae: int, tmp_path: Path) 
     x = activations(16, 8, 2)
     loaded = SAE.load_from_disk(tmp_path)
     with torch.no_grad():
-        latents = sae.to_export_units(sae.encode(x))
+        latents = to_export_units(sae, sae.encode(x))
         assert latents.shape == (16, d_sae)
         torch.testing.assert_close(loaded.encode(x), latents, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(loaded(x), sae(x), rtol=1e-4, atol=1e-4)

@@ -10,8 +10,8 @@ from steps import activations, make, plain, step_input
 from typing_extensions import Self, override
 
 from msae_plugin import MultiScaleTrainingSAE, MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.mechanisms import MECHANISMS
 from msae_plugin.architecture.mechanisms.base import Latents, Mechanism, Step
-from msae_plugin.architecture.mechanisms.collection import MECHANISMS
 
 N_TOKENS, D_IN, D_SAE = 32, 6, 13
 
@@ -26,9 +26,7 @@ class Probe(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         return cls()
 
     @override

@@ -12,6 +12,7 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from msae_plugin import InputError, MultiScaleTrainingSAE, preset
+from msae_plugin.architecture.peers import PEERS, peer_section, register_peers
 from msae_plugin.architecture.peers.c2r import C2RTrainingSAE, C2RTrainingSAEConfig, c2r_penalty
 from msae_plugin.architecture.peers.lista import (
     ListaSAE,
@@ -19,7 +20,6 @@ from msae_plugin.architecture.peers.lista import (
     ListaTrainingSAEConfig,
     tilted_mean,
 )
-from msae_plugin.architecture.peers.registry import PEERS, peer_section, register_peers
 
 D_IN, D_SAE, TOKENS = 6, 16, 32
 

@@ -18,7 +18,7 @@ from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAEConfig, TrainStepOutput
 from safetensors.torch import load_file
-from steps import activations, step_input, train
+from steps import activations, step_input, to_export_units, train
 from tolerance import rounding_tolerance
 
 from msae_plugin import (
@@ -197,7 +197,7 @@ def test_the_export_is_the_trained_sae(
     atol = rounding_tolerance(2 * (D_IN + 2), 1.0)
     torch.testing.assert_close(exported.W_dec.norm(dim=-1), torch.ones(D_SAE), rtol=0, atol=atol)
     with torch.no_grad():
-        theirs, mine = exported.encode(batch), trained.to_export_units(trained.encode(batch))
+        theirs, mine = exported.encode(batch), to_export_units(trained, trained.encode(batch))
         assert torch.equal(theirs > 0, mine > 0)
         torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(exported(batch), trained(batch), rtol=1e-5, atol=1e-5)
@@ -275,7 +275,7 @@ def test_from_pretrained_reads_the_export(
 
     sae = SAE.from_pretrained("someone/something", "sae", converter=from_folder)
     with torch.no_grad():
-        expected = trained.to_export_units(trained.encode(batch))
+        expected = to_export_units(trained, trained.encode(batch))
         torch.testing.assert_close(sae.encode(batch), expected, rtol=1e-5, atol=1e-5)
 
 

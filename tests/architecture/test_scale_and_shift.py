@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sae_lens import SAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from steps import activations, step_input
+from steps import activations, step_input, to_export_units
 
 from msae_plugin import MultiScaleTrainingSAE, preset
 from msae_plugin.architecture.export import save_jumprelu_export
@@ -100,7 +100,7 @@ def test_units_fold_at_export(name: str, apply_b_dec: bool, tmp_path: Path) -> N
     sae.save_inference_model(tmp_path / "sae")
     save_jumprelu_export(sae, tmp_path / "jumprelu")
     x = 30.0 * structured(201) + shift
-    expected = sae.to_export_units(sae.encode(x))
+    expected = to_export_units(sae, sae.encode(x))
     for folder in ("sae", "jumprelu"):
         exported = SAE.load_from_disk(tmp_path / folder)
         assert exported.cfg.normalize_activations == "none"

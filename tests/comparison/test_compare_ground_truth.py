@@ -14,7 +14,7 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, eval_sae_on
 from tolerance import rounding_tolerance
 
 from msae_plugin import InputError, RunFailure
-from msae_plugin.architecture.peers.registry import batchtopk_section
+from msae_plugin.architecture.peers import batchtopk_section
 from msae_plugin.common.interruption import InterruptedBySignalError
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.comparison import group_training

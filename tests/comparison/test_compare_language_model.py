@@ -17,6 +17,7 @@ from msae_plugin.common.seeding import derive_seed
 from msae_plugin.comparison import language_model
 from msae_plugin.comparison.activations import open_activations, rows_needed
 from msae_plugin.comparison.compare import Comparison, compare
+from msae_plugin.comparison.language_model import LanguageModelTestbed
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.training_schedule import Shard
 from msae_plugin.data.text import load_text
@@ -201,15 +202,13 @@ def test_a_part_is_measured_and_the_whole_only_puts_it_together(
     run: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
-    measure = language_model.measure_heldout
+    read = LanguageModelTestbed.read_heldout
 
-    def noted(
-        config: CompareConfig, output: Path, subjects: list[EvaluatedSAE], *rest: Any
-    ) -> None:
-        measured.extend(subject.name for subject in subjects)
-        measure(config, output, subjects, *rest)
+    def noted(self: LanguageModelTestbed, group: list[EvaluatedSAE], *rest: Any) -> Any:
+        measured.extend(one.name for one in group)
+        return read(self, group, *rest)
 
-    monkeypatch.setattr(language_model, "measure_heldout", noted)
+    monkeypatch.setattr(LanguageModelTestbed, "read_heldout", noted)
     assert run(tmp_path, shard=Shard(1, 2)).contents is None
     assert run(tmp_path, shard=Shard(2, 2)).contents is None
     assert measured == ["batchtopk_l0-6_seed0", "ours_l0-6_seed0"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from msae_plugin import InputError
-from msae_plugin.architecture.peers.registry import PEERS
+from msae_plugin.architecture.peers import PEERS
 from msae_plugin.common.recipes import SHIPPED, shipped_recipes
 from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.comparison.methods import entry_training, expand, plan_entry

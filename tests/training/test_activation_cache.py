@@ -18,9 +18,9 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.interruption import InterruptedBySignalError
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.training import cached_activations
+from msae_plugin.training import passes
 from msae_plugin.training.activation_store import CachedActivations, open_cache
-from msae_plugin.training.cached_activations import make_cache
+from msae_plugin.training.passes import make_cache
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
 
@@ -160,7 +160,7 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
     whole = cache(tmp_path / "whole", *SHORT)
     folder = tmp_path / "cache"
     appended = 0
-    append = cached_activations.ActivationWriter.append
+    append = passes.ActivationWriter.append
 
     def killed(writer: Any, *batch: Any) -> None:
         nonlocal appended
@@ -172,9 +172,9 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
     def stop(_: Any) -> None:
         raise InterruptedBySignalError(15)
 
-    monkeypatch.setattr(cached_activations, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(cached_activations.ActivationWriter, "append", killed)
+        patch.setattr(passes.ActivationWriter, "append", killed)
         with pytest.raises(SystemExit):
             cache(folder, *SHORT)
     with pytest.raises(InputError, match="holds an unfinished cache of activations"):
@@ -183,7 +183,7 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
         cache(folder, *SHORT, "data.context_size=16")
     # Stopped once more before the first batch: what was saved stays.
     with monkeypatch.context() as patch:
-        patch.setattr(cached_activations.InterruptionGuard, "check", stop)
+        patch.setattr(passes.InterruptionGuard, "check", stop)
         with pytest.raises(InterruptedBySignalError):
             cache(folder, *SHORT)
     continued = cache(folder, *SHORT)

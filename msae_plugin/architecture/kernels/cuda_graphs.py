@@ -34,19 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepOutputs:
-    """What a step that can be recorded gives.
+    """What a step that can be recorded gives."""
 
-    Attributes:
-        loss: Zero-dimensional, with a gradient.
-        terms: (n_terms,) values that may be held after the next step.
-        names: (n_terms,) what they are.
-        others: Tensors that the next step may overwrite.
-    """
-
-    loss: torch.Tensor
-    terms: torch.Tensor
+    loss: torch.Tensor  # Zero-dimensional, with a gradient
+    terms: torch.Tensor  # (n_terms,) values that may be held after the next step
     names: Sequence[str]
-    others: Sequence[torch.Tensor]
+    others: Sequence[torch.Tensor]  # Tensors that the next step may overwrite
 
     def detached(self) -> StepOutputs:
         """The same without the graph behind it."""
@@ -68,20 +61,13 @@ class StepFunction(Protocol):
 
 
 class Recording(Protocol):
-    """A recorded step.
+    """A recorded step."""
 
-    Attributes:
-        inputs: What it reads; overwritten before it is replayed.
-        numbers: (n_numbers,) float64, likewise.
-        outputs: What `forward` writes.
-        loss_gradient: Zero-dimensional, what `backward` starts from.
-        gradients: What `backward` writes, one per parameter; None without a dependence on it.
-    """
-
-    inputs: Sequence[torch.Tensor]
-    numbers: torch.Tensor
-    outputs: StepOutputs
-    loss_gradient: torch.Tensor
+    inputs: Sequence[torch.Tensor]  # What it reads; overwritten before it is replayed
+    numbers: torch.Tensor  # (n_numbers,) float64, likewise
+    outputs: StepOutputs  # What `forward` writes
+    loss_gradient: torch.Tensor  # Zero-dimensional, what `backward` starts from
+    # What `backward` writes, one per parameter; None without a dependence on it
     gradients: Sequence[torch.Tensor | None]
 
     def forward(self) -> None:
@@ -172,11 +158,7 @@ class _Replay(torch.autograd.Function):
 
 
 class RecordedSteps:
-    """The recordings of one SAE. A cache: copying or pickling the SAE leaves it behind.
-
-    Args:
-        record: Makes a recording.
-    """
+    """The recordings of one SAE. A cache: copying or pickling the SAE leaves it behind."""
 
     def __init__(self, record: Callable[..., Recording] = CudaRecording) -> None:
         self._record = record
@@ -203,25 +185,16 @@ class RecordedSteps:
         function: StepFunction,
         signature: Hashable,
         inputs: Sequence[torch.Tensor],
-        numbers: Sequence[float],
+        numbers: Sequence[float],  # (n_numbers,) what changes from step to step
         parameters: Sequence[torch.Tensor],
         *,
         phase: Hashable = None,
     ) -> StepOutputs | None:
         """Replay a step, recording it first where its signature has been seen before.
 
-        Args:
-            function: The step. Everything that it reads beside inputs, numbers, parameters and
-                buffers is part of the signature.
-            signature: What a recording is kept under.
-            inputs: Tensors of a fixed shape.
-            numbers: (n_numbers,) what changes from step to step.
-            parameters: Tensors that the loss is differentiated by.
-            phase: A part of the signature that does not come back: when it is another one, the
-                recordings that were made before are given up.
-
-        Returns:
-            The outputs, or None when the step has to be run as it is.
+        Everything that the step reads beside inputs (of fixed shapes), numbers, parameters and
+        buffers is part of the signature. `phase` is a part of it that does not come back: when it
+        is another one, earlier recordings are given up. None when the step has to be run as it is.
         """
         if self._failed:
             return None
@@ -282,11 +255,7 @@ class RecordedSteps:
         return self._ticket
 
     def take_ticket(self, ticket: int) -> None:
-        """Admit the backward pass of a ticket.
-
-        Raises:
-            RunFailure: Another step was taken since, or the backward pass ran already.
-        """
+        """Admit the one backward pass of the ticket's step."""
         if ticket != self._ticket:
             raise RunFailure(
                 "a recorded step keeps what its backward pass needs until the next one only: call "

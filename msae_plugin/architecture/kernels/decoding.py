@@ -53,29 +53,17 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def bag_sum(
-    rows: torch.Tensor,
-    row_index: torch.Tensor,
-    weights: torch.Tensor,
-    bag_index: torch.Tensor,
+    rows: torch.Tensor,  # (n_rows, width) vectors that are summed
+    row_index: torch.Tensor,  # (n_pairs,) row of each pair
+    weights: torch.Tensor,  # (n_pairs,) weight of each pair
+    bag_index: torch.Tensor,  # (n_pairs,) bag of each pair, in [0, n_bags), in any order
     n_bags: int,
     kernel: DecodeKernel = "auto",
 ) -> torch.Tensor:
-    """Weighted sums of rows, grouped into bags; differentiable in `rows` and `weights`.
+    """(n_bags, width) weighted sums of rows, in at least float32 and differentiable.
 
-    Args:
-        rows: (n_rows, width) vectors that are summed.
-        row_index: (n_pairs,) row of each pair.
-        weights: (n_pairs,) weight of each pair.
-        bag_index: (n_pairs,) bag of each pair, in [0, n_bags), in any order.
-        n_bags: Number of bags; empty ones give zeros.
-        kernel: What computes the sums and their gradients; `auto` takes the kernels on CUDA
-            devices where rows are long.
-
-    Returns:
-        (n_bags, width) sums, in at least float32.
-
-    Raises:
-        InputError: The Triton kernels cannot run here.
+    Pairs are in any order; empty bags give zeros. `kernel` computes the sums and their gradients;
+    `auto` takes ours on CUDA devices where rows are long.
     """
     rows, weights = _at_least_float32(rows), _at_least_float32(weights)
     dtype = torch.promote_types(rows.dtype, weights.dtype)
@@ -172,31 +160,19 @@ class _ActivePreActivations(torch.autograd.Function):
 
 
 def active_preactivations(
-    x_hat: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor,
+    x_hat: torch.Tensor,  # (n_tokens, d_in) encoder input
+    W_enc: torch.Tensor,  # (d_in, d_sae) encoder
+    b_enc: torch.Tensor,  # (d_sae,) encoder bias
     values: torch.Tensor,
-    tokens: torch.Tensor,
-    latents: torch.Tensor,
+    tokens: torch.Tensor,  # (n_pairs,) token of each pair
+    latents: torch.Tensor,  # (n_pairs,) latent of each pair
     kernel: DecodeKernel = "auto",
     centre: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Give already computed pre-activations the gradient of `x_hat @ W_enc + b_enc`.
+    """(n_pairs,) entries of `x_hat @ W_enc + b_enc`, already computed, with their gradient.
 
-    Args:
-        x_hat: (n_tokens, d_in) encoder input.
-        W_enc: (d_in, d_sae) encoder.
-        b_enc: (d_sae,) encoder bias.
-        values: (n_pairs,) entries of `x_hat @ W_enc + b_enc` at the pairs, without gradient.
-        tokens: (n_pairs,) token of each pair.
-        latents: (n_pairs,) latent of each pair.
-        kernel: As in `bag_sum`.
-        centre: (d_in,) what was subtracted from constant inputs to give x_hat. Its gradient is one
-            product with W_enc; through x_hat it would be a sum over all pairs.
-
-    Returns:
-        (n_pairs,) the same values, differentiable in x_hat (unless there is a centre), W_enc, b_enc
-        and the centre.
+    A centre (d_in,) is what was subtracted from constant inputs to give x_hat. Its gradient is one
+    product with W_enc; through x_hat, which then has none, it would be a sum over all pairs.
     """
     if centre is not None:
         x_hat = x_hat.detach()

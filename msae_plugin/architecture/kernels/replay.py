@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import math
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.kernels.cuda_graphs import StepOutputs
 from msae_plugin.architecture.step_schedule import (
+    Budgets,
     DeadLatents,
     StepInputs,
     StepResults,
     StepSchedule,
-    room_for_pairs,
 )
 from msae_plugin.architecture.training_base import MultiScaleTrainingBase
 
-TakeStep = Callable[[StepInputs, StepSchedule], StepResults]
+# While k falls a recorded list has room for the largest k of its part of the fall.
+_PARTS_OF_THE_FALL = 8
+# Shortest padded list of dead latents; the others are twice, four times as long, and so on.
+_SHORTEST_LIST = 64
 
 
 def replayed_step(
-    sae: MultiScaleTrainingBase, take_step: TakeStep, given: StepInputs, schedule: StepSchedule
+    sae: MultiScaleTrainingBase, given: StepInputs, schedule: StepSchedule
 ) -> StepResults | None:
     """The step of an SAE, replayed from a recording (`kernels/cuda_graphs.py`).
 
@@ -34,7 +39,7 @@ def replayed_step(
     n_listed = room_for_pairs(sae.cfg, schedule.step, given.sae_in.shape[0])
     inputs, numbers = [given.sae_in], schedule.numbers()
     if given.dead is not None:
-        latents, n_dead = given.dead.padded()
+        latents, n_dead = padded(given.dead)
         inputs += [latents, given.dead.mask]
         numbers.append(n_dead)
 
@@ -55,7 +60,7 @@ def replayed_step(
         dtype, mixed = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False):
             results = functional_call(
-                _Step(sae, take_step),
+                _Step(sae),
                 {f"sae.{name}": leaf for name, leaf in zip(named, parameters, strict=True)},
                 (StepInputs(sae_in, dead, given.l1_coefficient), inside),
             )
@@ -79,14 +84,13 @@ def replayed_step(
 class _Step(nn.Module):
     """`take_step` as a forward pass, for `functional_call`."""
 
-    def __init__(self, sae: MultiScaleTrainingBase, take_step: TakeStep) -> None:
+    def __init__(self, sae: MultiScaleTrainingBase) -> None:
         super().__init__()
         self.sae = sae
-        self.take_step = take_step
 
     @override
     def forward(self, given: StepInputs, schedule: StepSchedule) -> StepResults:
-        return self.take_step(given, schedule)
+        return self.sae.take_step(given, schedule)
 
 
 def _can_be_recorded(sae: MultiScaleTrainingBase, sae_in: torch.Tensor) -> bool:
@@ -124,3 +128,26 @@ def _signature(
             if name != "metadata"
         ),
     )
+
+
+def room_for_pairs(cfg: MultiScaleTrainingSAEConfig, step: int, n_tokens: int) -> int:
+    """Length of a list that holds the pairs of this step and of those near it.
+
+    The same number for every step of an eighth of the fall of k, and after it.
+    """
+    k, highest = cfg.k, cfg.k * cfg.k_initial_multiplier
+    if highest > k:
+        part = math.ceil((cfg.k_at(step) - k) / (highest - k) * _PARTS_OF_THE_FALL)
+        k += (highest - k) * part / _PARTS_OF_THE_FALL
+    at_least = Budgets.of(cfg.k_at(step), cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed
+    return max(at_least, Budgets.of(k, cfg.sparsity_scales, n_tokens, cfg.d_sae).n_listed)
+
+
+def padded(dead: DeadLatents) -> tuple[torch.Tensor, int]:
+    """The list of dead latents in one of few lengths, and how many there are in it."""
+    n_dead, length = dead.latents.numel(), _SHORTEST_LIST
+    while length < n_dead:
+        length *= 2
+    latents = dead.latents.new_zeros(min(length, dead.mask.numel()))
+    latents[:n_dead] = dead.latents
+    return latents, n_dead

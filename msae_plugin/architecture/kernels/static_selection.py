@@ -9,15 +9,40 @@ On a CPU preselected candidates (`selection.batch_top_k`) are ten times as fast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from msae_plugin.architecture.selection import Selection
-from msae_plugin.architecture.step_schedule import Budgets
+from msae_plugin.architecture.ranks import Ranks
+from msae_plugin.architecture.selection import Selection, batch_top_k
+from msae_plugin.architecture.step_schedule import Budgets, Number
+
+# The previous threshold times this share admits the candidates of the next ranking: enough that the
+# exact top-k lies among them in all but a few steps, few enough that it costs 22 ms instead of
+# 240 ms (2048 x 4608, k 32, one CPU core).
+_CANDIDATE_SHARE = 0.7
 
 
 def needs_static_shapes(tensor: torch.Tensor) -> bool:
     """Whether to avoid data-dependent shapes: off the CPU."""
     return tensor.device.type != "cpu"
+
+
+def fast_batch_top_k(
+    hidden_pre: torch.Tensor,
+    scores: torch.Tensor,
+    k: Number,
+    sparsity_scales: Sequence[float],
+    budgets: Budgets | None,
+    previous: torch.Tensor | None,  # zero-dimensional lowest score of the last step
+    ranks: Ranks,
+) -> Selection:
+    """`selection.batch_top_k` in the way that is faster on the device."""
+    if ranks.count == 1 and needs_static_shapes(hidden_pre):
+        budgets = budgets or Budgets.of(float(k), sparsity_scales, *hidden_pre.shape)
+        return static_batch_top_k(hidden_pre, scores, budgets)
+    candidates = 0.0 if previous is None else _CANDIDATE_SHARE * float(previous)
+    return batch_top_k(hidden_pre, scores, float(k), sparsity_scales, candidates, ranks)
 
 
 def static_batch_top_k(

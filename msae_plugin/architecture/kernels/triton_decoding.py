@@ -54,13 +54,14 @@ def _pair_dot_kernel(left, left_index, right, right_index, dots, width, BLOCK: t
 # Opaque to torch.compile: the graph holds one node, and no version of Inductor has to understand
 # the kernels.
 @torch.library.custom_op("msae_plugin::triton_bag_sum", mutates_args=())
-def _bag_sum_op(
+def triton_bag_sum(
     rows: torch.Tensor,
     row_index: torch.Tensor,
     weights: torch.Tensor,
     bag_index: torch.Tensor,
     n_bags: int,
 ) -> torch.Tensor:
+    """`decoding.bag_sum` of float32 or smaller rows by Triton kernels; sums are float32."""
     rows = rows.contiguous()
     width = rows.shape[1]
     sums = torch.empty(n_bags, width, dtype=torch.float32, device=rows.device)
@@ -77,7 +78,7 @@ def _bag_sum_op(
     return sums
 
 
-@_bag_sum_op.register_fake
+@triton_bag_sum.register_fake
 def _bag_sum_shape(
     rows: torch.Tensor,
     row_index: torch.Tensor,
@@ -120,7 +121,7 @@ def _gradients(ctx: Any, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, 
     rows, row_index, weights, bag_index = ctx.saved_tensors
     grad_rows = grad_weights = None
     if ctx.needs_input_grad[0]:
-        grad_rows = _bag_sum_op(grad_sums, bag_index, weights, row_index, rows.shape[0])
+        grad_rows = triton_bag_sum(grad_sums, bag_index, weights, row_index, rows.shape[0])
         grad_rows = grad_rows.to(rows.dtype)
     if ctx.needs_input_grad[2]:
         grad_weights = _pair_dots_op(rows, row_index, grad_sums, bag_index).to(weights.dtype)
@@ -128,14 +129,3 @@ def _gradients(ctx: Any, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, 
 
 
 torch.library.register_autograd("msae_plugin::triton_bag_sum", _gradients, setup_context=_keep)
-
-
-def triton_bag_sum(
-    rows: torch.Tensor,
-    row_index: torch.Tensor,
-    weights: torch.Tensor,
-    bag_index: torch.Tensor,
-    n_bags: int,
-) -> torch.Tensor:
-    """`decoding.bag_sum` of float32 or smaller rows by Triton kernels; sums are float32."""
-    return _bag_sum_op(rows, row_index, weights, bag_index, n_bags)

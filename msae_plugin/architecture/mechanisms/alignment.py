@@ -18,10 +18,8 @@ class AlignedEncoder(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype, device
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
+        del device
         return cls() if cfg.aligned_encoder else None
 
     @override

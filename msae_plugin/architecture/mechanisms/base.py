@@ -1,7 +1,7 @@
 """The moments of a training step at which a mechanism may act.
 
 A mechanism holds buffers and parameters; its settings are fields of the configuration, where 0 or
-an empty list switches it off. `collection.py` lists all of them.
+an empty list switches it off. `mechanisms/__init__.py` lists all of them.
 """
 
 from __future__ import annotations
@@ -48,18 +48,11 @@ class TrainedSAE(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """A training step.
+    """A training step."""
 
-    Attributes:
-        sae: The SAE, in a recorded step with the recording's own weights.
-        sae_in: (n_tokens, d_in) activations of this rank, in the training unit.
-        schedule: The numbers of the step.
-        switched_on: The mechanisms that are on.
-    """
-
-    sae: TrainedSAE
-    sae_in: torch.Tensor
-    schedule: StepSchedule
+    sae: TrainedSAE  # The SAE, in a recorded step with the recording's own weights
+    sae_in: torch.Tensor  # (n_tokens, d_in) activations of this rank, in the training unit
+    schedule: StepSchedule  # The numbers of the step
     switched_on: Sequence[Mechanism]
 
     @property
@@ -79,20 +72,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Latents:
-    """The latents of a step.
+    """The latents of a step."""
 
-    Attributes:
-        feature_acts: (n_tokens, d_sae) latents at the budget k, dense.
-        tokens: (n_pairs,) tokens of pairs among which all active ones are; other latents are zero.
-        latents: (n_pairs,) their latents.
-        fired: (d_sae,) tokens on which each latent fired, of all ranks.
-        threshold: Zero-dimensional, smallest score at the budget k; 0 when nothing is active.
-    """
-
-    feature_acts: torch.Tensor
+    feature_acts: torch.Tensor  # (n_tokens, d_sae) latents at the budget k, dense
+    # (n_pairs,) tokens of pairs among which all active ones are; other latents are zero
     tokens: torch.Tensor
-    latents: torch.Tensor
-    fired: torch.Tensor
+    latents: torch.Tensor  # (n_pairs,) their latents
+    fired: torch.Tensor  # (d_sae,) tokens on which each latent fired, of all ranks
+    # Zero-dimensional, smallest score at the budget k; 0 when nothing is active
     threshold: torch.Tensor
 
 
@@ -100,16 +87,8 @@ class Mechanism(KeepsFloat32):
     """A part of the method that can be switched off. By default it does nothing."""
 
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        """The mechanism that a configuration asks for; None when it is off.
-
-        Args:
-            cfg: Configuration of the SAE.
-            dtype: Data type of learned parameters.
-            device: Device of parameters and buffers.
-        """
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
+        """The mechanism that a configuration asks for; None when it is off."""
         raise NotImplementedError
 
     def before_step(self, step: Step) -> None:

@@ -48,10 +48,7 @@ class FiringFloor(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         wanted = cfg.firing_floor > 0 or cfg.dense_share_limit < 1
         return cls(cfg.d_sae, device) if wanted else None
 

@@ -30,10 +30,7 @@ class FeatureImportance(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         return cls(cfg.d_sae, device) if cfg.importance_power > 0 else None
 
     @override

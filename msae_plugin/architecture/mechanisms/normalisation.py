@@ -14,13 +14,13 @@ attends to the scale branches only, so that `encode` remains a function of one t
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
 
 import torch
+from sae_lens.util import str_to_dtype
 from torch import nn
 from typing_extensions import Self, override
 
-from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
+from msae_plugin.architecture.config import MultiScaleConfig, MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.mechanisms.base import Mechanism, Step
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.architecture.step_schedule import Number
@@ -52,26 +52,12 @@ class ScaleAttention(nn.Module):
 _SMALLEST_VARIANCE = 1e-24
 
 
-class NormalisationFields(Protocol):
-    """The configuration fields that the normalisation reads."""
-
-    d_in: int
-    norm_scales: list[float]
-    norm_centre: bool
-    norm_affine: bool
-    norm_gate: bool
-    norm_eps: float
-    norm_eps_mode: Literal["absolute", "relative"]
-    norm_attention: bool
-    attention_d_key: int | None
-
-
 class MultiScaleNormalisation(Mechanism):
     """The input normalisation and the factor per token that undoes it."""
 
     running_variance: torch.Tensor
 
-    def __init__(self, cfg: NormalisationFields, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, cfg: MultiScaleConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.cfg = cfg
         n_scales = len(cfg.norm_scales)
@@ -98,10 +84,8 @@ class MultiScaleNormalisation(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        return cls(cfg, dtype, device) if cfg.norm_scales else None
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
+        return cls(cfg, str_to_dtype(cfg.dtype), device) if cfg.norm_scales else None
 
     @override
     def before_step(self, step: Step) -> None:
@@ -110,14 +94,9 @@ class MultiScaleNormalisation(Mechanism):
 
     @override
     def forward(self, x_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise tokens.
+        """Activations minus b_dec (..., d_in) -> x_hat (..., d_in) and scale(x) (..., 1).
 
-        Args:
-            x_c: (..., d_in) activations minus b_dec.
-
-        Returns:
-            x_hat (..., d_in), and scale(x) (..., 1): with unit gain and no bias,
-            scale(x) * x_hat is x_c minus its mean.
+        With unit gain and no bias, scale(x) * x_hat is x_c minus its mean.
         """
         centred, variance = self._centre(x_c)
         reciprocal = self._reciprocal_deviations(variance)

@@ -311,10 +311,7 @@ class NeighbourCoactivation(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         wanted = cfg.orthogonality_coefficient > 0 and cfg.orthogonality_weighting != "none"
         if not wanted or cfg.orthogonality_pairs != "neighbours":
             return None
@@ -386,10 +383,7 @@ class Orthogonality(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         return cls(device) if cfg.orthogonality_coefficient > 0 else None
 
     @override

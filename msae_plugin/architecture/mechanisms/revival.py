@@ -25,12 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class RevivalRecord(Mechanism):
-    """Who is dead, who was revived when, and how the revived have done.
-
-    Attributes:
-        events: Revivals and their outcomes that nobody has fetched yet, oldest first.
-        optimizer: The host's, whose moments of revived latents are reset; None when not attached.
-    """
+    """Who is dead, who was revived when, and how the revived have done."""
 
     steps_since_fired: torch.Tensor
     revived_at: torch.Tensor
@@ -52,10 +47,7 @@ class RevivalRecord(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         return cls(cfg.d_sae, device) if cfg.revival_every else None
 
     @override

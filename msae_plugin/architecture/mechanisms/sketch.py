@@ -43,10 +43,7 @@ class CoactivationSketch(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         return cls(cfg.d_sae, cfg.sketch_rank, device) if cfg.sketch_rank else None
 
     @override

@@ -37,10 +37,7 @@ class PreActivationStatistics(Mechanism):
 
     @override
     @classmethod
-    def of(
-        cls, cfg: MultiScaleTrainingSAEConfig, dtype: torch.dtype, device: torch.device
-    ) -> Self | None:
-        del dtype
+    def of(cls, cfg: MultiScaleTrainingSAEConfig, device: torch.device) -> Self | None:
         wanted = cfg.selection == "zscore" or cfg.standardise > 0
         return cls(cfg.d_sae, cfg.zscore_z, device) if wanted else None
 

@@ -35,13 +35,8 @@ def c2r_penalty(
 ) -> torch.Tensor:
     """The penalty of one batch; differentiable in the latents and in the decoder.
 
-    Args:
-        feature_acts: (n_tokens, d_sae) latents, in the units of unit-norm decoder rows.
-        W_dec: (d_sae, d_in) decoder.
-        chunks: Disjoint index tensors that cover the dictionary, each (n_in_chunk,).
-
-    Returns:
-        Zero-dimensional penalty. Nothing of size chunk x chunk is kept for the backward pass.
+    `feature_acts` (n_tokens, d_sae) are in the units of unit-norm decoder rows, `chunks` disjoint
+    indices that cover the dictionary. Nothing of size chunk x chunk is kept for the backward pass.
     """
     first: list[torch.Tensor] = []
     second: list[torch.Tensor] = []

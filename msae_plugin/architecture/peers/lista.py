@@ -262,14 +262,7 @@ class ListaTrainingSAE(BatchTopKTrainingSAE):
 
     @torch.no_grad()
     def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-        """Set both thresholds so that each selection keeps k latents per token on average.
-
-        Args:
-            batches: Activations, each (n_tokens, d_in), scaled as training batches are.
-
-        Raises:
-            RunFailure: No batch was given.
-        """
+        """Set both thresholds so that each selection keeps k latents per token on average."""
         kept = [batch.to(self.device) for batch in batches]
         W_enc, b_enc, _ = self._folded()
         threshold = calibrated_threshold(

@@ -1,4 +1,4 @@
-"""[S] Nested prefixes of the dictionary, decoded once, and their losses.
+"""[S] Nested prefixes of the dictionary, decoded once, and the losses of a step.
 
 Each active pair belongs to a group (the latents between two prefixes) and to a level (the smallest
 sparsity budget that includes it). All groups and levels are decoded in one pass; every
@@ -16,21 +16,19 @@ from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.kernels.decoding import DecodeKernel, bag_sum
 from msae_plugin.architecture.kernels.static_selection import needs_static_shapes
 from msae_plugin.architecture.selection import Selection
+from msae_plugin.architecture.step_schedule import DeadLatents, EncoderInput
 
 
 @dataclass
 class Reconstructions:
-    """Reconstructions of one batch, each of shape (n_tokens, d_in).
+    """Reconstructions of one batch, each of shape (n_tokens, d_in)."""
 
-    Attributes:
-        prefixes: One per nested prefix, ascending; the last is the whole dictionary at budget k.
-        scales: One per further sparsity budget, ascending, from the whole dictionary.
-        stacked: (n_tokens, n_prefixes + n_scales, d_in) all of them in this order, of which the
-            others are views; None where they were made one by one.
-    """
-
+    # One per nested prefix, ascending; the last is the whole dictionary at budget k
     prefixes: list[torch.Tensor]
+    # One per further sparsity budget, ascending, from the whole dictionary
     scales: list[torch.Tensor]
+    # (n_tokens, n_prefixes + n_scales, d_in) all of them in this order, of which the others are
+    # views; None where they were made one by one
     stacked: torch.Tensor | None = None
 
     @property
@@ -56,28 +54,17 @@ def groups_of_order(order: torch.Tensor, prefix_widths: Sequence[int]) -> torch.
 def decode_nested(
     cfg: MultiScaleTrainingSAEConfig,
     selection: Selection,
-    coefficients: torch.Tensor,
-    W_dec: torch.Tensor,
-    b_dec: torch.Tensor,
-    latent_group: torch.Tensor,
+    coefficients: torch.Tensor,  # (n_pairs,) coefficient of the decoder row of each pair
+    W_dec: torch.Tensor,  # (d_sae, d_in) decoder
+    b_dec: torch.Tensor,  # (d_in,) decoder bias, part of every reconstruction
+    latent_group: torch.Tensor,  # (d_sae,) group of each latent
     n_tokens: int,
     kernel: DecodeKernel = "auto",
 ) -> Reconstructions:
     """Decode every nested prefix at budget k and the whole dictionary at every other budget.
 
-    Args:
-        cfg: Prefixes, further budgets, and whether a prefix's loss reaches only the latents that
-            the prefix adds (`detach_inner_prefixes`).
-        selection: The active pairs.
-        coefficients: (n_pairs,) coefficient of the decoder row of each pair.
-        W_dec: (d_sae, d_in) decoder.
-        b_dec: (d_in,) decoder bias, part of every reconstruction.
-        latent_group: (d_sae,) group of each latent.
-        n_tokens: Number of tokens in the batch.
-        kernel: As in `decoding.bag_sum`.
-
-    Returns:
-        The reconstructions, differentiable in coefficients, W_dec and b_dec.
+    b_dec is part of every reconstruction. With `detach_inner_prefixes` a prefix's loss reaches only
+    the latents that the prefix adds. Differentiable in coefficients, W_dec and b_dec.
     """
     detach_inner = cfg.detach_inner_prefixes
     n_groups, n_levels = len(cfg.prefix_widths), len(cfg.sparsity_scales) + 1
@@ -179,3 +166,41 @@ def l1_loss(
     if latent_weight is not None:
         penalised = penalised * latent_weight[selection.latents]
     return penalised.sum() / n_tokens
+
+
+def auxk_loss(
+    given: EncoderInput,
+    residual: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    dead: DeadLatents,
+) -> torch.Tensor:
+    """AuxK: dead latents reconstruct what the live ones miss (Gao et al. 2024, appendix A.2).
+
+    The squared error of the k_aux = d_in // 2 strongest dead latents on the residual.
+
+    Only the dead columns of the encoder are computed, so that the cost is proportional to the
+    number of dead latents, of which there is at least one. The scale of the loss falls with that
+    number, as in SAELens. The residual (n_tokens, d_in), input minus reconstruction, is a constant.
+    """
+    latents = dead.latents
+    most = max(given.x_hat.shape[1] // 2, 1)
+    k_aux = min(most, latents.numel())
+    hidden_pre = given.x_hat @ W_enc[:, latents] + b_enc[latents]
+    norm = given.decoder_norm
+    scores = hidden_pre if norm is None else hidden_pre * norm.detach()[latents]
+    padding = None
+    if dead.count is not None:
+        padding = torch.arange(latents.numel(), device=latents.device) >= dead.count
+        scores = scores.masked_fill(padding, -torch.inf)
+    top = scores.topk(k_aux, dim=-1, sorted=False).indices
+    acts = torch.zeros_like(hidden_pre).scatter(-1, top, hidden_pre.gather(-1, top))
+    if padding is not None:
+        acts = acts.masked_fill(padding, 0)
+    if given.token_scale is not None:
+        acts = acts * given.token_scale
+    error = (acts @ W_dec[latents] - residual.detach()).pow(2).sum(dim=-1).mean()
+    if dead.count is not None:
+        return (dead.count / most).clamp(max=1.0).to(error.dtype) * error
+    return min(latents.numel() / most, 1.0) * error

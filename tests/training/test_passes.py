@@ -10,11 +10,10 @@ import torch
 from datasets import Dataset
 
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import SilentProgress
+from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.training.activation_stream import ActivationStream
-from msae_plugin.training.passes import reading_runner
+from msae_plugin.training.passes import ActivationStream, reading_runner
 from msae_plugin.training.recipe import RunConfig
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
@@ -35,7 +34,7 @@ def store(
             "cpu",
             autocast=False,
             guard=InterruptionGuard(),
-            progress=SilentProgress(),
+            progress=ProgressDisplay(),
         )
         return runner.activations_store
 
