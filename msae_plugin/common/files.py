@@ -195,6 +195,7 @@ def _add_contents(digest: Any, path: Path) -> None:
 
 MARKER = "complete.json"
 HASH_CHARACTERS = 24
+_DIGEST = "digest"
 
 
 def default_cache() -> Path:
@@ -210,6 +211,21 @@ def key_digest(key: Mapping[str, Any]) -> str:
     """
     text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARACTERS]
+
+
+def with_digest(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON that carries a hash of itself, for `is_as_written`."""
+    safe = cast("dict[str, Any]", json_safe(contents))
+    return {**safe, _DIGEST: key_digest(safe)}
+
+
+def is_as_written(contents: Mapping[str, Any]) -> bool:
+    """Whether contents that `with_digest` gave are unchanged."""
+    try:
+        own = {key: value for key, value in contents.items() if key != _DIGEST}
+        return contents.get(_DIGEST) == key_digest(own)
+    except ValueError:  # no JSON that could be written
+        return False
 
 
 def keyed_folder(root: Path, kind: str, key: Mapping[str, Any]) -> Path:

@@ -227,6 +227,39 @@ class StoredCache(TypedDict, total=False):
     hooks: Required[dict[str, int]]
     model: Required[Facts]
     data: Required[Facts]
+    sha256: dict[str, list[str]]
+
+
+@_stored
+class StoredActivations(TypedDict, total=False):
+    """`activations.json` of a comparison."""
+
+    format: Required[int]
+    key: Required[str]
+    rows: Required[int]
+    training_rows: Required[int]
+    batch_size: Required[int]
+    dtype: Required[str]
+    hooks: Required[Facts]
+    model: Required[Facts]
+    data: Required[Facts]
+    metadata: Required[Facts]
+    sha256: dict[str, list[str]]
+
+
+@_stored
+class _StoredPass(TypedDict, total=False):
+    hooks: Required[Facts]
+
+
+@_stored
+class StoredProgress(TypedDict, total=False):
+    """`progress.json` of a pass that goes on."""
+
+    facts: Required[_StoredPass]
+    done: Required[int]
+    sha256: dict[str, list[str]]
+    position_sha256: str
 
 
 def parsed(text: str, where: str) -> Any:
