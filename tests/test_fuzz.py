@@ -38,6 +38,7 @@ IMPORTED = (
     "msae_plugin.reporting.info",
     "msae_plugin.reporting.terminal",
     "msae_plugin.evaluation.evaluate",
+    "msae_plugin.saes.other_formats",
 )
 SECONDS = 120
 HOOK = "blocks.1.hook_resid_post"
@@ -109,6 +110,9 @@ def whole(
         "cache": str(folder.parent / "cache"),
     }
     (folder / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    shutil.copytree(tiny_model_dir, folder / "model")
+    damage.write_texts(folder / "text", tiny_texts)
+    damage.write_foreign_saes(folder / "foreign")
     return folder
 
 
@@ -232,6 +236,7 @@ def problems(status: int, said: str) -> list[str]:
 
 
 INFO, EVAL, REPORT, PUBLISH, TRAIN = "info", "eval", "report", "publish", "train"
+IMPORT, ON_TEXT, WITH_MODEL = "import", "train on a text", "train with a model"
 
 
 def command(name: str, case: Path, target: str, chance: random.Random) -> list[str]:
@@ -289,6 +294,9 @@ KINDS: dict[str, tuple[tuple[str, ...], Damage, str, tuple[str, ...]]] = {
         "evaluation",
         (REPORT, "publish --evaluation"),
     ),
+    "text": (("text/*",), damage.damage_bytes, "text", (ON_TEXT,)),
+    "model": (("model/*",), damage.damage_any, "model", (WITH_MODEL,)),
+    "foreign": (("foreign/**/*.*",), damage.damage_any, "foreign", (IMPORT,)),
     "texts of a run": (
         (SAE_FILES + "cfg.json", "run/run.json", "run/*/export.json", "run/*/*/runner_cfg.json"),
         damage.hostile_texts,
@@ -330,6 +338,11 @@ def run_case(whole: Path, place: Path, kind: str, number: int) -> tuple[str, lis
     output = case / ("stopped" if name == TRAIN else "output")
     if name == "info --config":
         words = ["info", "--config", str(case / target)]
+    elif name == IMPORT:
+        words = [IMPORT, str(file.parent), "-o", str(output), "--model", "m", "--hook", HOOK]
+    elif name in (ON_TEXT, WITH_MODEL):
+        key = f"data.source={file}" if name == ON_TEXT else f"model.name={case / 'model'}"
+        words = [TRAIN, "--config", str(case / "recipe.yaml"), "-o", str(output), "--set", key]
     elif name == "from cache":
         words = [TRAIN, "--config", str(case / "recipe.yaml"), "--output", str(output)]
         words += ["--set", f"cached_activations={case / 'cache'}"]
@@ -381,7 +394,9 @@ def fuzz(whole: Path, place: Path, kind: str, numbers: range) -> None:
     " traceback, never a file outside the output."
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_gives_one_named_error_or_the_right_result(whole, tmp_path, kind):
+def test_a_damaged_file_gives_one_named_error_or_the_right_result(
+    whole: Path, tmp_path: Path, kind: str
+) -> None:
     fuzz(whole, tmp_path, kind, range(SAMPLE))
 
 
@@ -391,5 +406,5 @@ def test_a_damaged_file_gives_one_named_error_or_the_right_result(whole, tmp_pat
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_damaged_files(whole, tmp_path, kind):
+def test_a_thousand_damaged_files(whole: Path, tmp_path: Path, kind: str) -> None:
     fuzz(whole, tmp_path, kind, range(SAMPLE, ALL))

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,8 @@ from safetensors import SafetensorError
 
 from msae_plugin.common.claims import claim_when_free, release
 from msae_plugin.common.errors import InputError, RunFailure
+
+logger = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 20
 
@@ -229,9 +232,10 @@ def is_as_written(contents: Mapping[str, Any]) -> bool:
 
 
 def keyed_folder(root: Path, kind: str, key: Mapping[str, Any]) -> Path:
-    """The folder of a key, created when missing; emptied when a killed run left it unfinished.
+    """The folder of a key, created when missing.
 
-    Until it is complete it belongs to this process; another one that asks for it waits.
+    It is emptied when a killed run left it unfinished, or when a byte of it was changed. Until it
+    is complete it belongs to this process; another one that asks for it waits.
 
     Args:
         root: Root of the caches.
@@ -246,13 +250,15 @@ def keyed_folder(root: Path, kind: str, key: Mapping[str, Any]) -> Path:
     """
     folder = root / kind / key_digest(key)
     try:
-        if not is_complete(folder):
+        if not _is_whole(folder):
             # Another process may be filling it at this moment.
             claim_when_free(folder)
-        if is_complete(folder):
-            release(folder)
-        elif folder.is_dir():
-            shutil.rmtree(folder)
+            if _is_whole(folder):
+                release(folder)
+            elif folder.is_dir():
+                if is_complete(folder):
+                    logger.warning("cache folder %s is damaged: it is computed again", folder)
+                shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
@@ -267,9 +273,30 @@ def is_complete(folder: Path) -> bool:
 
 
 def mark_complete(folder: Path, key: Mapping[str, Any]) -> None:
-    """Declare the contents finished, and write the key beside them for people to read."""
-    write_json_atomic(folder / MARKER, dict(key))
+    """Declare the contents finished; their hashes and the key are written beside them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    write_json_atomic(folder / MARKER, with_digest({"key": key, "sha256": hashes}))
     release(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder is finished and every file as it was then; version 0.1 kept no hashes."""
+    if not is_complete(folder):
+        return False
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(marker, dict):
+        return False
+    if _DIGEST not in marker:
+        return True
+    hashes = cast("dict[str, str]", marker.get("sha256"))
+    return is_as_written(marker) and all(
+        (folder / name).is_file() and file_sha256(folder / name) == expected
+        for name, expected in hashes.items()
+    )
 
 
 def kept_folder(

@@ -7,7 +7,6 @@ outcomes are kept per evaluation and seed, under a key of everything they depend
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from msae_plugin.common.files import (
     versions,
     write_json_atomic,
 )
+from msae_plugin.common.stored import StoredOutcome, checked, read_json_object
 from msae_plugin.evaluation.outcomes import (
     MetricDefinition,
     ModelContext,
@@ -82,10 +82,11 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        return cast("dict[str, dict[str, Any]]", json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        found = read_json_object(path)
+        return {name: checked(found[name], f"{name!r} in it", StoredOutcome) for name in found}
+    except InputError as error:
         raise InputError(
-            f"{path} is not JSON ({error}): delete it or give another --output"
+            f"{path} is damaged ({error}): delete it or give another --output"
         ) from error
 
 

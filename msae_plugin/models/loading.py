@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import str_to_dtype
-from safetensors import SafetensorError
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookedRootModule
 from transformer_lens.utils import get_tokenizer_with_bos
@@ -133,9 +132,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    # What transformers raises for broken JSON, for an unknown model type, and for a config that
-    # would have to run code from the folder.
-    except (OSError, ValueError, KeyError) as error:
+    # Broken JSON, an unknown model type, code that would have to run, and whatever the class of a
+    # model stumbles over in values that are not what they should be.
+    except Exception as error:
         raise InputError(
             f"{folder / 'config.json'} cannot be used ({first_line(error)})",
             "give a causal language model that transformers knows",
@@ -402,7 +401,8 @@ def _load_hf_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    # The Rust library underneath raises nothing more special.
+    except Exception as error:
         raise InputError(
             f"folder {folder} has no usable tokenizer ({first_line(error)})",
             "save the tokenizer beside the model with save_pretrained",
@@ -411,7 +411,8 @@ def _load_hf_model(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    # Files that do not fit together make any line of the model's class fail.
+    except Exception as error:
         raise InputError(
             f"the model in {folder} cannot be loaded ({first_line(error)})",
             "check that the files are complete and belong together",
