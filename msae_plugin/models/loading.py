@@ -275,12 +275,12 @@ def load_language_model(
             register_transformer_lens_name(source.hub_name)
         lens_name = transformer_lens_name(source.hub_name)
         require_supported(source.folder, config, lens_name)
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, remote_code)
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, remote_code, shape)
         model = hooked_transformer(
             hf_model, tokenizer, source.folder, lens_name, device=device, options=options
         )
     else:
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options)
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options, shape)
         model = _hooked_modules(hf_model, tokenizer, list(hook_names), device, options)
     _require_hooks(model, hook_names, name)
     return LanguageModel(
@@ -397,7 +397,7 @@ def _require_device(device: str) -> None:
 
 
 def _load_hf_model(
-    folder: Path, dtype: torch.dtype, options: Mapping[str, Any]
+    folder: Path, dtype: torch.dtype, options: Mapping[str, Any], shape: ModelShape
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -407,6 +407,7 @@ def _load_hf_model(
             f"folder {folder} has no usable tokenizer ({first_line(error)})",
             "save the tokenizer beside the model with save_pretrained",
         ) from error
+    _require_known_tokens(tokenizer, shape.vocabulary, folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, **options
@@ -419,6 +420,24 @@ def _load_hf_model(
         ) from error
     model.eval()
     return model, tokenizer
+
+
+def _require_known_tokens(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: Path
+) -> None:
+    """Refuse a tokenizer that makes token ids of texts for which the model has no embedding.
+
+    Special tokens alone may lie beyond: of padding or images, which no text has.
+    """
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    highest = max(set(tokenizer.get_vocab().values()) - special, default=0)
+    if highest >= vocabulary:
+        raise InputError(
+            f"the tokenizer in {folder} gives token ids up to {highest} and the model knows 0 to "
+            f"{vocabulary - 1}",
+            "save the model's own tokenizer beside it",
+        )
 
 
 def _hooked_modules(

@@ -207,6 +207,12 @@ _LOGIT_CHECK_OPERATIONS = 1e12
 _LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 
+_NOT_CONVERTED = (
+    "msae train takes module hooks such as model.layers.9 of any model, but msae eval cannot "
+    "measure their SAEs: SAEBench needs TransformerLens"
+)
+
+
 def transformer_lens_name(hub_name: str | None) -> str:
     """The name under which TransformerLens converts a model.
 
@@ -218,22 +224,27 @@ def transformer_lens_name(hub_name: str | None) -> str:
 
 
 def require_supported(folder: Path, config: PretrainedConfig, name: str) -> None:
-    """Refuse an architecture that TransformerLens cannot convert, before weights are read.
+    """Refuse a model that TransformerLens cannot convert, before weights are read.
 
     Raises:
-        InputError: If the architecture is not one of TransformerLens'.
+        InputError: If the architecture is not one of TransformerLens', or the configuration that
+            it would convert to is another.
     """
     with _config_by_name(folder, config, name) as lookup:
         try:
-            get_pretrained_model_config(name, **lookup)
+            converted = get_pretrained_model_config(name, **lookup)
+            field = difference(config, converted)
         # TransformerLens raises NotImplementedError for an architecture that it does not list,
         # and stumbles in any way over configs that it half knows.
         except Exception as error:
             raise InputError(
-                f"TransformerLens cannot convert the model in {folder} ({error})",
-                "msae train takes module hooks such as model.layers.9 of any model, but msae eval "
-                "cannot measure their SAEs: SAEBench needs TransformerLens",
+                f"TransformerLens cannot convert the model in {folder} ({error})", _NOT_CONVERTED
             ) from error
+    if field is not None:
+        raise InputError(
+            f"TransformerLens converts the model in {folder} to another one ({field})",
+            _NOT_CONVERTED,
+        )
 
 
 def hooked_transformer(
@@ -270,7 +281,7 @@ def hooked_transformer(
             raise InputError(
                 f"TransformerLens cannot convert the weights in {folder} "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-                "use module hooks such as model.layers.9",
+                _NOT_CONVERTED,
             ) from error
     logger.info("%s", printed.getvalue().strip())
     model.eval()
@@ -302,7 +313,7 @@ def _require_same_model(
     raise InputError(
         f"TransformerLens converts the model in {folder} to one with other logits ({reason}"
         + (")" if field is None else f"; {field})"),
-        "use module hooks such as model.layers.9",
+        _NOT_CONVERTED,
     )
 
 

@@ -54,6 +54,7 @@ def test_a_kept_folder_is_computed_once_and_again_after_a_failure(tmp_path: Path
     assert len(computed) == 2
 
 
+@pytest.mark.promise("No damaged byte of stored activations is trained on or measured with.")
 @pytest.mark.parametrize("damage", ["bit", "missing", "marker", "no marker", "not JSON"])
 def test_a_kept_folder_whose_bytes_changed_is_computed_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture

@@ -90,6 +90,7 @@ def test_every_bit_of_a_file_is_held_by_the_hash_of_its_block(
         HashedRows(path, 901, 3, dtype, hashes[:-1], "damaged")
 
 
+@pytest.mark.promise("No damaged byte of stored activations is trained on or measured with.")
 def test_training_ends_where_the_cache_is_damaged_and_goes_on_with_a_whole_one(
     made: Callable[[Path], CachedActivations], train: Callable[..., RunResult], tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_cache_without_hashes_is_read(
     assert torch.equal(open_cache(tmp_path).tensors[HOOK][:], expected)
 
 
+@pytest.mark.promise("No damaged byte of stored activations is trained on or measured with.")
 @pytest.mark.parametrize("damage", ["rows", "position", "progress", "no progress"])
 def test_a_stopped_pass_goes_on_only_from_what_was_written(
     made: Callable[[Path], CachedActivations],
