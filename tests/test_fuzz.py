@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -41,6 +42,7 @@ IMPORTED = (
     "msae_plugin.saes.other_formats",
 )
 SECONDS = 120
+"""Of processor time that a command may take; of the clock it may take many more, beside others."""
 HOOK = "blocks.1.hook_resid_post"
 SPENT: list[float] = []
 """Seconds of processor time of each command."""
@@ -122,6 +124,7 @@ def msae(arguments: list[str], log: Path) -> int:
     if not child:
         status = 99
         try:
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
@@ -144,7 +147,7 @@ def msae(arguments: list[str], log: Path) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + 20 * SECONDS
     while not (ended := os.wait4(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)

@@ -313,8 +313,9 @@ def kept_folder(
     folder = keyed_folder(root, kind, key)
     if not is_complete(folder):
         try:
-            compute(folder)
-            mark_complete(folder, key)
+            with disk_errors_told(folder):
+                compute(folder)
+                mark_complete(folder, key)
         finally:
             release(folder)
     return folder

@@ -16,6 +16,7 @@ from msae_plugin.common.claims import CLAIM, claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     default_cache,
+    disk_errors_told,
     files_sha256,
     key_digest,
     tensors_sha256,
@@ -146,7 +147,7 @@ def evaluate(
     left_out = {sae: ScoreResult("skipped", reason=reason) for sae, reason in unfit.items()}
     left_out |= {sae: ScoreResult("failed", reason=why) for sae, why in (broken or {}).items()}
     _check_output(output, config)
-    with claimed_output(output):
+    with claimed_output(output), disk_errors_told(output):
         if language_model is None and len(missing) < len(config.evaluations):
             report(f"loading {name}")
             hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))

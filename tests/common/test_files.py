@@ -1,11 +1,12 @@
 """Files and folders are whole or absent; refusals keep what is wrong apart from what to do."""
 
+import errno
 import pickle
 from pathlib import Path
 
 import pytest
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     MARKER,
     file_written_atomically,
@@ -76,6 +77,14 @@ def test_a_kept_folder_whose_bytes_changed_is_computed_again(
     assert kept_folder(tmp_path, "kind", {"a": 1}, compute) == folder
     assert file.read_bytes() == bytes(1000)
     assert ("is damaged: it is computed again" in caplog.text) == (damage != "no marker")
+
+
+def test_a_full_disk_is_told_with_the_folder_that_it_is(tmp_path: Path) -> None:
+    def compute(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunFailure, match=r"kind/\w+ cannot be written .*MB are free there"):
+        kept_folder(tmp_path, "kind", {"a": 1}, compute)
 
 
 def test_a_kept_folder_of_version_0_1_is_used(tmp_path: Path) -> None:
