@@ -85,7 +85,7 @@ def run(setting: Setting, arguments: list[str]) -> tuple[int, str]:
 
 def main() -> int:
     every = {setting.name: setting for setting in settings()}
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=every, help="a setting; repeatable")
     given, arguments = parser.parse_known_args()
     chosen = [every[name] for name in given.only or every]

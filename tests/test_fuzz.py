@@ -141,8 +141,8 @@ def msae(arguments: list[str], log: Path) -> int:
                 status = 0
             except SystemExit as leaving:
                 status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-        except BaseException:  # noqa: BLE001 - a fork ends here, whatever happened
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:  # noqa: BLE001 - a fork ends here, whatever happened
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

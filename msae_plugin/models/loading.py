@@ -430,7 +430,8 @@ def _require_known_tokens(
     Special tokens alone may lie beyond: of padding or images, which no text has.
     """
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    special.difference_update(token for token in ends if isinstance(token, int))
     highest = max(set(tokenizer.get_vocab().values()) - special, default=0)
     if highest >= vocabulary:
         raise InputError(

@@ -28,10 +28,12 @@ def test_another_configuration_is_named_from_the_config_alone(
     config = json.loads((tiny_model_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
     require_supported(tmp_path, AutoConfig.from_pretrained(tmp_path), UNNAMED_MODEL)
+
     # A conversion that takes its configuration from elsewhere.
-    monkeypatch.setattr(
-        "msae_plugin.models.transformer_lens.difference", lambda *_: "eps is 1 in place of 2"
-    )
+    def other(*_: object) -> str:
+        return "eps is 1 in place of 2"
+
+    monkeypatch.setattr("msae_plugin.models.transformer_lens.difference", other)
     with pytest.raises(InputError, match=r"eps is 1 in place of 2.*msae eval cannot measure"):
         require_convertible(str(tmp_path))
 
