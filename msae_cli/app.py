@@ -89,6 +89,9 @@ def _status_and_message(error: Exception) -> tuple[int, str]:
     if isinstance(error, RunFailure):
         return EXIT_FAILED, f"failed: {error}"
     first_line = next(iter(str(error).strip().splitlines()), "")
+    # What `Path.resolve` says about a link to itself before Python 3.13.
+    if isinstance(error, RuntimeError) and first_line.startswith("Symlink loop"):
+        return EXIT_INPUT, f"error: {first_line}: give a path that leads somewhere"
     return EXIT_FAILED, f"failed: {type(error).__name__}: {first_line} (--debug shows where)"
 
 

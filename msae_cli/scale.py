@@ -51,7 +51,7 @@ def cache(
     recipe = RunConfig.load(config, set_ or [])
     with continued_later():
         made = make_cache(recipe, output, progress=training_display(progress()))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in made.tensors.values())
+    size = sum(rows.nbytes for rows in made.tensors.values())
     show(
         f"{made.rows:,} activations at {', '.join(made.tensors)} ({made.manifest['dtype']}, "
         f"{size / 2**30:.2f} GiB): {output}"

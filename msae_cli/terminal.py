@@ -15,12 +15,13 @@ from typing_extensions import override
 
 from msae_plugin.common.interruption import InterruptedBySignalError
 
-# What would move the cursor, colour the line or turn it round stands as a symbol: names come from
-# files that others wrote.
+# What would move the cursor, colour the line or turn it round stands as a symbol, and so do halves
+# of characters, which no terminal takes: names come from files that others wrote.
 _TURNING = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_HALVES = range(0xD800, 0xE000)
 _SYMBOLS = {
     **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
-    **dict.fromkeys(_TURNING, 0xFFFD),
+    **dict.fromkeys((*_TURNING, *_HALVES), 0xFFFD),
     127: 0x2421,
 }
 

@@ -25,6 +25,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import promises
 import pytest
 import torch
 import yaml
@@ -53,6 +54,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SEED",
         help="run the files in a random order, and the tests of each file in a random order",
     )
+    parser.addoption(
+        "--record-promises",
+        action="store_true",
+        help="write down on which day tests of docs/promises.md passed",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("record_promises") and not hasattr(config, "workerinput"):
+        if config.getoption("keyword"):
+            raise pytest.UsageError("--record-promises records whole tests: leave -k out")
+        config.pluginmanager.register(promises.Recorder())
 
 
 def pytest_report_header() -> str:

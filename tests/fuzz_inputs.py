@@ -1,12 +1,17 @@
 """Ways to damage a file, all drawn from one generator: the same seed gives the same damage."""
 
+import bz2
 import copy
+import gzip
 import json
+import lzma
 import random
 import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import yaml
 
 MARKUP = (
@@ -198,3 +203,52 @@ def damage_safetensors(path: Path, chance: random.Random) -> str:
         tensors[str(chance.choice(MARKUP[:5]))] = tensor
     save_file(tensors, path)
     return f"{name} {how}"
+
+
+def damage_any(path: Path, chance: random.Random) -> str:
+    """Damage a file as what it is."""
+    kinds = {".json": damage_json, ".jsonl": damage_lines, ".safetensors": damage_safetensors}
+    return kinds.get(path.suffix, damage_bytes)(path, chance)
+
+
+def write_texts(folder: Path, texts: list[str]) -> None:
+    """The same documents in every format that is read."""
+    folder.mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (folder / "notes.jsonl").write_text(lines)
+    (folder / "notes.txt").write_text("\n\n".join(texts))
+    for suffix, packed in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
+        (folder / f"notes.jsonl{suffix}").write_bytes(packed.compress(lines.encode()))
+    table = pd.DataFrame({"text": texts})
+    table.to_csv(folder / "notes.csv", index=False)
+    table.to_parquet(folder / "notes.parquet")
+
+
+def write_foreign_saes(folder: Path) -> None:
+    """An SAE in each format of another library that is read."""
+    # Imported here: torch, which the other kinds do without.
+    import torch
+    from safetensors.torch import save_file
+
+    def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        return {name.replace("__", "."): torch.randn(shape) for name, shape in shapes.items()}
+
+    d, n = 8, 24
+    places = ("sparsify/layers.1", "dictionary", "gemma-scope-2b-pt-res/layer_1/l0_5", "pickled")
+    sparsify, dictionary, scope, pickled = (folder / place for place in places)
+    for place in (sparsify, dictionary, scope, pickled):
+        place.mkdir(parents=True)
+    encoder = tensors(encoder__weight=(n, d), encoder__bias=(n,))
+    save_file(encoder | tensors(W_dec=(n, d), b_dec=(d,)), sparsify / "sae.safetensors")
+    (sparsify / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 4, "d_in": d}))
+    torch.save(encoder | tensors(decoder__weight=(d, n), bias=(d,)), dictionary / "ae.pt")
+    trainer = {
+        "dict_class": "AutoEncoder", "activation_dim": d, "dict_size": n, "layer": 1,
+        "lm_name": "m", "submodule_name": "resid_post_layer_1",
+    }  # fmt: skip
+    config = {"trainer": trainer, "buffer": {"d_submodule": d, "ctx_len": 32}}
+    (dictionary / "config.json").write_text(json.dumps(config))
+    weights = tensors(W_enc=(d, n), W_dec=(n, d), b_enc=(n,), b_dec=(d,))
+    arrays = {name: tensor.numpy() for name, tensor in (weights | tensors(threshold=(n,))).items()}
+    np.savez(scope / "params.npz", **arrays)
+    torch.save({"state_dict": weights}, pickled / "old.pt")

@@ -2,8 +2,9 @@
 
     python tests/matrix.py [--only NAME]... [arguments of pytest]
 
-A setting is a kind of torch's kernels (ATEN_CPU_CAPABILITY; "best" is unset: what torch chooses by
-itself), a number of threads (OMP_NUM_THREADS) and an order of the tests. Exits with 1 when any
+A setting is a kind of kernels (ATEN_CPU_CAPABILITY for torch's own, and its like for the libraries
+that multiply its matrices; "best" is unset: what each chooses by itself), a number of threads
+(OMP_NUM_THREADS) and an order of the tests. Exits with 1 when any
 setting failed.
 """
 
@@ -17,7 +18,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-CAPABILITIES = ("default", "avx2", "best")
+CAPABILITIES = {
+    "default": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+    "best": {},
+}
 THREADS = (1, 2, 4)
 SHUFFLES = (1, 2)
 ROOT = Path(__file__).parents[1]
@@ -38,12 +51,9 @@ class Setting:
 
     def environment(self) -> dict[str, str]:
         """The variables of this process, with those of the setting."""
-        unset = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        unset = {"MKL_NUM_THREADS", *CAPABILITIES["default"]}
         variables = {name: value for name, value in os.environ.items() if name not in unset}
-        variables["OMP_NUM_THREADS"] = str(self.threads)
-        if self.capability != "best":
-            variables["ATEN_CPU_CAPABILITY"] = self.capability
-        return variables
+        return variables | CAPABILITIES[self.capability] | {"OMP_NUM_THREADS": str(self.threads)}
 
 
 def settings() -> list[Setting]:
@@ -75,7 +85,7 @@ def run(setting: Setting, arguments: list[str]) -> tuple[int, str]:
 
 def main() -> int:
     every = {setting.name: setting for setting in settings()}
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", action="append", choices=every, help="a setting; repeatable")
     given, arguments = parser.parse_known_args()
     chosen = [every[name] for name in given.only or every]

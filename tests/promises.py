@@ -1,21 +1,20 @@
 """Write docs/promises.md: what the package promises, and the tests that hold it.
 
-    python tests/promises.py                  write the page from the marks in the tests
-    python tests/promises.py --run [TEST...]  run the marked tests, all or those of some files,
-                                              and write down the day on which they passed
+    python tests/promises.py                write the page from the marks in the tests
+    pytest --record-promises -m promise     run the marked tests, slow ones as well, and write down
+                                            the day of each that passed; any other choice of whole
+                                            tests goes as well
 
 A test says what it holds by `@pytest.mark.promise("...")`.
 """
 
 import ast
 import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from xml.etree import ElementTree
+
+import pytest
 
 TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent / "docs" / "promises.md"
@@ -24,8 +23,8 @@ HEAD = """# Promises
 
 What you may rely on, and the tests that hold it. `python tests/promises.py` writes this page from
 the marks in the tests, and a test fails where the two differ. `make test` runs all of these tests
-but the slow ones, `make test-slow` those. The day is that of the last run of
-`python tests/promises.py --run` in which every test of the row passed.
+but the slow ones, `make test-slow` those. A test has the day of its last run with
+`pytest --record-promises`, if every case of it passed.
 
 | promise | held by | passed on |
 |---|---|---|
@@ -33,14 +32,20 @@ but the slow ones, `make test-slow` those. The day is that of the last run of
 
 
 def marks(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """Promise, name of the test and whether it is slow, in the order of a file."""
+    """Promise, name of the test and whether it is slow, in the order of a file.
+
+    A test of which some cases are slow is there twice.
+    """
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if not isinstance(node, ast.FunctionDef):
             continue
         texts = [ast.unparse(decorator) for decorator in node.decorator_list]
+        slow = {any(text == "pytest.mark.slow" for text in texts)}
+        slow |= {True for text in texts if "parametrize(" in text and "pytest.mark.slow" in text}
         for decorator, text in zip(node.decorator_list, texts, strict=True):
             if text.startswith("pytest.mark.promise(") and isinstance(decorator, ast.Call):
-                yield ast.literal_eval(decorator.args[0]), node.name, "pytest.mark.slow" in texts
+                promise = ast.literal_eval(decorator.args[0])
+                yield from ((promise, node.name, some) for some in sorted(slow))
 
 
 def promises() -> dict[str, list[tuple[str, bool]]]:
@@ -53,53 +58,48 @@ def promises() -> dict[str, list[tuple[str, bool]]]:
     return dict(sorted(found.items()))
 
 
+def label(test: str, slow: bool) -> str:
+    """What a test is called in promises.json."""
+    return f"{test} (slow)" if slow else test
+
+
 def page() -> str:
     """The contents of docs/promises.md."""
     passed = json.loads(PASSED.read_text(encoding="utf-8"))
     rows = []
     for promise, tests in promises().items():
         held = [f"`tests/{test}`" + (" (slow)" if slow else "") for test, slow in tests]
-        days = [passed.get(test) for test, _ in tests]
-        day = min(days) if all(days) else "-"
-        rows.append(f"| {promise} | {'<br>'.join(held)} | {day} |\n")
+        days = [passed.get(label(test, slow), "-") for test, slow in tests]
+        rows.append(f"| {promise} | {'<br>'.join(held)} | {'<br>'.join(days)} |\n")
     return HEAD + "".join(rows)
 
 
-def run(files: Sequence[str]) -> int:
-    """Run marked tests, and keep the day for those that passed; pytest's exit status."""
-    wanted = [test for tests in promises().values() for test, _ in tests]
-    chosen = [t for t in wanted if not files or any(t.startswith(file) for file in files)]
-    with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "promise", f"--junitxml={results}"]
-        names = [str(TESTS / test) for test in dict.fromkeys(chosen)]
-        status = subprocess.run([*command, *names], check=False, cwd=TESTS.parent).returncode
-        record(results, chosen)
-    return status
+class Recorder:
+    """Keeps the day on which every case of a marked test passed; a plugin of pytest."""
 
+    def __init__(self) -> None:
+        self._passed: dict[str, bool] = {}
 
-def record(results: Path, chosen: Sequence[str]) -> None:
-    """Take the outcomes of a run over: a test counts where all its cases passed."""
-    passed: dict[str, bool] = {}
-    for case in ElementTree.parse(results).iter("testcase"):
-        file = case.attrib["classname"].removeprefix("tests.").replace(".", "/") + ".py"
-        test = f"{file}::{case.attrib['name'].partition('[')[0]}"
-        passed[test] = passed.get(test, True) and not list(case)
-    days: dict[str, str] = json.loads(PASSED.read_text(encoding="utf-8"))
-    today = datetime.now(timezone.utc).date().isoformat()
-    for test in chosen:
-        days.pop(test, None)
-        if passed.get(test):
-            days[test] = today
-    PASSED.write_text(json.dumps(dict(sorted(days.items())), indent=1) + "\n", encoding="utf-8")
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Of setup, call and teardown of each case, in whichever process."""
+        if "promise" in report.keywords:
+            test = report.nodeid.removeprefix("tests/").partition("[")[0]
+            test = label(test, "slow" in report.keywords)
+            self._passed[test] = self._passed.get(test, True) and report.passed
 
-
-def main() -> int:
-    """Run the tests if asked to, and write the page."""
-    status = run(sys.argv[2:]) if sys.argv[1:2] == ["--run"] else 0
-    PAGE.write_text(page(), encoding="utf-8")
-    return status
+    def pytest_sessionfinish(self) -> None:
+        """Write the days down: what failed or was skipped has none."""
+        days: dict[str, str] = json.loads(PASSED.read_text(encoding="utf-8"))
+        today = datetime.now(timezone.utc).date().isoformat()
+        for test, passed in self._passed.items():
+            days.pop(test, None)
+            if passed:
+                days[test] = today
+        marked = {label(*test) for tests in promises().values() for test in tests}
+        kept = {test: day for test, day in sorted(days.items()) if test in marked}
+        PASSED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(page(), encoding="utf-8")

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -38,8 +39,10 @@ IMPORTED = (
     "msae_plugin.reporting.info",
     "msae_plugin.reporting.terminal",
     "msae_plugin.evaluation.evaluate",
+    "msae_plugin.saes.other_formats",
 )
 SECONDS = 120
+"""Of processor time that a command may take; of the clock it may take many more, beside others."""
 HOOK = "blocks.1.hook_resid_post"
 SPENT: list[float] = []
 """Seconds of processor time of each command."""
@@ -109,6 +112,9 @@ def whole(
         "cache": str(folder.parent / "cache"),
     }
     (folder / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    shutil.copytree(tiny_model_dir, folder / "model")
+    damage.write_texts(folder / "text", tiny_texts)
+    damage.write_foreign_saes(folder / "foreign")
     return folder
 
 
@@ -118,6 +124,7 @@ def msae(arguments: list[str], log: Path) -> int:
     if not child:
         status = 99
         try:
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
@@ -134,13 +141,13 @@ def msae(arguments: list[str], log: Path) -> int:
                 status = 0
             except SystemExit as leaving:
                 status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
-        except BaseException:  # noqa: BLE001 - a fork ends here, whatever happened
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:  # noqa: BLE001 - a fork ends here, whatever happened
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + 20 * SECONDS
     while not (ended := os.wait4(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
@@ -232,6 +239,7 @@ def problems(status: int, said: str) -> list[str]:
 
 
 INFO, EVAL, REPORT, PUBLISH, TRAIN = "info", "eval", "report", "publish", "train"
+IMPORT, ON_TEXT, WITH_MODEL = "import", "train on a text", "train with a model"
 
 
 def command(name: str, case: Path, target: str, chance: random.Random) -> list[str]:
@@ -289,6 +297,9 @@ KINDS: dict[str, tuple[tuple[str, ...], Damage, str, tuple[str, ...]]] = {
         "evaluation",
         (REPORT, "publish --evaluation"),
     ),
+    "text": (("text/*",), damage.damage_bytes, "text", (ON_TEXT,)),
+    "model": (("model/*",), damage.damage_any, "model", (WITH_MODEL,)),
+    "foreign": (("foreign/**/*.*",), damage.damage_any, "foreign", (IMPORT,)),
     "texts of a run": (
         (SAE_FILES + "cfg.json", "run/run.json", "run/*/export.json", "run/*/*/runner_cfg.json"),
         damage.hostile_texts,
@@ -330,6 +341,11 @@ def run_case(whole: Path, place: Path, kind: str, number: int) -> tuple[str, lis
     output = case / ("stopped" if name == TRAIN else "output")
     if name == "info --config":
         words = ["info", "--config", str(case / target)]
+    elif name == IMPORT:
+        words = [IMPORT, str(file.parent), "-o", str(output), "--model", "m", "--hook", HOOK]
+    elif name in (ON_TEXT, WITH_MODEL):
+        key = f"data.source={file}" if name == ON_TEXT else f"model.name={case / 'model'}"
+        words = [TRAIN, "--config", str(case / "recipe.yaml"), "-o", str(output), "--set", key]
     elif name == "from cache":
         words = [TRAIN, "--config", str(case / "recipe.yaml"), "--output", str(output)]
         words += ["--set", f"cached_activations={case / 'cache'}"]
@@ -381,7 +397,9 @@ def fuzz(whole: Path, place: Path, kind: str, numbers: range) -> None:
     " traceback, never a file outside the output."
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_gives_one_named_error_or_the_right_result(whole, tmp_path, kind):
+def test_a_damaged_file_gives_one_named_error_or_the_right_result(
+    whole: Path, tmp_path: Path, kind: str
+) -> None:
     fuzz(whole, tmp_path, kind, range(SAMPLE))
 
 
@@ -391,5 +409,5 @@ def test_a_damaged_file_gives_one_named_error_or_the_right_result(whole, tmp_pat
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thousand_damaged_files(whole, tmp_path, kind):
+def test_a_thousand_damaged_files(whole: Path, tmp_path: Path, kind: str) -> None:
     fuzz(whole, tmp_path, kind, range(SAMPLE, ALL))

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,8 @@ from safetensors import SafetensorError
 
 from msae_plugin.common.claims import claim_when_free, release
 from msae_plugin.common.errors import InputError, RunFailure
+
+logger = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 20
 
@@ -187,6 +190,7 @@ def _add_contents(digest: Any, path: Path) -> None:
 
 MARKER = "complete.json"
 HASH_CHARACTERS = 24
+_DIGEST = "digest"
 
 
 def default_cache() -> Path:
@@ -203,20 +207,39 @@ def key_digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARACTERS]
 
 
-def keyed_folder(root: Path, kind: str, key: Mapping[str, Any]) -> Path:
-    """The folder of a key, created when missing; emptied when a killed run left it unfinished.
+def with_digest(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON that carries a hash of itself, for `is_as_written`."""
+    safe = cast("dict[str, Any]", json_safe(contents))
+    return {**safe, _DIGEST: key_digest(safe)}
 
-    Until `mark_complete` it belongs to this process; another one that asks for it waits.
+
+
+def is_as_written(contents: Mapping[str, Any]) -> bool:
+    """Whether contents that `with_digest` gave are unchanged."""
+    try:
+        own = {key: value for key, value in contents.items() if key != _DIGEST}
+        return contents.get(_DIGEST) == key_digest(own)
+    except ValueError:  # no JSON that could be written
+        return False
+
+
+def keyed_folder(root: Path, kind: str, key: Mapping[str, Any]) -> Path:
+    """The folder of a key, created when missing.
+
+    It is emptied when a killed run left it unfinished, or when a byte of it was changed. Until
+    `mark_complete` it belongs to this process; another one that asks for it waits.
     """
     folder = root / kind / key_digest(key)
     try:
-        if not is_complete(folder):
+        if not _is_whole(folder):
             # Another process may be filling it at this moment.
             claim_when_free(folder)
-        if is_complete(folder):
-            release(folder)
-        elif folder.is_dir():
-            shutil.rmtree(folder)
+            if _is_whole(folder):
+                release(folder)
+            elif folder.is_dir():
+                if is_complete(folder):
+                    logger.warning("cache folder %s is damaged: it is computed again", folder)
+                shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
@@ -231,9 +254,30 @@ def is_complete(folder: Path) -> bool:
 
 
 def mark_complete(folder: Path, key: Mapping[str, Any]) -> None:
-    """Declare the contents finished, and write the key beside them for people to read."""
-    write_json_atomic(folder / MARKER, dict(key))
+    """Declare the contents finished; their hashes and the key are written beside them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    write_json_atomic(folder / MARKER, with_digest({"key": key, "sha256": hashes}))
     release(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder is finished and every file as it was then; version 0.1 kept no hashes."""
+    if not is_complete(folder):
+        return False
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(marker, dict):
+        return False
+    if _DIGEST not in marker:
+        return True
+    hashes = cast("dict[str, str]", marker.get("sha256"))
+    return is_as_written(marker) and all(
+        (folder / name).is_file() and file_sha256(folder / name) == expected
+        for name, expected in hashes.items()
+    )
 
 
 def kept_folder(
@@ -243,8 +287,9 @@ def kept_folder(
     folder = keyed_folder(root, kind, key)
     if not is_complete(folder):
         try:
-            compute(folder)
-            mark_complete(folder, key)
+            with disk_errors_told(folder):
+                compute(folder)
+                mark_complete(folder, key)
         finally:
             release(folder)
     return folder

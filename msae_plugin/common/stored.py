@@ -123,6 +123,44 @@ class StoredRun(TypedDict, total=False):
 
 
 @_stored
+class StoredOutcome(TypedDict, total=False):
+    """One SAE of an `outcomes.json`."""
+
+    key: Required[str]
+    status: Required[str]
+    metrics: Required[dict[str, float | None]]
+    file: Required[str | None]
+    facts: Required[Facts]
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class _StoredTrial(TypedDict, total=False):
+    coefficient: Required[float]
+    l0: Required[float]
+    tokens: Required[int]
+    whole: bool
+
+
+@_stored
+class StoredSearch(TypedDict, total=False):
+    """The search for a coefficient of a comparison."""
+
+    key: Required[str]
+    target: Required[float]
+    trials: Required[list[_StoredTrial]]
+    coefficient: Required[float | None]
+    settled: Required[bool]
+
+
+@_stored
+class StoredMetrics(TypedDict, total=False):
+    """Numbers of one SAE of a comparison."""
+
+    key: Required[str]
+    metrics: Required[dict[str, float | None]]
+
+
+@_stored
 class StoredDefinition(TypedDict, total=False):
     """What a metric means."""
 
@@ -227,6 +265,39 @@ class StoredCache(TypedDict, total=False):
     hooks: Required[dict[str, int]]
     model: Required[Facts]
     data: Required[Facts]
+    sha256: dict[str, list[str]]
+
+
+@_stored
+class StoredActivations(TypedDict, total=False):
+    """`activations.json` of a comparison."""
+
+    format: Required[int]
+    key: Required[str]
+    rows: Required[int]
+    training_rows: Required[int]
+    batch_size: Required[int]
+    dtype: Required[str]
+    hooks: Required[Facts]
+    model: Required[Facts]
+    data: Required[Facts]
+    metadata: Required[Facts]
+    sha256: dict[str, list[str]]
+
+
+@_stored
+class _StoredPass(TypedDict, total=False):
+    hooks: Required[Facts]
+
+
+@_stored
+class StoredProgress(TypedDict, total=False):
+    """`progress.json` of a pass that goes on."""
+
+    facts: Required[_StoredPass]
+    done: Required[int]
+    sha256: dict[str, list[str]]
+    position_sha256: str
 
 
 def parsed(text: str, where: str) -> Any:

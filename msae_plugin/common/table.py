@@ -98,14 +98,14 @@ def markdown_rows(
     return "\n".join(shown)
 
 
-_FORMULA = re.compile(r"\s*[=+\-@]")
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")
 
 
 def csv_cell(value: object) -> object:
     """A value as a CSV file holds it.
 
-    A spreadsheet executes text that begins with =, +, - or @; an apostrophe before it says that it
-    is text. Numbers are left as they are, also those that are text already.
+    A spreadsheet executes text that begins with =, +, - or @, of full width too; an apostrophe
+    before it says that it is text. Numbers are left as they are, also those that are text already.
     """
     if not isinstance(value, str) or not _FORMULA.match(value):
         return value

@@ -13,7 +13,6 @@ same order, whichever of them are trained together, and a killed run goes on whe
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,11 +29,14 @@ from msae_plugin.common.files import json_safe, key_digest
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import derive_seed, seed_everything
+from msae_plugin.common.stored import StoredActivations as StoredManifest
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.activation_store import PLACEHOLDER, ActivationWriter, read_activations
+from msae_plugin.training.hashed_rows import HashedRows
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
 from msae_plugin.training.passes import SharedPassRunner, reading_runner, write_activations
 from msae_plugin.training.recipe import RunConfig
@@ -141,7 +143,7 @@ class StoredActivations:
     side_by_side: int | None = 1
 
     def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+        self, folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, HashedRows]
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -191,11 +193,10 @@ class StoredActivations:
 def open_activations(output: Path) -> StoredActivations | None:
     """The activations in a comparison's folder; None when the pass was not made or not finished."""
     folder = output / FOLDER
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (folder / MANIFEST).exists():
         return None
-    if manifest.get("format") != FORMAT:
+    manifest = read_json_object(folder / MANIFEST, StoredManifest)
+    if manifest["format"] != FORMAT:
         raise InputError(f"{folder} is of another version: delete it, or give another --output")
     damaged = f"{{}} is damaged: delete {folder}, or give another --output"
     return StoredActivations(folder, manifest, read_activations(folder, manifest, damaged))

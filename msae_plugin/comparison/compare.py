@@ -19,14 +19,19 @@ from typing import Any
 
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import TEMPORARY_PREFIX, remove_leftovers, write_json_atomic
+from msae_plugin.common.files import (
+    TEMPORARY_PREFIX,
+    disk_errors_told,
+    remove_leftovers,
+    write_json_atomic,
+)
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.comparison import activations, ground_truth, training_schedule
 from msae_plugin.comparison.ground_truth import GroundTruthTestbed
 from msae_plugin.comparison.group_training import ComparisonRun
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER, LanguageModelTestbed
 from msae_plugin.comparison.language_model import FOLDER as HELDOUT_FOLDER
-from msae_plugin.comparison.methods import SAES_FOLDER, Entry, expand, sae_folder
+from msae_plugin.comparison.methods import SAES_FOLDER, Entry, expand, plan_entry, sae_folder
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import (
     COMPARISON_FILE,
@@ -38,6 +43,7 @@ from msae_plugin.comparison.training_schedule import Shard, missing_entries, sha
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.run_record import read_run_record
+from msae_plugin.training.plans import default_device, require_memory
 
 RECIPE_FILE = "recipe.json"
 _OURS = frozenset(
@@ -88,7 +94,7 @@ def compare(
     check_comparison_folder(output)
     shard = shard or Shard()
     share = None if shard.of == 1 else f"part-{shard.number}-of-{shard.of}"
-    with claimed_output(output, share):
+    with claimed_output(output, share), disk_errors_told(output):
         if share is None:
             remove_leftovers(output)
         return _compare(config, output, report, language_model, shard, skip_missing=skip_missing)
@@ -111,7 +117,13 @@ def _compare(
     else:
         testbed = GroundTruthTestbed(config, output, report)
     testbed.check()
-    expansion = expand(config, testbed.widths())
+    widths = testbed.widths()
+    expansion = expand(config, widths)
+    device = default_device(config.model.device)
+    for entry in expansion.entries:
+        # Before the model's pass, and before anything of this size is allocated.
+        plan = plan_entry(entry, config, widths[entry.hook], coefficient=None)
+        require_memory([plan], device)
     missing = missing_entries(expansion.entries, config, output)
     _require_activations(config, output, shard, missing)
     write_json_atomic(output / RECIPE_FILE, {"kind": config.kind, "config": config.to_dict()})

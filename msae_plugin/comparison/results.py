@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,8 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.common.errors import RunFailure
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import versions, write_json_atomic
+from msae_plugin.common.stored import StoredMetrics, read_json_object
 from msae_plugin.comparison.methods import Control
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.evaluation.outcomes import definitions
@@ -48,10 +48,10 @@ def store_metrics(path: Path, key: str, metrics: Mapping[str, float]) -> None:
 def stored_metrics(path: Path, key: str) -> dict[str, float] | None:
     """What `store_metrics` kept under this key; None without it."""
     try:
-        stored: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stored = read_json_object(path, StoredMetrics)
+    except InputError:
         return None
-    return cast("dict[str, float]", stored["metrics"]) if stored.get("key") == key else None
+    return cast("dict[str, float]", stored["metrics"]) if stored["key"] == key else None
 
 
 def training_metrics(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, float]:

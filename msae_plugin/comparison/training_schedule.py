@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -26,6 +25,7 @@ from typing import Any, cast
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import json_safe, key_digest, write_json_atomic
+from msae_plugin.common.stored import StoredSearch, read_json_object
 from msae_plugin.comparison.group_training import (
     ComparisonRun,
     Group,
@@ -209,15 +209,15 @@ class Tuner:
         if not path.is_file():
             return Search(key, entry.l0)
         try:
-            stored = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}): delete it") from error
+            stored = read_json_object(path, StoredSearch)
+        except InputError as error:
+            raise InputError(f"{path} is damaged ({error}): delete it") from error
         if stored["key"] != key:
             raise InputError(
                 f"{path} is a search with other settings: give another --output, or delete it"
             )
         trials = [Trial(**trial) for trial in stored["trials"]]
-        return Search(key, stored["target"], trials, stored["coefficient"], bool(stored["settled"]))
+        return Search(key, stored["target"], trials, stored["coefficient"], stored["settled"])
 
     def short_trials(self, entry: Entry, search: Search) -> float:
         """Run short trials until one matches or there may be no more; the best coefficient."""

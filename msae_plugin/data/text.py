@@ -196,6 +196,9 @@ def choose_column(
     nested = {name: kind for name in columns if (kind := nested_kind(row.get(name)))}
     held = "".join(f"; {name!r} holds {kind}" for name, kind in nested.items())
     readable = [name for name in columns if name not in nested]
+    # A single word beside a conversation is its number, not its text.
+    texts = [name for name in readable if " " in str(row.get(name)).strip()]
+    readable = texts if texts or nested else readable
     advice = [f"set text_column to one of {', '.join(readable)}"] if readable else []
     if nested:
         advice.append(WRITE_ONE_COLUMN)

@@ -246,9 +246,10 @@ def _lines(path: Path, longest: int = -1) -> Iterator[str]:
     try:
         with open_text(path) as stream:
             yield from iter(lambda: stream.readline(longest), "")
-    # What a damaged or wrongly named compressed file gives: EOFError, lzma's and zlib's own
-    # errors are no OSErrors.
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    # What a damaged or wrongly named file gives: each compression has errors of its own.
+    except Exception as error:
         raise InputError(f"{path} cannot be read ({error})", "expected text in UTF-8") from error
 
 
@@ -273,7 +274,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        # A ValueError, too, for a number of thousands of digits.
+        except (ValueError, RecursionError) as error:
             advice = (
                 "this looks like one JSON array: write one object per line"
                 if number == 1 and line.lstrip().startswith("[")
@@ -332,8 +334,8 @@ def _csv_tables(path: Path, *, typed: bool = False) -> Iterator[pd.DataFrame]:
                 if not isinstance(table.index, pd.RangeIndex):
                     raise ValueError("the rows have more fields than the header")
                 yield table
-    except (ValueError, OSError, EOFError, lzma.LZMAError) as error:
-        # pandas' parser errors are ValueErrors.
-        raise InputError(
-            f"{path} cannot be read as CSV ({str(error).strip().splitlines()[0]})"
-        ) from error
+    except InputError:
+        raise
+    # What pandas raises, and the compressions.
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as CSV ({first_line(error)})") from error

@@ -7,7 +7,6 @@ outcomes are kept per evaluation and seed, under a key of everything they depend
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +16,14 @@ from msae_plugin.common.claims import CLAIM, claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     default_cache,
+    disk_errors_told,
     files_sha256,
     key_digest,
     tensors_sha256,
     versions,
     write_json_atomic,
 )
+from msae_plugin.common.stored import StoredOutcome, checked, read_json_object
 from msae_plugin.evaluation.outcomes import (
     EvaluationRun,
     MetricDefinition,
@@ -82,10 +83,11 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
-        return cast("dict[str, dict[str, Any]]", json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        found = read_json_object(path)
+        return {name: checked(found[name], f"{name!r} in it", StoredOutcome) for name in found}
+    except InputError as error:
         raise InputError(
-            f"{path} is not JSON ({error}): delete it or give another --output"
+            f"{path} is damaged ({error}): delete it or give another --output"
         ) from error
 
 
@@ -132,7 +134,7 @@ def evaluate(
     left_out |= {sae: ScoreResult("failed", reason=why) for sae, why in (broken or {}).items()}
     hooks = list(dict.fromkeys(evaluated.hook_name for evaluated in saes))
     _check_output(output, config)
-    with claimed_output(output):
+    with claimed_output(output), disk_errors_told(output):
         if language_model is None and len(missing) < len(config.evaluations):
             report(f"loading {name}")
             language_model = load_language_model(

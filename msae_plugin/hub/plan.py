@@ -271,9 +271,9 @@ def make_plan(
         InputError: The card cannot be written.
         RunFailure: The Hub does not give what is in the repository.
     """
-    others = _read_entries(state, leave_out=[sae.path for sae in folders])
-    existing = _read_card(state)
     with _only_expected_values(run):
+        others = _read_entries(state, leave_out=[sae.path for sae in folders])
+        existing = _read_card(state)
         new_entries = tuple(_entry(sae) for sae in folders)
         entries = tuple(sorted([*others, *new_entries], key=lambda e: e.folder))
         card = make_card(state.repo, entries, new_entries[0], existing, options.licence)

@@ -23,6 +23,14 @@ HookStyle = Literal["transformer_lens", "module"]
 _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
+# Points of a HookedTransformer whose activations are not (batch, seq, width), or that it passes
+# only when it is told to.
+_NO_ACTIVATIONS = (
+    "hook_pattern", "hook_attn_scores", "hook_tokens", "hook_result", "hook_q_input",
+    "hook_k_input", "hook_v_input", "hook_attn_in", "hook_mlp_in",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class HookName:
     """Layer and style of a hook's name."""
@@ -45,6 +53,11 @@ def parse_hook_name(hook: str) -> HookName:
         raise InputError(
             f"hook {hook!r} names a block, not a hook point",
             f"write {hook}.hook_resid_post for its output",
+        )
+    if hook.endswith(_NO_ACTIVATIONS):
+        raise InputError(
+            f"hook {hook!r} gives no activations of the shape (batch, seq, width)",
+            "use for example the output of a layer",
         )
     return HookName(
         layer=extract_layer_from_tlens_hook_name(hook),

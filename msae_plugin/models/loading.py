@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import str_to_dtype
-from safetensors import SafetensorError
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookedRootModule
 from transformer_lens.utils import get_tokenizer_with_bos
@@ -121,9 +120,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The config of a model folder, without running code from it."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
-    # What transformers raises for broken JSON, for an unknown model type, and for a config that
-    # would have to run code from the folder.
-    except (OSError, ValueError, KeyError) as error:
+    # Broken JSON, an unknown model type, code that would have to run, and whatever the class of a
+    # model stumbles over in values that are not what they should be.
+    except Exception as error:
         raise InputError(
             f"{folder / 'config.json'} cannot be used ({first_line(error)})",
             "give a causal language model that transformers knows",
@@ -230,12 +229,12 @@ def load_language_model(
             register_transformer_lens_name(source.hub_name)
         lens_name = transformer_lens_name(source.hub_name)
         require_supported(source.folder, config, lens_name)
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, remote_code)
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, remote_code, shape)
         model = hooked_transformer(
             hf_model, tokenizer, source.folder, lens_name, device=device, options=options
         )
     else:
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options)
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options, shape)
         model = _hooked_modules(hf_model, tokenizer, list(hook_names), device, options)
     for hook in hook_names:
         if hook not in model.hook_dict:
@@ -323,26 +322,48 @@ def _require_device(device: str) -> None:
 
 
 def _load_hf_model(
-    folder: Path, dtype: torch.dtype, options: Mapping[str, Any]
+    folder: Path, dtype: torch.dtype, options: Mapping[str, Any], shape: ModelShape
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    # The Rust library underneath raises nothing more special.
+    except Exception as error:
         raise InputError(
             f"folder {folder} has no usable tokenizer ({first_line(error)})",
             "save the tokenizer beside the model with save_pretrained",
         ) from error
+    _require_known_tokens(tokenizer, shape.vocabulary, folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    # Files that do not fit together make any line of the model's class fail.
+    except Exception as error:
         raise InputError(
             f"the model in {folder} cannot be loaded ({first_line(error)})",
             "check that the files are complete and belong together",
         ) from error
     model.eval()
     return model, tokenizer
+
+
+def _require_known_tokens(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, folder: Path
+) -> None:
+    """Refuse a tokenizer that makes token ids of texts for which the model has no embedding.
+
+    Special tokens alone may lie beyond: of padding or images, which no text has.
+    """
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    special.difference_update(token for token in ends if isinstance(token, int))
+    highest = max(set(tokenizer.get_vocab().values()) - special, default=0)
+    if highest >= vocabulary:
+        raise InputError(
+            f"the tokenizer in {folder} gives token ids up to {highest} and the model knows 0 to "
+            f"{vocabulary - 1}",
+            "save the model's own tokenizer beside it",
+        )
 
 
 def _hooked_modules(

@@ -195,6 +195,12 @@ _LOGIT_CHECK_OPERATIONS = 1e12
 _LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 
+_NOT_CONVERTED = (
+    "msae train takes module hooks such as model.layers.9 of any model, but msae eval cannot "
+    "measure their SAEs: SAEBench needs TransformerLens"
+)
+
+
 def transformer_lens_name(hub_name: str | None) -> str:
     """The name under which TransformerLens converts a model.
 
@@ -204,18 +210,25 @@ def transformer_lens_name(hub_name: str | None) -> str:
 
 
 def require_supported(folder: Path, config: PretrainedConfig, name: str) -> None:
-    """Refuse an architecture that TransformerLens cannot convert, before weights are read."""
+    """Refuse what TransformerLens cannot convert, or converts to another configuration.
+
+    Before weights are read.
+    """
     with _config_by_name(folder, config, name) as lookup:
         try:
-            get_pretrained_model_config(name, **lookup)
+            converted = get_pretrained_model_config(name, **lookup)
+            field = difference(config, converted)
         # TransformerLens raises NotImplementedError for an architecture that it does not list,
-        # and stumbles over a missing attribute or key of configs that it half knows.
-        except (NotImplementedError, AttributeError, KeyError, TypeError, ValueError) as error:
+        # and stumbles in any way over configs that it half knows.
+        except Exception as error:
             raise InputError(
-                f"TransformerLens cannot convert the model in {folder} ({error})",
-                "msae train takes module hooks such as model.layers.9 of any model, but msae eval "
-                "cannot measure their SAEs: SAEBench needs TransformerLens",
+                f"TransformerLens cannot convert the model in {folder} ({error})", _NOT_CONVERTED
             ) from error
+    if field is not None:
+        raise InputError(
+            f"TransformerLens converts the model in {folder} to another one ({field})",
+            _NOT_CONVERTED,
+        )
 
 
 def hooked_transformer(
@@ -247,12 +260,12 @@ def hooked_transformer(
                 **lookup,
                 **options,
             )
-        # What a conversion of unexpected weights fails with: einops and torch raise these.
-        except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        # Unexpected weights make any line of a conversion fail.
+        except Exception as error:
             raise InputError(
                 f"TransformerLens cannot convert the weights in {folder} "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-                "use module hooks such as model.layers.9",
+                _NOT_CONVERTED,
             ) from error
     logger.info("%s", printed.getvalue().strip())
     model.eval()
@@ -269,28 +282,16 @@ def _require_same_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Compare a converted model with its source: configuration, and logits on a text."""
-    config = hf_model.config
-    if model.cfg.n_layers != config.get_text_config().num_hidden_layers:
+    """Compare the logits of a converted model and its source, whose configurations agree."""
+    if model.cfg.n_layers != hf_model.config.get_text_config().num_hidden_layers:
         return  # from_pretrained_kwargs asked for the first layers alone
-    field = difference(config, model.cfg)
-    tokens = _tokens_for_check(model, hf_model, tokenizer)
-    expected = hf_model(tokens.to(hf_model.device)).logits.float().cpu()
-    logits = model(tokens.to(model.cfg.device)).float().cpu()
-    # A softmax does not see a constant per token, and some conversions add one.
-    expected, logits = (each - each.mean(-1, keepdim=True) for each in (expected, logits))
-    error = ((logits - expected).norm() / expected.norm()).item()
-    reason = f"relative error {error:.2g}"
-    if error <= _LOGIT_TOLERANCE.get(hf_model.dtype, 1e-1):
-        if field is None:
-            return
-        # A window or scaling that begins behind the compared tokens.
-        reason = f"later than {tokens.shape[1]} tokens into a text"
-    raise InputError(
-        f"TransformerLens converts the model in {folder} to one with other logits ({reason}"
-        + (")" if field is None else f"; {field})"),
-        "use module hooks such as model.layers.9",
-    )
+    error = _logit_error(model, hf_model, _tokens_for_check(model, hf_model, tokenizer))
+    if not error <= _LOGIT_TOLERANCE.get(hf_model.dtype, 1e-1):
+        raise InputError(
+            f"TransformerLens converts the model in {folder} to one with other logits (relative "
+            f"error {error:.2g})",
+            _NOT_CONVERTED,
+        )
 
 
 def _tokens_for_check(

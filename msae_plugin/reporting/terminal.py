@@ -21,6 +21,7 @@ from msae_plugin.reporting.results import Group as MeasuredGroup
 from msae_plugin.reporting.rows import results_of
 from msae_plugin.reporting.sections.results import best_shown
 from msae_plugin.reporting.sources import TrainedSAE, read_sources
+from msae_plugin.saes.load import is_told_apart
 
 _MOST_COLUMNS = 6
 _NUMBER_WIDTH = len(" 12.3±4.56 ")
@@ -81,7 +82,10 @@ def _table(evaluation: str, entries: Sequence[Mapping[str, Any]], *, narrow: boo
 
 
 def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
-    """A table per evaluation; what was not measured is named with its reason below."""
+    """A table per evaluation; what was not measured is named with its reason below.
+
+    A name that was made to tell two SAEs apart leads back to what the user gave.
+    """
     parts: list[RenderableType] = []
     for evaluation, entries in _by_evaluation(summary).items():
         table = _table(evaluation, entries, narrow=True)
@@ -92,7 +96,12 @@ def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
             for entry in entries
             if entry.get("note")
         ]
-    return Group(*parts, *map(Text, standing(summary)))
+    given = [
+        Text(f"{name} is {entry['reference']}")
+        for name, entry in summary["saes"].items()
+        if is_told_apart(name, entry.get("weights_sha256"))
+    ]
+    return Group(*parts, *map(Text, standing(summary)), *given)
 
 
 def unmeasured(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:

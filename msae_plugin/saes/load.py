@@ -412,6 +412,11 @@ def _with_unique_names(saes: Sequence[EvaluatedSAE], taken: set[str]) -> list[Ev
     return named
 
 
+def is_told_apart(name: str, weights_sha256: str | None) -> bool:
+    """Whether a name carries the hash that tells it from others of the same name."""
+    return bool(weights_sha256) and f"-{weights_sha256[:_HASH_CHARACTERS]}" in name
+
+
 def _unused(name: str, taken: set[str]) -> str:
     """The name, with a number where it is taken."""
     unique, copy = name, 1

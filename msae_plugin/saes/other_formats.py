@@ -8,7 +8,6 @@ decoder is normalised; sparsify 1.3 never does.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from sae_lens.loading.pretrained_sae_loaders import (
     dictionary_learning_sae_huggingface_loader_1,
     gemma_2_sae_huggingface_loader,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
@@ -120,8 +118,8 @@ def import_sae(
         sae = SAE.load_from_disk(found.path, dtype="float32", converter=loader)
     except InputError:
         raise
-    # Whatever SAELens' converters and torch raise about files that do not fit together.
-    except (KeyError, ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+    # Whatever SAELens' converters, numpy and torch raise about files that do not fit together.
+    except Exception as error:
         lacks = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
             f"{source} cannot be read as {found.name} ({' '.join(lacks.split())[:200]})",
@@ -196,7 +194,7 @@ def _of_pickle(file: Path) -> OtherFormat | None:
     try:
         stored = _tensors(file)
     except InputError as error:
-        return OtherFormat("pickled objects", file, None, error.how or "")
+        return OtherFormat("pickled objects, or it is cut short", file, None, error.how or "")
     weights = cast("Mapping[str, Any]", stored.get("state_dict", stored))
     if {"pre_bias", "latent_bias"} <= weights.keys():
         how = "torch.save its W_enc and W_dec (d_in first in W_enc), b_enc = latent_bias and b_dec"
@@ -225,7 +223,8 @@ def _tensors(file: Path) -> dict[str, Any]:
     """What torch.save wrote, without running code that is pickled in it."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # Damaged bytes make any line of the unpickler fail.
+    except Exception as error:
         raise InputError(
             f"{file} holds more than tensors, or is cut short",
             "reading it would run code; where you trust it, torch.load it with "

@@ -63,7 +63,8 @@ def sae_roots(run: Path, record: Mapping[str, Any]) -> dict[str, Path]:
         try:
             place = root.resolve(strict=False)
             root.is_dir()
-        except (OSError, ValueError) as error:  # too long, or with a zero in it
+        # Too long, with a zero in it, or a link to itself.
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{str(run / RUN_FILE)!r}: the folder of {name!r} can be none"
             ) from error

@@ -4,8 +4,9 @@ DIR/cache.json    what it holds, written last: its presence says "complete"
 DIR/<hook>.bin    (rows, d_in) in the model's own precision, in the order in which a run reads them
 DIR/progress.json, position-<rows>.pt while the pass goes on: from where a killed one continues
 
-The rows are the mini-batches that `msae train` would have made, mixed and with special tokens left
-out, so a run from the cache trains on what the live run trains on, bit for bit.
+cache.json keeps a hash of each block of rows and one of itself: a run that comes to damaged rows
+ends. The rows are the mini-batches that `msae train` would have made, mixed and with special tokens
+left out, so a run from the cache trains on what the live run trains on, bit for bit.
 
 SAELens' CacheActivationsRunner is not underneath: it keeps one hook, loads the model by a name that
 a packaged or local one does not have, keeps float32 at best (Arrow has no bfloat16), begins again
@@ -14,8 +15,6 @@ when killed, and its multi-SAE trainer reads no caches. Its activation store is.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -31,13 +30,17 @@ from msae_plugin.common.claims import CLAIM
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import (
     TEMPORARY_PREFIX,
+    file_sha256,
     file_written_atomically,
+    is_as_written,
     json_safe,
+    with_digest,
     write_json_atomic,
 )
-from msae_plugin.common.stored import StoredCache, checked, read_json_object
+from msae_plugin.common.stored import StoredCache, StoredProgress, checked, read_json_object
 from msae_plugin.models.loading import ModelShape
 from msae_plugin.training.data_parallel import own_batch_size, states_of_all
+from msae_plugin.training.hashed_rows import ROWS_PER_HASH, HashedRows, mapped, row_hashes
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
 
@@ -47,32 +50,26 @@ PLACEHOLDER = {"architecture": "standard", "d_sae": 1}
 """The `sae` of a recipe whose activations are kept: a runner wants one, it is never trained."""
 
 
-def mapped(
-    path: Path, rows: int, width: int, dtype: torch.dtype, *, writable: bool
-) -> torch.Tensor:
-    """(rows, width) tensor over a file, which is made when missing and writable."""
-    flat = torch.from_file(str(path), shared=writable, size=rows * width, dtype=dtype)
-    return flat.view(rows, width)
-
-
 def read_activations(
     folder: Path, manifest: Mapping[str, Any], damaged: str
-) -> dict[str, torch.Tensor]:
+) -> dict[str, HashedRows]:
     """Activations by hook, (rows, d_in), mapped from their files.
 
-    The manifest has `rows`, `dtype`, and `hooks` with the width of each; `damaged` is the refusal
-    of a file that is missing or of another size, with {} for its path.
+    The manifest has `rows`, `dtype`, `hooks` with the width of each and `sha256` with their hashes;
+    `damaged` is the refusal of a file that is missing, changed or of another size, with {} for its
+    path.
     """
+    hashes = manifest.get("sha256", {})
+    if hashes and not is_as_written(manifest):
+        raise InputError(damaged.format(repr(str(folder))))
     dtype, rows = getattr(torch, str(manifest["dtype"])), int(manifest["rows"])
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, HashedRows] = {}
     for hook, stored in manifest["hooks"].items():
         # Comparisons of version 0.1 name the file as well.
         d_in = int(stored["d_in"] if isinstance(stored, dict) else stored)
         path = folder / f"{hook}.bin"
-        size = path.stat().st_size if path.is_file() else 0
-        if size != rows * d_in * dtype.itemsize:
-            raise InputError(damaged.format(repr(str(path))))
-        tensors[hook] = mapped(path, rows, d_in, dtype, writable=False)
+        told = damaged.format(repr(str(path)))
+        tensors[hook] = HashedRows(path, rows, d_in, dtype, hashes.get(hook), told)
     return tensors
 
 
@@ -136,7 +133,7 @@ class CachedActivations:
 
     folder: Path
     manifest: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor]  # (rows, d_in) by hook, mapped from the files
+    tensors: Mapping[str, HashedRows]  # (rows, d_in) by hook, mapped from the files
 
     @property
     def rows(self) -> int:
@@ -309,14 +306,14 @@ class ActivationWriter:
         self.position: dict[str, Any] | None = None
         # Made with the first batch, which shows their width.
         self._tensors: dict[str, torch.Tensor] = {}
+        self._hashes: dict[str, list[str]] = {}
         self._continue(hooks)
 
     def _continue(self, hooks: Sequence[str]) -> None:
-        try:
-            text = (self._folder / PROGRESS).read_text(encoding="utf-8")
-        except OSError:
+        path = self._folder / PROGRESS
+        if not path.exists():
             return
-        stored = json.loads(text)
+        stored = read_json_object(path, StoredProgress)
         facts = stored["facts"]
         same = all(facts.get(key) == value for key, value in self._facts.items())
         if not same or list(facts["hooks"]) != list(dict.fromkeys(hooks)):
@@ -325,10 +322,18 @@ class ActivationWriter:
                 "give another --output, or delete it"
             )
         # None where nothing was saved yet, and of version 0.1: begun again.
-        with contextlib.suppress(FileNotFoundError):
-            path = self._position_file(int(stored["done"]))
-            self.position = torch.load(path, map_location="cpu", weights_only=True)
-            self.done = int(stored["done"])
+        position = self._position_file(stored["done"])
+        if position.is_file():
+            if not is_as_written(stored) or file_sha256(position) != stored["position_sha256"]:
+                raise self._damaged()
+            self.position = torch.load(position, map_location="cpu", weights_only=True)
+            self.done, self._hashes = stored["done"], stored["sha256"]
+
+    def _damaged(self) -> InputError:
+        return InputError(
+            f"--output {str(self._folder)!r} holds an unfinished cache that is damaged: delete it, "
+            "or give another --output"
+        )
 
     def _open(self, batch: Mapping[str, torch.Tensor]) -> None:
         dtype = self._dtype or next(iter(batch.values())).dtype
@@ -338,12 +343,19 @@ class ActivationWriter:
         files = {hook: self._folder / f"{hook}.bin" for hook in batch}
         missing = [rows.shape[1] for hook, rows in batch.items() if not files[hook].exists()]
         require_space(self._folder, self.rows * sum(missing) * dtype.itemsize)
-        # Before the first file, so that a killed pass is known for one whenever it is killed.
-        self._write_progress()
+        if not self.done:
+            # Before the first file, so that a killed pass is known for one whenever it is killed.
+            self._write_progress()
         for hook, rows in batch.items():
             self._tensors[hook] = mapped(
                 files[hook], self.rows, rows.shape[1], dtype, writable=True
             )
+            written = self._tensors[hook][: self.done]
+            whole = self._hashes.get(hook, [])[: self.done // ROWS_PER_HASH]
+            # The last block alone: the others are checked when they are read.
+            if row_hashes(written, whole) != self._hashes.get(hook, []):
+                raise self._damaged()
+            self._hashes[hook] = whole
 
     def append(self, batch: Mapping[str, torch.Tensor], position: dict[str, Any]) -> None:
         """Take as many rows of a batch as are missing; the next batch is read at `position`."""
@@ -354,6 +366,9 @@ class ActivationWriter:
             tensor[self.done : self.done + count] = batch[hook][:count].to("cpu", tensor.dtype)
         self.done += count
         self.position = position
+        whole = self.done // ROWS_PER_HASH * ROWS_PER_HASH
+        for hook, tensor in self._tensors.items():
+            self._hashes[hook] = row_hashes(tensor[:whole], self._hashes[hook])
 
     def save_progress(self) -> None:
         """Put everything so far onto the disk."""
@@ -375,12 +390,23 @@ class ActivationWriter:
                 path.unlink()
 
     def _write_progress(self) -> None:
-        write_json_atomic(self._folder / PROGRESS, {"facts": self._facts, "done": self.done})
+        stored: dict[str, Any] = {"facts": self._facts, "done": self.done}
+        if self.done:
+            position = file_sha256(self._position_file(self.done))
+            stored |= {"sha256": self._all_hashes(), "position_sha256": position}
+        write_json_atomic(self._folder / PROGRESS, with_digest(stored))
+
+    def _all_hashes(self) -> dict[str, list[str]]:
+        return {
+            hook: row_hashes(tensor[: self.done], self._hashes.get(hook, []))
+            for hook, tensor in self._tensors.items()
+        }
 
     def finish(self, seconds: float) -> None:
         """Declare the store complete."""
         self._sync()
-        write_json_atomic(self._folder / self._manifest, {**self._facts, "seconds": seconds})
+        stored = {**self._facts, "sha256": self._all_hashes(), "seconds": seconds}
+        write_json_atomic(self._folder / self._manifest, with_digest(stored))
         self._remove_positions()
         (self._folder / PROGRESS).unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +21,9 @@ from msae_plugin.common.files import (
     TEMPORARY_PREFIX,
     file_sha256,
     folder_written_atomically,
-    json_safe,
-    key_digest,
+    is_as_written,
     remove_leftovers,
+    with_digest,
     write_json_atomic,
 )
 
@@ -57,7 +57,7 @@ def open_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
         manifest = cast("dict[str, Any]", json.loads(manifest_path.read_text(encoding="utf-8")))
         files = cast("dict[str, int]", manifest["files"])
         hashes = cast("dict[str, str]", manifest.get("sha256", {}))
-        if manifest.get("digest") != (_digest(manifest) if hashes else None):
+        if hashes and not is_as_written(manifest):
             raise ValueError
         checkpoint = Checkpoint(
             path=path,
@@ -86,10 +86,6 @@ def open_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
                 "written): resume from another checkpoint"
             )
     return checkpoint
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return key_digest({key: value for key, value in manifest.items() if key != "digest"})
 
 
 class CheckpointStore:
@@ -165,10 +161,9 @@ class CheckpointStore:
                 "tokens": tokens,
                 "files": files,
                 "sha256": {name: file_sha256(temporary / name) for name in files},
-                "config": json_safe(config),
+                "config": config,
             }
-            manifest["digest"] = _digest(manifest)
-            write_json_atomic(temporary / MANIFEST_FILE, manifest)
+            write_json_atomic(temporary / MANIFEST_FILE, with_digest(manifest))
         # While the run goes on the newest one is always kept: it is what a kill falls back to.
         self.prune(max(self._keep, 1))
         return target

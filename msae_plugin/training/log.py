@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, write_text_atomic
 from msae_plugin.saes.health import SILENT_LOG10_RATE, dense_share, encoder_decoder_alignment
 from msae_plugin.saes.run_record import METRICS_FILE
+
+logger = logging.getLogger(__name__)
 
 REVIVALS_FILE = "revivals.jsonl"
 
@@ -158,11 +161,18 @@ class JsonLines:
         self._handle: Any = None
 
     def truncate_after(self, step: int) -> int:
-        """Drop rows of later steps, and a last line cut short by a kill; how many were dropped."""
+        """Drop rows of later steps, a last line cut short by a kill, and damaged ones by name.
+
+        Returns how many lines were dropped.
+        """
         if not self.path.exists():
             return 0
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if self._step_of(line) <= step]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        steps = [self._step_of(line) for line in lines]
+        damaged = [str(number) for number, at in enumerate(steps[:-1], 1) if at == math.inf]
+        if damaged:
+            logger.warning("%s is damaged: line %s is left out", str(self.path), ", ".join(damaged))
+        kept = [line for line, at in zip(lines, steps, strict=True) if at <= step]
         if len(kept) < len(lines):
             write_text_atomic(self.path, "".join(f"{line}\n" for line in kept))
         return len(lines) - len(kept)
@@ -170,7 +180,7 @@ class JsonLines:
     def _step_of(self, line: str) -> float:
         try:
             return float(json.loads(line)[self._step_key])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return math.inf
 
     def append(self, row: Mapping[str, Any]) -> None:

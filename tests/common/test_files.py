@@ -1,12 +1,14 @@
 """Files and folders are whole or absent; refusals keep what is wrong apart from what to do."""
 
+import errno
 import pickle
 from pathlib import Path
 
 import pytest
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
+    MARKER,
     file_written_atomically,
     kept_folder,
     package_folder,
@@ -51,6 +53,49 @@ def test_a_kept_folder_is_computed_once_and_again_after_a_failure(tmp_path: Path
     assert kept_folder(tmp_path, "kind", {"a": 1}, compute) == first
     assert kept_folder(tmp_path, "kind", {"a": 2}, compute) != first
     assert len(computed) == 2
+
+
+@pytest.mark.promise("No damaged byte of stored activations is trained on or measured with.")
+@pytest.mark.parametrize("damage", ["bit", "missing", "marker", "no marker", "not JSON"])
+def test_a_kept_folder_whose_bytes_changed_is_computed_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compute(folder: Path) -> None:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "numbers").write_bytes(bytes(1000))
+
+    folder = kept_folder(tmp_path, "kind", {"a": 1}, compute)
+    file, marker = folder / "inside" / "numbers", folder / MARKER
+    if damage == "bit":
+        file.write_bytes(bytes(500) + b"\1" + bytes(499))
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "no marker":
+        marker.unlink()
+    else:
+        marker.write_text(marker.read_text().replace('"a"', '"b"') if damage == "marker" else "{")
+    assert kept_folder(tmp_path, "kind", {"a": 1}, compute) == folder
+    assert file.read_bytes() == bytes(1000)
+    assert ("is damaged: it is computed again" in caplog.text) == (damage != "no marker")
+
+
+def test_a_full_disk_is_told_with_the_folder_that_it_is(tmp_path: Path) -> None:
+    def compute(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunFailure, match=r"kind/\w+ cannot be written .*MB are free there"):
+        kept_folder(tmp_path, "kind", {"a": 1}, compute)
+
+
+def test_a_kept_folder_of_version_0_1_is_used(tmp_path: Path) -> None:
+    folder = kept_folder(tmp_path, "kind", {"a": 1}, lambda made: (made / "x").write_text("whole"))
+    (folder / MARKER).write_text('{"a": 1}')
+    (folder / "x").write_text("kept")
+
+    def never(_: Path) -> None:
+        raise AssertionError
+
+    assert (kept_folder(tmp_path, "kind", {"a": 1}, never) / "x").read_text() == "kept"
 
 
 def test_a_package_is_found_without_being_imported() -> None:

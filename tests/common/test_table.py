@@ -50,7 +50,9 @@ def test_a_terminal_reads_no_style_in_a_name():
 @pytest.mark.promise(
     "Text from outside stays text: in the page, the card, tables, spreadsheets and the terminal."
 )
-@pytest.mark.parametrize("text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "-"])
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "-", "\uff1d1"]
+)
 def test_a_spreadsheet_executes_no_cell(text):
     table = Table("t", "", [Column(text, "SAE"), Column("f1", "F1")], [[text, -0.5], ["a=b", 1]])
     header, first, second = csv.reader(io.StringIO(table.csv()))

@@ -404,8 +404,8 @@ def test_missing_column_names_those_present(tmp_path: Path, kind: str) -> None:
         (
             "chat.jsonl",
             '{"id": "0", "messages": [{"role": "user", "content": "a"}]}\n',
-            r"no column 'text'; 'messages' holds a list of messages \(role, content\): set "
-            "text_column to one of id, or write their text into a column of its own",
+            r"no column 'text'; 'messages' holds a list of messages \(role, content\): write "
+            "their text into a column of its own",
         ),
         (
             "chat_alone.jsonl",

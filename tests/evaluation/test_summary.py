@@ -100,6 +100,18 @@ def test_files_hold_the_numbers_their_meaning_and_the_reasons(tmp_path: Path) ->
     assert "unlearning skipped for all SAEs: no corpus" in console.export_text()
 
 
+def test_names_that_tell_two_saes_apart_lead_back_to_what_was_given() -> None:
+    saes = {
+        "x": {"reference": "runs/x", "weights_sha256": "0" * 64},
+        "sae-1a2b3c4d": {"reference": "first/sae", "weights_sha256": "1a2b3c4d" * 8},
+        "sae-5e6f7a8b": {"reference": "second/sae", "weights_sha256": "5e6f7a8b" * 8},
+    }
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_for_terminal({**contents([]), "saes": saes}))
+    lines = [line.strip() for line in console.export_text().splitlines() if line.strip()]
+    assert lines == ["sae-1a2b3c4d is first/sae", "sae-5e6f7a8b is second/sae"]
+
+
 def test_the_same_reason_is_said_once() -> None:
     entries = [
         {"sae": name, "status": "failed", "reason": reason}

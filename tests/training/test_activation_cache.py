@@ -103,7 +103,7 @@ def test_it_is_kept_in_the_models_precision(cache: Cache, tmp_path: Path) -> Non
     assert found.tensors[HOOK].dtype == torch.float32
     assert found.autocast
     assert found.rows == 1280 + 4 * 128 + 4096
-    assert found.tensors[HOOK].abs().sum(dim=1).min() > 0
+    assert found.tensors[HOOK][:].abs().sum(dim=1).min() > 0
 
 
 def test_the_model_stops_at_the_last_hook(
@@ -187,7 +187,7 @@ def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -
         with pytest.raises(InterruptedBySignalError):
             cache(folder, *SHORT)
     continued = cache(folder, *SHORT)
-    rows, expected = continued.tensors[HOOK], whole.tensors[HOOK]
+    rows, expected = continued.tensors[HOOK][:], whole.tensors[HOOK][:]
     assert torch.equal(rows, expected)
     assert sorted(path.name for path in folder.iterdir()) == [f"{HOOK}.bin", "cache.json"]
 

@@ -81,6 +81,18 @@ def test_rows_after_the_resumed_step_and_a_line_cut_short_are_dropped(tmp_path: 
     assert read_rows(path) == lines
 
 
+@pytest.mark.parametrize("damage", [b"\xd6\xeb\x00", b"[" * 100_000, b"{", b'{"loss": 1}'])
+def test_a_damaged_line_is_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first, last = b'{"step": 5}\n', b'{"step": 15}\n'
+    path.write_bytes(first + damage + b"\n" + last)
+    assert JsonLines(path).truncate_after(20) == 1
+    assert path.read_bytes() == first + last
+    assert "metrics.jsonl is damaged: line 2 is left out" in caplog.text
+
+
 def test_truncating_leaves_a_good_file_untouched(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5}\n')

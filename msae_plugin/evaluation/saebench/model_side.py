@@ -21,7 +21,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file, save_file
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import is_complete, keyed_folder, mark_complete
+from msae_plugin.common.files import disk_errors_told, is_complete, keyed_folder, mark_complete
 from msae_plugin.data.labelled_texts import DEFAULT_HELDOUT_DOCUMENTS
 from msae_plugin.data.text import load_text, open_corpus
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
@@ -261,7 +261,8 @@ class CoreModelSide:
             else:
                 stored = {"activations": self._activations(self.batch(index))}
             on_cpu = {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
-            save_file(on_cpu, self._file(index))
+            with disk_errors_told(self.folder):
+                save_file(on_cpu, self._file(index))
         mark_complete(self.folder, self.key)
         return True
 

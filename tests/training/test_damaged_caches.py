@@ -1,0 +1,180 @@
+"""Damaged bytes of stored activations are found when they are read, and never trained on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from msae_plugin.common.errors import InputError
+from msae_plugin.data.text import TextData
+from msae_plugin.models.loading import LanguageModel
+from msae_plugin.training import activation_store, cached_activations, hashed_rows
+from msae_plugin.training.activation_store import CachedActivations, open_cache
+from msae_plugin.training.cached_activations import make_cache
+from msae_plugin.training.hashed_rows import HashedRows, row_hashes
+from msae_plugin.training.recipe import RunConfig
+from msae_plugin.training.runner import MultiScaleRunner, RunResult
+
+HOOK = "blocks.1.hook_resid_post"
+WIDTH = 64
+
+
+def flip(path: Path, place: int) -> None:
+    """One bit of a byte."""
+    with path.open("r+b") as handle:
+        handle.seek(place)
+        byte = handle.read(1)[0]
+        handle.seek(place)
+        handle.write(bytes([byte ^ 1]))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks in few rows."""
+    for module in (hashed_rows, activation_store):
+        monkeypatch.setattr(module, "ROWS_PER_HASH", 200)
+
+
+@pytest.fixture
+def made(
+    recipe: dict[str, Any], tiny_language_model: LanguageModel, tiny_text: TextData
+) -> Callable[[Path], CachedActivations]:
+    def make(output: Path) -> CachedActivations:
+        config = RunConfig.from_dict(copy.deepcopy(recipe), ["training.tokens=1280"])
+        return make_cache(config, output, language_model=tiny_language_model, text=tiny_text)
+
+    return make
+
+
+@pytest.fixture
+def train(recipe: dict[str, Any]) -> Callable[..., RunResult]:
+    def run(cache: Path, output: Path, resume: str | None = None) -> RunResult:
+        changes = ["training.tokens=1280", f"cached_activations={cache}"]
+        config = RunConfig.from_dict(copy.deepcopy(recipe), changes)
+        return MultiScaleRunner(config, output, resume=resume).run()
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_bit_of_a_file_is_held_by_the_hash_of_its_block(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path, rows = tmp_path / "rows.bin", torch.randn(901, 3).to(dtype)
+    path.write_bytes(rows.view(torch.uint8).numpy().tobytes())
+    hashes = row_hashes(rows)
+    assert row_hashes(rows, hashes[:2]) == hashes
+    assert len(hashes) == 5
+
+    def opened() -> HashedRows:
+        return HashedRows(path, 901, 3, dtype, hashes, "damaged")
+
+    assert torch.equal(opened()[:], rows)
+    # Row 450 is in the third block of 200.
+    flip(path, 450 * 3 * dtype.itemsize)
+    found = opened()
+    assert torch.equal(found[:400], rows[:400])
+    assert torch.equal(found[600:], rows[600:])
+    assert torch.equal(found[torch.tensor([0, 399, 600, 900])], rows[[0, 399, 600, 900]])
+    for chosen in (slice(400, 410), slice(399, 401), torch.tensor([0, 599]), slice(-500, None)):
+        with pytest.raises(InputError, match="damaged"):
+            opened()[chosen]
+    with pytest.raises(InputError, match="damaged"):
+        HashedRows(path, 901, 3, dtype, hashes[:-1], "damaged")
+
+
+@pytest.mark.promise("No damaged byte of stored activations is trained on or measured with.")
+def test_training_ends_where_the_cache_is_damaged_and_goes_on_with_a_whole_one(
+    made: Callable[[Path], CachedActivations], train: Callable[..., RunResult], tmp_path: Path
+) -> None:
+    made(tmp_path / "cache")
+    shutil.copytree(tmp_path / "cache", tmp_path / "damaged")
+    expected = train(tmp_path / "cache", tmp_path / "whole").saes["sae"].state_dict()
+    flip(tmp_path / "damaged" / f"{HOOK}.bin", 1000 * WIDTH * 4)
+    # In the place of the sound one: a recipe names its cache.
+    (tmp_path / "cache").rename(tmp_path / "sound")
+    (tmp_path / "damaged").rename(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"resid_post.bin' is damaged: make the cache again"):
+        train(tmp_path / "cache", tmp_path / "run")
+    assert not (tmp_path / "run" / "sae").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "sound").rename(tmp_path / "cache")
+    found = train(tmp_path / "cache", tmp_path / "run", resume="auto").saes["sae"].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_changed_manifest_is_noticed(
+    made: Callable[[Path], CachedActivations], tmp_path: Path
+) -> None:
+    made(tmp_path)
+    path = tmp_path / "cache.json"
+    contents = json.loads(path.read_text())
+    assert len(contents["sha256"][HOOK]) == -(-contents["rows"] // 200)
+    contents["model"]["name"] = "another"
+    path.write_text(json.dumps(contents))
+    with pytest.raises(InputError, match="is damaged: make the cache again"):
+        open_cache(tmp_path)
+
+
+def test_a_cache_without_hashes_is_read(
+    made: Callable[[Path], CachedActivations], tmp_path: Path
+) -> None:
+    expected = made(tmp_path).tensors[HOOK][:]
+    path = tmp_path / "cache.json"
+    contents = json.loads(path.read_text())
+    del contents["sha256"], contents["digest"]
+    path.write_text(json.dumps(contents))
+    assert torch.equal(open_cache(tmp_path).tensors[HOOK][:], expected)
+
+
+@pytest.mark.promise("No damaged byte of stored activations is trained on or measured with.")
+@pytest.mark.parametrize("damage", ["rows", "position", "progress", "no progress"])
+def test_a_stopped_pass_goes_on_only_from_what_was_written(
+    made: Callable[[Path], CachedActivations],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+) -> None:
+    appended, append = 0, cached_activations.ActivationWriter.append
+
+    def killed(writer: Any, *batch: Any) -> None:
+        nonlocal appended
+        append(writer, *batch)
+        appended += 1
+        if appended == 7:
+            raise SystemExit("killed")
+
+    monkeypatch.setattr(cached_activations, "SECONDS_BETWEEN_SAVES", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(cached_activations.ActivationWriter, "append", killed)
+        with pytest.raises(SystemExit):
+            made(tmp_path)
+    progress, rows = tmp_path / "progress.json", tmp_path / f"{HOOK}.bin"
+    (position,) = tmp_path.glob("position-*.pt")
+    done = json.loads(progress.read_text())["done"]
+    assert done % 200
+    sound = {path: path.read_bytes() for path in (progress, rows, position)}
+    if damage == "rows":
+        flip(rows, (done - 1) * WIDTH * 4)
+    elif damage == "position":
+        flip(position, position.stat().st_size // 2)
+    elif damage == "progress":
+        progress.write_text(progress.read_text().replace(f'"done": {done}', f'"done": {done} '))
+        text = json.loads(progress.read_text())
+        text["sha256"][HOOK][0] = text["sha256"][HOOK][0][::-1]
+        progress.write_text(json.dumps(text))
+    else:
+        progress.write_text("{")
+    with pytest.raises(InputError, match=r"is damaged: delete it|progress.json' cannot be read"):
+        made(tmp_path)
+    for path, contents in sound.items():
+        path.write_bytes(contents)
+    made(tmp_path)
