@@ -174,12 +174,7 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
     ("train", train, _TRAIN, "train --config smollm2 --output runs/smollm2"),
     ("cache", cache, _TRAIN, "cache --config smollm2 --output runs/activations"),
     ("eval", evaluate, _MEASURE, "eval runs/smollm2 --config offline --output runs/smollm2-eval"),
-    (
-        "compare",
-        compare,
-        _MEASURE,
-        "compare --config compare_smollm2 --output runs/compare",
-    ),
+    ("compare", compare, _MEASURE, "compare --config compare_smollm2 --output runs/compare"),
     ("tune", tune, _MEASURE, "tune --config compare_smollm2 --rates 2e-3,4e-3 --output runs/rates"),
     ("sweep", sweep, _MEASURE, "sweep --config compare_smollm2 --jobs 4 --output runs/compare"),
     ("report", report, _SHOW, "report runs/smollm2 runs/smollm2-eval --output runs/report"),

@@ -30,11 +30,7 @@ class Executor(str, Enum):
     slurm = "slurm"
 
 
-def cache(
-    config: RecipeOption,
-    output: OutputOption,
-    set_: SetOption = None,
-) -> None:
+def cache(config: RecipeOption, output: OutputOption, set_: SetOption = None) -> None:
     """Store the activations that a recipe trains on, for runs that repeat.
 
     The same command goes on where a killed pass stopped. Then: msae train --set

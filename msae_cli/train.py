@@ -52,12 +52,7 @@ def train(
         return
     try:
         result = api.train(
-            config,
-            output,
-            changes=set_ or [],
-            only=only or [],
-            resume=resume,
-            progress=progress(),
+            config, output, changes=set_ or [], only=only or [], resume=resume, progress=progress()
         )
     except InterruptedBySignalError as interruption:
         if not other_rank():

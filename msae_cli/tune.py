@@ -36,8 +36,7 @@ def tune(
         float | None, typer.Option("--l0", help="Target L0; the recipe's middle one by default.")
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(help="None that the recipe reports; 100 above them by default."),
+        int | None, typer.Option(help="None that the recipe reports; 100 above them by default.")
     ] = None,
     metric: Annotated[
         list[str] | None,

@@ -125,11 +125,7 @@ def train(
     display = training_display(progress)
     with launched_ranks(config.model.device) as ranks:
         run = MultiScaleRunner(
-            config,
-            Path(output),
-            resume=checkpoint,
-            progress=display,
-            ranks=ranks,
+            config, Path(output), resume=checkpoint, progress=display, ranks=ranks
         ).run()
     rows: list[dict[str, Any]] = []
     for name, export in run.exports.items():
