@@ -290,11 +290,7 @@ def make_card(
     existing: str | None,
     licence: str | None,
 ) -> str:
-    """The README.md of a repository.
-
-    Raises:
-        InputError: The licence is no identifier, or the existing card cannot be read.
-    """
+    """The README.md of a repository; `existing` is the one it has."""
     if licence is not None and not _LICENCE.fullmatch(licence):
         raise InputError(
             f"--licence {licence!r} is no identifier of the Hub: use mit, apache-2.0, cc-by-4.0, "

@@ -46,11 +46,7 @@ class Measured:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """The summary of an evaluation folder.
-
-    Raises:
-        InputError: There is none that can be read.
-    """
+    """The checked summary of an evaluation folder."""
     path = folder / SUMMARY_FILENAME
     require_inside(folder, path)
     try:
@@ -83,11 +79,7 @@ def is_summary(value: object) -> bool:
 def measured_of(
     sae: StoredSAE, summary: Mapping[str, Any], folder: Path, reference: str
 ) -> Measured:
-    """Take what an evaluation says about one SAE.
-
-    Raises:
-        InputError: The evaluation measured other weights, or lacks a file that it lists.
-    """
+    """Take what an evaluation says about one SAE, by the hash of its weights."""
     saes = summary["saes"]
     own = {sae.weights_sha256: reference}
     if sae.twin_sha256 is not None:

@@ -98,11 +98,7 @@ def default_paths(saes: list[StoredSAE]) -> list[str]:
 def build_folder(
     path: str, sae: StoredSAE, measured: Measured | None, pictures: Sequence[Path] = ()
 ) -> SAEFolder:
-    """Collect the files of one SAE.
-
-    Raises:
-        InputError: One is a link that leads out of the SAE's folder.
-    """
+    """Collect the files of one SAE, none of them a link that leads out of its folder."""
     sources = {
         name: sae.folder / name
         for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
@@ -234,11 +230,7 @@ class PublishOptions:
 
 
 def build_folders(run: Path, repo: str, options: PublishOptions) -> list[SAEFolder]:
-    """The SAEs of a run, the folder of one of its SAEs, or an export, as they will be uploaded.
-
-    Raises:
-        InputError: Something must not be published, or a name is wrong.
-    """
+    """The SAEs of a run, the folder of one of its SAEs, or an export, as they will be uploaded."""
     evaluation, report = options.evaluation, options.report
     saes = find_saes(run)
     if report is not None and not any((report / FIGURES_FOLDER).glob("*.png")):
@@ -265,12 +257,7 @@ def build_folders(run: Path, repo: str, options: PublishOptions) -> list[SAEFold
 def make_plan(
     run: Path, folders: Sequence[SAEFolder], state: RepositoryState, options: PublishOptions
 ) -> PublishPlan:
-    """Decide everything about publishing the SAEs of a run.
-
-    Raises:
-        InputError: The card cannot be written.
-        RunFailure: The Hub does not give what is in the repository.
-    """
+    """Decide everything about publishing the SAEs of a run."""
     others = _read_entries(state, leave_out=[sae.path for sae in folders])
     existing = _read_card(state)
     with _only_expected_values(run):

@@ -146,20 +146,10 @@ def publish(
     confirm: Confirm | None = None,
     say: Say = lambda _message: None,
 ) -> PublishResult:
-    """Publish the SAEs of a run.
+    """Publish the SAEs of a run, the folder of one of its SAEs, or an export.
 
-    Args:
-        run: A run folder, the folder of one of its SAEs, or an export.
-        repo: `user/name`; made when it does not exist.
-        options: How.
-        confirm: Asks the user a question; None refuses whatever would have been asked.
-        say: Shows one line of progress.
-
-    Raises:
-        InputError: Something must not be published, a name is wrong, a permission is missing, or
-            the user said no. Nothing was published.
-        RunFailure: The network, the Hub or the disk failed, and whether anything was published is
-            in the message; or the check after the upload failed, with the commit named.
+    Without `confirm` everything that would be asked is refused. A RunFailure says whether anything
+    was published and names the commit; after an InputError nothing was.
     """
     require_repo_name(repo)
     folders = build_folders(run, repo, options)
@@ -308,12 +298,7 @@ def _commit(plan: PublishPlan, options: PublishOptions) -> Committed:
 
 
 def _prepare(state: RepositoryState, private: bool, revision: str | None) -> RepositoryState:
-    """Make the repository and the branch where they are missing.
-
-    Raises:
-        InputError: The token may not do it.
-        RunFailure: The Hub does not answer.
-    """
+    """Make the repository and the branch where they are missing."""
     api = HfApi()
     if not state.exists:
         with hub_errors(f"creating {state.repo}"):

@@ -39,11 +39,7 @@ class Verification:
 
 
 def check_build(folder: SAEFolder) -> None:
-    """Load the files that would be uploaded, and compare their latents with the source's.
-
-    Raises:
-        InputError: They cannot be loaded, are silent, or compute something else.
-    """
+    """Load the files that would be uploaded, and compare their latents with the source's."""
 
     def load(path: str) -> SAE[Any]:
         return load_sae(LocatedSAE(path, folder.sae.name, root / path), "cpu")[0]
@@ -71,11 +67,7 @@ def check_build(folder: SAEFolder) -> None:
 
 
 def check_files(repo: str, oid: str, files: dict[str, bytes | Path]) -> None:
-    """Download every file of a commit that was sent, and compare the bytes.
-
-    Raises:
-        RunFailure: A file cannot be had, or differs.
-    """
+    """Download every file of a commit that was sent, and compare the bytes."""
     for path, content in files.items():
         with hub_errors(f"downloading {path}"):
             # Forced: a copy in the local cache proves nothing about the Hub.
@@ -88,14 +80,7 @@ def check_files(repo: str, oid: str, files: dict[str, bytes | Path]) -> None:
 def check_latents(repo: str, oid: str, on_main: bool, folder: SAEFolder) -> Verification:
     """Load what was published as a user would, and compare its latents with the local SAE's.
 
-    Args:
-        repo: `user/name`.
-        oid: The commit, whose files are in the local cache already (`check_files`).
-        on_main: Whether the commit is on the main branch, the only one that SAELens loads.
-        folder: The SAE.
-
-    Raises:
-        RunFailure: It cannot be loaded, is silent, or computes something else.
+    SAELens loads the main branch alone; the files of `oid` are in the cache (`check_files`).
     """
 
     def load(path: str) -> SAE[Any]:

@@ -233,11 +233,7 @@ class AnalysedGroup:
 
 
 def analyse(trained: Sequence[TrainedSAE], report: Reporter) -> list[SAEAnalysis]:
-    """Read the weights of every SAE and work out what they show.
-
-    Raises:
-        InputError: Weights or events cannot be read.
-    """
+    """Read the weights of every SAE and work out what they show."""
     found: list[SAEAnalysis] = []
     for done, sae in enumerate(trained):
         report("analysing the SAEs on disk", done, len(trained))
@@ -300,11 +296,7 @@ def twins(
 
 
 def coactivation(sae: TrainedSAE) -> tuple[int, list[CosineBin]] | None:
-    """Co-activation against decoder cosine on the activations that the run kept.
-
-    Raises:
-        InputError: The SAE cannot be loaded, or its activations do not fit it.
-    """
+    """Co-activation against decoder cosine on the activations that the run kept."""
     activations = sae.activations()
     if activations is None or sae.export is None:
         return None

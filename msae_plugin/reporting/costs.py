@@ -108,13 +108,7 @@ def meta_sae(config: TrainingSAEConfig) -> torch.nn.Module:
 def sae_cost(
     config: TrainingSAEConfig, batch_size_tokens: int, *, cuda_graphs: bool = True
 ) -> SAECost:
-    """Memory of one SAE in training.
-
-    Args:
-        config: Its configuration.
-        batch_size_tokens: Activations per mini-batch.
-        cuda_graphs: Whether steps may be recorded.
-    """
+    """Memory of one SAE in training."""
     sae = meta_sae(config)
     parameters = list(sae.parameters())
     parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)

@@ -66,15 +66,9 @@ def decoder_diversity(
     thresholds: Sequence[float] = CLUSTER_COSINES,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> DecoderDiversity:
-    """Overlap, rank and clusters in one walk over the similarities.
+    """Overlap, rank and clusters of W_dec (d_sae, d_in), rows of any norm.
 
-    Args:
-        W_dec: (d_sae, d_in), rows of any norm.
-        thresholds: Cosines above which two directions are linked.
-        block_elements: Similarities held at once.
-
-    Raises:
-        ValueError: The decoder is no matrix, or holds NaN or infinite values.
+    Raises ValueError for a decoder that is no matrix, or holds NaN or infinite values.
     """
     if W_dec.ndim != 2:
         raise ValueError(f"a decoder is (d_sae, d_in); got shape {tuple(W_dec.shape)}")
@@ -103,14 +97,9 @@ def decoder_diversity(
 
 @torch.no_grad()
 def effective_rank(directions: torch.Tensor, rows_at_a_time: int = 8192) -> float:
-    """exp(entropy) of the normalised singular values: how many dimensions are used evenly.
+    """exp(entropy) of the normalised singular values of (n, d_in): dimensions used evenly.
 
-    Args:
-        directions: (n, d_in); the spectrum is that of the (d_in, d_in) Gram matrix in float64.
-        rows_at_a_time: Rows added to the Gram matrix at once.
-
-    Returns:
-        Between 1 and min(n, d_in); 0 for an empty or zero matrix.
+    The spectrum is that of the Gram matrix in float64. Between 1 and min(n, d_in); 0 for zeros.
     """
     gram = torch.zeros(directions.shape[1], directions.shape[1], dtype=torch.float64)
     for block in directions.split(rows_at_a_time):
@@ -186,13 +175,7 @@ class FiringDensity:
 def firing_density(
     frequencies: torch.Tensor, lowest: float = -6.0, bins: int = 24
 ) -> FiringDensity:
-    """A histogram of log10 firing frequencies.
-
-    Args:
-        frequencies: (d_sae,) share of tokens on which each latent fires.
-        lowest: log10 of the first edge; rarer latents count in the first bin.
-        bins: Number of bins between it and 0.
-    """
+    """A histogram of log10 of the (d_sae,) shares; below `lowest` counts in the first bin."""
     fires = frequencies > NEVER_FIRED
     logs = frequencies[fires].double().log10().clamp(lowest, 0.0)
     edges = torch.linspace(lowest, 0.0, bins + 1, dtype=torch.float64)
@@ -221,9 +204,8 @@ def firing_by_scale(
 ) -> list[ScaleFiring]:
     """How the active latents of a token spread over the nested prefixes.
 
-    Args:
-        frequencies: (d_sae,) in the exported order, in which prefixes are contiguous.
-        prefix_fractions: Inner prefixes as shares of d_sae; the whole dictionary is added.
+    `frequencies` are in the exported order, in which prefixes are contiguous; the fractions are the
+    inner prefixes', and the whole dictionary is added.
     """
     d_sae = frequencies.numel()
     ends = sorted({max(1, round(share * d_sae)) for share in prefix_fractions if share < 1})
@@ -267,11 +249,7 @@ def coactivation_by_cosine(
 ) -> list[CosineBin]:
     """Whether latents that point alike also fire together, over all pairs, in blocks.
 
-    Args:
-        latents: (tokens, d_sae).
-        W_dec: (d_sae, d_in).
-        edges: Increasing cosines; the first and last bin take what lies outside.
-        block_elements: Similarities held at once.
+    `latents` is (tokens, d_sae); the first and last bin take the cosines outside of `edges`.
     """
     fired = (latents != 0).any(0)
     activity = latents[:, fired].float()

@@ -88,11 +88,7 @@ def _twin(export: dict[str, Any] | None) -> str | None:
 
 
 def describe_folder(folder: Path) -> RenderableType:
-    """Everything `msae info DIR` says.
-
-    Raises:
-        InputError: There is no SAE in the folder.
-    """
+    """Everything `msae info DIR` says."""
     record, saes = read_folder(folder)
     described = [describe_checkpoint(name, info) for name, info in saes.items()]
     if record is None:
@@ -116,11 +112,7 @@ def describe_folder(folder: Path) -> RenderableType:
 
 
 def describe_config(path: Path, overrides: Sequence[str] = ()) -> RenderableType:
-    """Everything `msae info --config` says: the recipe is checked, nothing is loaded.
-
-    Raises:
-        InputError: The recipe cannot work.
-    """
+    """Everything `msae info --config` says: the recipe is checked, nothing is loaded."""
     config = RunConfig.load(path, overrides)
     shape = describe_model(config.model.name)
     plans = config.validate(shape)

@@ -91,19 +91,8 @@ def write_latents(
 ) -> LatentBrowser:
     """Write the browser of some SAEs of one language model.
 
-    Args:
-        references: Runs, comparisons, folders of SAEs, or published SAEs.
-        output: New or empty, or an earlier browser, which is replaced.
-        text: Held-out text in place of the one that the SAEs were trained beside: a file, a data
-            set, `packaged:NAME`.
-        tokens: How much of it is read.
-        model: The language model, for SAEs that name none.
-        only: Names of SAEs or methods; all by default.
-        language_model: A model that is loaded already.
-        report: Shows progress.
-
-    Raises:
-        InputError: An SAE, the text or the output cannot be used.
+    `text` stands in for the one the SAEs were trained beside, of which `tokens` are read; `model`
+    is for SAEs that name none; `only` names SAEs or methods.
     """
     _check_output(output)
     device = default_device("auto")
@@ -129,11 +118,7 @@ def write_latents(
 
 
 def read_chunk(folder: Path, name: str) -> Any:
-    """What a chunk of a browser holds.
-
-    Raises:
-        InputError: There is no such chunk: the folder is no browser.
-    """
+    """What a chunk of a browser holds."""
     path = folder / CHUNKS_FOLDER / f"{name}.js"
     if not path.is_file():
         raise InputError(f"{str(folder)!r} is no output of msae latents: {path} is missing")
@@ -419,11 +404,7 @@ Tokens = Callable[[int], list[str]]
 
 
 def tokens_it_fires_on(browser: Path, evaluated: EvaluatedSAE) -> Tokens:
-    """From a latent to the tokens of its strongest examples, as a browser has them.
-
-    Raises:
-        InputError: The folder is no browser, or has not got this SAE.
-    """
+    """From a latent to the tokens of its strongest examples, as a browser has them."""
     catalogue = read_chunk(browser, CATALOGUE)
     hashes = [entry["sha256"] for entry in catalogue["saes"]]
     if evaluated.weights_sha256 not in hashes:

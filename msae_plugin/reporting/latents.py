@@ -33,12 +33,7 @@ _BLOCK = 2**24
 
 
 class Firings:
-    """The pairs of one SAE, taken in batch by batch.
-
-    Args:
-        d_sae: Number of latents.
-        context_size: Tokens in a window: a token's address is window * context_size + position.
-    """
+    """The pairs of one SAE; a token's address is window * context_size + position."""
 
     def __init__(self, d_sae: int, context_size: int) -> None:
         self.d_sae = d_sae
@@ -48,11 +43,7 @@ class Firings:
         self._pairs = 0
 
     def update(self, batch: LatentBatch) -> None:
-        """Take in the latents of consecutive tokens.
-
-        Raises:
-            InputError: There are more pairs than fit into memory.
-        """
+        """Take in the latents of consecutive tokens, as many as fit into memory."""
         token, latent = batch.latents.nonzero(as_tuple=True)
         address = (batch.windows * self.context_size + batch.positions).to(token.device)[token]
         value = batch.latents[token, latent].float()
@@ -90,12 +81,7 @@ class SortedFirings:
         return self.addresses[part], self.values[part]
 
     def together(self, latent: int, other: int) -> tuple[float, float]:
-        """How two latents fire together.
-
-        Returns:
-            sum f_i f_j / sqrt(sum f_i^2 sum f_j^2), and the share of the tokens of `latent` on
-            which `other` fires too.
-        """
+        """Sum f_i f_j / sqrt(sum f_i^2 sum f_j^2), and the share of `latent`'s tokens with both."""
         (tokens, values), (others, other_values) = self.of(latent), self.of(other)
         norm = float(np.linalg.norm(values) * np.linalg.norm(other_values))
         if not norm:
@@ -110,17 +96,9 @@ def examples(
 ) -> list[list[list[int]]]:
     """Where a latent fires most, then around each quantile of its activation.
 
-    No two of a group are from one document, and no token is shown twice.
-
-    Args:
-        addresses: (n,) ascending.
-        values: (n,) at these.
-        documents: The document of every address of the text.
-        context_size: Tokens in a window.
-
-    Returns:
-        The groups, of lists [address of the token, place in the window, shade, place, ...]: the
-        tokens of its window that belong to its document and on which the latent fires.
+    No two of a group are from one document, and no token is shown twice. `addresses` ascend, and
+    `documents` has the document of every address. An example is [address of the token, position in
+    the window, shade, position, ...]: the tokens of its document in its window where it fires.
     """
     size = np.abs(values)
     order = np.argsort(-size, kind="stable")

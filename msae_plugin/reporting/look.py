@@ -56,11 +56,7 @@ def look(
     language_model: LanguageModel | None = None,
     report: Reporter = no_report,
 ) -> Look:
-    """Find the most active latents on each token; BOS, EOS and PAD are passed over.
-
-    Raises:
-        InputError: The SAE or its model cannot be used, or the text is empty or too long.
-    """
+    """Find the most active latents on each token; BOS, EOS and PAD are passed over."""
     found = load_saes([reference], device=default_device("auto"), model_name=model)
     if len(found) > 1:
         names = ", ".join(str(each.folder or each.name) for each in found)

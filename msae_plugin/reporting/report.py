@@ -84,20 +84,9 @@ def report(
     progress: Reporter = no_report,
     dashboards: DashboardRequest | None = None,
 ) -> ReportResult:
-    """Make a report of runs, evaluations and comparisons.
+    """Make a report of runs, evaluations and comparisons; it replaces an earlier one whole.
 
     The same data gives the same bytes: nothing of the time or the place of the report is in it.
-
-    Args:
-        folders: Run folders (run.json), evaluation folders (summary.json) and comparison folders
-            (comparison.json), in any mixture.
-        output: New or empty, or an earlier report, which is replaced whole.
-        progress: Shows what is being done.
-        dashboards: SAEDashboard pages that are wanted beside it.
-
-    Raises:
-        InputError: The folders cannot be read, the output holds something else, or a dashboard
-            cannot be made.
     """
     sources = read_sources(folders)
     _check_output(output, sources)

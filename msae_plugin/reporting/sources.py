@@ -72,11 +72,7 @@ class Sources:
 
 
 def read_sources(folders: Sequence[Path]) -> Sources:
-    """Recognise and read the folders; a run's own `evaluation/` is read with it.
-
-    Raises:
-        InputError: No folder, a folder without a known file, a broken file, or another format.
-    """
+    """Recognise and read the folders; a run's own `evaluation/` is read with it."""
     if not folders:
         raise InputError("give at least one folder: a run, an evaluation or a comparison")
     unique = list({folder.resolve(): folder for folder in folders}.values())
@@ -215,11 +211,7 @@ class TrainedSAE:
         return max(logged, default=int(metadata.get("training_steps") or 0))
 
     def decoder(self) -> torch.Tensor | None:
-        """W_dec (d_sae, d_in); None without weights.
-
-        Raises:
-            InputError: The weights cannot be read.
-        """
+        """W_dec (d_sae, d_in); None without weights."""
         if self.export is None:
             return None
         path = self.export / SAE_WEIGHTS_FILENAME
@@ -263,13 +255,7 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def trained_saes(sources: Sources) -> list[TrainedSAE]:
-    """Every SAE that the sources point at and whose folder is there, each once.
-
-    A comparison's row points at its folder relative to the comparison's.
-
-    Raises:
-        InputError: A file of one cannot be read.
-    """
+    """Every SAE whose folder is there, each once; rows point at it relative to the comparison."""
     found: dict[Path, TrainedSAE] = {}
     for source in sources.comparisons:
         rows = source.content["rows"]

@@ -413,12 +413,7 @@ def _difference_table(
 
 
 def missing_section(missing: Sequence[Missing], gaps: Sequence[str]) -> Section:
-    """Failed, skipped, not measurable and not recorded, with reasons.
-
-    Args:
-        missing: What was asked for and is not there.
-        gaps: What a page like this usually shows and nothing was given for.
-    """
+    """What was asked for and is not there, with reasons; `gaps` were not given at all."""
     blocks: list[Block] = []
     if missing:
         table = table_of(
