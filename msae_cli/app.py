@@ -17,15 +17,13 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from msae_cli.compare import compare, report
+from msae_cli.compare import compare, sweep, tune
 from msae_cli.evaluate import evaluate, saebench_script, saelens_script
 from msae_cli.hub import download, export, import_, publish
-from msae_cli.latents import latents, look
-from msae_cli.scale import cache, sweep
+from msae_cli.show import latents, look, report
 from msae_cli.start import demo, info, init, recipes
 from msae_cli.terminal import be_quiet, errors, other_rank, say
-from msae_cli.train import train
-from msae_cli.tune import tune
+from msae_cli.train import cache, train
 from msae_plugin import __version__
 from msae_plugin.common.errors import InputError, MissingInputError, RunFailure
 
