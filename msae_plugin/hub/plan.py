@@ -112,7 +112,9 @@ def build_folder(
         if source.is_file():
             require_inside(sae.root, source)
             cleaned = source.name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME)
-            files[name] = _cleaned(source) if cleaned else source
+            files[name] = (
+                _as_json(clean_run_config(read_json_object(source))) if cleaned else source
+            )
     if measured is not None:
         files[SUMMARY_FILENAME] = _as_json(measured.summary)
         files.update(measured.files)
@@ -131,10 +133,6 @@ def _figures(places: Sequence[Path]) -> Iterator[Path]:
             yield picture
 
 
-def _cleaned(path: Path) -> bytes:
-    return _as_json(clean_run_config(read_json_object(path)))
-
-
 def _as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
@@ -144,11 +142,6 @@ def content_sha256(content: bytes | Path) -> str:
     if isinstance(content, Path):
         return file_sha256(content)
     return hashlib.sha256(content).hexdigest()
-
-
-def content_size(content: bytes | Path) -> int:
-    """Bytes of what a file of the repository will hold."""
-    return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
 def private_content(folder: SAEFolder) -> list[str]:
@@ -180,7 +173,10 @@ class PublishPlan:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that is written."""
-        return {path: content_size(content) for path, content in self.additions.items()}
+        return {
+            path: content.stat().st_size if isinstance(content, Path) else len(content)
+            for path, content in self.additions.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -121,32 +121,20 @@ def _compare(
 
 
 def _load(repo: str, oid: str, path: str, on_main: bool) -> SAE[Any]:
-    if on_main:
-        return SAE.from_pretrained(repo, path)
-    return SAE.from_pretrained(repo, path, converter=_AtRevision(oid))
+    """SAELens' loader knows the main branch alone; elsewhere it is given one for the commit."""
 
-
-class _AtRevision:
-    """A loader of SAELens, which knows the main branch alone, for another revision."""
-
-    def __init__(self, revision: str) -> None:
-        self._revision = revision
-
-    def __call__(
-        self,
-        repo_id: str,
-        folder_name: str,
-        device: str,
-        force_download: bool,
+    def at_commit(
+        repo_id: str, folder_name: str, device: str, force_download: bool,
         cfg_overrides: dict[str, Any] | None,
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:  # fmt: skip
         del force_download  # `check_files` has just downloaded them
         files = [
-            hf_hub_download(repo_id, f"{folder_name}/{name}", revision=self._revision)
+            hf_hub_download(repo_id, f"{folder_name}/{name}", revision=oid)
             for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
         ]
-        config, state = sae_lens_disk_loader(Path(files[0]).parent, device, cfg_overrides)
-        return config, state, None
+        return *sae_lens_disk_loader(Path(files[0]).parent, device, cfg_overrides), None
+
+    return SAE.from_pretrained(repo, path, converter=None if on_main else at_commit)
 
 
 def check_activations(sae: StoredSAE, loaded: SAE[Any]) -> tuple[torch.Tensor, str]:
