@@ -97,11 +97,7 @@ def answer_of(results: Results, failing: Sequence[str], *, titled: bool) -> Answ
         sentences.insert(0, f"Failed to learn, see the warnings: {listed(failing)}.")
     if titled:
         sentences.insert(0, f"{results.title}:")
-    unmeasured = [
-        entry.heading
-        for key, entry in HEADLINES.items()
-        if results.kind in entry.expected and key not in results.headlines()
-    ]
+    unmeasured = results.unfilled()
     told = [listed(unmeasured)] if unmeasured else []
     if results.missing:
         told.append(f"{len(results.missing)} listed at the end")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from msae_plugin.common.table import CellValue, Column, Spread, Table, one_line
+from msae_plugin.evaluation.contexts import TokenContext
 from msae_plugin.evaluation.contexts import one_line as visible
 
 
@@ -82,21 +83,11 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Context:
-    """An activating token with the words around it."""
-
-    before: str
-    token: str
-    after: str
-    activation: float
-
-
-@dataclass(frozen=True)
 class LatentContexts:
     """A latent and where it fires most."""
 
     heading: str  # which, how often and how strongly
-    contexts: Sequence[Context]
+    contexts: Sequence[TokenContext]
 
 
 @dataclass(frozen=True)
@@ -185,6 +176,11 @@ def cell(
         options["absent"] = "none"
     read = attrgetter(value or key) if isinstance(value, str) else value
     return Column(key, heading, detail, **options), read
+
+
+def spread_cell(key: str, heading: str, detail: str = "") -> Cells:
+    """A column of means over seeds, of groups that have `spread(key)`."""
+    return cell(key, heading, methodcaller("spread", key), detail)
 
 
 def table_of(

@@ -27,7 +27,7 @@ from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.comparison.results import COMPARISON_FILE
 from msae_plugin.data.windows import Window, iterate_windows
 from msae_plugin.evaluation.evaluate import model_for
-from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
+from msae_plugin.evaluation.heldout import HeldoutMetrics, evaluate_many
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting import latents as known
@@ -96,7 +96,9 @@ def write_latents(
     """
     _check_output(output)
     device = default_device("auto")
-    subjects = [s for s in _subjects(references, device, model, report) if _wanted(s, only)]
+    subjects = _subjects(references, device, model, report)
+    if only:
+        subjects = [s for s in subjects if {s.name, s.method} & set(only)]
     if not subjects:
         raise InputError(f"no SAE is named {', '.join(only)}: give --only the name of one")
     settings, seed = _text_of(subjects, text)
@@ -135,10 +137,6 @@ def _check_output(output: Path) -> None:
                 f"--output {str(output)!r} is not empty and no earlier output of msae latents",
                 "give another",
             )
-
-
-def _wanted(subject: Subject, only: Sequence[str]) -> bool:
-    return not only or subject.name in only or subject.method in only
 
 
 def _subjects(
@@ -263,9 +261,6 @@ class _Writer:
             done += tokens
             self._report("reading the held-out text", min(done, total), total)
 
-        def observe(batch: LatentBatch) -> None:
-            firings[batch.name].update(batch)
-
         metrics = evaluate_many(
             {name: subject.sae for name, subject in group.items()},
             text.model,
@@ -275,7 +270,7 @@ class _Writer:
             max_tokens=text.tokens,
             max_loss_tokens=_LOSS_TOKENS,
             prepend_bos=text.settings.prepend_bos,
-            observer=observe,
+            observer=lambda batch: firings[batch.name].update(batch),
             progress=advance,
         )
         for number in numbers:
@@ -400,10 +395,7 @@ def _short(value: float) -> float | int:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-Tokens = Callable[[int], list[str]]
-
-
-def tokens_it_fires_on(browser: Path, evaluated: EvaluatedSAE) -> Tokens:
+def tokens_it_fires_on(browser: Path, evaluated: EvaluatedSAE) -> Callable[[int], list[str]]:
     """From a latent to the tokens of its strongest examples, as a browser has them."""
     catalogue = read_chunk(browser, CATALOGUE)
     hashes = [entry["sha256"] for entry in catalogue["saes"]]

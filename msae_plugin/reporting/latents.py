@@ -6,7 +6,7 @@ tokens at an L0 of 64 are 51 MB. Everything that the browser shows of a latent i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.heldout import LatentBatch
+from msae_plugin.evaluation.heldout import LatentBatch, cosines_to_others
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -29,7 +29,7 @@ RECURS_FROM = 0.7
 """Largest decoder cosine from which on another seed has the latent too."""
 SHADES = 999
 """Values inside an example are shares of the latent's largest in so many steps."""
-_BLOCK = 2**24
+BLOCK_ELEMENTS = 2**24
 
 
 class Firings:
@@ -143,10 +143,15 @@ def histogram(values: Floats) -> list[int]:
     return np.histogram(size, HISTOGRAM_BINS, (0, float(size.max()) or 1.0))[0].tolist()
 
 
-def _blocks(rows: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-    height = max(1, _BLOCK // max(1, width))
-    for start in range(0, len(rows), height):
-        yield start, rows[start : start + height]
+def _split(rows: torch.Tensor, width: int) -> Sequence[torch.Tensor]:
+    """Blocks of rows whose products of this width fit into memory."""
+    return rows.split(max(1, BLOCK_ELEMENTS // max(1, width)))
+
+
+def _joined(parts: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and indices of `topk` or `max` of every block."""
+    values, indices = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return values, indices
 
 
 def unit(directions: torch.Tensor) -> torch.Tensor:
@@ -157,20 +162,15 @@ def unit(directions: torch.Tensor) -> torch.Tensor:
 def nearest(W_dec: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and indices, (d_sae, count) each, of the nearest other decoder directions."""
     directions = unit(W_dec)
-    found: list[Any] = []
-    for start, block in _blocks(directions, len(directions)):
-        cosines = block @ directions.T
-        own = torch.arange(len(block), device=cosines.device)
-        cosines[own, own + start] = -2
-        found.append(cosines.topk(min(count, len(directions) - 1), dim=1))
-    return tuple(torch.cat([part[i] for part in found]).cpu() for i in (0, 1))  # type: ignore[return-value]
+    count = min(count, len(directions) - 1)
+    blocks = cosines_to_others(directions, BLOCK_ELEMENTS)
+    return _joined([cosines.topk(count, dim=1) for _, cosines in blocks])
 
 
 def best_match(W_dec: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest cosine (d_sae,) of each decoder direction in another SAE, and which latent it is."""
     theirs = unit(other)
-    found: list[Any] = [(b @ theirs.T).max(dim=1) for _, b in _blocks(unit(W_dec), len(theirs))]
-    return tuple(torch.cat([part[i] for part in found]).cpu() for i in (0, 1))  # type: ignore[return-value]
+    return _joined([(b @ theirs.T).max(dim=1) for b in _split(unit(W_dec), len(theirs))])
 
 
 def unembedding(model: Any, d_in: int) -> torch.Tensor | None:
@@ -196,7 +196,7 @@ def logits(
     Logits are taken relative to their mean over the vocabulary, which the softmax ignores.
     """
     matrix = matrix.to(directions.device)
-    for _, block in _blocks(unit(directions), matrix.shape[1]):
+    for block in _split(unit(directions), matrix.shape[1]):
         effect = block @ matrix
         effect -= effect.mean(dim=1, keepdim=True)
         most: Any = effect.topk(count, dim=1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.files import folder_written_atomically, versions
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.evaluation.published import standing
@@ -34,26 +33,8 @@ from msae_plugin.reporting.document import (
 from msae_plugin.reporting.figures import Glance, Style, glance, method_styles, pyplot
 from msae_plugin.reporting.results import Results
 from msae_plugin.reporting.rows import results_of
-from msae_plugin.reporting.sections.features import (
-    contexts_section,
-    dashboards_section,
-    diversity_section,
-)
-from msae_plugin.reporting.sections.ladder import ladder_section
-from msae_plugin.reporting.sections.results import (
-    all_metrics_table,
-    definitions_section,
-    differences_section,
-    missing_section,
-    protocol_section,
-    results_section,
-)
-from msae_plugin.reporting.sections.training import (
-    curves_section,
-    missing_of_runs,
-    revival_section,
-    runs_section,
-)
+from msae_plugin.reporting.sections import features, ladder, training
+from msae_plugin.reporting.sections import results as result_sections
 from msae_plugin.reporting.sources import Sources, is_variant, read_sources, trained_saes
 
 PAGE_FILE, MARKDOWN_FILE, RECORD_FILE = "report.html", "report.md", "report.json"
@@ -134,28 +115,28 @@ def build(
     parts: list[Section | None] = [
         Section("answer", "The answer", first),
         health_section(findings),
-        protocol_section(measured) if measured else None,
+        result_sections.protocol_section(measured) if measured else None,
     ]
     for results in measured:
         if len(results.frame):
-            parts.append(results_section(results, styles))
-            parts.append(differences_section(results, styles))
-            parts.append(ladder_section(results, styles))
+            parts.append(result_sections.results_section(results, styles))
+            parts.append(result_sections.differences_section(results, styles))
+            parts.append(ladder.ladder_section(results, styles))
     among = [line for source in sources.evaluations for line in standing(source.content)]
     if among:
         parts.append(Section("published", "Among SAEBench's published SAEs", [Bullets(among)]))
     by_place = places(analyses, lambda analysis: analysis.sae.place)
     optional: dict[str, list[Section | None]] = {
-        "training runs": [runs_section(sources.runs)],
+        "training runs": [training.runs_section(sources.runs)],
         "training curves": [
-            curves_section(place, [analysis.sae for analysis in members], styles)
+            training.curves_section(place, [analysis.sae for analysis in members], styles)
             for place, members in by_place
         ],
-        "revival": [revival_section(place, members) for place, members in by_place],
+        "revival": [training.revival_section(place, members) for place, members in by_place],
         "feature statistics": [
-            diversity_section(place, members, styles) for place, members in by_place
+            features.diversity_section(place, members, styles) for place, members in by_place
         ],
-        "sample features": [contexts_section(sources.runs, by_place)],
+        "sample features": [features.contexts_section(by_place)],
     }
     absent: list[str] = []
     for name, sections in optional.items():
@@ -163,18 +144,24 @@ def build(
         if name != "training runs" and not any(sections):
             absent.append(name)
     if dashboards:
-        parts.append(dashboards_section(dashboards))
+        parts.append(features.dashboards_section(dashboards))
     missing = [item for results in measured for item in results.missing]
-    missing += missing_of_runs(
+    missing += training.missing_of_runs(
         sources.runs, evaluated=bool(sources.comparisons or sources.evaluations)
     )
-    parts += [missing_section(missing, absent), definitions_section(measured)]
+    parts += [
+        result_sections.missing_section(missing, absent),
+        result_sections.definitions_section(measured),
+    ]
+    [made_by] = versions("msae-plugin").values()
     document = Document(
         title=_title(sources, measured),
         lead=_lead(measured, analyses, sources),
         sections=[part for part in parts if part is not None],
-        origin=f"Made by msae_plugin {_version()} from {_names(sources)}.",
-        files_only=[all_metrics_table(results) for results in measured if len(results.frame)],
+        origin=f"Made by msae_plugin {made_by} from {_names(sources)}.",
+        files_only=[
+            result_sections.all_metrics_table(results) for results in measured if len(results.frame)
+        ],
     )
     return document, len(missing)
 
@@ -210,13 +197,12 @@ def _glance(
 
 
 def _write(document: Document, folder: Path) -> None:
-    tables, figures = folder / TABLES_FOLDER, folder / FIGURES_FOLDER
-    tables.mkdir()
-    figures.mkdir()
+    for name in (TABLES_FOLDER, FIGURES_FOLDER):
+        (folder / name).mkdir()
     for table in [*document.tables(), *document.files_only]:
-        (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+        (folder / TABLES_FOLDER / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
     for figure in document.figures():
-        (figures / f"{figure.name}.png").write_bytes(figure.png)
+        (folder / FIGURES_FOLDER / f"{figure.name}.png").write_bytes(figure.png)
     (folder / MARKDOWN_FILE).write_text(markdown(document, FIGURES_FOLDER), encoding="utf-8")
     (folder / PAGE_FILE).write_text(page(document), encoding="utf-8")
 
@@ -270,10 +256,3 @@ def _lead(measured: Sequence[Results], analyses: Sequence[SAEAnalysis], sources:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _version() -> str:
-    try:
-        return version("msae-plugin")
-    except PackageNotFoundError:
-        return "(not installed)"

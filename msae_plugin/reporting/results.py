@@ -267,6 +267,14 @@ class Results:
         ]  # fmt: skip
         return headlines_of(keys, self.metrics)
 
+    def unfilled(self) -> list[str]:
+        """Headings of what such results usually have and these lack."""
+        return [
+            entry.heading
+            for key, entry in HEADLINES.items()
+            if self.kind in entry.expected and key not in self.headlines()
+        ]
+
     def higher_is_better(self, metric: str) -> bool | None:
         """As in the metric's definition; None where neither is, or nobody said."""
         definition = self.definitions.get(metric)

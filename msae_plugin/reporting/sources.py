@@ -41,8 +41,6 @@ from msae_plugin.saes.run_record import (
 )
 from msae_plugin.training.log import REVIVALS_FILE
 
-DEMO_FILE = "demo.json"
-"""What the demo of version 0.1 left; it is a comparison now."""
 KNOWN_FILES = (COMPARISON_FILE, SUMMARY_FILE, RUN_FILE)
 TITLES = {"language_model": "Language model", "ground_truth": "Ground truth"}
 
@@ -54,7 +52,6 @@ class Source:
     label: str  # name of the folder, unique in the report
     folder: Path  # where it is
     content: Mapping[str, Any]  # what the file holds
-    demo: Mapping[str, Any] | None = None  # content of `demo.json` beside a run
 
 
 @dataclass(frozen=True)
@@ -95,11 +92,7 @@ def read_sources(folders: Sequence[Path]) -> Sources:
         if SUMMARY_FILE in present:
             evaluations.append(Source(label, folder, read_summary(folder / SUMMARY_FILE)))
         if RUN_FILE in present:
-            demo = folder / DEMO_FILE
-            record = _read_run(folder / RUN_FILE)
-            runs.append(
-                Source(label, folder, record, read_json_object(demo) if demo.is_file() else None)
-            )
+            runs.append(Source(label, folder, _read_run(folder / RUN_FILE)))
             own = folder / EVALUATION_FOLDER
             if (own / SUMMARY_FILE).is_file() and own.resolve() not in unique:
                 summary = read_summary(own / SUMMARY_FILE)

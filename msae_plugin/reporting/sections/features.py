@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import inf
 from typing import Any
 
 import torch
 
 from msae_plugin.common.table import Table, number
-from msae_plugin.reporting.analyses import AnalysedGroup, SAEAnalysis, coactivation, grouped
-from msae_plugin.reporting.dictionaries import CosineBin, DecoderDiversity, ScaleFiring
+from msae_plugin.evaluation.contexts import TokenContext
+from msae_plugin.reporting.analyses import (
+    AnalysedGroup,
+    CosineBin,
+    DecoderDiversity,
+    SAEAnalysis,
+    ScaleFiring,
+    coactivation,
+    grouped,
+)
 from msae_plugin.reporting.document import (
     Block,
-    Context,
+    Cells,
     LatentContexts,
     Links,
     Place,
@@ -20,10 +30,11 @@ from msae_plugin.reporting.document import (
     Subheading,
     Text,
     cell,
+    spread_cell,
     table_of,
 )
 from msae_plugin.reporting.figures import Style, bars, steps
-from msae_plugin.reporting.sources import Source, is_variant
+from msae_plugin.reporting.sources import is_variant
 
 MOST_OUTLINES = 7
 """Histograms drawn over one another."""
@@ -32,7 +43,7 @@ MOST_ROWS_OPEN = 24
 """Longer tables are folded."""
 CLUSTER_BANDS = {
     "in clusters of 1": (1, 1), "of 2 to 5": (2, 5), "of 6 to 20": (6, 20),
-    "of 21 or more": (21, None),
+    "of 21 or more": (21, inf),
 }  # fmt: skip
 MOST_LATENTS = 10
 """Latents shown of each SAE."""
@@ -75,6 +86,12 @@ def _diversities(group: AnalysedGroup) -> list[DecoderDiversity]:
 
 
 def _decoder_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
+    def norm(key: str, heading: str, extreme: Callable[[Iterable[float]], float]) -> Cells:
+        def of_group(group: AnalysedGroup) -> float:
+            return extreme(extreme(d.norms) for d in _diversities(group))
+
+        return cell(key, heading, of_group, "decoder rows", digits=4)
+
     return table_of(
         place.named("decoders"),
         "Decoders and firing. Mean ± one standard deviation over seeds. Effective rank: "
@@ -86,35 +103,13 @@ def _decoder_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
             cell("l0_target", "target L0"),
             cell("seeds", "seeds", lambda g: len(g.saes)),
             cell("d_sae", "latents", lambda g: _diversities(g)[0].d_sae),
-            cell("mean_max_cosine", "mean max cosine", lambda g: g.spread("mean_max_cosine"), "↓"),
-            cell(
-                "effective_rank",
-                "effective rank",
-                lambda g: g.spread("effective_rank"),
-                "dimensions ↑",
-            ),
+            spread_cell("mean_max_cosine", "mean max cosine", "↓"),
+            spread_cell("effective_rank", "effective rank", "dimensions ↑"),
             cell("d_in", "of", lambda g: _diversities(g)[0].d_in, "d_in"),
-            cell(
-                "norm_min",
-                "smallest norm",
-                lambda g: min(d.norms[0] for d in _diversities(g)),
-                "decoder rows",
-                digits=4,
-            ),
-            cell(
-                "norm_max",
-                "largest norm",
-                lambda g: max(d.norms[2] for d in _diversities(g)),
-                "decoder rows",
-                digits=4,
-            ),
-            cell(
-                "median_frequency",
-                "median firing",
-                lambda g: g.spread("median_frequency"),
-                "share of tokens",
-            ),
-            cell("never", "never fired", lambda g: g.spread("never"), "latents, end of training"),
+            norm("norm_min", "smallest norm", min),
+            norm("norm_max", "largest norm", max),
+            spread_cell("median_frequency", "median firing", "share of tokens"),
+            spread_cell("never", "never fired", "latents, end of training"),
         ],
     )
 
@@ -127,16 +122,13 @@ def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
     ]
 
     def mean(value: Callable[[list[int]], float]) -> Callable[[Any], float]:
-        def of_row(row: tuple[AnalysedGroup, float, list[list[int]]]) -> float:
-            return sum(map(value, row[2])) / len(row[2])
+        return lambda row: sum(map(value, row[2])) / len(row[2])
 
-        return of_row
+    def inside(low: int, high: float) -> Callable[[list[int]], float]:
+        def share(sizes: list[int]) -> float:
+            return sum(n for n in sizes if low <= n <= high) / (sum(sizes) or 1)
 
-    def largest(sizes: list[int]) -> float:
-        return max(sizes, default=0)
-
-    def inside(low: int, high: int | None) -> Callable[[list[int]], float]:
-        return lambda sizes: _share(sizes, low, high)
+        return share
 
     return table_of(
         place.named("clusters"),
@@ -148,7 +140,7 @@ def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
             cell("l0_target", "target L0", lambda row: row[0].l0_target),
             cell("cosine", "cosine above", lambda row: f"{row[1]:g}"),
             cell("clusters", "clusters", mean(len), digits=0),
-            cell("largest", "largest", mean(largest), "latents", digits=0),
+            cell("largest", "largest", mean(partial(max, default=0)), "latents", digits=0),
             *(
                 cell(band, band, mean(inside(*ends)), "share", digits=3)
                 for band, ends in CLUSTER_BANDS.items()
@@ -156,12 +148,6 @@ def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
         ],
         folded=len(found) > MOST_ROWS_OPEN,
     )  # fmt: skip
-
-
-def _share(sizes: Sequence[int], low: int, high: int | None) -> float:
-    total = sum(sizes)
-    inside = sum(size for size in sizes if size >= low and (high is None or size <= high))
-    return inside / total if total else 0.0
 
 
 def _first(group: AnalysedGroup) -> SAEAnalysis:
@@ -319,15 +305,9 @@ def _bin(found: CosineBin) -> str:
     return f"{found.low:g} to {found.high:g}"
 
 
-def contexts_section(
-    runs: Sequence[Source], by_place: Sequence[tuple[Place, Sequence[SAEAnalysis]]]
-) -> Section | None:
+def contexts_section(by_place: Sequence[tuple[Place, Sequence[SAEAnalysis]]]) -> Section | None:
     """Latents with the text that activates them; None when no run stored any."""
     blocks: list[Block] = []
-    for run in runs:
-        if run.demo is not None and run.demo.get("strongest_latents"):
-            blocks.append(Subheading(f"{run.label}: the latents that move the reconstruction most"))
-            blocks += latent_blocks(run.demo["strongest_latents"])
     for place, analyses in by_place:
         for sae in (analysis.sae for analysis in analyses):
             latents = [] if is_variant(sae.method) else sae.contexts()
@@ -350,9 +330,10 @@ def latent_blocks(latents: Sequence[Mapping[str, Any]]) -> Iterable[Block]:
         parts += [] if frequency is None else [f"fires on {float(frequency):.2%} of the tokens"]
         parts += [] if mean is None else [f"mean {float(mean):.3g} when it does"]
         contexts = [
-            Context(
+            TokenContext(
                 *(str(context.get(part, "")) for part in ("before", "token", "after")),
                 activation=float(context.get("activation", 0.0)),
+                document=0,
             )
             for context in latent.get("contexts") or []
         ]

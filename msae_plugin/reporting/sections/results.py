@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import methodcaller
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,16 @@ import pandas as pd
 from msae_plugin.common.table import CellValue, Column, Table, digits_for_difference, signed, spread
 from msae_plugin.comparison.statistics import CONFIDENCE, PairedDifference
 from msae_plugin.reporting.answer import interval
-from msae_plugin.reporting.document import Block, Facts, Section, Subheading, Text, cell, table_of
+from msae_plugin.reporting.document import (
+    Block,
+    Cells,
+    Facts,
+    Section,
+    Subheading,
+    Text,
+    cell,
+    table_of,
+)
 from msae_plugin.reporting.figures import (
     Style,
     difference_plot,
@@ -153,12 +163,7 @@ def results_section(results: Results, styles: Mapping[str, Style]) -> Section:
         blocks.append(Text(EVALUATION_SEEDS_ONLY))
     groups = [group for group in results.groups if not group.is_variant]
     blocks.append(headline_table(results))
-    unfilled = [
-        entry.heading
-        for key, entry in HEADLINES.items()
-        if results.kind in entry.expected and key not in headlines
-    ]
-    if unfilled:
+    if unfilled := results.unfilled():
         blocks.append(Text(f"Not measured in this data: {', '.join(unfilled)}."))
     drawn: list[Block] = []
     fronts = results.headlines("front")
@@ -180,6 +185,14 @@ def results_section(results: Results, styles: Mapping[str, Style]) -> Section:
     return Section(f"{results.name}-results", f"{results.title}: results", blocks)
 
 
+def headline_cells(results: Results, headlines: Mapping[str, str]) -> list[Cells]:
+    """Columns of means over seeds, of groups."""
+    return [
+        (column_of(key, metric, results.definitions), methodcaller("spread", metric))
+        for key, metric in headlines.items()
+    ]
+
+
 def headline_table(results: Results) -> Table:
     """Means over seeds by method and L0; the best of a column where that is shown."""
     groups = [group for group in results.groups if not group.is_variant]
@@ -187,25 +200,22 @@ def headline_table(results: Results) -> Table:
     best = best_shown(results, groups)
     marked = {(y, 3 + x) for y, key in best for x, name in enumerate(headlines) if name == key}
     again = _measured_twice(results, headlines.values())
+    caption = f"{results.title}: mean ± one standard deviation over {results.seeds_are}."
+    if best:
+        caption += " Bold: the best at its L0, by a paired difference to the next that is shown."
+    if again:
+        caption += f" Measured twice, by other rules, and in the list of every metric: {again}."
     table = table_of(
         f"{results.name}-headline",
-        f"{results.title}: mean ± one standard deviation over {results.seeds_are}."
-        + (" Bold: the best at its L0, by a paired difference to the next that is shown." if best
-           else "")
-        + (f" Measured twice, by other rules, and in the list of every metric: {again}." if again
-           else ""),
+        caption,
         groups,
         [
             cell("method", "method", "label"),
             cell("l0_target", "target L0"),
             cell("seeds", "seeds", lambda group: len(group.saes)),
-            *(
-                (column_of(key, metric, results.definitions),
-                 lambda group, metric=metric: group.spread(metric))
-                for key, metric in headlines.items()
-            ),
+            *headline_cells(results, headlines),
         ],
-    )  # fmt: skip
+    )
     return replace(table, best=frozenset(marked))
 
 
@@ -230,6 +240,10 @@ def _measured_twice(results: Results, shown: Iterable[str]) -> str:
 def _single_saes(results: Results) -> Table:
     headlines = results.headlines()
     measured = [column_of(key, metric, results.definitions) for key, metric in headlines.items()]
+    rows = [
+        (frame[["name", "method", "l0_target", "seed"]].iloc[0], frame.set_index("metric")["value"])
+        for _, frame in results.frame.groupby("row")
+    ]
     return Table(
         f"{results.name}-saes",
         f"{results.title}: every row. All its metrics are in "
@@ -243,17 +257,10 @@ def _single_saes(results: Results) -> Table:
         ],
         [
             [*facts, *(values.get(metric) for metric in headlines.values())]
-            for facts, values in _by_sae(results)
+            for facts, values in rows
         ],
         folded=True,
     )
-
-
-def _by_sae(results: Results) -> Iterator[tuple[Sequence[CellValue], dict[str, float]]]:
-    """Name, method, target L0 and seed of each SAE, and its metrics."""
-    for _, frame in results.frame.groupby("row"):
-        facts = frame[["name", "method", "l0_target", "seed"]].iloc[0].tolist()
-        yield facts, dict(zip(frame["metric"], frame["value"], strict=True))
 
 
 def all_metrics_table(results: Results) -> Table:
@@ -416,18 +423,9 @@ def missing_section(missing: Sequence[Missing], gaps: Sequence[str]) -> Section:
     """What was asked for and is not there, with reasons; `gaps` were not given at all."""
     blocks: list[Block] = []
     if missing:
-        table = table_of(
-            "not-measured",
-            "What was to be measured and was not.",
-            missing,
-            [
-                cell("where", "where"),
-                cell("what", "what"),
-                cell("status", "status"),
-                cell("reason", "reason"),
-            ],
-        )
-        blocks.append(table)
+        columns = [cell(key, key) for key in ("where", "what", "status", "reason")]
+        caption = "What was to be measured and was not."
+        blocks.append(table_of("not-measured", caption, missing, columns))
     else:
         blocks.append(Text("Nothing that was asked for failed or was skipped."))
     if gaps:
