@@ -453,7 +453,7 @@ def grouped(analyses: Sequence[SAEAnalysis]) -> list[AnalysedGroup]:
     return sorted(groups, key=lambda g: float("inf") if g.l0_target is None else g.l0_target)
 
 
-def twins(
+def pairs_by_switch(
     groups: Sequence[AnalysedGroup], prefixes: Sequence[str], switch: str
 ) -> list[tuple[AnalysedGroup, AnalysedGroup]]:
     """Pairs of groups that differ in one mechanism alone: with it, without it."""
@@ -466,7 +466,7 @@ def twins(
         config = group.saes[0].sae.config
         same = (group.l0_target, config.get("architecture"), config.get("d_sae"))
         key = repr((same, sorted(rest.items())))
-        # The first of several twins, in the order of the data.
+        # The first of several pairs_by_switch, in the order of the data.
         keyed.setdefault(key, {}).setdefault(bool(settings[switch]), group)
     return [(pair[True], pair[False]) for pair in keyed.values() if len(pair) == 2]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import relpath
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
@@ -26,11 +27,13 @@ from msae_plugin.reporting.document import (
     Document,
     Figure,
     Section,
+    cohorts,
     markdown,
     page,
-    places,
 )
 from msae_plugin.reporting.figures import Glance, Style, glance, method_styles, pyplot
+from msae_plugin.reporting.latent_browser import BROWSER_FOLDER, is_browser
+from msae_plugin.reporting.latent_browser import PAGE_FILE as BROWSER_PAGE
 from msae_plugin.reporting.results import Results
 from msae_plugin.reporting.rows import results_of
 from msae_plugin.reporting.sections import features, ladder, training
@@ -74,13 +77,20 @@ def report(
     pyplot()  # refused before minutes of analysis, when matplotlib is missing
     if dashboards is not None:
         require_dashboard()
+    browsers = [(source.label, source.folder / BROWSER_FOLDER) for source in sources.all]
     with folder_written_atomically(output) as folder:
         pages: dict[str, Path] = {}
         if dashboards is not None:
             place = folder / DASHBOARDS_FOLDER
             pages = write_dashboards(trained_saes(sources), sources, place, dashboards, progress)
         links = [(name, path.relative_to(folder).as_posix()) for name, path in pages.items()]
-        document, not_measured = build(sources, progress, links)
+        # The browser stays where it is: the page points at it from its own folder.
+        every = [
+            (f"Every latent of {label}", relpath(path / BROWSER_PAGE, output))
+            for label, path in browsers
+            if is_browser(path)
+        ]
+        document, not_measured = build(sources, progress, links, every)
         progress("writing")
         _write(document, folder)
         names = [source.label for source in sources.all]
@@ -97,7 +107,10 @@ def report(
 
 
 def build(
-    sources: Sources, progress: Reporter = no_report, dashboards: Sequence[tuple[str, str]] = ()
+    sources: Sources,
+    progress: Reporter = no_report,
+    dashboards: Sequence[tuple[str, str]] = (),
+    browsers: Sequence[tuple[str, str]] = (),
 ) -> tuple[Document, int]:
     """The document of a report, and how many things were not measured."""
     trained = trained_saes(sources)
@@ -125,24 +138,26 @@ def build(
     among = [line for source in sources.evaluations for line in standing(source.content)]
     if among:
         parts.append(Section("published", "Among SAEBench's published SAEs", [Bullets(among)]))
-    by_place = places(analyses, lambda analysis: analysis.sae.place)
+    by_cohort = cohorts(analyses, lambda analysis: analysis.sae.cohort)
     optional: dict[str, list[Section | None]] = {
         "training runs": [training.runs_section(sources.runs)],
         "training curves": [
-            training.curves_section(place, [analysis.sae for analysis in members], styles)
-            for place, members in by_place
+            training.curves_section(cohort, [analysis.sae for analysis in members], styles)
+            for cohort, members in by_cohort
         ],
-        "revival": [training.revival_section(place, members) for place, members in by_place],
+        "revival": [training.revival_section(cohort, members) for cohort, members in by_cohort],
         "feature statistics": [
-            features.diversity_section(place, members, styles) for place, members in by_place
+            features.diversity_section(cohort, members, styles) for cohort, members in by_cohort
         ],
-        "sample features": [features.contexts_section(by_place)],
+        "sample features": [features.contexts_section(by_cohort)],
     }
     absent: list[str] = []
     for name, sections in optional.items():
         parts += sections
         if name != "training runs" and not any(sections):
             absent.append(name)
+    if browsers:
+        parts.append(features.browsers_section(browsers))
     if dashboards:
         parts.append(features.dashboards_section(dashboards))
     missing = [item for results in measured for item in results.missing]

@@ -186,7 +186,7 @@ class TrainedSAE:
     recorded_as: str  # its name there
     # Which SAEs it is shown with: the comparison it is of, and the hook where that has several;
     # empty for those of training runs.
-    place: str = ""
+    cohort: str = ""
     # What a comparison measured of it, by `evaluation/metric`.
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
@@ -261,7 +261,7 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
             found[folder.resolve()] = replace(
                 sae,
                 method=str(row["method"]),
-                place=f"{source.label}, {row['hook']}" if several_hooks else source.label,
+                cohort=f"{source.label}, {row['hook']}" if several_hooks else source.label,
                 metrics=finite(row["metrics"]),
             )
     for run in sources.runs:

@@ -307,3 +307,18 @@ def test_an_sae_without_training_and_a_number_that_is_none_are_named(tmp_path):
     shown = [cells for cells in table(document, "language-model-headline").shown()]
     assert [cells[0] for cells in shown] == ["a", "c"]
     assert "not measured" in shown[1]
+
+
+def test_the_page_links_to_the_latent_browser_of_a_run(tmp_path):
+    run = write_run(tmp_path / "the runs" / "run")
+    chunks = run / "latents" / "chunks"
+    chunks.mkdir(parents=True)
+    (run / "latents" / "index.html").write_text("")
+    without = report([run], tmp_path / "without").page.read_text()
+    assert "Every latent" not in without
+    (chunks / "catalogue.js").write_text("")
+    made = report([run], run / "report")
+    assert '<a href="../latents/index.html">Every latent of run</a>' in made.page.read_text()
+    assert "(../latents/index.html)" in (made.output / "report.md").read_text()
+    elsewhere = report([run], tmp_path / "elsewhere").page.read_text()
+    assert '<a href="../the%20runs/run/latents/index.html">' in elsewhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from operator import methodcaller
 from typing import Any
 
@@ -16,6 +17,7 @@ from msae_plugin.reporting.document import (
     Block,
     Cells,
     Facts,
+    Figure,
     Section,
     Subheading,
     Text,
@@ -154,35 +156,37 @@ def _recorded(values: Iterable[float | None]) -> CellValue:
 
 def results_section(results: Results, styles: Mapping[str, Style]) -> Section:
     """The headline table, the fronts, and the table of single SAEs."""
-    headlines = results.headlines()
     blocks: list[Block] = []
     if results.over_training_seeds:
         found = leads(results, "drawn")
         blocks += [_leads_table(results, found)] if found else []
     else:
         blocks.append(Text(EVALUATION_SEEDS_ONLY))
-    groups = [group for group in results.groups if not group.is_variant]
     blocks.append(headline_table(results))
     if unfilled := results.unfilled():
         blocks.append(Text(f"Not measured in this data: {', '.join(unfilled)}."))
-    drawn: list[Block] = []
-    fronts = results.headlines("front")
-    if len(groups) > 1:
-        for key, metric in fronts.items():
-            drawn += pareto(results, key, metric, headlines.get("l0"), styles)
-        # Without a second L0 there is no front: the metrics method by method.
-        drawn = drawn or [
-            *panels(
-                f"{results.name}-metrics",
-                f"{results.title}: metrics by method, at a single L0 each.{seeds_shown(results)}",
-                [group.label for group in groups],
-                [panel_of(results, key, metric, groups) for key, metric in fronts.items()],
-                "",
-                connected=False,
-            )
-        ]
-    blocks += [*drawn, _single_saes(results)]
+    blocks += measured_figures(results, results.headlines("front"), styles)
+    blocks.append(_single_saes(results))
     return Section(f"{results.name}-results", f"{results.title}: results", blocks)
+
+
+def measured_figures(
+    results: Results, fronts: Mapping[str, str], styles: Mapping[str, Style]
+) -> list[Figure]:
+    """Headline metrics against L0, or method by method where none has a second L0."""
+    groups = [group for group in results.groups if not group.is_variant]
+    if len(groups) < 2:
+        return []
+    l0 = results.headlines().get("l0")
+    drawn = [pareto(results, key, metric, l0, styles) for key, metric in fronts.items()]
+    return list(chain(*drawn)) or panels(
+        f"{results.name}-metrics",
+        f"{results.title}: metrics by method, at a single L0 each.{seeds_shown(results)}",
+        [group.label for group in groups],
+        [panel_of(results, key, metric, groups) for key, metric in fronts.items()],
+        "",
+        connected=False,
+    )
 
 
 def headline_cells(results: Results, headlines: Mapping[str, str]) -> list[Cells]:

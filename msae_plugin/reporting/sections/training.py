@@ -14,14 +14,14 @@ from msae_plugin.reporting.analyses import (
     Fate,
     SAEAnalysis,
     grouped,
+    pairs_by_switch,
     timeline,
-    twins,
 )
 from msae_plugin.reporting.document import (
     Block,
     Bullets,
     Cells,
-    Place,
+    Cohort,
     Section,
     Text,
     cell,
@@ -35,6 +35,11 @@ from msae_plugin.reporting.sections.results import described_difference
 from msae_plugin.reporting.sources import Source, TrainedSAE, is_variant, run_l0_target
 
 MOST_CURVES_OF_L0 = 3
+CURVES = {
+    "explained_variance": ("explained variance ↑", 0.0, 1.0),
+    "dead_latents": ("dead latents ↓", None, None),
+}
+"""Of a training log: heading, and where the axis begins and ends."""
 
 
 RunSAE = tuple[Source, str]
@@ -108,7 +113,7 @@ def missing_of_runs(runs: Sequence[Source], *, evaluated: bool) -> list[Missing]
 
 
 def curves_section(
-    place: Place, trained: Sequence[TrainedSAE], styles: Mapping[str, Style]
+    cohort: Cohort, trained: Sequence[TrainedSAE], styles: Mapping[str, Style]
 ) -> Section | None:
     """Explained variance and dead latents over training; None without logs."""
     logged = [sae for sae in trained if len(sae.rows) > 1]
@@ -129,13 +134,10 @@ def curves_section(
     for l0 in targets[:MOST_CURVES_OF_L0]:
         where = "" if l0 is None else f", target L0 {l0:g}"
         tag = "" if l0 is None else f"-l0-{slug(f'{l0:g}')}"
-        for key, heading, bottom, top in (
-            ("explained_variance", "explained variance ↑", 0.0, 1.0),
-            ("dead_latents", "dead latents ↓", None, None),
-        ):
+        for key, (heading, bottom, top) in CURVES.items():
             lines = [_line(sae, key) for sae in logged if sae.l0_target == l0]
             blocks += curves(
-                place.named(f"training-{key.replace('_', '-')}{tag}"),
+                cohort.named(f"training-{key.replace('_', '-')}{tag}"),
                 heading,
                 f"{heading[:-2].capitalize()} during training{where}.",
                 [line for line in lines if line is not None],
@@ -146,7 +148,7 @@ def curves_section(
     if len(targets) > MOST_CURVES_OF_L0:
         left = ", ".join(f"{l0:g}" for l0 in targets[MOST_CURVES_OF_L0:] if l0 is not None)
         blocks.append(Text(f"Not drawn: target L0 {left}; each SAE's metrics.jsonl has them."))
-    return Section(place.named("training"), place.titled("Training curves"), blocks)
+    return Section(cohort.named("training"), cohort.titled("Training curves"), blocks)
 
 
 def _line(sae: TrainedSAE, key: str) -> tuple[str, list[float], list[float]] | None:
@@ -184,26 +186,26 @@ QUANTITIES = (
 REVIVAL_FIELDS, AUXK_FIELDS = ("revival_",), ("aux_loss_coefficient",)
 
 
-def revival_section(place: Place, analyses: Sequence[SAEAnalysis]) -> Section | None:
+def revival_section(cohort: Cohort, analyses: Sequence[SAEAnalysis]) -> Section | None:
     """Frequency, survival, distance and effect; None when no SAE was trained with revival."""
     groups = grouped(analyses)
     revived = [group for group in groups if any(a.revives for a in group.saes)]
     pairs = {
-        "revival": twins(groups, REVIVAL_FIELDS, "revival_every"),
-        "AuxK": twins(groups, AUXK_FIELDS, "aux_loss_coefficient"),
+        "revival": pairs_by_switch(groups, REVIVAL_FIELDS, "revival_every"),
+        "AuxK": pairs_by_switch(groups, AUXK_FIELDS, "aux_loss_coefficient"),
     }
     if not revived and not pairs["AuxK"]:
         return None
     blocks: list[Block] = []
     if revived:
-        blocks += [Bullets([_told(group) for group in revived]), _revival_table(place, revived)]
+        blocks += [Bullets([_told(group) for group in revived]), _revival_table(cohort, revived)]
         for group in revived:
-            blocks += _revival_figures(place, group)
+            blocks += _revival_figures(cohort, group)
     else:
         blocks.append(Text("No SAE was trained with revival."))
     for mechanism, found in pairs.items():
         if found:
-            blocks += _effect_blocks(place, mechanism, found)
+            blocks += _effect_blocks(cohort, mechanism, found)
         elif mechanism == "revival" and revived:
             blocks.append(
                 Text(
@@ -211,11 +213,11 @@ def revival_section(place: Place, analyses: Sequence[SAEAnalysis]) -> Section | 
                     "of these in revival alone."
                 )
             )
-    return Section(place.named("revival"), place.titled("What revival does"), blocks)
+    return Section(cohort.named("revival"), cohort.titled("What revival does"), blocks)
 
 
 def _effect_blocks(
-    place: Place, mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]
+    cohort: Cohort, mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]
 ) -> list[Block]:
     """A sentence per pair, the numbers, and a figure; nothing when nothing is recorded."""
     rows: list[list[CellValue]] = []
@@ -253,7 +255,7 @@ def _effect_blocks(
         Column("difference", "on minus off"),
     )  # fmt: skip
     table = Table(
-        place.named(f"effect-of-{slug(mechanism)}"),
+        cohort.named(f"effect-of-{slug(mechanism)}"),
         f"SAEs that differ in {mechanism} alone. Mean ± one standard deviation over seeds, and "
         "the paired difference with its 95 % interval.",
         headings,
@@ -263,7 +265,7 @@ def _effect_blocks(
     several = len({on.l0_target for on, _ in pairs}) > 1
     groups = [group for on, off in pairs for group in (off, on)]
     figure = panels(
-        place.named(f"effect-of-{slug(mechanism)}-figure"),
+        cohort.named(f"effect-of-{slug(mechanism)}-figure"),
         f"Pairs of SAEs that differ in {mechanism} alone, the one without it first. Small marks: "
         "single seeds; large ones: their mean.",
         [group.label if several else group.method for group in groups],
@@ -302,10 +304,10 @@ def _told(group: AnalysedGroup) -> str:
     return f"{start}{frequency}; {outcome}{moved}."
 
 
-def _revival_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
+def _revival_table(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> Table:
     on_off = {None: "not recorded", True: "on", False: "off"}
     return table_of(
-        place.named("revival-totals"),
+        cohort.named("revival-totals"),
         "Revivals. Survival: alive when judged, among revivals whose fate is known; re-death: dead "
         "when judged, or revived once more before that.",
         groups,
@@ -326,7 +328,7 @@ def _revival_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
     )
 
 
-def _revival_figures(place: Place, group: AnalysedGroup) -> list[Block]:
+def _revival_figures(cohort: Cohort, group: AnalysedGroup) -> list[Block]:
     """Of the first seed with revivals: when they happened, and how far they went."""
     chosen = next((a for a in group.saes if a.found_revivals), None)
     if chosen is None or chosen.sae.steps < 1:
@@ -336,7 +338,7 @@ def _revival_figures(place: Place, group: AnalysedGroup) -> list[Block]:
     middles, counts = timeline(chosen.found_revivals, chosen.sae.steps)
     kept: list[Fate] = [fate for fate in FATES if any(counts[fate])]
     totals = ", ".join(f"{sum(counts[fate])} {fate}" for fate in kept)
-    name = place.named(slug(f"revival {label}"))
+    name = cohort.named(slug(f"revival {label}"))
     blocks: list[Block] = [
         bars(
             f"{name}-fates",
