@@ -17,15 +17,13 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from msae_cli.compare import compare, report
+from msae_cli.compare import compare, sweep, tune
 from msae_cli.evaluate import evaluate, saebench_script, saelens_script
 from msae_cli.hub import download, export, import_, publish
-from msae_cli.latents import latents, look, serve
-from msae_cli.scale import cache, sweep
+from msae_cli.show import latents, look, report, serve
 from msae_cli.start import demo, info, init, recipes
 from msae_cli.terminal import be_quiet, errors, other_rank, say
-from msae_cli.train import train
-from msae_cli.tune import tune
+from msae_cli.train import cache, train
 from msae_plugin import __version__
 from msae_plugin.common.errors import InputError, MissingInputError, RunFailure
 
@@ -177,12 +175,7 @@ COMMANDS: list[tuple[str, Callable[..., None], str, str]] = [
     ("train", train, _TRAIN, "train --config smollm2 --output runs/smollm2"),
     ("cache", cache, _TRAIN, "cache --config smollm2 --output runs/activations"),
     ("eval", evaluate, _MEASURE, "eval runs/smollm2 --config offline --output runs/smollm2-eval"),
-    (
-        "compare",
-        compare,
-        _MEASURE,
-        "compare --config compare_smollm2 --output runs/compare",
-    ),
+    ("compare", compare, _MEASURE, "compare --config compare_smollm2 --output runs/compare"),
     ("tune", tune, _MEASURE, "tune --config compare_smollm2 --rates 2e-3,4e-3 --output runs/rates"),
     ("sweep", sweep, _MEASURE, "sweep --config compare_smollm2 --jobs 4 --output runs/compare"),
     ("report", report, _SHOW, "report runs/smollm2 runs/smollm2-eval --output runs/report"),

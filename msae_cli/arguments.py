@@ -36,11 +36,7 @@ SkipMissingOption = Annotated[
 
 
 def check_config(config: str, command: str) -> None:
-    """Refuse a recipe that is not there, cannot be read, or is for another command.
-
-    Raises:
-        InputError: Saying so.
-    """
+    """Refuse a recipe that is not there, cannot be read, or is for another command."""
     # Imported here: pydantic, which `msae --help` does without.
     from msae_plugin.common.recipes import find_recipe, read_recipe
 
@@ -55,11 +51,7 @@ def check_config(config: str, command: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no folder.
-
-    Raises:
-        InputError: There is nothing at this path, or a file.
-    """
+    """Refuse what is no folder."""
     path = folder.expanduser()
     if path.is_file():
         raise InputError(f"{str(folder)!r} is a file: give the folder it is in")
@@ -68,23 +60,16 @@ def check_folder(folder: Path) -> None:
 
 
 def check_reference(reference: str) -> None:
-    """Refuse a reference to an SAE that can only be a path, and to nothing.
+    """Refuse a reference to an SAE that begins like a path where there is nothing.
 
     `a/b`, `user/repo:folder` and `release:sae_id` may be on the hub: they are not judged here.
-
-    Raises:
-        InputError: It begins like a path and there is nothing.
     """
     if reference.startswith(("/", "./", "../", "~")) and ":" not in reference:
         check_folder(Path(reference))
 
 
 def check_output(output: Path) -> None:
-    """Refuse a file where a folder for results is asked for, and a place that is not ours.
-
-    Raises:
-        InputError: It is a file, or nothing can be written there.
-    """
+    """Refuse a file where a folder for results is asked for, and where nothing can be written."""
     place = output.expanduser()
     if place.is_file():
         raise InputError(f"--output {output} is a file: give a folder")
@@ -95,11 +80,7 @@ def check_output(output: Path) -> None:
 
 
 def latent_indices(text: str | None) -> tuple[int, ...]:
-    """`3,17` as numbers; none for None.
-
-    Raises:
-        InputError: Something in it is no number of a latent.
-    """
+    """`3,17` as numbers; none for None."""
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     for part in parts:
         if not part.isdecimal():

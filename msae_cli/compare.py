@@ -1,12 +1,13 @@
-"""The commands that train many SAEs side by side and tell what came out."""
+"""The commands that train many SAEs side by side: a comparison, its learning rates, its jobs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from msae_cli.arguments import (
     OnlyOption,
@@ -17,15 +18,17 @@ from msae_cli.arguments import (
     SkipMissingOption,
     check_config,
     check_output,
-    latent_indices,
 )
+from msae_cli.show import show_files
 from msae_cli.terminal import Terminal, continued_later, import_first, progress, results, say, show
 from msae_plugin.common.errors import InputError, RunFailure
 
 if TYPE_CHECKING:
-    from msae_plugin.api import Result
-    from msae_plugin.reporting.dashboards import DashboardRequest
-    from msae_plugin.reporting.report import ReportResult
+    from collections.abc import Mapping
+
+    from rich.console import RenderableType
+
+    from msae_plugin.comparison.learning_rates import RateChoice
 
 REPORT_FOLDER = "report"
 _FILE_WIDTH = 160
@@ -79,76 +82,189 @@ def compare(
             raise RunFailure(f"part {part} is not complete: see the lines above")
         results.print(f"part {part} is trained and measured: run without --part at the end")
         return
-    table = comparison_for_terminal(output)
     # A file has no width that a table would have to fit.
-    place = results if results.is_terminal else Terminal(width=_FILE_WIDTH, highlight=False)
-    place.print(table)
+    printer = results if results.is_terminal else Terminal(width=_FILE_WIDTH, highlight=False)
+    printer.print(comparison_for_terminal(output))
     show(f"comparison: {output / 'comparison.json'}")
     if page:
-        _page_of_comparison(output)
+        try:
+            show_files(api.report([output], output / REPORT_FOLDER, progress=progress()))
+        except InputError as error:
+            # Without matplotlib, say: what was measured is there all the same.
+            say(f"no page was made: {error}")
     if not comparison.complete:
         raise RunFailure("not everything was trained and measured: see the lines above")
 
 
-def _page_of_comparison(output: Path) -> None:
-    try:
-        _show_files(_written_report([output], output / REPORT_FOLDER))
-    except InputError as error:
-        # Without matplotlib, say: what was measured is there all the same.
-        say(f"no page was made: {error}")
-
-
-def report(
-    folders: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DIR...",
-            help="Runs, evaluations and comparisons; user/repo:folder for published ones.",
+def tune(
+    config: RecipeOption,
+    output: OutputOption,
+    rates: Annotated[
+        str, typer.Option(metavar="LR,LR,...", help="Learning rates that every method is tried at.")
+    ] = "2e-3,4e-3,8e-3",
+    l0: Annotated[
+        float | None, typer.Option("--l0", help="Target L0; the recipe's middle one by default.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="None that the recipe reports; 100 above them by default.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is highest at the best rate, as in comparison.json; of several the mean. "
+            "Explained variance by default, on ground truth F1 and MCC.",
             show_default=False,
         ),
-    ],
-    output: OutputOption,
-    dashboards: Annotated[
+    ] = None,
+    extend: Annotated[
         int,
         typer.Option(
-            metavar="N",
-            min=0,
-            help="Also a SAEDashboard page of N latents per SAE; needs that package and the "
-            "language model.",
+            min=0, help="How often twice or half a rate is tried where the best lies at an end."
         ),
-    ] = 0,
-    latents: Annotated[
-        str | None,
+    ] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Methods by name; all by default.", show_default=False)
+    ] = None,
+    set_: SetOption = None,
+    quick: QuickOption = False,
+) -> None:
+    """Find each method's learning rate, on a seed of its own, and write the recipe with them.
+
+    OUTPUT/tuned.yaml is the recipe for msae compare, with the same --set and --quick. The same
+    command goes on where a killed one stopped.
+    """
+    check_config(config, "compare")
+    check_output(output)
+    tried = _rates(rates)
+    import_first("msae_plugin.comparison.compare")
+    # As in import_first.
+    from msae_plugin.common.claims import claimed_output
+    from msae_plugin.common.files import write_json_atomic, write_text_atomic
+    from msae_plugin.common.progress import shown_steps
+    from msae_plugin.common.recipes import find_recipe, read_recipe
+    from msae_plugin.comparison.compare import compare
+    from msae_plugin.comparison.learning_rates import (
+        RATES_FILE,
+        TUNED_FILE,
+        TuningPlan,
+        rates_contents,
+        with_rates,
+    )
+    from msae_plugin.comparison.learning_rates import tune as find_rates
+    from msae_plugin.comparison.recipe import CompareConfig
+
+    recipe = CompareConfig.load(config, set_ or [], quick=quick)
+    plan = TuningPlan.of(
+        recipe, tried, l0=l0, seed=seed, metrics=metric or (), extend=extend, methods=only
+    )
+    # A share of its own: between its comparisons nobody else takes the folder.
+    with continued_later(), shown_steps(progress()) as report, claimed_output(output, "tune"):
+        choices = find_rates(recipe, plan, lambda trials: compare(trials, output, report=report))
+    write_json_atomic(output / RATES_FILE, rates_contents(plan, choices))
+    file = find_recipe(config, "compare")
+    tuned = with_rates(read_recipe(file, "compare"), choices)
+    beside = file.resolve().parent / str(tuned.get("evaluation"))
+    if isinstance(tuned.get("evaluation"), str) and beside.is_file():
+        tuned["evaluation"] = str(beside)
+    head = f"# {file.name} with the rates of {RATES_FILE}, by msae tune.\n"
+    write_text_atomic(output / TUNED_FILE, head + yaml.safe_dump(tuned, sort_keys=False))
+    results.print(_table(choices))
+    for name, choice in choices.items():
+        if choice.lr is None:
+            say(f"{name}: no SAE of it could be trained; its rate is as it was")
+        elif choice.at_end:
+            say(f"{name}: the best rate is the last one that was tried; give more --extend")
+    show(f"recipe: {output / TUNED_FILE}")
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--rates {text!r}: give numbers, as in 2e-3,4e-3,8e-3") from error
+
+
+def _table(choices: Mapping[str, RateChoice]) -> RenderableType:
+    # As in tune: heavy imports.
+    from msae_plugin.common.table import Column, Table
+
+    rows: list[list[str | float | None]] = []
+    for name, choice in choices.items():
+        scores = [
+            f"{rate:g}: {'failed' if score is None else f'{score:.4f}'}"
+            + (" (L0 missed)" if rate in choice.missed else "")
+            for rate, score in choice.tried.items()
+        ]
+        best = "-" if choice.lr is None else f"{choice.lr:g}"
+        rows.append([name, best, "   ".join(scores)])
+    columns = [
+        Column("method", "method"),
+        Column("lr", "best lr", is_number=True),
+        Column("scores", "score by lr"),
+    ]
+    return Table("rates", "", columns, rows).terminal()
+
+
+class Executor(str, Enum):
+    """Kinds of workers."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+def sweep(
+    config: RecipeOption,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the results, seen by all jobs.")
+    ],
+    set_: SetOption = None,
+    only: OnlyOption = None,
+    quick: QuickOption = False,
+    executor: Annotated[
+        Executor, typer.Option(help="Processes of this machine, or jobs of a Slurm cluster.")
+    ] = Executor.local,
+    jobs: Annotated[int, typer.Option(help="In how many parts the training is shared.")] = 2,
+    job: Annotated[
+        list[str] | None,
         typer.Option(
-            metavar="I,J,...", help="Of these latents instead of the ones shown in context."
+            "--job",
+            metavar="KEY=VALUE",
+            help="A parameter of submitit: timeout_min, gpus_per_node, slurm_partition, ...",
         ),
     ] = None,
+    skip_missing: SkipMissingOption = False,
 ) -> None:
-    """Tables, figures and one self-contained page of what was trained and measured."""
+    """Run a comparison as jobs of a cluster (submitit), and wait for them.
+
+    The same command goes on where a failed or killed sweep stopped.
+    """
+    check_config(config, "compare")
     check_output(output)
-    chosen = latent_indices(latents)
-    import_first("msae_plugin.reporting.report")
+    parameters = dict(_parameter(text) for text in job or [])
+    import_first("msae_plugin.comparison.sweep")
     # As in import_first.
-    from msae_plugin.reporting.dashboards import DashboardRequest
-    from msae_plugin.reporting.terminal import answer_for_terminal
+    from msae_plugin.common.progress import shown_steps
+    from msae_plugin.comparison.recipe import CompareConfig
+    from msae_plugin.comparison.sweep import sweep as run_sweep
 
-    request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
-    result = _written_report(folders, output, request)
-    results.print(answer_for_terminal(result.details.document.answers()))
-    _show_files(result)
-    for note in result.notes:
-        results.print(note)
+    recipe = CompareConfig.load(config, set_ or [], quick=quick, only=only or [])
+    advice = "the jobs are cancelled, the same command continues from here"
+    with continued_later(advice), shown_steps(progress()) as report:
+        run_sweep(
+            recipe,
+            output,
+            executor=executor.value,
+            jobs=jobs,
+            parameters=parameters,
+            skip_missing=skip_missing,
+            report=report,
+        )
+    show(f"comparison: {output / 'comparison.json'}")
+    show(f"page: msae report {output} --output {output / 'report'}")
 
 
-def _written_report(
-    folders: Sequence[str | Path], output: Path, dashboards: DashboardRequest | None = None
-) -> Result[ReportResult]:
-    from msae_plugin import api  # as in import_first
-
-    return api.report(folders, output, dashboards=dashboards, progress=progress())
-
-
-def _show_files(result: Result[ReportResult]) -> None:
-    made = result.details
-    show(f"page: {made.page}")
-    show(f"{len(made.tables)} tables, {len(made.figures)} figures in {made.output}")
+def _parameter(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise InputError(f"--job {text!r} is not of the form KEY=VALUE")
+    return key, yaml.safe_load(value)

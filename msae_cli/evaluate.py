@@ -42,8 +42,7 @@ def evaluate(
         str | None, typer.Option(help="Seeds in place of the protocol's: --seeds 0,1,2.")
     ] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the protocol."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the protocol.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Language model in place of the checkpoint's.")
@@ -69,12 +68,7 @@ def evaluate(
     if hook is not None:
         changes.append(f"hook={hook}")
     result = api.evaluate(
-        references,
-        config,
-        output,
-        changes=changes,
-        skip_missing=skip_missing,
-        progress=progress(),
+        references, config, output, changes=changes, skip_missing=skip_missing, progress=progress()
     ).details
     results.print(summary_for_terminal(result.summary))
     results.print(Text(f"summary: {output / 'summary.json'}, {output / 'summary.csv'}"))

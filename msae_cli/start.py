@@ -15,8 +15,18 @@ from msae_plugin.common.errors import InputError, RunFailure
 USES = {"train": "msae train, cache", "compare": "msae compare, tune, sweep", "eval": "msae eval"}
 
 
-def recipes() -> None:
+def recipes(
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND", help="Print the JSON schema of train, compare or eval recipes."
+        ),
+    ] = None,
+) -> None:
     """List the recipes that come with the package, by the command that takes them."""
+    if schema is not None:
+        typer.echo(_schema_file(schema).read_text(encoding="utf-8"), nl=False)
+        return
     # Imported here: pydantic, which `msae --help` does without.
     from msae_plugin.common.recipes import headline, shipped_recipes
 
@@ -33,6 +43,15 @@ def recipes() -> None:
     show("Take one by its name, --config smollm2, or msae init NAME writes it here to edit.")
 
 
+def _schema_file(command: str) -> Path:
+    # As in recipes.
+    from msae_plugin.common.recipes import SHIPPED
+
+    if command not in USES:
+        raise InputError(f"--schema {command!r}: known are {', '.join(USES)}")
+    return SHIPPED / "schemas" / f"{command}.json"
+
+
 def init(
     name: Annotated[str, typer.Argument(help="A shipped recipe: msae recipes lists them.")],
     path: Annotated[
@@ -47,17 +66,19 @@ def init(
     known = {n: file for command in USES for n, file in shipped_recipes(command).items()}
     if name not in known:
         raise InputError(f"there is no recipe {name!r}; {did_you_mean(name, known)}")
+    command = command_of(read_yaml(known[name])) or "train"
     target = path or Path(f"{name}.yaml")
     if target.is_dir():
         target /= f"{name}.yaml"
     try:
         with target.open("x", encoding="utf-8") as file:
+            # Editors with YAML's language server complete and check by it, offline.
+            file.write(f"# yaml-language-server: $schema={_schema_file(command).as_posix()}\n")
             file.write(known[name].read_text(encoding="utf-8"))
     except FileExistsError as error:
         raise InputError(f"{target} exists: give another file behind the name") from error
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}") from error
-    command = command_of(read_yaml(known[name]))
     saes = " SAE" if command == "eval" else ""
     show(f"{target}: edit it, then msae {command}{saes} --config {target} --output runs/{name}")
 

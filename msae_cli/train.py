@@ -1,4 +1,4 @@
-"""`msae train`, on one process or on several that torchrun starts."""
+"""`msae train`, on one process or on several that torchrun starts, and `msae cache`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from msae_cli.arguments import (
     check_config,
     check_output,
 )
-from msae_cli.terminal import import_first, other_rank, progress, results, say, show
+from msae_cli.terminal import (
+    continued_later,
+    import_first,
+    other_rank,
+    progress,
+    results,
+    say,
+    show,
+)
 from msae_plugin.common.interruption import InterruptedBySignalError
 
 
@@ -52,12 +60,7 @@ def train(
         return
     try:
         result = api.train(
-            config,
-            output,
-            changes=set_ or [],
-            only=only or [],
-            resume=resume,
-            progress=progress(),
+            config, output, changes=set_ or [], only=only or [], resume=resume, progress=progress()
         )
     except InterruptedBySignalError as interruption:
         if not other_rank():
@@ -117,3 +120,28 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     headings = ("SAE", "expl. var.", "dead", "L0", "of k", "export check", "twin")
     columns = [Column(heading, heading) for heading in headings]
     results.print(Table("exports", "", columns, cells).terminal())
+
+
+def cache(config: RecipeOption, output: OutputOption, set_: SetOption = None) -> None:
+    """Store the activations that a recipe trains on, for runs that repeat.
+
+    The same command goes on where a killed pass stopped. Then: msae train --set
+    cached_activations=DIR.
+    """
+    check_config(config, "train")
+    check_output(output)
+    import_first("msae_plugin.training.passes")
+    # As in import_first.
+    from msae_plugin.common.progress import training_display
+    from msae_plugin.training.passes import make_cache
+    from msae_plugin.training.recipe import RunConfig
+
+    recipe = RunConfig.load(config, set_ or [])
+    with continued_later():
+        made = make_cache(recipe, output, progress=training_display(progress()))
+    size = sum(rows.nbytes for rows in made.tensors.values())
+    show(
+        f"{made.rows:,} activations at {', '.join(made.tensors)} ({made.manifest['dtype']}, "
+        f"{size / 2**30:.2f} GiB): {output}"
+    )
+    show(f"train with: msae train --config {config} --set cached_activations={output} ...")

@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from msae_plugin.reporting.dashboards import DashboardRequest
     from msae_plugin.reporting.latent_browser import LatentBrowser
     from msae_plugin.reporting.look import Look
+    from msae_plugin.reporting.plots import Figures
     from msae_plugin.reporting.report import ReportResult
     from msae_plugin.training.runner import RunResult
 
-Place: TypeAlias = "str | os.PathLike[str]"
+Reference: TypeAlias = "str | os.PathLike[str]"
 """A path, a `Result`, or another reference to an SAE: `user/repo:folder`, `release:sae_id`."""
-Recipe: TypeAlias = "Place | Mapping[str, Any]"
+Recipe: TypeAlias = "Reference | Mapping[str, Any]"
 """A YAML file, the name of a shipped recipe (`msae recipes`), or the same as dictionaries."""
 Changes: TypeAlias = "Mapping[str, Any] | Sequence[str]"
 """`{"training.lr": 1e-3}`, or as `--set` takes it, `["training.lr=1e-3"]`."""
@@ -77,6 +78,19 @@ class Result(Generic[Details]):
 
         return pd.DataFrame([dict(row) for row in self.rows])
 
+    def plot(self, metric: str | None = None) -> Figures:
+        """The figures that a report has of a run, an evaluation or a comparison.
+
+        Args:
+            metric: One of them alone: `explained_variance`, `f1`, or in full, `core/l0`.
+
+        Raises:
+            InputError: There is nothing to draw, or matplotlib is missing.
+        """
+        from msae_plugin.reporting.plots import plot
+
+        return plot(self.folder, metric)
+
     def __fspath__(self) -> str:
         return str(self.folder)
 
@@ -91,11 +105,11 @@ class Result(Generic[Details]):
 
 def train(
     recipe: Recipe,
-    output: Place,
+    output: Reference,
     *,
     changes: Changes = (),
     only: Sequence[str] = (),
-    resume: Place | None = None,
+    resume: Reference | None = None,
     progress: bool | Console = True,
 ) -> Result[RunResult]:
     """Train the SAEs of a recipe on a language model's activations and export them.
@@ -125,11 +139,7 @@ def train(
     display = training_display(progress)
     with launched_ranks(config.model.device) as ranks:
         run = MultiScaleRunner(
-            config,
-            Path(output),
-            resume=checkpoint,
-            progress=display,
-            ranks=ranks,
+            config, Path(output), resume=checkpoint, progress=display, ranks=ranks
         ).run()
     rows: list[dict[str, Any]] = []
     for name, export in run.exports.items():
@@ -152,9 +162,9 @@ def train(
 
 
 def evaluate(
-    saes: Place | Sequence[Place],
+    saes: Reference | Sequence[Reference],
     protocol: Recipe,
-    output: Place,
+    output: Reference,
     *,
     changes: Changes = (),
     skip_missing: bool = False,
@@ -184,7 +194,7 @@ def evaluate(
     else:
         config = EvalConfig.load(os.fspath(protocol), _sets(changes))
     broken: dict[str, str] = {}
-    subjects = load_saes(
+    loaded = load_saes(
         [os.fspath(sae) for sae in _listed(saes)],
         device=default_device(config.model.device),
         hook=config.hook,
@@ -193,7 +203,7 @@ def evaluate(
     )
     with shown_steps(progress) as report:
         found = evaluate_saes(
-            config, subjects, Path(output), skip_missing=skip_missing, broken=broken, report=report
+            config, loaded, Path(output), skip_missing=skip_missing, broken=broken, report=report
         )
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -211,7 +221,7 @@ def evaluate(
 
 def compare(
     recipe: Recipe,
-    output: Place,
+    output: Reference,
     *,
     changes: Changes = (),
     only: Sequence[str] = (),
@@ -258,8 +268,8 @@ def compare(
 
 
 def report(
-    folders: Place | Sequence[Place],
-    output: Place,
+    folders: Reference | Sequence[Reference],
+    output: Reference,
     *,
     dashboards: DashboardRequest | None = None,
     progress: bool | Console = True,
@@ -288,8 +298,8 @@ def report(
 
 
 def latents(
-    saes: Place | Sequence[Place],
-    output: Place,
+    saes: Reference | Sequence[Reference],
+    output: Reference,
     *,
     text: str | None = None,
     tokens: int = 100_000,
@@ -322,11 +332,11 @@ def latents(
 
 
 def look(
-    sae: Place,
+    sae: Reference,
     text: str,
     *,
     top: int = 5,
-    browser: Place | None = None,
+    browser: Reference | None = None,
     model: str | None = None,
     progress: bool | Console = True,
 ) -> Result[Look]:
@@ -355,11 +365,11 @@ def look(
 
 
 def publish(
-    folder: Place,
+    folder: Reference,
     repo: str,
     *,
     dry_run: bool = False,
-    evaluation: Place | None = None,
+    evaluation: Reference | None = None,
     confirm: Callable[[str], bool] | None = None,
     progress: bool | Callable[[str], None] = True,
     **options: Any,
@@ -390,7 +400,7 @@ def publish(
     return Result("publish", made.output or Path(folder), made, rows, made.notes)
 
 
-def load(sae: Place, *, device: str = "cpu") -> SAE[Any]:
+def load(sae: Reference, *, device: str = "cpu") -> SAE[Any]:
     """Load one trained SAE in float32.
 
     Args:
@@ -421,5 +431,5 @@ def _sets(changes: Changes) -> list[str]:
     return [f"{key}={text.removesuffix(_YAML_END).strip()}" for key, text in dumped.items()]
 
 
-def _listed(places: Place | Sequence[Place]) -> Sequence[Place]:
-    return [places] if isinstance(places, str | os.PathLike) else places
+def _listed(references: Reference | Sequence[Reference]) -> Sequence[Reference]:
+    return [references] if isinstance(references, str | os.PathLike) else references

@@ -53,17 +53,7 @@ _SCHEDULE = ("lr_warm_up_steps", "lr_decay_steps", "dead_feature_window")
 def demo_recipe(
     options: Mapping[str, Any], overrides: Sequence[str] = (), *, saebench: bool = True
 ) -> CompareConfig:
-    """The demo's recipe with the command's options.
-
-    Args:
-        options: By name of the option, those that were given; `k`, `seed` and `hook` are one
-            number, seed and hook.
-        overrides: As of `--set`, applied last.
-        saebench: End with SAEBench's evaluations.
-
-    Raises:
-        InputError: A value cannot work.
-    """
+    """The demo's recipe with the options that were given, by name, and then the overrides."""
     recipe: dict[str, Any] = yaml.safe_load((SHIPPED / "demo.yaml").read_text(encoding="utf-8"))
     training = recipe["training"]
     if "tokens" in options:
@@ -92,14 +82,7 @@ def saebench_is_installed() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """A demo that has ended.
-
-    Args:
-        output: Its folder, that of a comparison.
-        page: What was reported of it.
-        seconds: Wall time of this call.
-        complete: Whether everything was trained and measured.
-    """
+    """A demo that has ended."""
 
     output: Path
     page: ReportResult
@@ -113,18 +96,7 @@ def run_demo(
     progress: Reporter,
     language_model: LanguageModel | None = None,
 ) -> Demo:
-    """Compare, or go on where a killed demo stopped; report; write `demo.md`.
-
-    Args:
-        config: From `demo_recipe`.
-        output: Folder for everything. What is complete in it is kept.
-        progress: Shows what is being done.
-        language_model: A model that is loaded already, as the recipe describes it.
-
-    Raises:
-        InputError: The settings or the folder cannot work, or matplotlib is missing.
-        RunFailure: Nothing could be trained, or an export disagrees with what was trained.
-    """
+    """Compare, or go on where a killed demo stopped; report; write `demo.md`."""
     pyplot()  # refused before minutes of training, when matplotlib is missing
     check_comparison_folder(output)
     _refuse_other_settings(config, output)

@@ -263,7 +263,8 @@ def test_the_example_of_every_command_can_be_typed(name: str, example: str) -> N
 def test_init_writes_a_recipe_to_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert msae("init", "smollm2").exit_code == 0
-    assert (tmp_path / "smollm2.yaml").read_text() == (SHIPPED / "smollm2.yaml").read_text()
+    written = (tmp_path / "smollm2.yaml").read_text()
+    assert written.partition("\n")[2] == (SHIPPED / "smollm2.yaml").read_text()
     again = msae("init", "smollm2")
     assert (again.exit_code, again.stderr) == (
         2,

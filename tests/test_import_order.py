@@ -31,6 +31,7 @@ ORDER = [
     "comparison",
     "reporting",
     "hub",
+    "schema",
     "demo",
     "api",
     "msae_plugin",

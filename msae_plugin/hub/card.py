@@ -43,15 +43,25 @@ def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: s
     hook, model = shown.recorded("hook_name"), hub_model(shown.recorded("model_name"))
     # TransformerLens' own names only; a hook of the original model has none in its cache.
     readable = model is not None and re.fullmatch(r"[\w.]+", hook) and ".hook_" in hook
+    recorded = [entry.recorded("model_name") for entry in entries]
+    bases = [hub_model(name) for name in recorded]
+    names = [
+        f"{code(name)} (a local model)"
+        if base is None
+        else f"[{base}](https://huggingface.co/{base})"
+        for name, base in zip(recorded, bases, strict=True)
+    ]
     text = _TEMPLATES.get_template("card.md.j2").render(
         repo=repo,
         entries=entries,
         shown=shown,
         licence=licence,
         named=named,
-        models=list(dict.fromkeys(_linked_model(entry) for entry in entries)),
+        models=list(dict.fromkeys(names)),
         sae_rows=[_sae_row(entry) for entry in entries],
-        activations_code=activations_snippet(model, hook) if model and readable else "",
+        model=model,
+        hook=hook,
+        readable=readable,
         evaluations=[_evaluation(*group, named) for group in _protocols(entries)],
         unmeasured=[
             named[e.folder] for e in entries if not e.evaluations() and not e.not_measured()
@@ -71,7 +81,7 @@ def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: s
                 f"{plain(e.recorded('training_tokens'))} tokens of {_text(e)}" for e in entries
             )
         ),
-        base_models=list(dict.fromkeys(hub_model(e.recorded("model_name")) for e in entries)),
+        base_models=list(dict.fromkeys(bases)),
         sources=list(
             dict.fromkeys(
                 source
@@ -105,15 +115,6 @@ def code(value: object) -> str:
     return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
-def _linked(text: str) -> str:
-    """The text with a link at every arXiv number."""
-    return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
-
-
-def _mechanism(name: str) -> str:
-    return code(_LETTER.sub("", name))
-
-
 def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [
         [" ".join(str(cell).split()).replace("|", "\\|") for cell in line]
@@ -122,34 +123,17 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return markdown_rows(lines[0], [False] * len(headings), lines[1:])
 
 
+def _linked(text: str) -> str:
+    return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def _mechanism(name: str) -> str:
+    return code(_LETTER.sub("", name))
+
+
 def _inert(value: object) -> str:
     """No HTML from names: Markdown would pass it on."""
     return str(value).replace("<", "&lt;")
-
-
-def loading_snippet(repo: str, folder: str, plugin: bool) -> str:
-    """Python that loads an SAE and uses it on `activations`."""
-    first = "import msae_plugin  # registers the architecture `multiscale`\n" if plugin else ""
-    return (
-        f"{first}from sae_lens import SAE\n\n"
-        f'sae = SAE.from_pretrained(\n    "{repo}",\n    "{folder}",\n)\n'
-        "latents = sae.encode(activations)\n"
-        "reconstruction = sae.decode(latents)"
-    )
-
-
-def activations_snippet(model: str, hook: str) -> str:
-    """Python that makes `activations` with TransformerLens, as SAELens does in training."""
-    return (
-        "from transformer_lens import HookedTransformer\n\n"
-        f'model = HookedTransformer.from_pretrained_no_processing("{model}")\n'
-        '_, cache = model.run_with_cache("Any text.")\n'
-        f'activations = cache["{hook}"]'
-    )
-
-
-def _python(code: str) -> str:
-    return f"```python\n{code}\n```"
 
 
 _TEMPLATES = Environment(
@@ -163,17 +147,7 @@ _TEMPLATES = Environment(
 cast("dict[str, Any]", _TEMPLATES.filters).update(
     code=code, linked=_linked, mechanism=_mechanism, plain=plain
 )
-cast("dict[str, Any]", _TEMPLATES.globals).update(
-    base_terms=base_terms, loading_snippet=loading_snippet, python=_python, table=_table
-)
-
-
-def _linked_model(entry: CardEntry) -> str:
-    name = entry.recorded("model_name")
-    found = hub_model(name)
-    if found is None:
-        return f"{code(name)} (a local model)"
-    return f"[{found}](https://huggingface.co/{found})"
+cast("dict[str, Any]", _TEMPLATES.globals).update(base_terms=base_terms, table=_table)
 
 
 def _sae_row(entry: CardEntry) -> Sequence[object]:
@@ -290,11 +264,7 @@ def make_card(
     existing: str | None,
     licence: str | None,
 ) -> str:
-    """The README.md of a repository.
-
-    Raises:
-        InputError: The licence is no identifier, or the existing card cannot be read.
-    """
+    """The README.md of a repository; `existing` is the one it has."""
     if licence is not None and not _LICENCE.fullmatch(licence):
         raise InputError(
             f"--licence {licence!r} is no identifier of the Hub: use mit, apache-2.0, cc-by-4.0, "
@@ -322,11 +292,9 @@ def _read(repo: str, text: str) -> RepoCard:
 def _update_front_matter(
     data: dict[str, Any], name: str, entries: Sequence[CardEntry], licence: str
 ) -> None:
-    data["library_name"] = "saelens"
-    data["license"] = licence
-    models = (hub_model(_field(entry, "model_name")) for entry in entries)
-    _extend(data, "base_model", models)
-    _extend(data, "datasets", (hub_dataset(_field(entry, "dataset_path")) for entry in entries))
+    data |= {"library_name": "saelens", "license": licence}
+    _extend(data, "base_model", (hub_model(e.metadata.get("model_name")) for e in entries))
+    _extend(data, "datasets", (hub_dataset(e.metadata.get("dataset_path")) for e in entries))
     _extend(data, "tags", TAGS)
     own = [item for entry in entries for item in entry.model_index(name)]
     others = [
@@ -338,11 +306,6 @@ def _update_front_matter(
         data["model-index"] = [*others, *own]
     else:
         data.pop("model-index", None)
-
-
-def _field(entry: CardEntry, name: str) -> str | None:
-    value = entry.metadata.get(name)
-    return None if value is None else str(value)
 
 
 def _extend(data: dict[str, Any], key: str, values: Iterable[str | None]) -> None:

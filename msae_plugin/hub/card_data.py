@@ -15,7 +15,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.common.errors import InputError
@@ -34,6 +33,7 @@ from msae_plugin.saes.clean_config import clean_run_config, require_inside
 from msae_plugin.saes.export import REPORT_FILENAME
 from msae_plugin.saes.find import StoredSAE, mechanisms_on, migrated_config
 from msae_plugin.saes.health import recorded_messages
+from msae_plugin.upstream import official_transformer_lens_name
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,7 @@ class Measured:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """The summary of an evaluation folder.
-
-    Raises:
-        InputError: There is none that can be read.
-    """
+    """The checked summary of an evaluation folder."""
     path = folder / SUMMARY_FILENAME
     require_inside(folder, path)
     try:
@@ -83,11 +79,7 @@ def is_summary(value: object) -> bool:
 def measured_of(
     sae: StoredSAE, summary: Mapping[str, Any], folder: Path, reference: str
 ) -> Measured:
-    """Take what an evaluation says about one SAE.
-
-    Raises:
-        InputError: The evaluation measured other weights, or lacks a file that it lists.
-    """
+    """Take what an evaluation says about one SAE, by the hash of its weights."""
     saes = summary["saes"]
     own = {sae.weights_sha256: reference}
     if sae.twin_sha256 is not None:
@@ -155,13 +147,7 @@ def hub_model(name: str | None) -> str | None:
     """The name of a language model on the Hub; None for a model in a folder."""
     if not name or name.startswith(PACKAGED_PREFIX):
         return None
-    if _is_hub_name(name):
-        return name
-    try:
-        official = str(get_official_model_name(name))
-    except ValueError:
-        return None  # not an alias of TransformerLens either
-    return official
+    return name if _is_hub_name(name) else official_transformer_lens_name(name)
 
 
 def hub_dataset(name: str | None) -> str | None:
@@ -183,15 +169,11 @@ def _is_hub_name(name: str) -> bool:
 
 def base_terms(model: str) -> str:
     """Under which terms a base model stands, as part of a sentence."""
-    for start, terms in FACTS["terms"].items():
-        if model.startswith(start):
-            return terms
-    return f"the terms on its page (https://huggingface.co/{model})"
+    known = (terms for start, terms in FACTS["terms"].items() if model.startswith(start))
+    return next(known, f"the terms on its page (https://huggingface.co/{model})")
 
 
 FIGURES_FOLDER = "figures"
-
-
 # Published scores swing 15x inside one architecture: it is in the table, with its spread, and not
 # among the numbers that the Hub shows beside the model's name.
 NEVER_HEADLINED = ("unlearning",)

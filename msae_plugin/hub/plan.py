@@ -98,11 +98,7 @@ def default_paths(saes: list[StoredSAE]) -> list[str]:
 def build_folder(
     path: str, sae: StoredSAE, measured: Measured | None, pictures: Sequence[Path] = ()
 ) -> SAEFolder:
-    """Collect the files of one SAE.
-
-    Raises:
-        InputError: One is a link that leads out of the SAE's folder.
-    """
+    """Collect the files of one SAE, none of them a link that leads out of its folder."""
     sources = {
         name: sae.folder / name
         for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
@@ -116,7 +112,9 @@ def build_folder(
         if source.is_file():
             require_inside(sae.root, source)
             cleaned = source.name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME)
-            files[name] = _cleaned(source) if cleaned else source
+            files[name] = (
+                _as_json(clean_run_config(read_json_object(source))) if cleaned else source
+            )
     if measured is not None:
         files[SUMMARY_FILENAME] = _as_json(measured.summary)
         files.update(measured.files)
@@ -135,10 +133,6 @@ def _figures(places: Sequence[Path]) -> Iterator[Path]:
             yield picture
 
 
-def _cleaned(path: Path) -> bytes:
-    return _as_json(clean_run_config(read_json_object(path)))
-
-
 def _as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
@@ -148,11 +142,6 @@ def content_sha256(content: bytes | Path) -> str:
     if isinstance(content, Path):
         return file_sha256(content)
     return hashlib.sha256(content).hexdigest()
-
-
-def content_size(content: bytes | Path) -> int:
-    """Bytes of what a file of the repository will hold."""
-    return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
 def private_content(folder: SAEFolder) -> list[str]:
@@ -184,7 +173,10 @@ class PublishPlan:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that is written."""
-        return {path: content_size(content) for path, content in self.additions.items()}
+        return {
+            path: content.stat().st_size if isinstance(content, Path) else len(content)
+            for path, content in self.additions.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -234,11 +226,7 @@ class PublishOptions:
 
 
 def build_folders(run: Path, repo: str, options: PublishOptions) -> list[SAEFolder]:
-    """The SAEs of a run, the folder of one of its SAEs, or an export, as they will be uploaded.
-
-    Raises:
-        InputError: Something must not be published, or a name is wrong.
-    """
+    """The SAEs of a run, the folder of one of its SAEs, or an export, as they will be uploaded."""
     evaluation, report = options.evaluation, options.report
     saes = find_saes(run)
     if report is not None and not any((report / FIGURES_FOLDER).glob("*.png")):
@@ -265,12 +253,7 @@ def build_folders(run: Path, repo: str, options: PublishOptions) -> list[SAEFold
 def make_plan(
     run: Path, folders: Sequence[SAEFolder], state: RepositoryState, options: PublishOptions
 ) -> PublishPlan:
-    """Decide everything about publishing the SAEs of a run.
-
-    Raises:
-        InputError: The card cannot be written.
-        RunFailure: The Hub does not give what is in the repository.
-    """
+    """Decide everything about publishing the SAEs of a run."""
     with _only_expected_values(run):
         others = _read_entries(state, leave_out=[sae.path for sae in folders])
         existing = _read_card(state)

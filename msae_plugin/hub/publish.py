@@ -10,13 +10,13 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import folder_written_atomically
@@ -105,15 +105,6 @@ def dashboard_hint() -> str:
     return f"SAEDashboard is not installed here: {dashboards.INSTALL}"
 
 
-@dataclass(frozen=True)
-class Committed:
-    """A commit."""
-
-    oid: str
-    url: str
-    pull_request: str | None  # page of the pull request; None without one
-
-
 Confirm = Callable[[str], bool]
 Say = Callable[[str], None]
 
@@ -146,20 +137,10 @@ def publish(
     confirm: Confirm | None = None,
     say: Say = lambda _message: None,
 ) -> PublishResult:
-    """Publish the SAEs of a run.
+    """Publish the SAEs of a run, the folder of one of its SAEs, or an export.
 
-    Args:
-        run: A run folder, the folder of one of its SAEs, or an export.
-        repo: `user/name`; made when it does not exist.
-        options: How.
-        confirm: Asks the user a question; None refuses whatever would have been asked.
-        say: Shows one line of progress.
-
-    Raises:
-        InputError: Something must not be published, a name is wrong, a permission is missing, or
-            the user said no. Nothing was published.
-        RunFailure: The network, the Hub or the disk failed, and whether anything was published is
-            in the message; or the check after the upload failed, with the commit named.
+    Without `confirm` everything that would be asked is refused. A RunFailure says whether anything
+    was published and names the commit; after an InputError nothing was.
     """
     require_repo_name(repo)
     folders = build_folders(run, repo, options)
@@ -169,7 +150,9 @@ def publish(
     if options.dry_run:
         state = _state_if_reachable(repo, options.revision, notes)
     else:
-        _require_valid_token(require_token())
+        token = require_token()
+        with hub_errors("logging in"):
+            HfApi().whoami(token)
         state = read_state(repo, options.revision)
     _require_possible(state, options)
     plan = make_plan(run, folders, state, options)
@@ -183,7 +166,12 @@ def publish(
     if not options.overwrite:
         _ask_before_replacing(plan, confirm)
     if traces and not (state.private if state.exists else options.private):
-        _ask_before_showing(traces, confirm)
+        _ask(
+            confirm,
+            f"These files name local paths: {'; '.join(traces)}. Publish them all the same?",
+            f"{'; '.join(traces)}: a public repository would show it; evaluate with a model and "
+            "data under hub names, or publish with --private",
+        )
     say(f"uploading {len(plan.additions)} files to {repo}")
     committed = _commit(plan, options)
     say(f"checking commit {committed.oid[:12]}")
@@ -191,18 +179,14 @@ def publish(
     verifications = _verify(plan, committed, on_main)
     if options.tag is not None:
         try:
-            _add_tag(repo, options.tag, committed.oid)
+            with hub_errors(f"tagging {repo}"):
+                HfApi().create_tag(repo, tag=options.tag, revision=committed.oid)
         except (InputError, RunFailure) as error:
             raise RunFailure(
                 f"published as commit {committed.oid} and checked, but without the tag: {error}; "
                 f"{_how_to_take_back(repo, committed)}"
             ) from error
     return _result(plan, options, notes, committed=committed, verifications=verifications)
-
-
-def _require_valid_token(token: str) -> None:
-    with hub_errors("logging in"):
-        HfApi().whoami(token)
 
 
 def _state_if_reachable(repo: str, revision: str | None, notes: list[str]) -> RepositoryState:
@@ -224,9 +208,11 @@ def _require_possible(state: RepositoryState, options: PublishOptions) -> None:
             f"{state.repo} exists and is public: --private makes new repositories only; change it "
             "in its settings on the Hub"
         )
-    tag = options.tag
-    if tag is not None and _has_tag(state.repo, tag):
-        raise InputError(f"{state.repo} has a tag {tag!r} already: choose another")
+    if options.tag is not None:
+        with hub_errors(f"reading the tags of {state.repo}"):
+            tags = {ref.name for ref in HfApi().list_repo_refs(state.repo).tags}
+        if options.tag in tags:
+            raise InputError(f"{state.repo} has a tag {options.tag!r} already: choose another")
 
 
 def _require_positive_variance(plan: PublishPlan) -> None:
@@ -240,26 +226,20 @@ def _require_positive_variance(plan: PublishPlan) -> None:
             )
 
 
+def _ask(confirm: Confirm | None, question: str, refusal: str) -> None:
+    if confirm is None or not confirm(question):
+        raise InputError(f"{refusal}; nothing was published")
+
+
 def _ask_before_replacing(plan: PublishPlan, confirm: Confirm | None) -> None:
     for sae in plan.folders:
-        present = plan.state.files_in(sae.path)
-        if not present:
-            continue
-        question = f"{plan.state.repo} has {sae.path} already ({len(present)} files). Replace it?"
-        if confirm is None or not confirm(question):
-            raise InputError(
-                f"{plan.state.repo} has {sae.path} already: choose another --folder, or replace it "
-                "with --overwrite; nothing was published"
+        if present := plan.state.files_in(sae.path):
+            already = f"{plan.state.repo} has {sae.path} already"
+            _ask(
+                confirm,
+                f"{already} ({len(present)} files). Replace it?",
+                f"{already}: choose another --folder, or replace it with --overwrite",
             )
-
-
-def _ask_before_showing(traces: list[str], confirm: Confirm | None) -> None:
-    question = f"These files name local paths: {'; '.join(traces)}. Publish them all the same?"
-    if confirm is None or not confirm(question):
-        raise InputError(
-            f"{'; '.join(traces)}: a public repository would show it; evaluate with a model and "
-            "data under hub names, or publish with --private; nothing was published"
-        )
 
 
 def _render(plan: PublishPlan, output: Path | None) -> Path:
@@ -277,18 +257,24 @@ def _render(plan: PublishPlan, output: Path | None) -> Path:
     return where
 
 
-def _commit(plan: PublishPlan, options: PublishOptions) -> Committed:
+def _commit(plan: PublishPlan, options: PublishOptions) -> CommitInfo:
+    """Change the repository in one commit, or not at all."""
     repo, before = plan.state.repo, plan.state
     state = _prepare(before, options.private, options.revision)
     made = "" if before.exists else f"; the repository {repo} was made and is empty"
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationDelete(path, is_folder=False) for path in sorted(plan.deletions)
+    ]
+    operations += [CommitOperationAdd(path, content) for path, content in plan.additions.items()]
     try:
-        return _create_commit(
-            state,
-            plan.additions,
-            plan.deletions,
-            message=f"Publish {', '.join(sae.path for sae in plan.folders)}",
+        return HfApi().create_commit(
+            repo,
+            operations,
+            commit_message=f"Publish {', '.join(sae.path for sae in plan.folders)}",
             revision=options.revision,
-            pull_request=options.pr,
+            create_pr=options.pr,
+            # Had somebody else committed meanwhile, the Hub refuses it.
+            parent_commit=state.head,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -308,12 +294,7 @@ def _commit(plan: PublishPlan, options: PublishOptions) -> Committed:
 
 
 def _prepare(state: RepositoryState, private: bool, revision: str | None) -> RepositoryState:
-    """Make the repository and the branch where they are missing.
-
-    Raises:
-        InputError: The token may not do it.
-        RunFailure: The Hub does not answer.
-    """
+    """Make the repository and the branch where they are missing."""
     api = HfApi()
     if not state.exists:
         with hub_errors(f"creating {state.repo}"):
@@ -327,49 +308,9 @@ def _prepare(state: RepositoryState, private: bool, revision: str | None) -> Rep
     return state
 
 
-def _create_commit(
-    state: RepositoryState,
-    additions: Mapping[str, bytes | Path],
-    deletions: Iterable[str],
-    *,
-    message: str,
-    revision: str | None,
-    pull_request: bool,
-) -> Committed:
-    """Change the repository in one commit, or not at all.
-
-    The commit names its parent: had somebody else committed meanwhile, the Hub refuses it.
-    """
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationDelete(path, is_folder=False) for path in sorted(deletions)
-    ]
-    operations += [CommitOperationAdd(path, content) for path, content in additions.items()]
-    done = HfApi().create_commit(
-        state.repo,
-        operations,
-        commit_message=message,
-        revision=revision,
-        create_pr=pull_request,
-        parent_commit=state.head,
-    )
-    return Committed(done.oid, done.commit_url, done.pr_url)
-
-
-def _has_tag(repo: str, tag: str) -> bool:
-    """Whether a repository has a tag."""
-    with hub_errors(f"reading the tags of {repo}"):
-        return any(ref.name == tag for ref in HfApi().list_repo_refs(repo).tags)
-
-
-def _add_tag(repo: str, tag: str, oid: str) -> None:
-    """Give a commit a name."""
-    with hub_errors(f"tagging {repo}"):
-        HfApi().create_tag(repo, tag=tag, revision=oid)
-
-
 def _commit_that_landed(
     plan: PublishPlan, state: RepositoryState, options: PublishOptions, reason: Exception
-) -> Committed | None:
+) -> CommitInfo | None:
     """The commit, if the Hub has it although the upload seemed to fail."""
     repo = state.repo
     page = f"{constants.ENDPOINT}/{repo}"
@@ -390,10 +331,10 @@ def _commit_that_landed(
         check_files(repo, head, plan.additions)
     except (InputError, RunFailure):
         return None  # somebody else's commit
-    return Committed(head, f"{page}/commit/{head}", None)
+    return CommitInfo(f"{page}/commit/{head}", "", "", head)
 
 
-def _verify(plan: PublishPlan, committed: Committed, on_main: bool) -> tuple[Verification, ...]:
+def _verify(plan: PublishPlan, committed: CommitInfo, on_main: bool) -> tuple[Verification, ...]:
     repo = plan.state.repo
     try:
         check_files(repo, committed.oid, plan.additions)
@@ -409,13 +350,13 @@ def _verify(plan: PublishPlan, committed: Committed, on_main: bool) -> tuple[Ver
         reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
         raise RunFailure(
             f"{repo} has the new commit {committed.oid}, but the check of it failed: {reason}; "
-            f"look at {committed.url}; {_how_to_take_back(repo, committed)}"
+            f"look at {committed.commit_url}; {_how_to_take_back(repo, committed)}"
         ) from error
 
 
-def _how_to_take_back(repo: str, committed: Committed) -> str:
-    if committed.pull_request is not None:
-        return f"to take it back, close {committed.pull_request}"
+def _how_to_take_back(repo: str, committed: CommitInfo) -> str:
+    if committed.pr_url is not None:
+        return f"to take it back, close {committed.pr_url}"
     return (
         f"to take it back, run `git revert {committed.oid}` in a clone of "
         f"{constants.ENDPOINT}/{repo} and push"
@@ -428,11 +369,12 @@ def _result(
     notes: list[str],
     *,
     output: Path | None = None,
-    committed: Committed | None = None,
+    committed: CommitInfo | None = None,
     verifications: tuple[Verification, ...] = (),
 ) -> PublishResult:
     repo = plan.state.repo
     commands = [dashboard_command(repo, entry) for entry in plan.new_entries]
+    done = committed is not None
     return PublishResult(
         repo=repo,
         folders=tuple(sae.path for sae in plan.folders),
@@ -440,11 +382,11 @@ def _result(
         removed=plan.deletions,
         notes=tuple(notes),
         output=output,
-        commit=None if committed is None else committed.oid,
-        url=None if committed is None else committed.url,
-        pull_request=None if committed is None else committed.pull_request,
+        commit=committed.oid if done else None,
+        url=committed.commit_url if done else None,
+        pull_request=committed.pr_url if done else None,
         revision=options.revision,
-        tag=None if committed is None else options.tag,
+        tag=options.tag if done else None,
         verifications=verifications,
         stanza=pretrained_saes_stanza(repo, plan.entries),
         dashboard=tuple(command for command in commands if command is not None),
@@ -454,17 +396,17 @@ def _result(
 def report_lines(result: PublishResult) -> list[str]:
     """A publication, or a dry run, line by line."""
     lines = [f"note: {note}" for note in result.notes]
-    verb = "would upload" if result.commit is None else "uploaded"
-    total = sum(result.files.values())
-    lines.append(f"{verb} {len(result.files)} files, {human_bytes(total)}, to {result.repo}:")
+    would = "would " if result.commit is None else ""
+    total = human_bytes(sum(result.files.values()))
+    verb = "upload" if would else "uploaded"
+    lines.append(f"{would}{verb} {len(result.files)} files, {total}, to {result.repo}:")
     lines += [f"  {human_bytes(size):>10}  {path}" for path, size in sorted(result.files.items())]
     if result.removed:
-        lines.append("would remove:" if result.commit is None else "removed:")
+        lines.append("would remove:" if would else "removed:")
         lines += [f"  {path}" for path in result.removed]
-    if result.commit is None:
-        lines.append(f"rendered in {result.output}; nothing was uploaded")
-        return lines + _release(result)
-    where = MAIN if result.revision is None else result.revision
+    if would:
+        return [*lines, f"rendered in {result.output}; nothing was uploaded", *_release(result)]
+    where = result.revision or MAIN
     if result.pull_request is not None:
         where = f"the pull request {result.pull_request}"
     lines.append(f"commit {result.commit} on {where}: {result.url}")

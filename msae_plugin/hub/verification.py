@@ -39,11 +39,7 @@ class Verification:
 
 
 def check_build(folder: SAEFolder) -> None:
-    """Load the files that would be uploaded, and compare their latents with the source's.
-
-    Raises:
-        InputError: They cannot be loaded, are silent, or compute something else.
-    """
+    """Load the files that would be uploaded, and compare their latents with the source's."""
 
     def load(path: str) -> SAE[Any]:
         return load_sae(LocatedSAE(path, folder.sae.name, root / path), "cpu")[0]
@@ -71,11 +67,7 @@ def check_build(folder: SAEFolder) -> None:
 
 
 def check_files(repo: str, oid: str, files: dict[str, bytes | Path]) -> None:
-    """Download every file of a commit that was sent, and compare the bytes.
-
-    Raises:
-        RunFailure: A file cannot be had, or differs.
-    """
+    """Download every file of a commit that was sent, and compare the bytes."""
     for path, content in files.items():
         with hub_errors(f"downloading {path}"):
             # Forced: a copy in the local cache proves nothing about the Hub.
@@ -88,14 +80,7 @@ def check_files(repo: str, oid: str, files: dict[str, bytes | Path]) -> None:
 def check_latents(repo: str, oid: str, on_main: bool, folder: SAEFolder) -> Verification:
     """Load what was published as a user would, and compare its latents with the local SAE's.
 
-    Args:
-        repo: `user/name`.
-        oid: The commit, whose files are in the local cache already (`check_files`).
-        on_main: Whether the commit is on the main branch, the only one that SAELens loads.
-        folder: The SAE.
-
-    Raises:
-        RunFailure: It cannot be loaded, is silent, or computes something else.
+    SAELens loads the main branch alone; the files of `oid` are in the cache (`check_files`).
     """
 
     def load(path: str) -> SAE[Any]:
@@ -136,32 +121,20 @@ def _compare(
 
 
 def _load(repo: str, oid: str, path: str, on_main: bool) -> SAE[Any]:
-    if on_main:
-        return SAE.from_pretrained(repo, path)
-    return SAE.from_pretrained(repo, path, converter=_AtRevision(oid))
+    """SAELens' loader knows the main branch alone; elsewhere it is given one for the commit."""
 
-
-class _AtRevision:
-    """A loader of SAELens, which knows the main branch alone, for another revision."""
-
-    def __init__(self, revision: str) -> None:
-        self._revision = revision
-
-    def __call__(
-        self,
-        repo_id: str,
-        folder_name: str,
-        device: str,
-        force_download: bool,
+    def at_commit(
+        repo_id: str, folder_name: str, device: str, force_download: bool,
         cfg_overrides: dict[str, Any] | None,
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]:  # fmt: skip
         del force_download  # `check_files` has just downloaded them
         files = [
-            hf_hub_download(repo_id, f"{folder_name}/{name}", revision=self._revision)
+            hf_hub_download(repo_id, f"{folder_name}/{name}", revision=oid)
             for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
         ]
-        config, state = sae_lens_disk_loader(Path(files[0]).parent, device, cfg_overrides)
-        return config, state, None
+        return *sae_lens_disk_loader(Path(files[0]).parent, device, cfg_overrides), None
+
+    return SAE.from_pretrained(repo, path, converter=None if on_main else at_commit)
 
 
 def check_activations(sae: StoredSAE, loaded: SAE[Any]) -> tuple[torch.Tensor, str]:

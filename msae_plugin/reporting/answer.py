@@ -91,23 +91,13 @@ def _failing(results: Results, findings: Sequence[Finding]) -> list[str]:
 
 
 def answer_of(results: Results, failing: Sequence[str], *, titled: bool) -> Answer:
-    """What one table of results says.
-
-    Args:
-        results: The table.
-        failing: What in it failed to learn.
-        titled: Whether to name the table first, on a page with several.
-    """
+    """What one table of results says; `failing` did not learn, `titled` names the table first."""
     sentences, basis = _choice(results)
     if failing:
         sentences.insert(0, f"Failed to learn, see the warnings: {listed(failing)}.")
     if titled:
         sentences.insert(0, f"{results.title}:")
-    unmeasured = [
-        entry.heading
-        for key, entry in HEADLINES.items()
-        if results.kind in entry.expected and key not in results.headlines()
-    ]
+    unmeasured = results.unfilled()
     told = [listed(unmeasured)] if unmeasured else []
     if results.missing:
         told.append(f"{len(results.missing)} listed at the end")

@@ -43,31 +43,19 @@ def is_installed() -> bool:
 DASHBOARDS_FOLDER = "dashboards"
 # What SAEDashboard 0.8 can take one latent out of.
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
-DEFAULT_WINDOWS = 256
-"""Windows of text: 33 thousand tokens at a context of 128."""
 
 
 @dataclass(frozen=True)
 class DashboardRequest:
-    """Requested pages.
+    """Requested pages."""
 
-    Args:
-        count: Latents per SAE: the ones that the report shows in context, else the most frequent.
-        latents: These latents instead, of every SAE.
-        windows: Windows of held-out text that activations are looked for in.
-    """
-
-    count: int = 8
-    latents: tuple[int, ...] = ()
-    windows: int = DEFAULT_WINDOWS
+    count: int = 8  # per SAE: latents that the report shows in context, else the most frequent
+    latents: tuple[int, ...] = ()  # these of every SAE instead
+    windows: int = 256  # of held-out text: 33 thousand tokens at a context of 128
 
 
 def require_dashboard() -> None:
-    """Refuse before any work when SAEDashboard is missing.
-
-    Raises:
-        InputError: It is not installed.
-    """
+    """Refuse before any work when SAEDashboard is missing."""
     if not is_installed():
         raise InputError(f"--dashboards needs SAEDashboard: {INSTALL}")
 
@@ -79,12 +67,7 @@ def write_dashboards(
     request: DashboardRequest,
     progress: Reporter = no_report,
 ) -> dict[str, Path]:
-    """Write a page per SAE of a language model.
-
-    Raises:
-        InputError: A latent is not in an SAE, or there is no SAE of a language model that
-            SAEDashboard knows.
-    """
+    """Write a page per SAE of a language model, at least one."""
     pages: dict[str, Path] = {}
     models: dict[tuple[str, str], LanguageModel] = {}
     texts: dict[tuple[object, ...], torch.Tensor] = {}

@@ -1,7 +1,7 @@
 """A report free of how it looks (sections, tables, figures, contexts), and as HTML and Markdown.
 
 Methods of two comparisons may share their names and target L0s without having anything in common:
-sections on weights and logs are made place by place.
+sections on weights and logs are made cohort by cohort.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import quote
 
@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from msae_plugin.common.table import CellValue, Column, Spread, Table, one_line
+from msae_plugin.evaluation.contexts import TokenContext
 from msae_plugin.evaluation.contexts import one_line as visible
 
 
@@ -82,21 +83,11 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Context:
-    """An activating token with the words around it."""
-
-    before: str
-    token: str
-    after: str
-    activation: float
-
-
-@dataclass(frozen=True)
 class LatentContexts:
     """A latent and where it fires most."""
 
     heading: str  # which, how often and how strongly
-    contexts: Sequence[Context]
+    contexts: Sequence[TokenContext]
 
 
 @dataclass(frozen=True)
@@ -187,6 +178,11 @@ def cell(
     return Column(key, heading, detail, **options), read
 
 
+def spread_cell(key: str, heading: str, detail: str = "") -> Cells:
+    """A column of means over seeds, of groups that have `spread(key)`."""
+    return cell(key, heading, methodcaller("spread", key), detail)
+
+
 def table_of(
     name: str, caption: str, items: Sequence[Item], cells: Sequence[Cells], *, folded: bool = False
 ) -> Table:
@@ -196,30 +192,30 @@ def table_of(
 
 
 @dataclass(frozen=True)
-class Place:
-    """Origin of some SAEs of a report."""
+class Cohort:
+    """SAEs that may be compared: those of one comparison and hook, or the training runs."""
 
-    title: str = ""  # as headings name it; empty where a report has a single place
+    title: str = ""  # as headings name it; empty where a report has a single cohort
 
     def named(self, name: str) -> str:
-        """A file name or id that no other place has."""
+        """A file name or id that no other cohort has."""
         return f"{slug(self.title)}-{name}" if self.title else name
 
     def titled(self, heading: str) -> str:
-        """A heading that says which place it is about."""
+        """A heading that says which cohort it is about."""
         return f"{heading} ({self.title})" if self.title else heading
 
 
-def places(
-    items: Sequence[Item], place_of: Callable[[Item], str]
-) -> list[tuple[Place, list[Item]]]:
-    """Items by place, in the order of the data."""
+def cohorts(
+    items: Sequence[Item], cohort_of: Callable[[Item], str]
+) -> list[tuple[Cohort, list[Item]]]:
+    """Items by cohort, in the order of the data."""
     found: dict[str, list[Item]] = {}
     for item in items:
-        found.setdefault(place_of(item), []).append(item)
+        found.setdefault(cohort_of(item), []).append(item)
     if len(found) < 2:
-        return [(Place(), members) for members in found.values()]
-    return [(Place(name or "training runs"), members) for name, members in found.items()]
+        return [(Cohort(), members) for members in found.values()]
+    return [(Cohort(name or "training runs"), members) for name, members in found.items()]
 
 
 WORDS_FROM = 24
@@ -293,8 +289,9 @@ def _kind(block: Block) -> str:
     return type(block).__name__
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+def data_url(figure: Figure) -> str:
+    """The picture inside of a page."""
+    return f"data:image/png;base64,{base64.b64encode(figure.png).decode('ascii')}"
 
 
 _TEMPLATES = Environment(
@@ -306,7 +303,7 @@ _TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 cast("dict[str, Any]", _TEMPLATES.filters).update(
-    base64=_base64, breakable=_breakable, cells=_cells, kind=_kind, md=one_line, quote=quote,
+    data_url=data_url, breakable=_breakable, cells=_cells, kind=_kind, md=one_line, quote=quote,
     sentences=_sentences, visible=visible,
 )  # fmt: skip
 

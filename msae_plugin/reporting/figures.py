@@ -55,11 +55,7 @@ def method_styles(methods: Sequence[str]) -> dict[str, Style]:
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, drawing into memory.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
+    """Matplotlib's pyplot, drawing into memory; refused where it is not installed."""
     # matplotlib is optional, and importing it takes half a second.
     try:
         import matplotlib

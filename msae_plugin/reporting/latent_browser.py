@@ -27,7 +27,7 @@ from msae_plugin.common.files import folder_written_atomically
 from msae_plugin.comparison.results import COMPARISON_FILE
 from msae_plugin.data.text import Window, iterate_windows
 from msae_plugin.evaluation.evaluate import model_for
-from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
+from msae_plugin.evaluation.heldout import HeldoutMetrics, evaluate_many
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting import latents as known
@@ -40,6 +40,8 @@ from msae_plugin.training.plans import default_device
 from msae_plugin.training.recipe import DataSettings
 
 PAGE_FILE, CHUNKS_FOLDER = "index.html", "chunks"
+BROWSER_FOLDER = "latents"
+"""Where a report looks for one, in the folder of a run or a comparison."""
 CATALOGUE, TEXT = "catalogue", "text"
 LATENTS_PER_CHUNK = 128
 LOGITS, NEIGHBOURS, LOGITS_IN_LIST = 10, 6, 3
@@ -51,7 +53,7 @@ _LOSS_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Subject:
+class BrowsedSAE:
     """An SAE of the browser, and which others are the same thing trained with other seeds."""
 
     evaluated: EvaluatedSAE
@@ -61,7 +63,7 @@ class Subject:
     seed: int | None
     text: tuple[DataSettings, int] | None  # that it was trained on, and the seed of the split
 
-    def same_but_seed(self, other: Subject) -> bool:
+    def same_but_seed(self, other: BrowsedSAE) -> bool:
         """Whether only the seed of the training differs."""
         mine, theirs = (
             (s.method, s.l0_target, s.evaluated.hook_name, s.evaluated.sae.cfg.d_in)
@@ -91,53 +93,45 @@ def write_latents(
 ) -> LatentBrowser:
     """Write the browser of some SAEs of one language model.
 
-    Args:
-        references: Runs, comparisons, folders of SAEs, or published SAEs.
-        output: New or empty, or an earlier browser, which is replaced.
-        text: Held-out text in place of the one that the SAEs were trained beside: a file, a data
-            set, `packaged:NAME`.
-        tokens: How much of it is read.
-        model: The language model, for SAEs that name none.
-        only: Names of SAEs or methods; all by default.
-        language_model: A model that is loaded already.
-        report: Shows progress.
-
-    Raises:
-        InputError: An SAE, the text or the output cannot be used.
+    `text` stands in for the one the SAEs were trained beside, of which `tokens` are read; `model`
+    is for SAEs that name none; `only` names SAEs or methods.
     """
     _check_output(output)
     device = default_device("auto")
-    subjects = [s for s in _subjects(references, device, model, report) if _wanted(s, only)]
-    if not subjects:
+    browsed = _browsed(references, device, model, report)
+    if only:
+        browsed = [s for s in browsed if {s.name, s.method} & set(only)]
+    if not browsed:
         raise InputError(f"no SAE is named {', '.join(only)}: give --only the name of one")
-    settings, seed = _text_of(subjects, text)
-    each = [subject.evaluated for subject in subjects]
+    settings, seed = _text_of(browsed, text)
+    evaluated = [each.evaluated for each in browsed]
     if language_model is None:
-        hooks = list({evaluated.hook_name: None for evaluated in each})
+        hooks = list({sae.hook_name: None for sae in evaluated})
         report("loading the language model")
-        language_model = load_language_model(model_for(model, each), hooks, device)
+        language_model = load_language_model(model_for(model, evaluated), hooks, device)
     loaded = load_data(settings, seed, report, vocabulary=language_model.vocabulary)
     source = _Text(language_model, settings, loaded.heldout_texts(language_model.tokenizer), tokens)
     with folder_written_atomically(output) as folder:
         (folder / CHUNKS_FOLDER).mkdir()
         (folder / PAGE_FILE).write_text(asset("latents.html"), encoding="utf-8")
-        writer = _Writer(folder / CHUNKS_FOLDER, subjects, source, report)
-        for start in range(0, len(subjects), _AT_ONCE):
-            writer.write_group(range(start, min(start + _AT_ONCE, len(subjects))))
+        writer = _Writer(folder / CHUNKS_FOLDER, browsed, source, report)
+        for start in range(0, len(browsed), _AT_ONCE):
+            writer.write_group(range(start, min(start + _AT_ONCE, len(browsed))))
         writer.write_catalogue(loaded.description)
     return LatentBrowser(output / PAGE_FILE, writer.rows)
 
 
 def read_chunk(folder: Path, name: str) -> Any:
-    """What a chunk of a browser holds.
-
-    Raises:
-        InputError: There is no such chunk: the folder is no browser.
-    """
+    """What a chunk of a browser holds."""
     path = folder / CHUNKS_FOLDER / f"{name}.js"
     if not path.is_file():
         raise InputError(f"{str(folder)!r} is no output of msae latents: {path} is missing")
     return json.loads(path.read_text(encoding="utf-8").partition(",")[2].rstrip()[:-1])
+
+
+def is_browser(folder: Path) -> bool:
+    """Whether a folder is an output of `msae latents`."""
+    return (folder / CHUNKS_FOLDER / f"{CATALOGUE}.js").is_file()
 
 
 def _check_output(output: Path) -> None:
@@ -145,20 +139,16 @@ def _check_output(output: Path) -> None:
         raise InputError(f"--output {str(output)!r} is a file: give a folder")
     if output.is_dir() and any(output.iterdir()):
         strange = {path.name for path in output.iterdir()} - {PAGE_FILE, CHUNKS_FOLDER}
-        if strange or not (output / CHUNKS_FOLDER / f"{CATALOGUE}.js").is_file():
+        if strange or not is_browser(output):
             raise InputError(
                 f"--output {str(output)!r} is not empty and no earlier output of msae latents",
                 "give another",
             )
 
 
-def _wanted(subject: Subject, only: Sequence[str]) -> bool:
-    return not only or subject.name in only or subject.method in only
-
-
-def _subjects(
+def _browsed(
     references: Sequence[str], device: str, model: str | None, report: Reporter
-) -> list[Subject]:
+) -> list[BrowsedSAE]:
     """The SAEs of runs and comparisons with what these record, then the others."""
     folders = [
         Path(text)
@@ -166,7 +156,7 @@ def _subjects(
         if (Path(text) / COMPARISON_FILE).is_file() or (Path(text) / RUN_FILE).is_file()
     ]
     load = partial(load_saes, device=device, model_name=model)
-    found: list[Subject] = []
+    found: list[BrowsedSAE] = []
     if folders:
         sources = read_sources(folders)
         contents = {source.label: source.content for source in sources.all}
@@ -180,13 +170,13 @@ def _subjects(
             assert evaluated.folder is not None, "it was given as one"
             sae = trained[evaluated.folder.resolve()]
             data = _data_of(contents[sae.source])
-            found.append(Subject(evaluated, sae.name, sae.method, sae.l0_target, sae.seed, data))
+            found.append(BrowsedSAE(evaluated, sae.name, sae.method, sae.l0_target, sae.seed, data))
     others = [text for text in references if Path(text) not in folders]
     for evaluated in load(others) if others or not folders else ():
         above = () if evaluated.folder is None else evaluated.folder.resolve().parents
         records = (read_run_record(folder) for folder in islice(above, 2))
         data = next((_data_of(record) for record in records if record), None)
-        found.append(Subject(evaluated, evaluated.name, evaluated.name, None, None, data))
+        found.append(BrowsedSAE(evaluated, evaluated.name, evaluated.name, None, None, data))
     return found
 
 
@@ -197,16 +187,16 @@ def _data_of(record: Mapping[str, Any]) -> tuple[DataSettings, int] | None:
     return DataSettings(**config["data"]), int((config.get("training") or {}).get("seed", 42))
 
 
-def _text_of(subjects: Sequence[Subject], given: str | None) -> tuple[DataSettings, int]:
+def _text_of(browsed: Sequence[BrowsedSAE], given: str | None) -> tuple[DataSettings, int]:
     """The text, cut into windows as the SAEs' metadata say where no recipe does."""
-    metadata = subjects[0].evaluated.sae.cfg.metadata
+    metadata = browsed[0].evaluated.sae.cfg.metadata
     if given is not None:
         size, bos = metadata.context_size, metadata.prepend_bos
         return DataSettings(given, context_size=size or 128, prepend_bos=bos is not False), 0
-    lacking = next((s.name for s in subjects if s.text is None), None)
+    lacking = next((s.name for s in browsed if s.text is None), None)
     if lacking is not None:
         raise InputError(f"the text that {lacking!r} was trained on is not recorded: give --text")
-    texts = [subject.text for subject in subjects if subject.text is not None]
+    texts = [each.text for each in browsed if each.text is not None]
     if any(each != texts[0] for each in texts):
         raise InputError("the SAEs were trained on different texts: give --text")
     return texts[0]
@@ -257,9 +247,9 @@ class _Text:
 
 class _Writer:
     def __init__(
-        self, folder: Path, subjects: Sequence[Subject], text: _Text, report: Reporter
+        self, folder: Path, browsed: Sequence[BrowsedSAE], text: _Text, report: Reporter
     ) -> None:
-        self._folder, self._subjects, self._text, self._report = folder, subjects, text, report
+        self._folder, self._browsed, self._text, self._report = folder, browsed, text, report
         self._entries: list[dict[str, Any]] = []
         self._unembeddings: dict[int, torch.Tensor | None] = {}
         self.rows: list[dict[str, Any]] = []
@@ -267,7 +257,7 @@ class _Writer:
     def write_group(self, numbers: range) -> None:
         """One pass of the model for these SAEs, and their chunks."""
         text = self._text
-        group = {str(number): self._subjects[number].evaluated for number in numbers}
+        group = {str(number): self._browsed[number].evaluated for number in numbers}
         firings = {
             name: known.Firings(s.sae.cfg.d_sae, text.context_size) for name, s in group.items()
         }
@@ -278,19 +268,16 @@ class _Writer:
             done += tokens
             self._report("reading the held-out text", min(done, total), total)
 
-        def observe(batch: LatentBatch) -> None:
-            firings[batch.name].update(batch)
-
         metrics = evaluate_many(
-            {name: subject.sae for name, subject in group.items()},
+            {name: each.sae for name, each in group.items()},
             text.model,
-            {name: subject.hook_name for name, subject in group.items()},
+            {name: each.hook_name for name, each in group.items()},
             text.texts,
             context_size=text.context_size,
             max_tokens=text.tokens,
             max_loss_tokens=_LOSS_TOKENS,
             prepend_bos=text.settings.prepend_bos,
-            observer=observe,
+            observer=lambda batch: firings[batch.name].update(batch),
             progress=advance,
         )
         for number in numbers:
@@ -300,12 +287,12 @@ class _Writer:
     def _write_sae(
         self, number: int, firings: known.SortedFirings, metrics: HeldoutMetrics
     ) -> None:
-        subject = self._subjects[number]
-        sae, name = subject.evaluated.sae, subject.name
+        browsed = self._browsed[number]
+        sae, name = browsed.evaluated.sae, browsed.name
         d_sae = int(sae.cfg.d_sae)
-        others = [i for i, other in enumerate(self._subjects) if subject.same_but_seed(other)]
+        others = [i for i, other in enumerate(self._browsed) if browsed.same_but_seed(other)]
         cosines, neighbours = (t.tolist() for t in known.nearest(sae.W_dec, NEIGHBOURS))
-        found = [known.best_match(sae.W_dec, self._subjects[i].evaluated.sae.W_dec) for i in others]
+        found = [known.best_match(sae.W_dec, self._browsed[i].evaluated.sae.W_dec) for i in others]
         matches = [(cosine.tolist(), latent.tolist()) for cosine, latent in found]
         alignment = known.alignment(sae)
         logits = self._logits(sae)
@@ -355,9 +342,9 @@ class _Writer:
         in_list = self._write(str(number), columns)
         self._entries.append(
             {
-                "name": name, "method": subject.method, "l0_target": subject.l0_target,
-                "seed": subject.seed, "hook": subject.evaluated.hook_name, "d_sae": d_sae,
-                "sha256": subject.evaluated.weights_sha256, "prefixes": known.prefix_ends(sae),
+                "name": name, "method": browsed.method, "l0_target": browsed.l0_target,
+                "seed": browsed.seed, "hook": browsed.evaluated.hook_name, "d_sae": d_sae,
+                "sha256": browsed.evaluated.weights_sha256, "prefixes": known.prefix_ends(sae),
                 "others": others, "n_tokens": metrics.n_tokens,
                 "metrics": {
                     key: _short(value)
@@ -415,15 +402,8 @@ def _short(value: float) -> float | int:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-Tokens = Callable[[int], list[str]]
-
-
-def tokens_it_fires_on(browser: Path, evaluated: EvaluatedSAE) -> Tokens:
-    """From a latent to the tokens of its strongest examples, as a browser has them.
-
-    Raises:
-        InputError: The folder is no browser, or has not got this SAE.
-    """
+def tokens_it_fires_on(browser: Path, evaluated: EvaluatedSAE) -> Callable[[int], list[str]]:
+    """From a latent to the tokens of its strongest examples, as a browser has them."""
     catalogue = read_chunk(browser, CATALOGUE)
     hashes = [entry["sha256"] for entry in catalogue["saes"]]
     if evaluated.weights_sha256 not in hashes:

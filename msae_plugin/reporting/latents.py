@@ -6,7 +6,7 @@ tokens at an L0 of 64 are 51 MB. Everything that the browser shows of a latent i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.heldout import LatentBatch
+from msae_plugin.evaluation.heldout import LatentBatch, cosines_to_others
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -29,16 +29,11 @@ RECURS_FROM = 0.7
 """Largest decoder cosine from which on another seed has the latent too."""
 SHADES = 999
 """Values inside an example are shares of the latent's largest in so many steps."""
-_BLOCK = 2**24
+BLOCK_ELEMENTS = 2**24
 
 
 class Firings:
-    """The pairs of one SAE, taken in batch by batch.
-
-    Args:
-        d_sae: Number of latents.
-        context_size: Tokens in a window: a token's address is window * context_size + position.
-    """
+    """The pairs of one SAE; a token's address is window * context_size + position."""
 
     def __init__(self, d_sae: int, context_size: int) -> None:
         self.d_sae = d_sae
@@ -48,11 +43,7 @@ class Firings:
         self._pairs = 0
 
     def update(self, batch: LatentBatch) -> None:
-        """Take in the latents of consecutive tokens.
-
-        Raises:
-            InputError: There are more pairs than fit into memory.
-        """
+        """Take in the latents of consecutive tokens, as many as fit into memory."""
         token, latent = batch.latents.nonzero(as_tuple=True)
         address = (batch.windows * self.context_size + batch.positions).to(token.device)[token]
         value = batch.latents[token, latent].float()
@@ -90,12 +81,7 @@ class SortedFirings:
         return self.addresses[part], self.values[part]
 
     def together(self, latent: int, other: int) -> tuple[float, float]:
-        """How two latents fire together.
-
-        Returns:
-            sum f_i f_j / sqrt(sum f_i^2 sum f_j^2), and the share of the tokens of `latent` on
-            which `other` fires too.
-        """
+        """Sum f_i f_j / sqrt(sum f_i^2 sum f_j^2), and the share of `latent`'s tokens with both."""
         (tokens, values), (others, other_values) = self.of(latent), self.of(other)
         norm = float(np.linalg.norm(values) * np.linalg.norm(other_values))
         if not norm:
@@ -110,17 +96,9 @@ def examples(
 ) -> list[list[list[int]]]:
     """Where a latent fires most, then around each quantile of its activation.
 
-    No two of a group are from one document, and no token is shown twice.
-
-    Args:
-        addresses: (n,) ascending.
-        values: (n,) at these.
-        documents: The document of every address of the text.
-        context_size: Tokens in a window.
-
-    Returns:
-        The groups, of lists [address of the token, place in the window, shade, place, ...]: the
-        tokens of its window that belong to its document and on which the latent fires.
+    No two of a group are from one document, and no token is shown twice. `addresses` ascend, and
+    `documents` has the document of every address. An example is [address of the token, position in
+    the window, shade, position, ...]: the tokens of its document in its window where it fires.
     """
     size = np.abs(values)
     order = np.argsort(-size, kind="stable")
@@ -165,10 +143,15 @@ def histogram(values: Floats) -> list[int]:
     return np.histogram(size, HISTOGRAM_BINS, (0, float(size.max()) or 1.0))[0].tolist()
 
 
-def _blocks(rows: torch.Tensor, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-    height = max(1, _BLOCK // max(1, width))
-    for start in range(0, len(rows), height):
-        yield start, rows[start : start + height]
+def _split(rows: torch.Tensor, width: int) -> Sequence[torch.Tensor]:
+    """Blocks of rows whose products of this width fit into memory."""
+    return rows.split(max(1, BLOCK_ELEMENTS // max(1, width)))
+
+
+def _joined(parts: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and indices of `topk` or `max` of every block."""
+    values, indices = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return values, indices
 
 
 def unit(directions: torch.Tensor) -> torch.Tensor:
@@ -179,20 +162,15 @@ def unit(directions: torch.Tensor) -> torch.Tensor:
 def nearest(W_dec: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and indices, (d_sae, count) each, of the nearest other decoder directions."""
     directions = unit(W_dec)
-    found: list[Any] = []
-    for start, block in _blocks(directions, len(directions)):
-        cosines = block @ directions.T
-        own = torch.arange(len(block), device=cosines.device)
-        cosines[own, own + start] = -2
-        found.append(cosines.topk(min(count, len(directions) - 1), dim=1))
-    return tuple(torch.cat([part[i] for part in found]).cpu() for i in (0, 1))  # type: ignore[return-value]
+    count = min(count, len(directions) - 1)
+    blocks = cosines_to_others(directions, BLOCK_ELEMENTS)
+    return _joined([cosines.topk(count, dim=1) for _, cosines in blocks])
 
 
 def best_match(W_dec: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest cosine (d_sae,) of each decoder direction in another SAE, and which latent it is."""
     theirs = unit(other)
-    found: list[Any] = [(b @ theirs.T).max(dim=1) for _, b in _blocks(unit(W_dec), len(theirs))]
-    return tuple(torch.cat([part[i] for part in found]).cpu() for i in (0, 1))  # type: ignore[return-value]
+    return _joined([(b @ theirs.T).max(dim=1) for b in _split(unit(W_dec), len(theirs))])
 
 
 def unembedding(model: Any, d_in: int) -> torch.Tensor | None:
@@ -218,7 +196,7 @@ def logits(
     Logits are taken relative to their mean over the vocabulary, which the softmax ignores.
     """
     matrix = matrix.to(directions.device)
-    for _, block in _blocks(unit(directions), matrix.shape[1]):
+    for block in _split(unit(directions), matrix.shape[1]):
         effect = block @ matrix
         effect -= effect.mean(dim=1, keepdim=True)
         most: Any = effect.topk(count, dim=1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from os.path import relpath
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.files import folder_written_atomically, versions
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.evaluation.summary import standing
@@ -27,33 +27,17 @@ from msae_plugin.reporting.document import (
     Document,
     Figure,
     Section,
+    cohorts,
     markdown,
     page,
-    places,
 )
 from msae_plugin.reporting.figures import Glance, Style, glance, method_styles, pyplot
+from msae_plugin.reporting.latent_browser import BROWSER_FOLDER, is_browser
+from msae_plugin.reporting.latent_browser import PAGE_FILE as BROWSER_PAGE
 from msae_plugin.reporting.results import Results
 from msae_plugin.reporting.rows import results_of
-from msae_plugin.reporting.sections.features import (
-    contexts_section,
-    dashboards_section,
-    diversity_section,
-)
-from msae_plugin.reporting.sections.ladder import ladder_section
-from msae_plugin.reporting.sections.results import (
-    all_metrics_table,
-    definitions_section,
-    differences_section,
-    missing_section,
-    protocol_section,
-    results_section,
-)
-from msae_plugin.reporting.sections.training import (
-    curves_section,
-    missing_of_runs,
-    revival_section,
-    runs_section,
-)
+from msae_plugin.reporting.sections import features, ladder, training
+from msae_plugin.reporting.sections import results as result_sections
 from msae_plugin.reporting.sources import Sources, is_variant, read_sources, trained_saes
 
 PAGE_FILE, MARKDOWN_FILE, RECORD_FILE = "report.html", "report.md", "report.json"
@@ -84,33 +68,29 @@ def report(
     progress: Reporter = no_report,
     dashboards: DashboardRequest | None = None,
 ) -> ReportResult:
-    """Make a report of runs, evaluations and comparisons.
+    """Make a report of runs, evaluations and comparisons; it replaces an earlier one whole.
 
     The same data gives the same bytes: nothing of the time or the place of the report is in it.
-
-    Args:
-        folders: Run folders (run.json), evaluation folders (summary.json) and comparison folders
-            (comparison.json), in any mixture.
-        output: New or empty, or an earlier report, which is replaced whole.
-        progress: Shows what is being done.
-        dashboards: SAEDashboard pages that are wanted beside it.
-
-    Raises:
-        InputError: The folders cannot be read, the output holds something else, or a dashboard
-            cannot be made.
     """
     sources = read_sources(folders)
     _check_output(output, sources)
     pyplot()  # refused before minutes of analysis, when matplotlib is missing
     if dashboards is not None:
         require_dashboard()
+    browsers = [(source.label, source.folder / BROWSER_FOLDER) for source in sources.all]
     with folder_written_atomically(output) as folder:
         pages: dict[str, Path] = {}
         if dashboards is not None:
             place = folder / DASHBOARDS_FOLDER
             pages = write_dashboards(trained_saes(sources), sources, place, dashboards, progress)
         links = [(name, path.relative_to(folder).as_posix()) for name, path in pages.items()]
-        document, not_measured = build(sources, progress, links)
+        # The browser stays where it is: the page points at it from its own folder.
+        every = [
+            (f"Every latent of {label}", relpath(path / BROWSER_PAGE, output))
+            for label, path in browsers
+            if is_browser(path)
+        ]
+        document, not_measured = build(sources, progress, links, every)
         progress("writing")
         _write(document, folder)
         names = [source.label for source in sources.all]
@@ -127,7 +107,10 @@ def report(
 
 
 def build(
-    sources: Sources, progress: Reporter = no_report, dashboards: Sequence[tuple[str, str]] = ()
+    sources: Sources,
+    progress: Reporter = no_report,
+    dashboards: Sequence[tuple[str, str]] = (),
+    browsers: Sequence[tuple[str, str]] = (),
 ) -> tuple[Document, int]:
     """The document of a report, and how many things were not measured."""
     trained = trained_saes(sources)
@@ -145,47 +128,55 @@ def build(
     parts: list[Section | None] = [
         Section("answer", "The answer", first),
         health_section(findings),
-        protocol_section(measured) if measured else None,
+        result_sections.protocol_section(measured) if measured else None,
     ]
     for results in measured:
         if len(results.frame):
-            parts.append(results_section(results, styles))
-            parts.append(differences_section(results, styles))
-            parts.append(ladder_section(results, styles))
+            parts.append(result_sections.results_section(results, styles))
+            parts.append(result_sections.differences_section(results, styles))
+            parts.append(ladder.ladder_section(results, styles))
     among = [line for source in sources.evaluations for line in standing(source.content)]
     if among:
         parts.append(Section("published", "Among SAEBench's published SAEs", [Bullets(among)]))
-    by_place = places(analyses, lambda analysis: analysis.sae.place)
+    by_cohort = cohorts(analyses, lambda analysis: analysis.sae.cohort)
     optional: dict[str, list[Section | None]] = {
-        "training runs": [runs_section(sources.runs)],
+        "training runs": [training.runs_section(sources.runs)],
         "training curves": [
-            curves_section(place, [analysis.sae for analysis in members], styles)
-            for place, members in by_place
+            training.curves_section(cohort, [analysis.sae for analysis in members], styles)
+            for cohort, members in by_cohort
         ],
-        "revival": [revival_section(place, members) for place, members in by_place],
+        "revival": [training.revival_section(cohort, members) for cohort, members in by_cohort],
         "feature statistics": [
-            diversity_section(place, members, styles) for place, members in by_place
+            features.diversity_section(cohort, members, styles) for cohort, members in by_cohort
         ],
-        "sample features": [contexts_section(sources.runs, by_place)],
+        "sample features": [features.contexts_section(by_cohort)],
     }
     absent: list[str] = []
     for name, sections in optional.items():
         parts += sections
         if name != "training runs" and not any(sections):
             absent.append(name)
+    if browsers:
+        parts.append(features.browsers_section(browsers))
     if dashboards:
-        parts.append(dashboards_section(dashboards))
+        parts.append(features.dashboards_section(dashboards))
     missing = [item for results in measured for item in results.missing]
-    missing += missing_of_runs(
+    missing += training.missing_of_runs(
         sources.runs, evaluated=bool(sources.comparisons or sources.evaluations)
     )
-    parts += [missing_section(missing, absent), definitions_section(measured)]
+    parts += [
+        result_sections.missing_section(missing, absent),
+        result_sections.definitions_section(measured),
+    ]
+    [made_by] = versions("msae-plugin").values()
     document = Document(
         title=_title(sources, measured),
         lead=_lead(measured, analyses, sources),
         sections=[part for part in parts if part is not None],
-        origin=f"Made by msae_plugin {_version()} from {_names(sources)}.",
-        files_only=[all_metrics_table(results) for results in measured if len(results.frame)],
+        origin=f"Made by msae_plugin {made_by} from {_names(sources)}.",
+        files_only=[
+            result_sections.all_metrics_table(results) for results in measured if len(results.frame)
+        ],
     )
     return document, len(missing)
 
@@ -221,13 +212,12 @@ def _glance(
 
 
 def _write(document: Document, folder: Path) -> None:
-    tables, figures = folder / TABLES_FOLDER, folder / FIGURES_FOLDER
-    tables.mkdir()
-    figures.mkdir()
+    for name in (TABLES_FOLDER, FIGURES_FOLDER):
+        (folder / name).mkdir()
     for table in [*document.tables(), *document.files_only]:
-        (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+        (folder / TABLES_FOLDER / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
     for figure in document.figures():
-        (figures / f"{figure.name}.png").write_bytes(figure.png)
+        (folder / FIGURES_FOLDER / f"{figure.name}.png").write_bytes(figure.png)
     (folder / MARKDOWN_FILE).write_text(markdown(document, FIGURES_FOLDER), encoding="utf-8")
     (folder / PAGE_FILE).write_text(page(document), encoding="utf-8")
 
@@ -281,10 +271,3 @@ def _lead(measured: Sequence[Results], analyses: Sequence[SAEAnalysis], sources:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _version() -> str:
-    try:
-        return version("msae-plugin")
-    except PackageNotFoundError:
-        return "(not installed)"

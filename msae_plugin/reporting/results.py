@@ -135,12 +135,7 @@ MeasuredSAE = tuple[Facts, Mapping[str, float]]
 
 
 def long_frame(saes: Iterable[MeasuredSAE], definitions: Mapping[str, Definition]) -> pd.DataFrame:
-    """A row per SAE and metric: `row` (numbers the SAEs), FACTS, `metric`, `value`, `unit`.
-
-    Args:
-        saes: Facts and finite metrics of each SAE, or of each evaluation seed of one.
-        definitions: By metric; the metrics of an SAE come in their order.
-    """
+    """A row per SAE and metric: `row` (numbers the SAEs), FACTS, `metric`, `value`, `unit`."""
     order = {name: place for place, name in enumerate(definitions)}
     records = [
         (row, *(facts.get(fact) for fact in FACTS), metric, metrics[metric],
@@ -272,6 +267,14 @@ class Results:
         ]  # fmt: skip
         return headlines_of(keys, self.metrics)
 
+    def unfilled(self) -> list[str]:
+        """Headings of what such results usually have and these lack."""
+        return [
+            entry.heading
+            for key, entry in HEADLINES.items()
+            if self.kind in entry.expected and key not in self.headlines()
+        ]
+
     def higher_is_better(self, metric: str) -> bool | None:
         """As in the metric's definition; None where neither is, or nobody said."""
         definition = self.definitions.get(metric)
@@ -284,11 +287,7 @@ class Results:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """Methods in their order, each by target L0, the lowest first.
-
-        Raises:
-            InputError: Two SAEs are the same method, L0, seed and learning rate.
-        """
+        """Methods in their order, each by target L0, the lowest first."""
         order = {method: place for place, method in enumerate(self.saes["method"].unique())}
         found: list[Group] = []
         for (method, l0), frame in _grouped(self.frame, ["method", "l0_target"]):

@@ -1,4 +1,4 @@
-"""From comparisons, evaluations and demos to the one long table of a report."""
+"""From comparisons and evaluations to the one long table of a report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from msae_plugin.reporting.sources import (
     finite,
     flat_facts,
     read_summary,
-    run_l0_target,
 )
 
 
@@ -47,7 +46,6 @@ def results_of(sources: Sources, trained: Sequence[TrainedSAE]) -> list[Results]
     found: list[Results] = []
     for source in sources.comparisons:
         found += _of_comparison(source, labelled=several)
-    found += [_of_demo(run, run.demo) for run in sources.runs if run.demo is not None]
     by_hash: dict[str, TrainedSAE] = {}
     if sources.evaluations:
         by_hash = {digest: sae for sae in trained for digest in sae.weight_hashes()}
@@ -316,47 +314,3 @@ def _missing_of_evaluation(
         who = "all SAEs" if len(names) == len(saes) > 1 else ", ".join(names)
         found.append(Missing(label, f"{evaluation} of {who}", status.replace("_", " "), reason))
     return found
-
-
-def _of_demo(run: Source, demo: Mapping[str, Any]) -> Results:
-    """Held-out metrics of a demo of version 0.1."""
-    comparison, settings = demo.get("comparison") or {}, demo.get("settings") or {}
-    texts: Mapping[str, str] = comparison.get("definitions") or {}
-    evaluated = comparison.get("saes") or []
-    n_tokens = evaluated[0].get("n_tokens", 0) if evaluated else 0
-    definitions: dict[str, Definition] = {}
-    for key, text in texts.items():
-        # One sentence per metric, which ends in which way is better.
-        meaning, _, better = text.partition("; ")
-        higher = {"higher": True, "lower": False}.get(better.split(" ")[0])
-        name, tokens = f"heldout/{key}", f"{n_tokens:,} held-out tokens"
-        definitions[name] = Definition(name, meaning, "", tokens, "msae", higher)
-    saes: list[MeasuredSAE] = []
-    missing: list[Missing] = []
-    for values in evaluated:
-        name = str(values["name"])
-        record = run.content["saes"].get(name)
-        row = {
-            "name": name,
-            "method": name,
-            "architecture": (record or {}).get("architecture"),
-            "l0_target": None if record is None else run_l0_target(run, name),
-            "seed": run.content.get("seed"),
-            "lr": settings.get("lr"),
-            "training_steps": run.content.get("steps"),
-            "training_tokens": run.content.get("tokens"),
-            "metrics": {f"heldout/{key}": values.get(key) for key in texts},
-        }
-        saes.append(_measured_sae(row))
-        missing += _missing_of_sae(run.label, *saes[-1], row)
-    return Results(
-        name=slug(f"heldout-{run.label}"),
-        title=f"Held-out text ({run.label})",
-        kind="language_model",
-        seeds_are="training seeds",
-        frame=long_frame([sae for sae in saes if sae[1]], definitions),
-        definitions=definitions,
-        facts=list(flat_facts({k: v for k, v in settings.items() if v is not None})),
-        missing=missing,
-        source=run.label,
-    )

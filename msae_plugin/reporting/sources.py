@@ -41,8 +41,6 @@ from msae_plugin.saes.run_record import (
 )
 from msae_plugin.training.log import REVIVALS_FILE
 
-DEMO_FILE = "demo.json"
-"""What the demo of version 0.1 left; it is a comparison now."""
 KNOWN_FILES = (COMPARISON_FILE, SUMMARY_FILE, RUN_FILE)
 TITLES = {"language_model": "Language model", "ground_truth": "Ground truth"}
 
@@ -54,7 +52,6 @@ class Source:
     label: str  # name of the folder, unique in the report
     folder: Path  # where it is
     content: Mapping[str, Any]  # what the file holds
-    demo: Mapping[str, Any] | None = None  # content of `demo.json` beside a run
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,7 @@ class Sources:
 
 
 def read_sources(folders: Sequence[Path]) -> Sources:
-    """Recognise and read the folders; a run's own `evaluation/` is read with it.
-
-    Raises:
-        InputError: No folder, a folder without a known file, a broken file, or another format.
-    """
+    """Recognise and read the folders; a run's own `evaluation/` is read with it."""
     if not folders:
         raise InputError("give at least one folder: a run, an evaluation or a comparison")
     unique = list({folder.resolve(): folder for folder in folders}.values())
@@ -99,11 +92,7 @@ def read_sources(folders: Sequence[Path]) -> Sources:
         if SUMMARY_FILE in present:
             evaluations.append(Source(label, folder, read_summary(folder / SUMMARY_FILE)))
         if RUN_FILE in present:
-            demo = folder / DEMO_FILE
-            record = _read_run(folder / RUN_FILE)
-            runs.append(
-                Source(label, folder, record, read_json_object(demo) if demo.is_file() else None)
-            )
+            runs.append(Source(label, folder, _read_run(folder / RUN_FILE)))
             own = folder / EVALUATION_FOLDER
             if (own / SUMMARY_FILE).is_file() and own.resolve() not in unique:
                 summary = read_summary(own / SUMMARY_FILE)
@@ -197,7 +186,7 @@ class TrainedSAE:
     recorded_as: str  # its name there
     # Which SAEs it is shown with: the comparison it is of, and the hook where that has several;
     # empty for those of training runs.
-    place: str = ""
+    cohort: str = ""
     # What a comparison measured of it, by `evaluation/metric`.
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
@@ -215,11 +204,7 @@ class TrainedSAE:
         return max(logged, default=int(metadata.get("training_steps") or 0))
 
     def decoder(self) -> torch.Tensor | None:
-        """W_dec (d_sae, d_in); None without weights.
-
-        Raises:
-            InputError: The weights cannot be read.
-        """
+        """W_dec (d_sae, d_in); None without weights."""
         if self.export is None:
             return None
         path = self.export / SAE_WEIGHTS_FILENAME
@@ -263,13 +248,7 @@ def _tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def trained_saes(sources: Sources) -> list[TrainedSAE]:
-    """Every SAE that the sources point at and whose folder is there, each once.
-
-    A comparison's row points at its folder relative to the comparison's.
-
-    Raises:
-        InputError: A file of one cannot be read.
-    """
+    """Every SAE whose folder is there, each once; rows point at it relative to the comparison."""
     found: dict[Path, TrainedSAE] = {}
     for source in sources.comparisons:
         rows = source.content["rows"]
@@ -282,7 +261,7 @@ def trained_saes(sources: Sources) -> list[TrainedSAE]:
             found[folder.resolve()] = replace(
                 sae,
                 method=str(row["method"]),
-                place=f"{source.label}, {row['hook']}" if several_hooks else source.label,
+                cohort=f"{source.label}, {row['hook']}" if several_hooks else source.label,
                 metrics=finite(row["metrics"]),
             )
     for run in sources.runs:

@@ -44,19 +44,11 @@ def columns_of(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[tu
     return found or [(name, name) for name in list(measured)[:_MOST_COLUMNS]]
 
 
-def _cell(value: Mapping[str, Any] | None, digits: int) -> str:
-    """Mean and spread of one metric."""
-    if value is None:
-        return "-"
-    mean, std = float(value["mean"]), value["std"]
-    digits = 1 if abs(mean) >= 10 else digits
-    text = f"{mean:.{digits}f}"
-    return text if std is None else f"{text} ± {float(std):.{digits}f}"
-
-
-def _narrow(cell: str) -> str:
-    """Six columns side by side in a terminal of 80: `.957±.024`."""
-    return re.sub(r"(?<!\d)0\.", ".", cell.replace(" ± ", "±"))
+def _cell(mean: float, std: float | None) -> str:
+    """Mean and spread, six of them side by side in a terminal of 80: `.957±.024`."""
+    digits = 1 if abs(mean) >= 10 else 3
+    text = f"{mean:.{digits}f}" + ("" if std is None else f"±{std:.{digits}f}")
+    return re.sub(r"(?<!\d)0\.", ".", text)
 
 
 def _by_evaluation(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -66,17 +58,18 @@ def _by_evaluation(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, An
     return found
 
 
-def _table(evaluation: str, entries: Sequence[Mapping[str, Any]], *, narrow: bool) -> Table | None:
+def _table(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> Table | None:
     """The measured SAEs of an evaluation; None without any metric."""
     shown = columns_of(evaluation, entries)
-    digits = 3 if narrow else 4
+
+    def cell(value: Mapping[str, Any] | None) -> str:
+        return "-" if value is None else _cell(float(value["mean"]), value["std"])
+
     rows = [
-        [str(entry["sae"]), *(_cell(entry["metrics"].get(name), digits) for name, _ in shown)]
+        [str(entry["sae"]), *(cell(entry["metrics"].get(name)) for name, _ in shown)]
         for entry in entries
         if entry["metrics"]
     ]
-    if narrow:
-        rows = [[name, *map(_narrow, cells)] for name, *cells in rows]
     numbers = [Column(name, heading, is_number=True) for name, heading in shown]
     return Table(evaluation, "", [Column("sae", "SAE"), *numbers], rows) if shown else None
 
@@ -88,7 +81,7 @@ def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
     """
     parts: list[RenderableType] = []
     for evaluation, entries in _by_evaluation(summary).items():
-        table = _table(evaluation, entries, narrow=True)
+        table = _table(evaluation, entries)
         parts += [] if table is None else [table.terminal(title=evaluation, dense=True)]
         parts += [Text(line) for line in unmeasured(evaluation, entries)]
         parts += [
@@ -155,6 +148,10 @@ class _Means:
         self._best = best_shown(results, self._groups)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        def cell(group: MeasuredGroup, metric: str) -> str:
+            found = group.spread(metric)
+            return "-" if found is None else _cell(found.mean, found.std)
+
         names = [
             group.label + (" (missed its L0)" if group.missed_its_l0 else "")
             for group in self._groups
@@ -169,7 +166,7 @@ class _Means:
                     name,
                     "-" if group.l0_target is None else f"{group.l0_target:g}",
                     str(len(group.saes)),
-                    *(_narrow(_cell(_as_json(group, metric), 3)) for metric in shown.values()),
+                    *(cell(group, metric) for metric in shown.values()),
                 ]
                 for name, group in zip(names, self._groups, strict=True)
             ]
@@ -181,11 +178,6 @@ class _Means:
             best = {(y, 3 + x) for y, k in self._best for x, key in enumerate(shown) if k == key}
             columns = [Column("method", "method"), *numbers]
             yield Table("means", "", columns, rows, best=frozenset(best)).terminal(dense=True)
-
-
-def _as_json(group: MeasuredGroup, metric: str) -> Mapping[str, Any] | None:
-    found = group.spread(metric)
-    return None if found is None else {"mean": found.mean, "std": found.std}
 
 
 def contexts_for_terminal(sae: TrainedSAE) -> RenderableType:

@@ -1,4 +1,4 @@
-"""Small hand-made inputs of a report: a comparison, an evaluation, a run with its demo."""
+"""Small hand-made inputs of a report: a comparison, an evaluation, a run."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ CONTEXTS = [
 ]  # fmt: skip
 
 
-def write_run(folder: Path, *, status: str = "complete", with_demo: bool = True) -> Path:
+def write_run(folder: Path, *, status: str = "complete") -> Path:
     """A run of two SAEs."""
     names = ("multiscale", "batchtopk")
     for place, name in enumerate(names):
@@ -228,25 +228,6 @@ def write_run(folder: Path, *, status: str = "complete", with_demo: bool = True)
         "config": {"saes": {name: {"k": 8.0} for name in names}},
     }
     (folder / "run.json").write_text(json.dumps(record))
-    if with_demo:
-        saes = [
-            {"name": name, "explained_variance": 0.8 - 0.01 * place, "l0": 8.05,
-             "loss_recovered": None, "n_tokens": 1000}
-            for place, name in enumerate(names)
-        ]  # fmt: skip
-        demo = {
-            "settings": {"model": "tiny-model", "lr": 0.003},
-            "comparison": {
-                "saes": saes,
-                "definitions": {
-                    "explained_variance": "share of the variance kept; higher is better",
-                    "l0": "active latents per token",
-                    "loss_recovered": "share of the loss; higher is better",
-                },
-            },
-            "strongest_latents": CONTEXTS,
-        }
-        (folder / "demo.json").write_text(json.dumps(demo))
     return folder
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msae_plugin.reporting.dictionaries import (
+from msae_plugin.reporting.analyses import (
     coactivation_by_cosine,
     firing_by_scale,
     firing_density,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from report_inputs import events
 
-from msae_plugin.reporting.analyses import revival_statistics, revivals, timeline
+from msae_plugin.reporting.analyses import revival_numbers, revivals, timeline
 
 
 def test_every_revival_has_the_fate_that_the_log_tells():
@@ -17,22 +17,20 @@ def test_every_revival_has_the_fate_that_the_log_tells():
 
 
 def test_totals_by_hand():
-    found = revival_statistics(revivals(events()), steps=200)
-    assert (found.revivals, found.latents, found.repeated) == (4, 3, 1)
-    assert found.per_thousand_steps == 20
-    assert found.settled == 3
-    assert found.survival == pytest.approx(1 / 3)
-    assert found.re_death == pytest.approx(2 / 3)
-    assert found.distance == pytest.approx(0.95)
-    assert found.old_cosine == pytest.approx(0.35)
-    assert found.firing_rate == pytest.approx(0.01)
-    assert found.sources == {"error_samples": 4}
+    found = revival_numbers(revivals(events()), steps=200)
+    assert found == pytest.approx(
+        {
+            "revivals": 4, "repeated": 1, "not_judged": 1, "frequency": 20,
+            "survival": 1 / 3, "re_death": 2 / 3, "distance": 0.95, "old_cosine": 0.35,
+            "firing_rate": 0.01,
+        }
+    )  # fmt: skip
 
 
 def test_nothing_revived_has_no_shares():
-    found = revival_statistics([], steps=0)
-    assert (found.revivals, found.survival, found.re_death) == (0, None, None)
-    assert found.per_thousand_steps is None
+    found = revival_numbers([], steps=0)
+    assert (found["revivals"], found["survival"], found["re_death"]) == (0, None, None)
+    assert found["frequency"] is None
 
 
 def test_the_timeline_counts_every_revival_once():

@@ -152,7 +152,7 @@ def test_an_evaluation_of_a_comparisons_saes_is_columns_of_its_table(tmp_path: P
 
 
 def test_a_runs_own_evaluation_is_read_with_it(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", with_demo=False)
+    run = write_run(tmp_path / "run")
     hashes = {
         sae.name: next(iter(sae.weight_hashes())) for sae in trained_saes(read_sources([run]))
     }
@@ -164,5 +164,5 @@ def test_a_runs_own_evaluation_is_read_with_it(tmp_path: Path) -> None:
 
 
 def test_runs_alone_say_that_they_answer_nothing(tmp_path: Path) -> None:
-    document, _ = build(read_sources([write_run(tmp_path / "run", with_demo=False)]))
+    document, _ = build(read_sources([write_run(tmp_path / "run")]))
     assert told(document).startswith("Nothing here says which SAE to use")

@@ -13,9 +13,9 @@ import pytest
 from page_browser import chromium
 
 from msae_plugin.common.table import Column, Spread, Table
+from msae_plugin.evaluation.contexts import TokenContext
 from msae_plugin.reporting.document import (
     Bullets,
-    Context,
     Document,
     Facts,
     Figure,
@@ -71,7 +71,7 @@ DOCUMENT = Document(
         Section(
             "second",
             "Second part",
-            [LatentContexts("latent 7", [Context("\n before ", "to<k", " after", 3.25)])],
+            [LatentContexts("latent 7", [TokenContext("\n before ", "to<k", " after", 3.25, 0)])],
         ),
     ],
     origin="Made by a test.",

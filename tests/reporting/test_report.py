@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from report_inputs import (
+    CONTEXTS,
     DEFINITIONS,
     METHODS,
     SEEDS,
@@ -35,7 +36,7 @@ from msae_plugin.reporting.sources import read_sources
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Document:
-    """A report of everything at once, with the ladder, revival, a demo and an evaluation."""
+    """A report of everything at once, with the ladder, revival, a run and an evaluation."""
     folder = tmp_path_factory.mktemp("full")
     contents = comparison()
     contents["rows"] += ladder_rows()
@@ -46,6 +47,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Document:
     for item in contents["rows"]:
         if (item["method"], item["l0_target"]) == ("multiscale default", 8.0):
             item["folder"] = f"saes/off{item['seed']}"
+    contents["rows"][-1]["metrics"]["heldout/loss_recovered"] = None
     for seed in SEEDS:
         write_sae(folder / f"cmp/saes/off{seed}", seed=seed)
         write_sae(
@@ -54,11 +56,13 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Document:
             training={"revival_every": 50},
             revived=events(),
         )
+    run = write_run(folder / "run")
+    (run / "multiscale/contexts.json").write_text(json.dumps({"latents": CONTEXTS}))
     sources = read_sources(
         [
             write_comparison(folder / "cmp", contents),
             write_comparison(folder / "gt", ground_truth()),
-            write_run(folder / "run"),
+            run,
             write_evaluation(folder / "eval"),
         ]
     )
@@ -174,7 +178,7 @@ def test_what_was_not_measured_is_listed_with_its_reason(full):
     assert ("eval", "sparse_probing of alpha", "failed", "the probe <diverged>") in rows
     assert ("cmp", "revived_l0-8_seed1 at its target L0", "missed",
             "L0 9.5 where 8 was asked for") in rows  # fmt: skip
-    assert any(row[1] == "heldout/loss_recovered of multiscale" for row in rows)
+    assert any(row[1] == "heldout/loss_recovered of revived_l0-8_seed3" for row in rows)
 
 
 def test_every_metric_is_defined(full):
@@ -275,9 +279,7 @@ def test_saes_that_failed_to_learn_come_first_and_healthy_ones_say_nothing(tmp_p
 
 
 def test_a_run_alone_says_what_it_did_not_measure(tmp_path):
-    document, count = build(
-        read_sources([write_run(tmp_path / "run", status="interrupted", with_demo=False)])
-    )
+    document, count = build(read_sources([write_run(tmp_path / "run", status="interrupted")]))
     rows = [tuple(cells) for cells in table(document, "not-measured").rows]
     assert ("run", "the whole run", "interrupted", "the run did not reach its end") in rows
     assert any(cells[1] == "held-out metrics" for cells in rows)
@@ -305,3 +307,18 @@ def test_an_sae_without_training_and_a_number_that_is_none_are_named(tmp_path):
     shown = [cells for cells in table(document, "language-model-headline").shown()]
     assert [cells[0] for cells in shown] == ["a", "c"]
     assert "not measured" in shown[1]
+
+
+def test_the_page_links_to_the_latent_browser_of_a_run(tmp_path):
+    run = write_run(tmp_path / "the runs" / "run")
+    chunks = run / "latents" / "chunks"
+    chunks.mkdir(parents=True)
+    (run / "latents" / "index.html").write_text("")
+    without = report([run], tmp_path / "without").page.read_text()
+    assert "Every latent" not in without
+    (chunks / "catalogue.js").write_text("")
+    made = report([run], run / "report")
+    assert '<a href="../latents/index.html">Every latent of run</a>' in made.page.read_text()
+    assert "(../latents/index.html)" in (made.output / "report.md").read_text()
+    elsewhere = report([run], tmp_path / "elsewhere").page.read_text()
+    assert '<a href="../the%20runs/run/latents/index.html">' in elsewhere

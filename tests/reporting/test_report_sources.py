@@ -31,7 +31,7 @@ def refused(folders, match):
 def test_every_kind_is_recognised_and_one_folder_may_hold_several(tmp_path):
     folder = write_comparison(tmp_path / "all", comparison())
     write_evaluation(folder)
-    write_run(folder, with_demo=False)
+    write_run(folder)
     found = read_sources([folder, tmp_path / "all/../all"])
     assert [len(part) for part in (found.comparisons, found.evaluations, found.runs)] == [1, 1, 1]
     assert {source.label for source in found.all} == {"all"}
@@ -106,7 +106,7 @@ def test_rows_of_several_rates_and_hooks_are_kept_apart(tmp_path):
 
 
 def test_weights_that_cannot_be_read_are_named(tmp_path):
-    folder = write_run(tmp_path / "run", with_demo=False)
+    folder = write_run(tmp_path / "run")
     (folder / "batchtopk/sae/sae_weights.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"batchtopk.*holds no decoder that can be read"):
         build(read_sources([folder]))
@@ -129,7 +129,7 @@ def test_an_event_without_its_fields_is_named(tmp_path):
 def test_saes_of_several_training_seeds_are_told_by_their_weights(tmp_path):
     runs = []
     for seed in (1, 2):
-        run = write_run(tmp_path / f"run{seed}", with_demo=False)
+        run = write_run(tmp_path / f"run{seed}")
         record = json.loads((run / "run.json").read_text())
         (run / "run.json").write_text(json.dumps({**record, "seed": seed}))
         for name in ("multiscale", "batchtopk"):  # other weights than those of the other seed

@@ -56,11 +56,7 @@ def plain_folder(sae: StoredSAE, tool: str) -> Path:
 
 
 def hf_module(sae: EvaluatedSAE) -> str:
-    """The module of transformers' base model whose output the SAE reads: `layers.9`, `h.9`.
-
-    Raises:
-        InputError: It reads something else than the residual stream behind a layer.
-    """
+    """The module of transformers' base model whose output the SAE reads: `layers.9`, `h.9`."""
     if not sae.hook_name.endswith("hook_resid_post"):
         raise InputError(f"SAE {sae.reference!r}: {sae.hook_name} is the output of no layer")
     config = read_config(resolve_model(model_for(None, [sae])).folder)

@@ -19,14 +19,7 @@ FORMATS = {
 
 
 def export_for(tool: str, request: ExportRequest, output: Path) -> list[str]:
-    """Write SAEs as a tool takes them into a new or empty folder, whole or not at all.
-
-    Returns:
-        What to do next, a line each, to be typed in `output`.
-
-    Raises:
-        InputError: The tool is not one of `FORMATS`, or cannot take these SAEs.
-    """
+    """Write SAEs as a tool takes them into a new or empty folder; returns what to do next in it."""
     if tool not in FORMATS:
         raise InputError(f"--to {tool}: known are {', '.join(FORMATS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import inf
 from typing import Any
 
 import torch
 
 from msae_plugin.common.table import Table, number
-from msae_plugin.reporting.analyses import AnalysedGroup, SAEAnalysis, coactivation, grouped
-from msae_plugin.reporting.dictionaries import CosineBin, DecoderDiversity, ScaleFiring
+from msae_plugin.evaluation.contexts import TokenContext
+from msae_plugin.reporting.analyses import (
+    AnalysedGroup,
+    CosineBin,
+    DecoderDiversity,
+    SAEAnalysis,
+    ScaleFiring,
+    coactivation,
+    grouped,
+)
 from msae_plugin.reporting.document import (
     Block,
-    Context,
+    Cells,
+    Cohort,
     LatentContexts,
     Links,
-    Place,
     Section,
     Subheading,
     Text,
     cell,
+    spread_cell,
     table_of,
 )
 from msae_plugin.reporting.figures import Style, bars, steps
-from msae_plugin.reporting.sources import Source, is_variant
+from msae_plugin.reporting.sources import is_variant
 
 MOST_OUTLINES = 7
 """Histograms drawn over one another."""
@@ -32,14 +43,14 @@ MOST_ROWS_OPEN = 24
 """Longer tables are folded."""
 CLUSTER_BANDS = {
     "in clusters of 1": (1, 1), "of 2 to 5": (2, 5), "of 6 to 20": (6, 20),
-    "of 21 or more": (21, None),
+    "of 21 or more": (21, inf),
 }  # fmt: skip
 MOST_LATENTS = 10
 """Latents shown of each SAE."""
 
 
 def diversity_section(
-    place: Place, analyses: Sequence[SAEAnalysis], styles: Mapping[str, Style]
+    cohort: Cohort, analyses: Sequence[SAEAnalysis], styles: Mapping[str, Style]
 ) -> Section | None:
     """Decoder geometry and firing of every SAE on disk; None when there are none."""
     groups = [g for g in grouped(analyses) if any(a.diversity is not None for a in g.saes)]
@@ -47,14 +58,14 @@ def diversity_section(
         return None
     drawn = _drawn(groups)
     blocks: list[Block] = [
-        _decoder_table(place, groups),
-        _cluster_table(place, groups),
-        *_cosine_figure(place, drawn, styles),
-        *_density_figure(place, drawn, styles),
-        *_scales(place, groups),
-        *_coactivation_blocks(place, drawn),
+        _decoder_table(cohort, groups),
+        _cluster_table(cohort, groups),
+        *_cosine_figure(cohort, drawn, styles),
+        *_density_figure(cohort, drawn, styles),
+        *_scales(cohort, groups),
+        *_coactivation_blocks(cohort, drawn),
     ]
-    return Section(place.named("features"), place.titled("Feature statistics"), blocks)
+    return Section(cohort.named("features"), cohort.titled("Feature statistics"), blocks)
 
 
 def _drawn(groups: Sequence[AnalysedGroup]) -> list[AnalysedGroup]:
@@ -74,9 +85,15 @@ def _diversities(group: AnalysedGroup) -> list[DecoderDiversity]:
     return [a.diversity for a in group.saes if a.diversity is not None]
 
 
-def _decoder_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
+def _decoder_table(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> Table:
+    def norm(key: str, heading: str, extreme: Callable[[Iterable[float]], float]) -> Cells:
+        def of_group(group: AnalysedGroup) -> float:
+            return extreme(extreme(d.norms) for d in _diversities(group))
+
+        return cell(key, heading, of_group, "decoder rows", digits=4)
+
     return table_of(
-        place.named("decoders"),
+        cohort.named("decoders"),
         "Decoders and firing. Mean ± one standard deviation over seeds. Effective rank: "
         "exp(entropy) of the normalised singular values of the unit decoder rows (Roy and "
         "Vetterli 2007). Firing is that of the last window of training.",
@@ -86,40 +103,18 @@ def _decoder_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
             cell("l0_target", "target L0"),
             cell("seeds", "seeds", lambda g: len(g.saes)),
             cell("d_sae", "latents", lambda g: _diversities(g)[0].d_sae),
-            cell("mean_max_cosine", "mean max cosine", lambda g: g.spread("mean_max_cosine"), "↓"),
-            cell(
-                "effective_rank",
-                "effective rank",
-                lambda g: g.spread("effective_rank"),
-                "dimensions ↑",
-            ),
+            spread_cell("mean_max_cosine", "mean max cosine", "↓"),
+            spread_cell("effective_rank", "effective rank", "dimensions ↑"),
             cell("d_in", "of", lambda g: _diversities(g)[0].d_in, "d_in"),
-            cell(
-                "norm_min",
-                "smallest norm",
-                lambda g: min(d.norms[0] for d in _diversities(g)),
-                "decoder rows",
-                digits=4,
-            ),
-            cell(
-                "norm_max",
-                "largest norm",
-                lambda g: max(d.norms[2] for d in _diversities(g)),
-                "decoder rows",
-                digits=4,
-            ),
-            cell(
-                "median_frequency",
-                "median firing",
-                lambda g: g.spread("median_frequency"),
-                "share of tokens",
-            ),
-            cell("never", "never fired", lambda g: g.spread("never"), "latents, end of training"),
+            norm("norm_min", "smallest norm", min),
+            norm("norm_max", "largest norm", max),
+            spread_cell("median_frequency", "median firing", "share of tokens"),
+            spread_cell("never", "never fired", "latents, end of training"),
         ],
     )
 
 
-def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
+def _cluster_table(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> Table:
     found = [
         (group, clusters.cosine, [d.clusters[index].sizes for d in _diversities(group)])
         for index, clusters in enumerate(_diversities(groups[0])[0].clusters)
@@ -127,19 +122,16 @@ def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
     ]
 
     def mean(value: Callable[[list[int]], float]) -> Callable[[Any], float]:
-        def of_row(row: tuple[AnalysedGroup, float, list[list[int]]]) -> float:
-            return sum(map(value, row[2])) / len(row[2])
+        return lambda row: sum(map(value, row[2])) / len(row[2])
 
-        return of_row
+    def inside(low: int, high: float) -> Callable[[list[int]], float]:
+        def share(sizes: list[int]) -> float:
+            return sum(n for n in sizes if low <= n <= high) / (sum(sizes) or 1)
 
-    def largest(sizes: list[int]) -> float:
-        return max(sizes, default=0)
-
-    def inside(low: int, high: int | None) -> Callable[[list[int]], float]:
-        return lambda sizes: _share(sizes, low, high)
+        return share
 
     return table_of(
-        place.named("clusters"),
+        cohort.named("clusters"),
         "Clusters of decoder directions. Latents linked by chains of cosines above a threshold; "
         "shares are of all latents, means over seeds.",
         found,
@@ -148,7 +140,7 @@ def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
             cell("l0_target", "target L0", lambda row: row[0].l0_target),
             cell("cosine", "cosine above", lambda row: f"{row[1]:g}"),
             cell("clusters", "clusters", mean(len), digits=0),
-            cell("largest", "largest", mean(largest), "latents", digits=0),
+            cell("largest", "largest", mean(partial(max, default=0)), "latents", digits=0),
             *(
                 cell(band, band, mean(inside(*ends)), "share", digits=3)
                 for band, ends in CLUSTER_BANDS.items()
@@ -158,18 +150,12 @@ def _cluster_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
     )  # fmt: skip
 
 
-def _share(sizes: Sequence[int], low: int, high: int | None) -> float:
-    total = sum(sizes)
-    inside = sum(size for size in sizes if size >= low and (high is None or size <= high))
-    return inside / total if total else 0.0
-
-
 def _first(group: AnalysedGroup) -> SAEAnalysis:
     return next((a for a in group.saes if a.diversity is not None), group.saes[0])
 
 
 def _cosine_figure(
-    place: Place, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
+    cohort: Cohort, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
 ) -> list[Block]:
     counts: dict[str, list[float]] = {}
     told: list[str] = []
@@ -183,7 +169,7 @@ def _cosine_figure(
         return []
     return [
         steps(
-            place.named("max-cosines"),
+            cohort.named("max-cosines"),
             f"How close each decoder direction is to its nearest other one{_where(groups)}, first "
             "seed. Further left is less overlap.",
             f"Outlined histograms of the largest decoder cosine: {', '.join(told)}.",
@@ -194,7 +180,7 @@ def _cosine_figure(
 
 
 def _density_figure(
-    place: Place, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
+    cohort: Cohort, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
 ) -> list[Block]:
     found = {g.method: density for g in groups if (density := _first(g).density) is not None}
     if not found:
@@ -206,7 +192,7 @@ def _density_figure(
     silent = ", ".join(f"{method} {density.never}" for method, density in found.items())
     return [
         steps(
-            place.named("firing-density"),
+            cohort.named("firing-density"),
             f"How often latents fire{_where(groups)}, first seed, last window of training. "
             f"Latents that never fired are not drawn: {silent}.",
             f"Outlined histograms of log10 firing frequency. {'; '.join(told)}.",
@@ -217,12 +203,12 @@ def _density_figure(
     ]  # fmt: skip
 
 
-def _scales(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
+def _scales(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> list[Block]:
     nested = [group for group in groups if any(a.scales for a in group.saes)]
     if not nested:
         return [Text("Firing by scale is not shown: no SAE here has nested prefixes.")]
     table = table_of(
-        place.named("scales"),
+        cohort.named("scales"),
         "Firing by scale. What each nested prefix adds to the one before it; first seed, last "
         "window of training.",
         [(group, band) for group in nested for band in _bands(group)],
@@ -249,7 +235,7 @@ def _scales(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
         f"{m}: {', '.join(number(n, 1) for n in active)}" for m, active in same.items()
     )
     figure = bars(
-        place.named("firing-by-scale"),
+        cohort.named("firing-by-scale"),
         f"Active latents per token in what each nested prefix adds{_where(_drawn(nested))}.",
         f"Bars of active latents per token by scale. {told}.",
         [f"{band.first:,}–{band.end - 1:,}" for band in first],
@@ -264,7 +250,7 @@ def _bands(group: AnalysedGroup) -> Sequence[ScaleFiring]:
     return next(analysis.scales for analysis in group.saes if analysis.scales)
 
 
-def _coactivation_blocks(place: Place, groups: Sequence[AnalysedGroup]) -> list[Block]:
+def _coactivation_blocks(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> list[Block]:
     found: dict[str, list[CosineBin]] = {}
     samples: set[int] = set()
     for group in groups[:MOST_BARS]:
@@ -284,7 +270,7 @@ def _coactivation_blocks(place: Place, groups: Sequence[AnalysedGroup]) -> list[
     note = f"{counted} activations kept from the export check{_where(groups)}, first seed"
     return [
         bars(
-            place.named("coactivation"),
+            cohort.named("coactivation"),
             "Do latents that point alike also fire together? Mean co-activation (cosine of the "
             f"activations) of all pairs by decoder cosine; {note}. The co-activation penalty acts "
             "on the right-hand end.",
@@ -295,7 +281,7 @@ def _coactivation_blocks(place: Place, groups: Sequence[AnalysedGroup]) -> list[
             "mean co-activation",
         ),
         table_of(
-            place.named("coactivation-table"),
+            cohort.named("coactivation-table"),
             f"Co-activation by decoder cosine. On {note}. Only latents that fire there count.",
             [(method, b) for method, bins in found.items() for b in bins],
             [
@@ -319,20 +305,14 @@ def _bin(found: CosineBin) -> str:
     return f"{found.low:g} to {found.high:g}"
 
 
-def contexts_section(
-    runs: Sequence[Source], by_place: Sequence[tuple[Place, Sequence[SAEAnalysis]]]
-) -> Section | None:
+def contexts_section(by_cohort: Sequence[tuple[Cohort, Sequence[SAEAnalysis]]]) -> Section | None:
     """Latents with the text that activates them; None when no run stored any."""
     blocks: list[Block] = []
-    for run in runs:
-        if run.demo is not None and run.demo.get("strongest_latents"):
-            blocks.append(Subheading(f"{run.label}: the latents that move the reconstruction most"))
-            blocks += latent_blocks(run.demo["strongest_latents"])
-    for place, analyses in by_place:
+    for cohort, analyses in by_cohort:
         for sae in (analysis.sae for analysis in analyses):
             latents = [] if is_variant(sae.method) else sae.contexts()
             if latents:
-                blocks += [Subheading(place.titled(sae.name)), *latent_blocks(latents)]
+                blocks += [Subheading(cohort.titled(sae.name)), *latent_blocks(latents)]
     if not blocks:
         return None
     intro = Text(
@@ -350,13 +330,23 @@ def latent_blocks(latents: Sequence[Mapping[str, Any]]) -> Iterable[Block]:
         parts += [] if frequency is None else [f"fires on {float(frequency):.2%} of the tokens"]
         parts += [] if mean is None else [f"mean {float(mean):.3g} when it does"]
         contexts = [
-            Context(
+            TokenContext(
                 *(str(context.get(part, "")) for part in ("before", "token", "after")),
                 activation=float(context.get("activation", 0.0)),
+                document=0,
             )
             for context in latent.get("contexts") or []
         ]
         yield LatentContexts(", ".join(parts), contexts)
+
+
+def browsers_section(browsers: Sequence[tuple[str, str]]) -> Section:
+    """Links to the outputs of `msae latents`."""
+    intro = Text(
+        "Examples, logits, neighbours and seeds of every latent, searchable; another page, which "
+        "`msae latents` wrote."
+    )
+    return Section("every-latent", "Every latent", [intro, Links(browsers)])
 
 
 def dashboards_section(dashboards: Sequence[tuple[str, str]]) -> Section:

@@ -14,13 +14,12 @@ from msae_plugin.reporting.results import (
     Difference,
     Group,
     Results,
-    column_of,
     differences,
     l0_note,
     sentence,
     wording,
 )
-from msae_plugin.reporting.sections.results import by_chance
+from msae_plugin.reporting.sections.results import by_chance, headline_cells
 
 THE_SOURCE = (
     "The source is an experiment log of ten runs on Gemma-2-2B, each one mechanism more than the "
@@ -86,13 +85,9 @@ def _measured(
             cell("l0_target", "target L0"),
             cell("seeds", "seeds", lambda group: len(group.saes)),
             cell("training_steps", "steps", lambda group: group.fact("training_steps")),
-            *(
-                (column_of(key, metric, results.definitions),
-                 lambda group, metric=metric: group.spread(metric))
-                for key, metric in headlines.items()
-            ),
+            *headline_cells(results, headlines),
         ],
-    )  # fmt: skip
+    )
 
 
 def _verdicts(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 import pandas as pd
@@ -11,7 +13,17 @@ import pandas as pd
 from msae_plugin.common.table import CellValue, Column, Table, digits_for_difference, signed, spread
 from msae_plugin.comparison.statistics import CONFIDENCE, PairedDifference
 from msae_plugin.reporting.answer import interval
-from msae_plugin.reporting.document import Block, Facts, Section, Subheading, Text, cell, table_of
+from msae_plugin.reporting.document import (
+    Block,
+    Cells,
+    Facts,
+    Figure,
+    Section,
+    Subheading,
+    Text,
+    cell,
+    table_of,
+)
 from msae_plugin.reporting.figures import (
     Style,
     difference_plot,
@@ -144,40 +156,45 @@ def _recorded(values: Iterable[float | None]) -> CellValue:
 
 def results_section(results: Results, styles: Mapping[str, Style]) -> Section:
     """The headline table, the fronts, and the table of single SAEs."""
-    headlines = results.headlines()
     blocks: list[Block] = []
     if results.over_training_seeds:
         found = leads(results, "drawn")
         blocks += [_leads_table(results, found)] if found else []
     else:
         blocks.append(Text(EVALUATION_SEEDS_ONLY))
-    groups = [group for group in results.groups if not group.is_variant]
     blocks.append(headline_table(results))
-    unfilled = [
-        entry.heading
-        for key, entry in HEADLINES.items()
-        if results.kind in entry.expected and key not in headlines
-    ]
-    if unfilled:
+    if unfilled := results.unfilled():
         blocks.append(Text(f"Not measured in this data: {', '.join(unfilled)}."))
-    drawn: list[Block] = []
-    fronts = results.headlines("front")
-    if len(groups) > 1:
-        for key, metric in fronts.items():
-            drawn += pareto(results, key, metric, headlines.get("l0"), styles)
-        # Without a second L0 there is no front: the metrics method by method.
-        drawn = drawn or [
-            *panels(
-                f"{results.name}-metrics",
-                f"{results.title}: metrics by method, at a single L0 each.{seeds_shown(results)}",
-                [group.label for group in groups],
-                [panel_of(results, key, metric, groups) for key, metric in fronts.items()],
-                "",
-                connected=False,
-            )
-        ]
-    blocks += [*drawn, _single_saes(results)]
+    blocks += measured_figures(results, results.headlines("front"), styles)
+    blocks.append(_single_saes(results))
     return Section(f"{results.name}-results", f"{results.title}: results", blocks)
+
+
+def measured_figures(
+    results: Results, fronts: Mapping[str, str], styles: Mapping[str, Style]
+) -> list[Figure]:
+    """Headline metrics against L0, or method by method where none has a second L0."""
+    groups = [group for group in results.groups if not group.is_variant]
+    if len(groups) < 2:
+        return []
+    l0 = results.headlines().get("l0")
+    drawn = [pareto(results, key, metric, l0, styles) for key, metric in fronts.items()]
+    return list(chain(*drawn)) or panels(
+        f"{results.name}-metrics",
+        f"{results.title}: metrics by method, at a single L0 each.{seeds_shown(results)}",
+        [group.label for group in groups],
+        [panel_of(results, key, metric, groups) for key, metric in fronts.items()],
+        "",
+        connected=False,
+    )
+
+
+def headline_cells(results: Results, headlines: Mapping[str, str]) -> list[Cells]:
+    """Columns of means over seeds, of groups."""
+    return [
+        (column_of(key, metric, results.definitions), methodcaller("spread", metric))
+        for key, metric in headlines.items()
+    ]
 
 
 def headline_table(results: Results) -> Table:
@@ -187,25 +204,22 @@ def headline_table(results: Results) -> Table:
     best = best_shown(results, groups)
     marked = {(y, 3 + x) for y, key in best for x, name in enumerate(headlines) if name == key}
     again = _measured_twice(results, headlines.values())
+    caption = f"{results.title}: mean ± one standard deviation over {results.seeds_are}."
+    if best:
+        caption += " Bold: the best at its L0, by a paired difference to the next that is shown."
+    if again:
+        caption += f" Measured twice, by other rules, and in the list of every metric: {again}."
     table = table_of(
         f"{results.name}-headline",
-        f"{results.title}: mean ± one standard deviation over {results.seeds_are}."
-        + (" Bold: the best at its L0, by a paired difference to the next that is shown." if best
-           else "")
-        + (f" Measured twice, by other rules, and in the list of every metric: {again}." if again
-           else ""),
+        caption,
         groups,
         [
             cell("method", "method", "label"),
             cell("l0_target", "target L0"),
             cell("seeds", "seeds", lambda group: len(group.saes)),
-            *(
-                (column_of(key, metric, results.definitions),
-                 lambda group, metric=metric: group.spread(metric))
-                for key, metric in headlines.items()
-            ),
+            *headline_cells(results, headlines),
         ],
-    )  # fmt: skip
+    )
     return replace(table, best=frozenset(marked))
 
 
@@ -230,6 +244,10 @@ def _measured_twice(results: Results, shown: Iterable[str]) -> str:
 def _single_saes(results: Results) -> Table:
     headlines = results.headlines()
     measured = [column_of(key, metric, results.definitions) for key, metric in headlines.items()]
+    rows = [
+        (frame[["name", "method", "l0_target", "seed"]].iloc[0], frame.set_index("metric")["value"])
+        for _, frame in results.frame.groupby("row")
+    ]
     return Table(
         f"{results.name}-saes",
         f"{results.title}: every row. All its metrics are in "
@@ -243,17 +261,10 @@ def _single_saes(results: Results) -> Table:
         ],
         [
             [*facts, *(values.get(metric) for metric in headlines.values())]
-            for facts, values in _by_sae(results)
+            for facts, values in rows
         ],
         folded=True,
     )
-
-
-def _by_sae(results: Results) -> Iterator[tuple[Sequence[CellValue], dict[str, float]]]:
-    """Name, method, target L0 and seed of each SAE, and its metrics."""
-    for _, frame in results.frame.groupby("row"):
-        facts = frame[["name", "method", "l0_target", "seed"]].iloc[0].tolist()
-        yield facts, dict(zip(frame["metric"], frame["value"], strict=True))
 
 
 def all_metrics_table(results: Results) -> Table:
@@ -413,26 +424,12 @@ def _difference_table(
 
 
 def missing_section(missing: Sequence[Missing], gaps: Sequence[str]) -> Section:
-    """Failed, skipped, not measurable and not recorded, with reasons.
-
-    Args:
-        missing: What was asked for and is not there.
-        gaps: What a page like this usually shows and nothing was given for.
-    """
+    """What was asked for and is not there, with reasons; `gaps` were not given at all."""
     blocks: list[Block] = []
     if missing:
-        table = table_of(
-            "not-measured",
-            "What was to be measured and was not.",
-            missing,
-            [
-                cell("where", "where"),
-                cell("what", "what"),
-                cell("status", "status"),
-                cell("reason", "reason"),
-            ],
-        )
-        blocks.append(table)
+        columns = [cell(key, key) for key in ("where", "what", "status", "reason")]
+        caption = "What was to be measured and was not."
+        blocks.append(table_of("not-measured", caption, missing, columns))
     else:
         blocks.append(Text("Nothing that was asked for failed or was skipped."))
     if gaps:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from msae_plugin.common.table import CellValue, Table, digits_for, mean_and_std, number
+from msae_plugin.common.table import CellValue, Column, Table, digits_for, mean_and_std, number
 from msae_plugin.reporting.analyses import (
     FATES,
     AnalysedGroup,
     Fate,
     SAEAnalysis,
     grouped,
+    pairs_by_switch,
     timeline,
-    twins,
 )
 from msae_plugin.reporting.document import (
     Block,
     Bullets,
-    Place,
+    Cells,
+    Cohort,
     Section,
     Text,
     cell,
     slug,
+    spread_cell,
     table_of,
 )
 from msae_plugin.reporting.figures import Panel, Style, bars, curves, panels
@@ -32,6 +35,14 @@ from msae_plugin.reporting.sections.results import described_difference
 from msae_plugin.reporting.sources import Source, TrainedSAE, is_variant, run_l0_target
 
 MOST_CURVES_OF_L0 = 3
+CURVES = {
+    "explained_variance": ("explained variance ↑", 0.0, 1.0),
+    "dead_latents": ("dead latents ↓", None, None),
+}
+"""Of a training log: heading, and where the axis begins and ends."""
+
+
+RunSAE = tuple[Source, str]
 
 
 def runs_section(runs: Sequence[Source]) -> Section | None:
@@ -39,11 +50,20 @@ def runs_section(runs: Sequence[Source]) -> Section | None:
     if not runs:
         return None
 
-    def sae(row: tuple[Source, str]) -> Mapping[str, Any]:
+    def sae(row: RunSAE) -> Mapping[str, Any]:
         return row[0].content["saes"][row[1]]
 
-    def final(key: str) -> Callable[[tuple[Source, str]], CellValue]:
-        return lambda row: _value(sae(row).get("final"), key)
+    def of_run(key: str) -> Callable[[RunSAE], CellValue]:
+        return lambda row: row[0].content.get(key)
+
+    def speed(row: RunSAE) -> CellValue:
+        return sae(row).get("tokens_per_second")
+
+    def recorded(part: str, key: str, heading: str, detail: str = "", name: str = "") -> Cells:
+        def value(row: RunSAE) -> CellValue:
+            return (sae(row).get(part) or {}).get(key)
+
+        return cell(name or key, heading, value, detail)
 
     table = table_of(
         "training-runs",
@@ -54,42 +74,19 @@ def runs_section(runs: Sequence[Source]) -> Section | None:
             cell("name", "SAE", lambda r: r[1] if len(runs) == 1 else f"{r[0].label}/{r[1]}"),
             cell("architecture", "architecture", lambda r: _text(sae(r).get("architecture"))),
             cell("status", "run", lambda r: _text(r[0].content.get("status"))),
-            cell("seed", "seed", lambda r: r[0].content.get("seed")),
-            cell("steps", "steps", final("step")),
-            cell("tokens", "tokens", final("tokens")),
+            cell("seed", "seed", of_run("seed")),
+            recorded("final", "step", "steps", name="steps"),
+            recorded("final", "tokens", "tokens"),
             cell("l0_target", "target L0", lambda r: run_l0_target(*r)),
-            cell(
-                "l0_exported",
-                "L0 of the export",
-                lambda r: _value(sae(r).get("export"), "l0_exported"),
-            ),
-            cell(
-                "explained_variance",
-                "explained variance",
-                final("explained_variance"),
-                "last log window",
-            ),
-            cell("final_loss", "final loss", final("loss"), "last log window"),
-            cell("dead_latents", "dead", final("dead_latents"), "latents, at the end"),
-            cell(
-                "tokens_per_second",
-                "speed",
-                lambda r: sae(r).get("tokens_per_second"),
-                "tokens/s, SAE alone",
-            ),
-            cell(
-                "wall_seconds",
-                "time of the run",
-                lambda r: r[0].content.get("wall_seconds"),
-                "s, all its SAEs",
-            ),
+            recorded("export", "l0_exported", "L0 of the export"),
+            recorded("final", "explained_variance", "explained variance", "last log window"),
+            recorded("final", "loss", "final loss", "last log window", "final_loss"),
+            recorded("final", "dead_latents", "dead", "latents, at the end"),
+            cell("tokens_per_second", "speed", speed, "tokens/s, SAE alone"),
+            cell("wall_seconds", "time of the run", of_run("wall_seconds"), "s, all its SAEs"),
         ],
     )
     return Section("runs", "Training runs", [table])
-
-
-def _value(recorded: Mapping[str, Any] | None, key: str) -> CellValue:
-    return (recorded or {}).get(key)
 
 
 def _text(value: object) -> str:
@@ -109,14 +106,14 @@ def missing_of_runs(runs: Sequence[Source], *, evaluated: bool) -> list[Missing]
                 found.append(Missing(run.label, name, "not exported", "no export is recorded"))
         if run.content.get("steps") == 0:
             found.append(Missing(run.label, "all SAEs", "never trained", "0 training steps"))
-        if run.demo is None and not evaluated:
+        if not evaluated:
             reason = "a training run measures none: give the folder of `msae eval` too"
             found.append(Missing(run.label, "held-out metrics", "not measured", reason))
     return found
 
 
 def curves_section(
-    place: Place, trained: Sequence[TrainedSAE], styles: Mapping[str, Style]
+    cohort: Cohort, trained: Sequence[TrainedSAE], styles: Mapping[str, Style]
 ) -> Section | None:
     """Explained variance and dead latents over training; None without logs."""
     logged = [sae for sae in trained if len(sae.rows) > 1]
@@ -137,13 +134,10 @@ def curves_section(
     for l0 in targets[:MOST_CURVES_OF_L0]:
         where = "" if l0 is None else f", target L0 {l0:g}"
         tag = "" if l0 is None else f"-l0-{slug(f'{l0:g}')}"
-        for key, heading, bottom, top in (
-            ("explained_variance", "explained variance ↑", 0.0, 1.0),
-            ("dead_latents", "dead latents ↓", None, None),
-        ):
+        for key, (heading, bottom, top) in CURVES.items():
             lines = [_line(sae, key) for sae in logged if sae.l0_target == l0]
             blocks += curves(
-                place.named(f"training-{key.replace('_', '-')}{tag}"),
+                cohort.named(f"training-{key.replace('_', '-')}{tag}"),
                 heading,
                 f"{heading[:-2].capitalize()} during training{where}.",
                 [line for line in lines if line is not None],
@@ -154,7 +148,7 @@ def curves_section(
     if len(targets) > MOST_CURVES_OF_L0:
         left = ", ".join(f"{l0:g}" for l0 in targets[MOST_CURVES_OF_L0:] if l0 is not None)
         blocks.append(Text(f"Not drawn: target L0 {left}; each SAE's metrics.jsonl has them."))
-    return Section(place.named("training"), place.titled("Training curves"), blocks)
+    return Section(cohort.named("training"), cohort.titled("Training curves"), blocks)
 
 
 def _line(sae: TrainedSAE, key: str) -> tuple[str, list[float], list[float]] | None:
@@ -192,26 +186,26 @@ QUANTITIES = (
 REVIVAL_FIELDS, AUXK_FIELDS = ("revival_",), ("aux_loss_coefficient",)
 
 
-def revival_section(place: Place, analyses: Sequence[SAEAnalysis]) -> Section | None:
+def revival_section(cohort: Cohort, analyses: Sequence[SAEAnalysis]) -> Section | None:
     """Frequency, survival, distance and effect; None when no SAE was trained with revival."""
     groups = grouped(analyses)
-    revived = [group for group in groups if any(a.revival is not None for a in group.saes)]
+    revived = [group for group in groups if any(a.revives for a in group.saes)]
     pairs = {
-        "revival": twins(groups, REVIVAL_FIELDS, "revival_every"),
-        "AuxK": twins(groups, AUXK_FIELDS, "aux_loss_coefficient"),
+        "revival": pairs_by_switch(groups, REVIVAL_FIELDS, "revival_every"),
+        "AuxK": pairs_by_switch(groups, AUXK_FIELDS, "aux_loss_coefficient"),
     }
     if not revived and not pairs["AuxK"]:
         return None
     blocks: list[Block] = []
     if revived:
-        blocks += [Bullets([_told(group) for group in revived]), _revival_table(place, revived)]
+        blocks += [Bullets([_told(group) for group in revived]), _revival_table(cohort, revived)]
         for group in revived:
-            blocks += _revival_figures(place, group)
+            blocks += _revival_figures(cohort, group)
     else:
         blocks.append(Text("No SAE was trained with revival."))
     for mechanism, found in pairs.items():
         if found:
-            blocks += _effect_blocks(place, mechanism, found)
+            blocks += _effect_blocks(cohort, mechanism, found)
         elif mechanism == "revival" and revived:
             blocks.append(
                 Text(
@@ -219,11 +213,11 @@ def revival_section(place: Place, analyses: Sequence[SAEAnalysis]) -> Section | 
                     "of these in revival alone."
                 )
             )
-    return Section(place.named("revival"), place.titled("What revival does"), blocks)
+    return Section(cohort.named("revival"), cohort.titled("What revival does"), blocks)
 
 
 def _effect_blocks(
-    place: Place, mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]
+    cohort: Cohort, mechanism: str, pairs: Sequence[tuple[AnalysedGroup, AnalysedGroup]]
 ) -> list[Block]:
     """A sentence per pair, the numbers, and a figure; nothing when nothing is recorded."""
     rows: list[list[CellValue]] = []
@@ -255,22 +249,23 @@ def _effect_blocks(
             )
     if not rows:
         return []
-    headings = {
-        "on": f"{mechanism} on", "off": f"{mechanism} off", "quantity": "quantity",
-        "mean_on": "on", "mean_off": "off", "difference": "on minus off",
-    }  # fmt: skip
-    table = table_of(
-        place.named(f"effect-of-{slug(mechanism)}"),
+    headings = (
+        Column("on", f"{mechanism} on"), Column("off", f"{mechanism} off"),
+        Column("quantity", "quantity"), Column("mean_on", "on"), Column("mean_off", "off"),
+        Column("difference", "on minus off"),
+    )  # fmt: skip
+    table = Table(
+        cohort.named(f"effect-of-{slug(mechanism)}"),
         f"SAEs that differ in {mechanism} alone. Mean ± one standard deviation over seeds, and "
         "the paired difference with its 95 % interval.",
+        headings,
         rows,
-        [cell(k, h, lambda row, i=i: row[i]) for i, (k, h) in enumerate(headings.items())],
     )
     # Every pair side by side, without the mechanism on the left.
     several = len({on.l0_target for on, _ in pairs}) > 1
     groups = [group for on, off in pairs for group in (off, on)]
     figure = panels(
-        place.named(f"effect-of-{slug(mechanism)}-figure"),
+        cohort.named(f"effect-of-{slug(mechanism)}-figure"),
         f"Pairs of SAEs that differ in {mechanism} alone, the one without it first. Small marks: "
         "single seeds; large ones: their mean.",
         [group.label if several else group.method for group in groups],
@@ -285,47 +280,34 @@ def _effect_blocks(
 
 
 def _told(group: AnalysedGroup) -> str:
-    found = [a.revival for a in group.saes if a.revival is not None]
-    total = sum(item.revivals for item in found)
-    settled = sum(item.settled for item in found)
-    seeds = f"{len(found)} {'seed' if len(found) == 1 else 'seeds'}"
+    revived = [analysis for analysis in group.saes if analysis.revives]
+    fates = Counter(item.fate for analysis in revived for item in analysis.found_revivals)
+    total = fates.total()
+    seeds = f"{len(revived)} {'seed' if len(revived) == 1 else 'seeds'}"
     start = f"{group.label} ({seeds}): {total:,} revivals"
     if not total:
         return f"{start}."
-    alive = sum(item.fates["alive"] for item in found)
-    again = sum(item.fates["dead"] + item.fates["revived again"] for item in found)
-    rates = [item.per_thousand_steps for item in found if item.per_thousand_steps is not None]
-    frequency = f", {sum(rates) / len(rates):,.1f} per 1000 steps" if rates else ""
-    outcome = (
-        f"of {settled:,} with a known fate {percent(alive / settled)} lived and "
-        f"{percent(again / settled)} died again"
-        if settled
-        else "no fate is known: the run ended before the first judgement"
-    )
-    distances = [item.distance for item in found if item.distance is not None]
+    settled, outcome = total - fates["not judged"], "no fate is known"
+    if settled:
+        outcome = f"of {settled:,} with a known fate {percent(fates['alive'] / settled)} lived and "
+        outcome += f"{percent((fates['dead'] + fates['revived again']) / settled)} died again"
+    else:
+        outcome += ": the run ended before the first judgement"
+    rate, distance = group.spread("frequency"), group.spread("distance")
+    frequency = "" if rate is None else f", {rate.mean:,.1f} per 1000 steps"
     moved = (
-        f"; median distance travelled {sum(distances) / len(distances):.2f} (1 minus the cosine of "
-        "the old and the new direction)"
-        if distances
-        else ""
+        ""
+        if distance is None
+        else f"; median distance travelled {distance.mean:.2f} (1 minus the cosine of the old and "
+        "the new direction)"
     )
     return f"{start}{frequency}; {outcome}{moved}."
 
 
-def _revival_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
-    numbers = (
-        ("revivals", "revivals", "per run"), ("frequency", "frequency", "per 1000 steps"),
-        ("survival", "survival", "share of known fates"),
-        ("re_death", "re-death", "share of known fates"),
-        ("not_judged", "not judged", "the run ended first"),
-        ("repeated", "revived again", "latents"),
-        ("distance", "distance travelled", "1 - cosine, median"),
-        ("old_cosine", "old overlap", "cosine, median"),
-        ("firing_rate", "firing rate after", "share of tokens, median"),
-    )  # fmt: skip
+def _revival_table(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> Table:
     on_off = {None: "not recorded", True: "on", False: "off"}
     return table_of(
-        place.named("revival-totals"),
+        cohort.named("revival-totals"),
         "Revivals. Survival: alive when judged, among revivals whose fate is known; re-death: dead "
         "when judged, or revived once more before that.",
         groups,
@@ -333,12 +315,20 @@ def _revival_table(place: Place, groups: Sequence[AnalysedGroup]) -> Table:
             cell("method", "method"),
             cell("l0_target", "target L0"),
             cell("auxk", "AuxK", lambda group: on_off[group.saes[0].auxk]),
-            *(cell(k, heading, lambda g, k=k: g.spread(k), unit) for k, heading, unit in numbers),
+            spread_cell("revivals", "revivals", "per run"),
+            spread_cell("frequency", "frequency", "per 1000 steps"),
+            spread_cell("survival", "survival", "share of known fates"),
+            spread_cell("re_death", "re-death", "share of known fates"),
+            spread_cell("not_judged", "not judged", "the run ended first"),
+            spread_cell("repeated", "revived again", "latents"),
+            spread_cell("distance", "distance travelled", "1 - cosine, median"),
+            spread_cell("old_cosine", "old overlap", "cosine, median"),
+            spread_cell("firing_rate", "firing rate after", "share of tokens, median"),
         ],
     )
 
 
-def _revival_figures(place: Place, group: AnalysedGroup) -> list[Block]:
+def _revival_figures(cohort: Cohort, group: AnalysedGroup) -> list[Block]:
     """Of the first seed with revivals: when they happened, and how far they went."""
     chosen = next((a for a in group.saes if a.found_revivals), None)
     if chosen is None or chosen.sae.steps < 1:
@@ -348,7 +338,7 @@ def _revival_figures(place: Place, group: AnalysedGroup) -> list[Block]:
     middles, counts = timeline(chosen.found_revivals, chosen.sae.steps)
     kept: list[Fate] = [fate for fate in FATES if any(counts[fate])]
     totals = ", ".join(f"{sum(counts[fate])} {fate}" for fate in kept)
-    name = place.named(slug(f"revival {label}"))
+    name = cohort.named(slug(f"revival {label}"))
     blocks: list[Block] = [
         bars(
             f"{name}-fates",

@@ -1,18 +1,75 @@
-"""`msae latents` and `msae look`: every latent on a page, and the active ones on a text."""
+"""The commands that show: a report, every latent on a page, the active ones on a text."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from msae_cli.arguments import OutputOption, check_output, check_reference
+from msae_cli.arguments import OutputOption, check_output, check_reference, latent_indices
 from msae_cli.terminal import import_first, progress, results, show
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError
+
+if TYPE_CHECKING:
+    from msae_plugin.api import Result
+    from msae_plugin.reporting.report import ReportResult
+
+
+def report(
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR...",
+            help="Runs, evaluations and comparisons; user/repo:folder for published ones.",
+            show_default=False,
+        ),
+    ],
+    output: OutputOption,
+    dashboards: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Also a SAEDashboard page of N latents per SAE; needs that package and the "
+            "language model.",
+        ),
+    ] = 0,
+    latents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I,J,...", help="Of these latents instead of the ones shown in context."
+        ),
+    ] = None,
+) -> None:
+    """Tables, figures and one self-contained page of what was trained and measured."""
+    check_output(output)
+    chosen = latent_indices(latents)
+    import_first("msae_plugin.reporting.report")
+    # As in import_first.
+    from msae_plugin import api
+    from msae_plugin.reporting.dashboards import DashboardRequest
+    from msae_plugin.reporting.terminal import answer_for_terminal
+
+    request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
+    result = api.report(folders, output, dashboards=request, progress=progress())
+    results.print(answer_for_terminal(result.details.document.answers()))
+    show_files(result)
+    for note in result.notes:
+        results.print(note)
+
+
+def show_files(result: Result[ReportResult]) -> None:
+    """Where the page, the tables and the figures are."""
+    made = result.details
+    show(f"page: {made.page}")
+    show(f"{len(made.tables)} tables, {len(made.figures)} figures in {made.output}")
+
 
 _ModelOption = Annotated[
     str | None, typer.Option(help="Language model, for SAEs that name none.", metavar="NAME")
@@ -97,6 +154,36 @@ def look(
         table.add_row(*(Text(cell) for cell in cells))
     results.print(table)
     show(f"{found.l0:.3g} latents are active on a token of this text")
+
+
+def serve(
+    reference: Annotated[
+        str, typer.Argument(metavar="SAE", help="One SAE, as in msae eval.", show_default=False)
+    ],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of this machine alone.")] = 8765,
+    browser: Annotated[
+        Path | None,
+        typer.Option(
+            "--latents", metavar="DIR", help="Output of msae latents: says what each fires on."
+        ),
+    ] = None,
+    model: _ModelOption = None,
+) -> None:
+    """A local page: a text's latents, and what the model writes when one is turned up."""
+    check_reference(reference)
+    if find_spec("uvicorn") is None or find_spec("starlette") is None:
+        raise InputError("msae serve needs starlette and uvicorn", "pip install msae-plugin[serve]")
+    import_first("msae_plugin.reporting.look", "msae_plugin.reporting.serve")
+    # As in import_first.
+    from msae_plugin.common.progress import shown_steps
+    from msae_plugin.reporting.look import open_sae
+    from msae_plugin.reporting.serve import require_free, serve
+
+    require_free(port)
+    with shown_steps(progress()) as steps:
+        opened = open_sae(reference, browser=browser, model=model, report=steps)
+    show(f"page: http://127.0.0.1:{port} (Ctrl-C ends it)")
+    serve(opened, port)
 
 
 def serve(
