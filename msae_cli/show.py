@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,6 @@ from rich.text import Text
 
 from msae_cli.arguments import OutputOption, check_output, check_reference, latent_indices
 from msae_cli.terminal import import_first, progress, results, show
-from msae_plugin.common.errors import InputError
 from msae_plugin.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -154,36 +152,6 @@ def look(
         table.add_row(*(Text(cell) for cell in cells))
     results.print(table)
     show(f"{found.l0:.3g} latents are active on a token of this text")
-
-
-def serve(
-    reference: Annotated[
-        str, typer.Argument(metavar="SAE", help="One SAE, as in msae eval.", show_default=False)
-    ],
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of this machine alone.")] = 8765,
-    browser: Annotated[
-        Path | None,
-        typer.Option(
-            "--latents", metavar="DIR", help="Output of msae latents: says what each fires on."
-        ),
-    ] = None,
-    model: _ModelOption = None,
-) -> None:
-    """A local page: a text's latents, and what the model writes when one is turned up."""
-    check_reference(reference)
-    if find_spec("uvicorn") is None or find_spec("starlette") is None:
-        raise InputError("msae serve needs starlette and uvicorn", "pip install msae-plugin[serve]")
-    import_first("msae_plugin.reporting.look", "msae_plugin.reporting.serve")
-    # As in import_first.
-    from msae_plugin.common.progress import shown_steps
-    from msae_plugin.reporting.look import open_sae
-    from msae_plugin.reporting.serve import require_free, serve
-
-    require_free(port)
-    with shown_steps(progress()) as steps:
-        opened = open_sae(reference, browser=browser, model=model, report=steps)
-    show(f"page: http://127.0.0.1:{port} (Ctrl-C ends it)")
-    serve(opened, port)
 
 
 def serve(

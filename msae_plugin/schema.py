@@ -17,8 +17,7 @@ from msae_plugin.architecture.presets import preset_names
 from msae_plugin.common.files import write_text_atomic
 from msae_plugin.common.recipes import SHIPPED
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.evaluation.recipe import SCHEMAS
-from msae_plugin.evaluation.recipe import EvalConfig
+from msae_plugin.evaluation.recipe import SCHEMAS, EvalConfig
 from msae_plugin.training.recipe import RunConfig
 
 CONFIGS: Mapping[str, Any] = {"train": RunConfig, "compare": CompareConfig, "eval": EvalConfig}

@@ -213,7 +213,6 @@ def with_digest(contents: Mapping[str, Any]) -> dict[str, Any]:
     return {**safe, _DIGEST: key_digest(safe)}
 
 
-
 def is_as_written(contents: Mapping[str, Any]) -> bool:
     """Whether contents that `with_digest` gave are unchanged."""
     try:

@@ -294,6 +294,17 @@ def _require_same_model(
         )
 
 
+def _logit_error(
+    model: HookedTransformer, hf_model: PreTrainedModel, tokens: torch.Tensor
+) -> float:
+    """Relative error of the converted model's logits."""
+    expected = hf_model(tokens.to(hf_model.device)).logits.float().cpu()
+    logits = model(tokens.to(model.cfg.device)).float().cpu()
+    # A softmax does not see a constant per token, and some conversions add one.
+    expected, logits = (each - each.mean(-1, keepdim=True) for each in (expected, logits))
+    return ((logits - expected).norm() / expected.norm()).item()
+
+
 def _tokens_for_check(
     model: HookedTransformer, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:

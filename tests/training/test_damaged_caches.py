@@ -17,8 +17,8 @@ from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training import activation_store, cached_activations, hashed_rows
 from msae_plugin.training.activation_store import CachedActivations, open_cache
-from msae_plugin.training.passes import make_cache
 from msae_plugin.training.hashed_rows import HashedRows, row_hashes
+from msae_plugin.training.passes import make_cache
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
 
