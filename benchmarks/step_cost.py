@@ -64,7 +64,7 @@ def training_saes(
     d_in: int, d_sae: int, k: int, shares: bool, device: torch.device
 ) -> dict[str, TrainingSAE[Any]]:
     """The methods compared; k is at its final value, as for most of a run."""
-    widths = preset("default", d_in=d_in, d_sae=d_sae, k=k, training_steps=1000).prefix_widths
+    widths = preset("nested", d_in=d_in, d_sae=d_sae, k=k, training_steps=1000).prefix_widths
 
     def ours(
         name: str, machine: MachineSettings | None = None, **overrides: Any
@@ -88,11 +88,11 @@ def training_saes(
                 d_in=d_in, d_sae=d_sae, k=k, matryoshka_widths=widths, device=str(device)
             )
         ),
-        "multiscale reconstruction": ours("reconstruction"),
+        "multiscale nested": ours("nested"),
         "multiscale default": ours("default"),
     }
     if device.type == "cuda":
-        for name in ("reconstruction", "default"):
+        for name in ("default", "nested"):
             found[f"multiscale {name}, not recorded"] = ours(
                 name, MachineSettings(cuda_graphs=False)
             )
@@ -100,7 +100,7 @@ def training_saes(
             for kernel in kernels:
                 found[f"multiscale {name}, {kernel}"] = ours(name, MachineSettings(kernel))
     if shares:
-        found |= {f"default {name}": ours("default", **change) for name, change in ADDED.items()}
+        found |= {f"nested {name}": ours("nested", **change) for name, change in ADDED.items()}
     return found
 
 

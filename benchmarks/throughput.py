@@ -67,7 +67,7 @@ TRAINERS = {
     "saelens": Trainer("sae_lens_runner", version_of="sae-lens"),
     "ours": Trainer("msae_train", ("batchtopk",)),
     "ours-default": Trainer("msae_train", ("default",)),
-    "ours-reconstruction": Trainer("msae_train", ("reconstruction",)),
+    "ours-nested": Trainer("msae_train", ("nested",)),
     "sparsify": Trainer("sparsify_trainer", packages=_SPARSIFY, version_of="eai-sparsify"),
     "dictionary-learning": Trainer(
         "dictionary_learning_loop",

@@ -204,7 +204,7 @@ class MultiScaleTrainingSAEConfig(TrainingSAEConfig):
 
     sparsity_scales: list[float] = field(default_factory=lambda: [2.0])
     sparsity_scale_weight: float = 0.25
-    prefix_fractions: list[float] = field(default_factory=lambda: [1 / 4, 1 / 2])
+    prefix_fractions: list[float] = field(default_factory=list[float])
     prefix_weight: float = 0.1
     detach_inner_prefixes: bool = False
     prefix_sort_every: int = 100

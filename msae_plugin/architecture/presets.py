@@ -1,4 +1,4 @@
-"""Named recipes: `default`, `reconstruction`, and the ten runs of the source.
+"""Named recipes: `default`, `nested`, `features`, and the ten runs of the source.
 
 A preset needs the length of the run, because SAELens tells an SAE the step but never the total.
 What a preset asks of the trainer rather than of the SAE (schedules, accumulation) is listed beside

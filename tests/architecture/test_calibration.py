@@ -65,7 +65,7 @@ def test_matryoshka_is_calibrated_too() -> None:
 
 def test_multiscale_is_calibrated_by_itself() -> None:
     torch.manual_seed(0)
-    config = preset("default", d_in=D_IN, d_sae=D_SAE, k=5, training_steps=10)
+    config = preset("nested", d_in=D_IN, d_sae=D_SAE, k=5, training_steps=10)
     sae: Any = get_sae_training_class("multiscale")[0](config)
     assert needs_calibration(sae)
     alike = list(torch.randn(256, D_IN, generator=torch.Generator().manual_seed(1)).split(64))

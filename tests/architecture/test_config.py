@@ -59,7 +59,10 @@ IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("prefix_fractions", {"prefix_fractions": [1.0]}),
     ("prefix_fractions", {"prefix_fractions": [NAN]}),
     ("prefix_weight", {"prefix_weight": -1}),
-    ("prefix_weight", {"prefix_weight": 0.0, "detach_inner_prefixes": True}),
+    (
+        "prefix_weight",
+        {"prefix_fractions": [0.5], "prefix_weight": 0.0, "detach_inner_prefixes": True},
+    ),
     ("prefix_sort_every", {"prefix_sort_every": -1}),
     ("firing_rate_decay", {"firing_rate_decay": 1.0}),
     ("selection", {"selection": "topk"}),
@@ -136,16 +139,16 @@ def test_inference_configs_are_checked_too(values: dict[str, Any]) -> None:
 def test_three_fields_are_enough() -> None:
     cfg = MultiScaleTrainingSAEConfig(d_in=6, d_sae=40, k=3)
     assert cfg.sparsity_scales == [2.0]
-    assert cfg.prefix_widths == [10, 20, 40]
+    assert cfg.prefix_widths == [40]
 
 
 def test_lists_are_not_shared_between_configs() -> None:
     a, b = MultiScaleTrainingSAEConfig(**BASE), MultiScaleTrainingSAEConfig(**BASE)
     a.sparsity_scales.append(9.0)
     assert b.sparsity_scales == [2.0]
-    first = preset("default", **BASE, training_steps=10)
+    first = preset("nested", **BASE, training_steps=10)
     first.prefix_fractions.clear()
-    assert preset("default", **BASE, training_steps=10).prefix_fractions
+    assert preset("nested", **BASE, training_steps=10).prefix_fractions
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -309,7 +312,7 @@ def test_a_run_repeats_itself() -> None:
 
 def test_the_named_presets_are_there() -> None:
     names = preset_names()
-    assert names[:3] == ["default", "features", "reconstruction"]
+    assert names[:3] == ["default", "nested", "features"]
     assert [f"source-run-{n}" for n in range(1, 11)] == [n for n in names if "run" in n]
     for name in names:
         summary = preset_summary(name)

@@ -61,7 +61,7 @@ def loads_and_works(folder: Path, d_in: int, d_sae: int) -> SAE[Any]:
 # ---- synthetic data ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "reconstruction", "source-plan"])
+@pytest.mark.parametrize("name", ["nested", "default", "source-plan"])
 def test_synthetic_runner(name: str, tmp_path: Path) -> None:
     cfg = SyntheticSAERunnerConfig(
         synthetic_model=SyntheticModelConfig(num_features=40, hidden_dim=16, seed=0),
@@ -166,7 +166,7 @@ def test_language_model_runner(
     tmp_path: Path,
 ) -> None:
     d_in = tiny_language_model.d_model
-    sae_cfg = preset("default", d_in=d_in, d_sae=100, k=5, training_steps=16, **fields_of_sae)
+    sae_cfg = preset("nested", d_in=d_in, d_sae=100, k=5, training_steps=16, **fields_of_sae)
     cfg = language_model_config(sae_cfg, tiny_language_model, tmp_path, autocast=autocast)
     trained = runner(cfg, override_dataset=dataset, override_model=tiny_language_model.model).run()
     assert isinstance(trained, MultiScaleTrainingSAE)
@@ -182,7 +182,7 @@ def test_a_run_resumes_from_saelens_checkpoint(
     tiny_language_model: LanguageModel, dataset: Dataset, tmp_path: Path
 ) -> None:
     d_in = tiny_language_model.d_model
-    sae_cfg = preset("default", d_in=d_in, d_sae=100, k=5, training_steps=16)
+    sae_cfg = preset("nested", d_in=d_in, d_sae=100, k=5, training_steps=16)
     cfg = language_model_config(sae_cfg, tiny_language_model, tmp_path, save_final_checkpoint=True)
     model = tiny_language_model.model
     LanguageModelSAETrainingRunner(cfg, dataset, model).run()
@@ -190,7 +190,7 @@ def test_a_run_resumes_from_saelens_checkpoint(
     checkpoint = TrainingSAE.load_from_disk(folder)
     assert isinstance(checkpoint, MultiScaleTrainingSAE)
     longer = language_model_config(
-        preset("default", d_in=d_in, d_sae=100, k=5, training_steps=16),
+        preset("nested", d_in=d_in, d_sae=100, k=5, training_steps=16),
         tiny_language_model,
         tmp_path,
         resume_from_checkpoint=str(folder),
@@ -210,7 +210,7 @@ def test_many_saes_in_one_pass(
     runner = MultiSAETrainingRunner(
         MultiSAETrainingRunnerConfig(
             saes={
-                "ours": preset("default", **size, training_steps=8),
+                "ours": preset("nested", **size, training_steps=8),
                 "theirs": BatchTopKTrainingSAEConfig(**size),
                 "other_layer": preset("source-plan", **size, training_steps=8),
             },

@@ -102,7 +102,7 @@ def test_triton_against_dense_products_in_float64(width: int, n_pairs: int) -> N
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("name", ["default", "reconstruction"])
+@pytest.mark.parametrize("name", ["nested", "default"])
 @pytest.mark.parametrize("n_dead", [0, 40])
 def test_a_step_is_the_cpus(kernel: DecodeKernel, name: str, n_dead: int) -> None:
     on_cpu, on_gpu = sae_on("cpu", name), sae_on(GPU, name, kernel=kernel)
@@ -125,7 +125,7 @@ def test_a_step_is_the_cpus(kernel: DecodeKernel, name: str, n_dead: int) -> Non
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["default", "reconstruction"])
+@pytest.mark.parametrize("name", ["nested", "default"])
 def test_a_run_of_replays_is_the_run(
     kernel: DecodeKernel, autocast: bool, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_run_of_replays_is_the_run(
 
 def test_a_step_that_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     fields: dict[str, Any] = {"orthogonality_chunk_size": D_SAE // 4}
-    hindered, eager = (sae_on(GPU, "default", **fields, graphs=g) for g in (True, False))
+    hindered, eager = (sae_on(GPU, "nested", **fields, graphs=g) for g in (True, False))
     take_step = hindered.take_step
 
     def asks_for_a_value(given: Any, schedule: Any) -> Any:
@@ -194,7 +194,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureF
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_host_waits_for_nothing(kernel: DecodeKernel, graphs: bool) -> None:
     # AuxK asks which latents are dead, as SAELens' own does.
-    sae = sae_on(GPU, "default", kernel=kernel, graphs=graphs, k_anneal_steps=0)
+    sae = sae_on(GPU, "nested", kernel=kernel, graphs=graphs, k_anneal_steps=0)
     sae.cfg.aux_loss_coefficient = 0.0
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
     batches = [activations(N_TOKENS, D_IN, step).to(GPU) for step in range(9)]
@@ -221,7 +221,7 @@ def test_the_host_waits_for_nothing(kernel: DecodeKernel, graphs: bool) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_bf16_autocast_trains(kernel: DecodeKernel) -> None:
-    sae = sae_on(GPU, "default", kernel=kernel)
+    sae = sae_on(GPU, "nested", kernel=kernel)
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
     losses: list[float] = []
     for step in range(60):
@@ -236,7 +236,7 @@ def test_bf16_autocast_trains(kernel: DecodeKernel) -> None:
 
 
 def test_the_export_is_the_cpus(tmp_path: Any) -> None:
-    sae = sae_on(GPU, "default")
+    sae = sae_on(GPU, "nested")
     for step in range(3):
         step_of(sae, step)
     x = activations(N_TOKENS, D_IN, 99)

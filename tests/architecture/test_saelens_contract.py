@@ -41,7 +41,7 @@ TRAINING_ONLY = (
 
 def config(name: str) -> MultiScaleTrainingSAEConfig:
     overrides: dict[str, Any] = {}
-    if name == "default":
+    if name == "nested":
         overrides["prefix_sort_every"] = 5
     return preset(name, d_in=D_IN, d_sae=D_SAE, k=K, training_steps=N_STEPS, **overrides)
 
@@ -215,7 +215,7 @@ def test_the_export_is_the_trained_sae(
 def test_exported_prefixes_are_the_trained_ones(batch: torch.Tensor, tmp_path: Path) -> None:
     """The first `width` exported latents reconstruct as the trained prefix did."""
     torch.manual_seed(0)
-    sae = MultiScaleTrainingSAE(config("default"))
+    sae = MultiScaleTrainingSAE(config("nested"))
     outputs = train(sae, N_STEPS)
     sae.save_inference_model(tmp_path)
     exported = SAE.load_from_disk(tmp_path)

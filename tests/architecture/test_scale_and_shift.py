@@ -21,7 +21,7 @@ from msae_plugin.architecture.input_units import InputUnits, estimate_units, geo
 from msae_plugin.architecture.presets import preset_names
 
 D_IN, D_SAE, K, N_STEPS, N_TOKENS = 12, 48, 4, 30, 64
-PRESETS = ("default", "features", "reconstruction")
+PRESETS = ("default", "nested", "features")
 _DOUBLE = torch.float64
 
 
@@ -203,7 +203,7 @@ def test_presets_bring_the_normalisation() -> None:
 def test_units_fold_before_a_whitening(apply_b_dec: bool) -> None:
     """Whitened activations: the SAE that takes raw ones gives the same reconstructions."""
     sae, _ = trained(
-        "reconstruction", 3.0, torch.ones(D_IN, dtype=_DOUBLE), apply_b_dec_to_input=apply_b_dec
+        "default", 3.0, torch.ones(D_IN, dtype=_DOUBLE), apply_b_dec_to_input=apply_b_dec
     )
     sae.eval()
     generator = torch.Generator().manual_seed(4)

@@ -26,7 +26,7 @@ from msae_plugin.comparison.recipe import CompareConfig
 
 SAES: dict[str, Any] = {
     "batchtopk": {"architecture": "batchtopk"},
-    "ours": {"preset": "reconstruction", "lr": 9e-3},
+    "ours": {"preset": "default", "lr": 9e-3},
     "frozen": {"control": "frozen_decoder"},
     "permuted": {"control": "permuted_decoder of batchtopk"},
 }
@@ -91,8 +91,8 @@ def test_trials_are_the_methods_at_rates_and_nothing_else(config: CompareConfig)
     plan = TuningPlan.of(config, [2e-3, 4e-3], l0=5, seed=9)
     trials = rates_config(config, plan, {"ours": [4e-3, 2e-3], "frozen": [2e-3]})
     assert trials.saes == {
-        "ours_lr0.002": {"preset": "reconstruction", "lr": 2e-3},
-        "ours_lr0.004": {"preset": "reconstruction", "lr": 4e-3},
+        "ours_lr0.002": {"preset": "default", "lr": 2e-3},
+        "ours_lr0.004": {"preset": "default", "lr": 4e-3},
         "frozen_lr0.002": {"control": "frozen_decoder", "lr": 2e-3},
     }
     assert (trials.l0, trials.seeds) == ([5], [9])
@@ -153,7 +153,7 @@ def test_the_recipe_gets_the_rates(config: CompareConfig) -> None:
     choices = tune(config, plan, run)
     recipe = {"saes": SAES, "quick": {"l0": [3]}}
     tuned = with_rates(recipe, choices)
-    assert tuned["saes"]["ours"] == {"preset": "reconstruction", "lr": 2e-3}
+    assert tuned["saes"]["ours"] == {"preset": "default", "lr": 2e-3}
     assert tuned["saes"]["frozen"] == SAES["frozen"]
     assert SAES["ours"]["lr"] == 9e-3
     contents = json.loads(json.dumps(rates_contents(plan, choices)))

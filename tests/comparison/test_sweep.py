@@ -20,7 +20,7 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.sweep import SweepJob, sweep
 from msae_plugin.comparison.training_schedule import Shard
 
-SAES = {"ours": {"preset": "reconstruction"}, "batchtopk": {"architecture": "batchtopk"}}
+SAES = {"ours": {"preset": "nested"}, "batchtopk": {"architecture": "batchtopk"}}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ COMMANDS = (
     "train", "info", "eval", "saebench", "demo", "cache",
     "compare", "tune", "sweep", "report", "publish", "download",
 )  # fmt: skip
-PRESETS = ("reconstruction", "source-run-4", "source-run-8", "source-plan")
+PRESETS = ("nested", "source-run-4", "source-run-8", "source-plan")
 
 
 def case(function: Case) -> Case:

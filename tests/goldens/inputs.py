@@ -259,7 +259,7 @@ LANGUAGE_MODEL: dict[str, Any] = {
     "l0": [6],
     "saes": {
         "default": {"preset": "default"},
-        "reviving": {"preset": "reconstruction", "revival_every": 4, "revival_dead_steps": 4},
+        "reviving": {"preset": "default", "revival_every": 4, "revival_dead_steps": 4},
         "batchtopk": {"architecture": "batchtopk"},
         "residual": {"control": "residual_stream"},
     },

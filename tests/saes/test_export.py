@@ -75,13 +75,13 @@ SAELENS_CONFIGS = [
 ]
 
 
-def multiscale(name: str = "default", **overrides: Any) -> Any:
+def multiscale(name: str = "nested", **overrides: Any) -> Any:
     return msae_plugin.preset(name, **SIZES, k=K, training_steps=30, **overrides)
 
 
 MULTISCALE_CONFIGS = {
-    "default": {"prefix_sort_every": 5},
-    "reconstruction": {},
+    "nested": {"prefix_sort_every": 5},
+    "default": {},
     "without decoder norms": {"rescale_acts_by_decoder_norm": False},
     "folded scales": {"norm_scales": [0.5, 1.0]},
     "attention": {"norm_scales": [0.5, 2.0], "norm_eps": 0.1, "norm_eps_mode": "relative",
@@ -107,7 +107,7 @@ def test_saelens_architectures_export_what_was_trained(cfg, tmp_path):
 @pytest.mark.promise("An export computes what was trained, or it is not written.")
 @pytest.mark.parametrize("name", MULTISCALE_CONFIGS)
 def test_multiscale_exports_what_was_trained(name, tmp_path):
-    preset = name if name in ("default", "reconstruction") else "default"
+    preset = name if name in ("nested", "default") else "nested"
     sae = trained(multiscale(preset, **MULTISCALE_CONFIGS[name]))
     sparsity = torch.arange(D_SAE).float()
     report = export_sae(sae, tmp_path, activations(), sparsity, {})

@@ -263,7 +263,7 @@ def run_folder(folder: Path, names: tuple[str, ...], status: str = "complete") -
     record: dict[str, Any] = {"status": status, "steps": 30, "saes": {}}
     for number, name in enumerate(names):
         config = msae_plugin.preset(
-            "reconstruction", d_in=D_IN, d_sae=D_SAE, k=2, training_steps=30, device="cpu"
+            "default", d_in=D_IN, d_sae=D_SAE, k=2, training_steps=30, device="cpu"
         )
         torch.manual_seed(number)
         sae = TrainingSAE.get_sae_class_for_architecture("multiscale")(config)

@@ -33,8 +33,8 @@ REVIVAL = {"revival_every": 3, "revival_dead_steps": 2, "revival_survival_steps"
 
 # Fields of the SAE, and options of the step under "options".
 MULTISCALE: dict[str, dict[str, Any]] = {
-    "default preset": {"preset": "default", "prefix_sort_every": 3},
-    "reconstruction preset": {"preset": "reconstruction"},
+    "default preset": {"preset": "nested", "prefix_sort_every": 3},
+    "reconstruction preset": {"preset": "default"},
     "batchtopk alone": {},
     "auxk": {"aux_loss_coefficient": 1.0, "k": 1},
     "ortsae penalty in random chunks": {
@@ -79,7 +79,7 @@ MULTISCALE: dict[str, dict[str, Any]] = {
         # Of the preset's rank the sketch is exact here, and its error nothing but rounding.
         "sketch_rank": 4,
     },
-    "accumulation": {"preset": "default", "options": {"accumulation_steps": 2}},
+    "accumulation": {"preset": "nested", "options": {"accumulation_steps": 2}},
     "weight decay and a bound on the gradient": {
         "options": {"weight_decay": 0.1, "clip_grad_norm": 0.01}
     },
@@ -136,9 +136,7 @@ def build(case: str) -> tuple[TrainingSAE[Any], StepOptions]:
     sae_class, _ = get_sae_training_class("multiscale")
     values = {"dtype": "float64", **({} if name else mechanisms_off()), **fields}
     k = values.pop("k", 3)
-    config = preset(
-        name or "reconstruction", d_in=D_IN, d_sae=D_SAE, k=k, training_steps=STEPS, **values
-    )
+    config = preset(name or "default", d_in=D_IN, d_sae=D_SAE, k=k, training_steps=STEPS, **values)
     return sae_class(config), options
 
 

@@ -49,7 +49,7 @@ def batchtopk_section() -> dict[str, Any]:
     off = mechanisms_off()
     # A comparison's `common` section decides it, for all methods alike.
     del off["input_normalization"]
-    return {"architecture": "multiscale", "preset": "reconstruction", **off}
+    return {"architecture": "multiscale", "preset": "default", **off}
 
 
 def peer_section(name: str, training_steps: int) -> dict[str, Any]:
