@@ -46,7 +46,7 @@ def test_numbers_of_a_comparison_are_measured_again(tmp_path: Path, contents: st
 @pytest.mark.parametrize("contents", DAMAGED)
 def test_a_search(tmp_path: Path, contents: str) -> None:
     tuner = Tuner(cast("Any", SimpleNamespace(output=tmp_path)))
-    entry = cast("Any", SimpleNamespace(bundle="standard_l0-6", l0=6.0))
+    entry = cast("Any", SimpleNamespace(seed_group="standard_l0-6", l0=6.0))
     search = Search("key", 6.0, [Trial(1.0, 7.0, 640)], 1.5, settled=True)
     tuner.save(entry, search)
     assert tuner.load(entry, "key") == search

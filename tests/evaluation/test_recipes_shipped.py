@@ -21,6 +21,7 @@ from msae_plugin.evaluation.saebench.sae_probes import dataset_file
 NAMES = [
     "offline",
     "probing",
+    "sae_probes",
     "saebench_gemma-2-2b",
     "saebench_pythia-160m",
     "smoke",

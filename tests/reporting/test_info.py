@@ -30,7 +30,7 @@ def shown(renderable) -> str:
 @pytest.fixture
 def sae() -> msae_plugin.MultiScaleTrainingSAE:
     torch.manual_seed(0)
-    cfg = msae_plugin.preset("default", **SIZES, k=3, training_steps=10)
+    cfg = msae_plugin.preset("nested", **SIZES, k=3, training_steps=10)
     cfg.metadata.training_steps = 10
     cfg.metadata.model_name = "tiny/model"
     cfg.metadata.hook_name = "blocks.1.hook_resid_post"

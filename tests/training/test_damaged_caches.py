@@ -15,7 +15,7 @@ import torch
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.training import activation_store, cached_activations, hashed_rows
+from msae_plugin.training import activation_store, hashed_rows, passes
 from msae_plugin.training.activation_store import CachedActivations, open_cache
 from msae_plugin.training.hashed_rows import HashedRows, row_hashes
 from msae_plugin.training.passes import make_cache
@@ -143,7 +143,7 @@ def test_a_stopped_pass_goes_on_only_from_what_was_written(
     monkeypatch: pytest.MonkeyPatch,
     damage: str,
 ) -> None:
-    appended, append = 0, cached_activations.ActivationWriter.append
+    appended, append = 0, passes.ActivationWriter.append
 
     def killed(writer: Any, *batch: Any) -> None:
         nonlocal appended
@@ -152,9 +152,9 @@ def test_a_stopped_pass_goes_on_only_from_what_was_written(
         if appended == 7:
             raise SystemExit("killed")
 
-    monkeypatch.setattr(cached_activations, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(cached_activations.ActivationWriter, "append", killed)
+        patch.setattr(passes.ActivationWriter, "append", killed)
         with pytest.raises(SystemExit):
             made(tmp_path)
     progress, rows = tmp_path / "progress.json", tmp_path / f"{HOOK}.bin"

@@ -156,7 +156,7 @@ def test_every_revival_is_written_down_once(
 
 def test_exported_sparsity_follows_the_exported_latents(train: Train, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = train(out, *TWO_SAES)
+    result = train(out, *TWO_SAES, "saes.msae.preset=nested")
     order = result.saes["msae"].export_order()  # type: ignore[attr-defined]
     assert not torch.equal(order, torch.arange(96))
     [activations] = result.activation_samples.values()
