@@ -41,7 +41,7 @@ from msae_plugin.comparison.results import Measured, store_metrics, stored_metri
 from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
 from msae_plugin.evaluation.outcomes import Reporter, require_real
 from msae_plugin.saes.export import SAE_FOLDER
-from msae_plugin.saes.health import encoder_decoder_alignment
+from msae_plugin.saes.health import dense_share, encoder_decoder_alignment
 from msae_plugin.training.plans import default_device
 
 
@@ -165,6 +165,10 @@ class RecordedSamples:
         self._next = 0
         return cast("ActivationGenerator", self)
 
+    def first(self, n_batches: int) -> list[torch.Tensor]:
+        """The first batches, sparse."""
+        return self._batches[:n_batches]
+
     def sample(self, n_samples: int) -> torch.Tensor:
         """The next batch, dense (n_samples, n_features); ValueError if not recorded so."""
         if self._next == len(self._batches):
@@ -177,6 +181,7 @@ class RecordedSamples:
 
 
 FOLDER = "ground_truth"
+_BATCHES_FOR_DENSE_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -297,10 +302,22 @@ class GroundTruthTestbed:
             "true_l0": result.true_l0,
             "mean_max_decoder_cosine": mean_max_decoder_cosine(sae.W_dec),
         }
+        values["dense_share"] = self._dense_share(sae, seed, samples)
         alignment = encoder_decoder_alignment(sae, torch.ones(sae.cfg.d_sae, dtype=torch.bool))
         if alignment is not None:
             values["encoder_decoder_alignment"] = alignment
         return {f"ground_truth/{name}": float(value) for name, value in values.items()}
+
+    @torch.no_grad()
+    def _dense_share(self, sae: SAE[Any], seed: int, samples: RecordedSamples) -> float:
+        """Over the first batches: SAELens does not hand out its firing rates."""
+        model, firings, count = self._source.model(seed), torch.zeros(sae.cfg.d_sae), 0
+        for batch in samples.first(_BATCHES_FOR_DENSE_SHARE):
+            features = batch.to_dense()
+            latents = sae.encode(model.feature_dict(features).to(sae.device, sae.dtype))
+            firings += (latents != 0).sum(0).float().cpu()
+            count += len(features)
+        return float(dense_share(firings, count))
 
     def _key(self, seed: int, sae: SAE[Any]) -> str:
         section = self._section

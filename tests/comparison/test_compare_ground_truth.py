@@ -136,6 +136,14 @@ def test_a_whole_comparison(
         assert metrics["ground_truth/f1"] == pytest.approx(found.classification.f1_score)
         assert metrics["ground_truth/mcc"] == pytest.approx(found.mcc)
         assert metrics["ground_truth/explained_variance"] == pytest.approx(found.explained_variance)
+        again = RandomStream(derive_seed(42, "ground truth", "evaluation", str(rows[name]["seed"])))
+        with again.active(), torch.no_grad():
+            features = torch.cat([model.activation_generator.sample(500) for _ in range(4)])
+            sae = SAE.load_from_disk(tmp_path / "saes" / name / "sae")
+            rates = (sae.encode(model.feature_dict(features)) != 0).double().mean(0)
+        dense = float(rates[rates > 0.1].sum() / rates.sum())
+        assert dense > 0
+        assert metrics["ground_truth/dense_share"] == pytest.approx(dense)
 
     # A frozen decoder keeps the directions it was born with.
     config = CompareConfig.from_dict(comparison.contents["config"])  # type: ignore[index]
