@@ -27,7 +27,10 @@ SHOWN = (
 )  # fmt: skip
 # Without `eval`, whose torchvision wants the newest torch.
 EXTRAS = "demo,report,serve"
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "httpx", "jsonschema", "zstandard>=0.22")
+TOOLS = (
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "httpx>=0.27", "jsonschema>=4.20",
+    "zstandard>=0.22",
+)  # fmt: skip
 RESOLUTION = {"oldest": "lowest-direct", "newest": "highest", "canary": "highest"}
 # Suites that need the extra `eval` or what only a checkout for developers has.
 LEFT_OUT = ("tests/evaluation", "tests/hub", "tests/reporting")
