@@ -17,6 +17,9 @@ from msae_plugin.common.errors import InputError
 _ModelOption = Annotated[
     str | None, typer.Option(help="Language model, for SAEs that name none.", metavar="NAME")
 ]
+_LoaderOption = Annotated[
+    str, typer.Option(help="TransformerLens' class, as model.loader of a recipe.", metavar="CLASS")
+]
 
 
 def latents(
@@ -39,6 +42,7 @@ def latents(
         typer.Option("--only", metavar="NAME", help="This SAE or method; may be repeated."),
     ] = None,
     model: _ModelOption = None,
+    loader: _LoaderOption = "auto",
 ) -> None:
     """A page on which every latent of these SAEs can be looked at: a folder, no server."""
     check_output(output)
@@ -49,7 +53,7 @@ def latents(
 
     made = api.latents(
         references, output, text=text, tokens=tokens, only=only or [], model=model,
-        progress=progress(),
+        loader=loader, progress=progress(),
     ).details  # fmt: skip
     for row in made.rows:
         show(
@@ -72,6 +76,7 @@ def look(
         ),
     ] = None,
     model: _ModelOption = None,
+    loader: _LoaderOption = "auto",
 ) -> None:
     """The most active latents on each token of a text."""
     check_reference(reference)
@@ -81,7 +86,7 @@ def look(
     from msae_plugin.evaluation.contexts import one_line
 
     found = api.look(
-        reference, text, top=top, browser=browser, model=model, progress=progress()
+        reference, text, top=top, browser=browser, model=model, loader=loader, progress=progress()
     ).details
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("token", "latent", "activation"):
@@ -111,6 +116,7 @@ def serve(
         ),
     ] = None,
     model: _ModelOption = None,
+    loader: _LoaderOption = "auto",
 ) -> None:
     """A local page: a text's latents, and what the model writes when one is turned up."""
     check_reference(reference)
@@ -124,6 +130,6 @@ def serve(
 
     require_free(port)
     with shown_steps(progress()) as steps:
-        opened = open_sae(reference, browser=browser, model=model, report=steps)
+        opened = open_sae(reference, browser=browser, model=model, loader=loader, report=steps)
     show(f"page: http://127.0.0.1:{port} (Ctrl-C ends it)")
     serve(opened, port)

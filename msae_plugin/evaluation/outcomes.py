@@ -83,7 +83,7 @@ SAEBENCH_MARKER = -1
 class ModelContext:
     """The language model of an evaluation, loaded once for all SAEs."""
 
-    # `.model` is a HookedTransformer in eval mode, already in `dtype`.
+    # `.model` has TransformerLens' hooks, is in eval mode and already in `dtype`.
     language_model: LanguageModel
     weights_sha256: str  # hash of its parameters
     dtype: str  # `float32`, `bfloat16` or `float16`

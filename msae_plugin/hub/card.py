@@ -26,6 +26,7 @@ from msae_plugin.hub.card_data import (
     hub_model,
     sources_of,
 )
+from msae_plugin.models.transformer_lens import activations_snippet
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 # What Markdown reads inside a line; an underscore inside a word and a pipe outside a table (see
@@ -135,16 +136,6 @@ def loading_snippet(repo: str, folder: str, plugin: bool) -> str:
         f'sae = SAE.from_pretrained(\n    "{repo}",\n    "{folder}",\n)\n'
         "latents = sae.encode(activations)\n"
         "reconstruction = sae.decode(latents)"
-    )
-
-
-def activations_snippet(model: str, hook: str) -> str:
-    """Python that makes `activations` with TransformerLens, as SAELens does in training."""
-    return (
-        "from transformer_lens import HookedTransformer\n\n"
-        f'model = HookedTransformer.from_pretrained_no_processing("{model}")\n'
-        '_, cache = model.run_with_cache("Any text.")\n'
-        f'activations = cache["{hook}"]'
     )
 
 

@@ -15,7 +15,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.common.errors import InputError
@@ -34,6 +33,7 @@ from msae_plugin.saes.clean_config import clean_run_config, require_inside
 from msae_plugin.saes.export import REPORT_FILENAME
 from msae_plugin.saes.find import StoredSAE, mechanisms_on, migrated_config
 from msae_plugin.saes.health import recorded_messages
+from msae_plugin.upstream import official_transformer_lens_name
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,7 @@ def hub_model(name: str | None) -> str | None:
         return None
     if _is_hub_name(name):
         return name
-    try:
-        official = str(get_official_model_name(name))
-    except ValueError:
-        return None  # not an alias of TransformerLens either
-    return official
+    return official_transformer_lens_name(name)
 
 
 def hub_dataset(name: str | None) -> str | None:

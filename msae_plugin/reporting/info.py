@@ -124,7 +124,7 @@ def describe_config(path: Path, overrides: Sequence[str] = ()) -> RenderableType
     config = RunConfig.load(path, overrides)
     shape = describe_model(config.model.name)
     plans = config.validate(shape)
-    check_evaluable(config.model.name, config.hooks)
+    check_evaluable(config.model.name, config.hooks, config.model.loader)
     cost = run_cost(config, plans, shape)
     return Group(
         _facts(

@@ -85,6 +85,7 @@ def write_latents(
     text: str | None = None,
     tokens: int = 100_000,
     model: str | None = None,
+    loader: str = "auto",
     only: Sequence[str] = (),
     language_model: LanguageModel | None = None,
     report: Reporter = no_report,
@@ -98,6 +99,7 @@ def write_latents(
             set, `packaged:NAME`.
         tokens: How much of it is read.
         model: The language model, for SAEs that name none.
+        loader: TransformerLens' class, as `model.loader` of a recipe.
         only: Names of SAEs or methods; all by default.
         language_model: A model that is loaded already.
         report: Shows progress.
@@ -115,7 +117,7 @@ def write_latents(
     if language_model is None:
         hooks = list({evaluated.hook_name: None for evaluated in each})
         report("loading the language model")
-        language_model = load_language_model(model_for(model, each), hooks, device)
+        language_model = load_language_model(model_for(model, each), hooks, device, loader=loader)
     loaded = load_data(settings, seed, report, vocabulary=language_model.vocabulary)
     source = _Text(language_model, settings, loaded.heldout_texts(language_model.tokenizer), tokens)
     with folder_written_atomically(output) as folder:

@@ -21,6 +21,7 @@ from msae_plugin.common.recipes import (
     Text,
     Whole,
 )
+from msae_plugin.models.transformer_lens import TransformerLensLoader
 from msae_plugin.training.schedules import GradientRateConfig
 
 LRScheduler = Literal["constant", "cosineannealing", "cosineannealingwarmrestarts"]
@@ -33,6 +34,9 @@ class ModelSettings:
 
     name: Text = "packaged:smollm2-135m"
     """`packaged:NAME`, a local folder, or a hub name (see `models.loading`)."""
+    loader: TransformerLensLoader = "auto"
+    """TransformerLens' class for hooks such as `blocks.9.hook_resid_post`; auto is
+    HookedTransformer where the installed version has it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights."""
     autocast: Flag | Literal["auto"] = False

