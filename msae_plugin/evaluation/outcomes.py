@@ -98,7 +98,8 @@ class ModelContext:
 
     def key(self, *distributions: str) -> dict[str, Any]:
         """The part of a cache's key that names the model, its dtype and device, and software."""
-        config = self.language_model.model.cfg.to_dict()
+        model: Any = self.language_model.model
+        config = model.cfg.to_dict()
         return {
             "model": self.weights_sha256,
             "model_config": str(sorted(config.items(), key=str)),

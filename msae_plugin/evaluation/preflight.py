@@ -197,12 +197,13 @@ def refusal_of(check: Callable[[], object], otherwise: str) -> list[Problem]:
 
 
 def _without_bridge(evaluation: str, loader: str) -> list[Problem]:
-    """That SAEBench's code checks the class of its model, as its type checker (beartype) does."""
+    """What SAEBench's code needs TransformerLens' older class for."""
     if loader != BRIDGE or SCHEMAS[evaluation].bridge:
         return []
     return [
         Problem(
-            f"a {HOOKED_TRANSFORMER}, which SAEBench's code insists on: it refuses a {BRIDGE}",
+            f"a {HOOKED_TRANSFORMER}, which SAEBench looks for: it takes a {BRIDGE} for a Hugging "
+            "Face model",
             f"set model.loader: {HOOKED_TRANSFORMER} (transformer-lens 3), or leave it out",
         )
     ]

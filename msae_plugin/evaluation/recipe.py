@@ -240,7 +240,7 @@ class ModelChoice:
     """`packaged:NAME`, a folder, or a hub name; null is the one that the SAEs are for."""
     loader: TransformerLensLoader = "auto"
     """TransformerLens' class; auto is HookedTransformer where the installed version has it, and
-    some evaluations take no other."""
+    unlearning takes no other."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights; SAEBench casts SAEs to it."""
     device: Text = "auto"

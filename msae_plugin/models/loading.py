@@ -24,7 +24,7 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError
 from transformer_lens import HookedRootModule
-from transformer_lens.utilities import get_tokenizer_with_bos
+from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

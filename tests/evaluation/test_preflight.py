@@ -65,18 +65,16 @@ def test_nothing_is_missing(tiny_model_dir: Path) -> None:
 
 @pytest.mark.parametrize("loaded", [True, False])
 def test_a_bridge_where_saebench_takes_none(tiny_model_dir: Path, loaded: bool) -> None:
-    refused = ["sparse_probing", "unlearning", "scr", "tpp"]
-    evaluations = {**dict.fromkeys(refused, {}), **LOCAL}
+    evaluations = {"unlearning": {}, **LOCAL}
     model = {} if loaded else {"loader": "TransformerBridge"}
     found = find(
         evaluations, None if loaded else str(tiny_model_dir), model=model,
         loader="TransformerBridge" if loaded else None,
     )  # fmt: skip
     assert [str(problem) for problem in found] == [
-        f"{name}: a HookedTransformer, which SAEBench's code insists on: it refuses a "
-        "TransformerBridge - set model.loader: HookedTransformer (transformer-lens 3), or leave "
-        "it out"
-        for name in refused
+        "unlearning: a HookedTransformer, which SAEBench looks for: it takes a TransformerBridge "
+        "for a Hugging Face model - set model.loader: HookedTransformer (transformer-lens 3), or "
+        "leave it out"
     ]
 
 

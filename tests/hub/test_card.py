@@ -246,8 +246,7 @@ def test_the_snippet_that_makes_activations(
 
     if bridge:  # as the comments say
         lines = [line for line in snippet.splitlines() if "HookedTransformer" not in line]
-        snippet = "
-".join(lines).replace("# TransformerLens 4: ", "").replace("# model", "model")
+        snippet = "\n".join(lines).replace("# TransformerLens 4: ", "").replace("# model", "model")
         stand_in = type(loader, (), {"boot_transformers": load})
         monkeypatch.setattr("transformer_lens.model_bridge.TransformerBridge", stand_in)
     else:

@@ -95,10 +95,6 @@ def test_both_loaders_give_the_same_activations_and_tokens(
     assert modules.tokenizer.bos_token_id not in ids
 
 
-@pytest.mark.promise(
-    "TransformerLens' bridge and its HookedTransformer give the same activations: an SAE trained "
-    "on one works on the other."
-)
 def test_a_bridge_gives_the_activations_of_a_hooked_transformer(
     tiny_language_model: LanguageModel,
     tiny_model_dir: Path,

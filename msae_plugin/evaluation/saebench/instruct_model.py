@@ -235,7 +235,7 @@ class Knowledge:
 
 
 def instruct_model(context: ModelContext) -> HookedTransformer:
-    """The model; the preflight refuses every other class, as SAEBench's code does."""
+    """The model; the preflight refuses every other class."""
     return cast("HookedTransformer", context.language_model.model)
 
 

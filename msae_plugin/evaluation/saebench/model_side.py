@@ -237,7 +237,7 @@ class CoreModelSide:
     ) -> None:
         self.context, self.hook_name = context, hook_name
         self.tokens, self.n_reconstruction = tokens, n_reconstruction
-        self._model = context.language_model.model
+        self._model: Any = context.language_model.model
         self._restarts = starts_in_the_middle(self._model)
         self._start = tail_start(hook_name) if self._restarts else None
         self._ablated_logits: torch.Tensor | None = None
