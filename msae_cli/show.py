@@ -72,6 +72,9 @@ def show_files(result: Result[ReportResult]) -> None:
 _ModelOption = Annotated[
     str | None, typer.Option(help="Language model, for SAEs that name none.", metavar="NAME")
 ]
+_LoaderOption = Annotated[
+    str, typer.Option(help="TransformerLens' class, as model.loader of a recipe.", metavar="CLASS")
+]
 
 
 def latents(
@@ -94,6 +97,7 @@ def latents(
         typer.Option("--only", metavar="NAME", help="This SAE or method; may be repeated."),
     ] = None,
     model: _ModelOption = None,
+    loader: _LoaderOption = "auto",
 ) -> None:
     """A page on which every latent of these SAEs can be looked at: a folder, no server."""
     check_output(output)
@@ -104,7 +108,7 @@ def latents(
 
     made = api.latents(
         references, output, text=text, tokens=tokens, only=only or [], model=model,
-        progress=progress(),
+        loader=loader, progress=progress(),
     ).details  # fmt: skip
     for row in made.rows:
         show(
@@ -127,6 +131,7 @@ def look(
         ),
     ] = None,
     model: _ModelOption = None,
+    loader: _LoaderOption = "auto",
 ) -> None:
     """The most active latents on each token of a text."""
     check_reference(reference)
@@ -136,7 +141,7 @@ def look(
     from msae_plugin.evaluation.contexts import one_line
 
     found = api.look(
-        reference, text, top=top, browser=browser, model=model, progress=progress()
+        reference, text, top=top, browser=browser, model=model, loader=loader, progress=progress()
     ).details
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("token", "latent", "activation"):
@@ -166,6 +171,7 @@ def serve(
         ),
     ] = None,
     model: _ModelOption = None,
+    loader: _LoaderOption = "auto",
 ) -> None:
     """A local page: a text's latents, and what the model writes when one is turned up."""
     check_reference(reference)
@@ -179,6 +185,6 @@ def serve(
 
     require_free(port)
     with shown_steps(progress()) as steps:
-        opened = open_sae(reference, browser=browser, model=model, report=steps)
+        opened = open_sae(reference, browser=browser, model=model, loader=loader, report=steps)
     show(f"page: http://127.0.0.1:{port} (Ctrl-C ends it)")
     serve(opened, port)

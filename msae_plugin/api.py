@@ -305,6 +305,7 @@ def latents(
     tokens: int = 100_000,
     only: Sequence[str] = (),
     model: str | None = None,
+    loader: str = "auto",
     progress: bool | Console = True,
 ) -> Result[LatentBrowser]:
     """A folder in which every latent can be looked at, with `index.html` to open.
@@ -316,6 +317,7 @@ def latents(
         tokens: How much of it is read.
         only: Names of SAEs or methods that are shown; all by default.
         model: The language model, for SAEs that name none.
+        loader: TransformerLens' class, as `model.loader` of a recipe.
         progress: As in `train`.
 
     Raises:
@@ -326,8 +328,9 @@ def latents(
     references = [os.fspath(sae) for sae in _listed(saes)]
     with shown_steps(progress) as steps:
         made = write_latents(
-            references, Path(output), text=text, tokens=tokens, model=model, only=only, report=steps
-        )
+            references, Path(output), text=text, tokens=tokens, model=model, loader=loader,
+            only=only, report=steps,
+        )  # fmt: skip
     return Result("latents", Path(output), made, made.rows)
 
 
@@ -338,6 +341,7 @@ def look(
     top: int = 5,
     browser: Reference | None = None,
     model: str | None = None,
+    loader: str = "auto",
     progress: bool | Console = True,
 ) -> Result[Look]:
     """The most active latents of an SAE on each token of a text: a row per token and latent.
@@ -348,6 +352,7 @@ def look(
         top: Latents per token.
         browser: An output of `latents` with this SAE: it knows what each latent fires on.
         model: The language model, for an SAE that names none.
+        loader: TransformerLens' class, as `model.loader` of a recipe.
         progress: As in `train`.
 
     Raises:
@@ -357,7 +362,7 @@ def look(
 
     with shown_steps(progress) as steps:
         found = open_sae(
-            os.fspath(sae), model=model, report=steps,
+            os.fspath(sae), model=model, loader=loader, report=steps,
             browser=None if browser is None else Path(browser),
         ).look(text, top)  # fmt: skip
     rows = [vars(row) for row in found.rows]

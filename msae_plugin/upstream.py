@@ -17,9 +17,7 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAET
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from transformer_lens import loading_from_pretrained
-from transformer_lens.loading_from_pretrained import get_official_model_name
-from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
 
 def known_transformer_lens_names() -> list[str]:
@@ -29,10 +27,10 @@ def known_transformer_lens_names() -> list[str]:
 
 def official_transformer_lens_name(name: str) -> str | None:
     """The hub name behind a name or alias of TransformerLens (`gpt2-small` is `gpt2`)."""
-    try:
-        return get_official_model_name(name)
-    except ValueError:
-        return None
+    for official in OFFICIAL_MODEL_NAMES:
+        if name.lower() in map(str.lower, (official, *MODEL_ALIASES.get(official, []))):
+            return official
+    return None
 
 
 def register_transformer_lens_name(name: str) -> None:
@@ -64,6 +62,8 @@ def transformer_lens_config_given(fields: Mapping[str, Any] | None) -> Generator
     Replaces `transformer_lens.loading_from_pretrained.convert_hf_model_config` inside the `with`
     block: `from_pretrained` has no argument for it. None leaves TransformerLens' own.
     """
+    from transformer_lens import loading_from_pretrained  # transformer-lens 4 has no such module
+
     own = loading_from_pretrained.convert_hf_model_config
 
     def given(model_name: str, **_: Any) -> dict[str, Any]:

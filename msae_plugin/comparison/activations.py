@@ -35,6 +35,7 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.loading import LanguageModel
+from msae_plugin.models.transformer_lens import BRIDGE
 from msae_plugin.training.activation_store import PLACEHOLDER, ActivationWriter, read_activations
 from msae_plugin.training.hashed_rows import HashedRows
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
@@ -123,10 +124,11 @@ def recipe(config: CompareConfig) -> RunConfig:
 def activations_key(config: CompareConfig) -> str:
     """A digest of everything that the activations depend on."""
     model, data, training = config.model, config.data, config.training
+    bridge = [BRIDGE] if model.loader == BRIDGE else []  # older keys have no loader
     return key_digest(
         {
             "format": FORMAT,
-            "model": [model.name, model.dtype, model.autocast],
+            "model": [model.name, model.dtype, model.autocast, *bridge],
             "data": json_safe(vars(data)),
             "hooks": config.hooks,
             "rows": rows_needed(config),

@@ -42,12 +42,8 @@ from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
 from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
-from msae_plugin.models.loading import (
-    HOOKED_TRANSFORMER,
-    LanguageModel,
-    ModelShape,
-    describe_model,
-)
+from msae_plugin.models.loading import LanguageModel, ModelShape, describe_model
+from msae_plugin.models.transformer_lens import transformer_lens_loader
 from msae_plugin.saes.load import EvaluatedSAE, load_saes, transformer_lens_hook
 from msae_plugin.training.inputs import load_data, load_model
 from msae_plugin.training.plans import default_device
@@ -320,7 +316,7 @@ class LanguageModelTestbed:
         model = self._language_model
         fits = (
             model is not None
-            and model.model_class_name == HOOKED_TRANSFORMER
+            and model.loader == transformer_lens_loader(evaluation.model.loader)
             and evaluation.model.dtype == self.config.model.dtype
             and evaluation.model.name in (None, self.config.model.name)
             and default_device(evaluation.model.device) == self.device

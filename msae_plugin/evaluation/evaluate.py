@@ -38,7 +38,7 @@ from msae_plugin.evaluation.outcomes import (
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
 from msae_plugin.evaluation.recipe import EvalConfig, reported_counts, result_fields
 from msae_plugin.evaluation.summary import JSON_FILE, result_entry, summary, write_summary
-from msae_plugin.models.loading import HOOKED_TRANSFORMER, LanguageModel, load_language_model
+from msae_plugin.models.loading import HOOKED_MODULES, LanguageModel, load_language_model
 from msae_plugin.models.packaged import PACKAGED_MODELS, PACKAGED_PREFIX, is_installed
 from msae_plugin.saes.load import EvaluatedSAE, sae_record
 from msae_plugin.training.plans import default_device
@@ -128,7 +128,7 @@ def evaluate(
     output = output.resolve()  # some evaluations work in a directory of their own
     device, dtype = default_device(config.model.device), config.model.dtype
     name = model_for(config.model.name, saes)
-    missing, unfit = _missing(config, saes, name, language_model is not None, skip_missing)
+    missing, unfit = _missing(config, saes, name, language_model, skip_missing)
     saes = [evaluated for evaluated in saes if evaluated.name not in unfit]
     left_out = {sae: ScoreResult("skipped", reason=reason) for sae, reason in unfit.items()}
     left_out |= {sae: ScoreResult("failed", reason=why) for sae, why in (broken or {}).items()}
@@ -138,7 +138,7 @@ def evaluate(
         if language_model is None and len(missing) < len(config.evaluations):
             report(f"loading {name}")
             language_model = load_language_model(
-                name, hooks, device=device, dtype=dtype, report=report
+                name, hooks, device, dtype, loader=config.model.loader, report=report
             )
         context = None if language_model is None else _context(config, language_model, device)
         entries: list[dict[str, Any]] = []
@@ -215,10 +215,17 @@ def model_for(asked: str | None, saes: Sequence[EvaluatedSAE]) -> str:
 
 
 def _missing(
-    config: EvalConfig, saes: Sequence[EvaluatedSAE], model: str, loaded: bool, skip: bool
+    config: EvalConfig,
+    saes: Sequence[EvaluatedSAE],
+    model: str,
+    loaded: LanguageModel | None,
+    skip: bool,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Why evaluations cannot run, by evaluation, and why SAEs cannot be measured, by SAE."""
-    problems = preflight(config, saes, model_name=None if loaded else model)
+    if loaded is None:
+        problems = preflight(config, saes, model_name=model)
+    else:
+        problems = preflight(config, saes, model_name=None, loader=loaded.loader)
     unfit = {p.sae: f"{p.what} - {p.how}" for p in problems if p.sae is not None}
     if not skip or len(unfit) == len(saes):
         refuse_missing(problems)
@@ -246,9 +253,9 @@ def _check_output(output: Path, config: EvalConfig) -> None:
 
 
 def _context(config: EvalConfig, language_model: LanguageModel, device: str) -> ModelContext:
-    if language_model.model_class_name != HOOKED_TRANSFORMER:
+    if language_model.loader == HOOKED_MODULES:
         raise InputError(
-            "SAEBench needs a HookedTransformer: load the model with a hook such as "
+            "SAEBench needs TransformerLens' hooks: load the model with a hook such as "
             "blocks.9.hook_resid_post"
         )
     return ModelContext(

@@ -83,7 +83,7 @@ SAEBENCH_MARKER = -1
 class ModelContext:
     """The language model of an evaluation, loaded once for all SAEs."""
 
-    # `.model` is a HookedTransformer in eval mode, already in `dtype`.
+    # `.model` has TransformerLens' hooks, is in eval mode and already in `dtype`.
     language_model: LanguageModel
     weights_sha256: str  # hash of its parameters
     dtype: str  # `float32`, `bfloat16` or `float16`
@@ -98,7 +98,8 @@ class ModelContext:
 
     def key(self, *distributions: str) -> dict[str, Any]:
         """The part of a cache's key that names the model, its dtype and device, and software."""
-        config = self.language_model.model.cfg.to_dict()
+        model: Any = self.language_model.model
+        config = model.cfg.to_dict()
         return {
             "model": self.weights_sha256,
             "model_config": str(sorted(config.items(), key=str)),

@@ -31,7 +31,13 @@ from msae_plugin.data.labelled_texts import (
     missing_package,
 )
 from msae_plugin.data.text import open_corpus
-from msae_plugin.evaluation.recipe import EvalConfig, config_class, datasets_of, default_of
+from msae_plugin.evaluation.recipe import (
+    SCHEMAS,
+    EvalConfig,
+    config_class,
+    datasets_of,
+    default_of,
+)
 from msae_plugin.models.hook_names import validate_hook
 from msae_plugin.models.hub_access import (
     TEXT_FILES,
@@ -50,8 +56,11 @@ from msae_plugin.models.packaged import (
     prepare_packaged_model,
 )
 from msae_plugin.models.transformer_lens import (
+    BRIDGE,
+    HOOKED_TRANSFORMER,
     architecture_of,
     require_supported,
+    transformer_lens_loader,
     transformer_lens_name,
 )
 from msae_plugin.saes.load import EvaluatedSAE
@@ -95,6 +104,7 @@ REQUIREMENTS = (
     Requirement("numpy", "numpy", "<2"),
     Requirement("datasets", "datasets", "<4"),
     Requirement("torchvision", "torchvision"),
+    Requirement("transformer_lens", "transformer-lens", "<4"),
     Requirement("sae_probes", "sae-probes", ">=0.4,<0.5", _SAE_PROBES, (_SAE_PROBES,)),
     Requirement("openai", "openai", why="autointerp's judge", evaluations=("autointerp",)),
     Requirement("accelerate", "accelerate", why="RAVEL's model", evaluations=("ravel",)),
@@ -102,18 +112,26 @@ REQUIREMENTS = (
 
 
 def preflight(
-    config: EvalConfig, saes: Sequence[EvaluatedSAE], *, model_name: str | None
+    config: EvalConfig,
+    saes: Sequence[EvaluatedSAE],
+    *,
+    model_name: str | None,
+    loader: str | None = None,
 ) -> list[Problem]:
     """List what is missing.
 
-    Those of all evaluations come first; the model's name is None where it is loaded already.
+    Those of all evaluations come first; the model's name is None where it is loaded already, by
+    this loader.
     """
     with hub_asked_once():
         found = missing_packages(None)
         found += refusal_of(lambda: default_device(config.model.device), "set model.device")
         d_model: int | None = None
+        asked = loader or config.model.loader
+        absent = refusal_of(lambda: transformer_lens_loader(asked), "set model.loader")
+        loader, found = BRIDGE if absent else transformer_lens_loader(asked), found + absent
         if model_name is not None:
-            lacking = missing_model(model_name)
+            lacking = missing_model(model_name, loader)
             if not lacking:
                 lacking = misfits(model_name, saes)
                 d_model = describe_model(model_name).d_model
@@ -122,8 +140,11 @@ def preflight(
         measured = model_name if d_model is not None else None
         for evaluation, settings in config.evaluations.items():
             lacking = missing_packages(evaluation)
-            lacking += _lacking(evaluation, settings, config, widths, (model_name, d_model))
-            lacking += too_long(evaluation, settings, measured)
+            if refused := _without_bridge(evaluation, loader):
+                lacking += refused
+            else:
+                lacking += _lacking(evaluation, settings, config, widths, (model_name, d_model))
+                lacking += too_long(evaluation, settings, measured)
             # Some of the messages begin with the evaluation's name themselves.
             own = f"{evaluation}: "
             found += [Problem(p.what.removeprefix(own), p.how, evaluation) for p in lacking]
@@ -175,7 +196,20 @@ def refusal_of(check: Callable[[], object], otherwise: str) -> list[Problem]:
     return []
 
 
-def missing_model(name: str) -> list[Problem]:
+def _without_bridge(evaluation: str, loader: str) -> list[Problem]:
+    """What SAEBench's code needs TransformerLens' older class for."""
+    if loader != BRIDGE or SCHEMAS[evaluation].bridge:
+        return []
+    return [
+        Problem(
+            f"a {HOOKED_TRANSFORMER}, which SAEBench looks for: it takes a {BRIDGE} for a Hugging "
+            "Face model",
+            f"set model.loader: {HOOKED_TRANSFORMER} (transformer-lens 3), or leave it out",
+        )
+    ]
+
+
+def missing_model(name: str, loader: str = HOOKED_TRANSFORMER) -> list[Problem]:
     """Whether a model's files are here, or can be fetched."""
     try:
         if name.startswith(PACKAGED_PREFIX):
@@ -188,7 +222,7 @@ def missing_model(name: str) -> list[Problem]:
                     "save the whole model with save_pretrained",
                 )
             require_repository(hub_name, "model", files=True)
-        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name), loader)
     except InputError as error:
         otherwise = "set model.name to a folder, a hub name or packaged:smollm2-135m"
         return [Problem.of(error, otherwise)]

@@ -39,6 +39,7 @@ from msae_plugin.common.recipes import (
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES
 from msae_plugin.data.text_files import is_text_file
 from msae_plugin.models.hook_names import parse_hook_name
+from msae_plugin.models.transformer_lens import TransformerLensLoader
 from msae_plugin.saes.load import transformer_lens_hook
 
 _EVERYWHERE = {
@@ -68,6 +69,7 @@ class EvaluationSchema:
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     counted: tuple[str, str] | None = None
     sets: bool = False
+    bridge: bool = True
 
 
 def _schemas() -> dict[str, EvaluationSchema]:
@@ -236,6 +238,9 @@ class ModelChoice:
 
     name: Text | None = None
     """`packaged:NAME`, a folder, or a hub name; null is the one that the SAEs are for."""
+    loader: TransformerLensLoader = "auto"
+    """TransformerLens' class; auto is HookedTransformer where the installed version has it, and
+    unlearning takes no other."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights; SAEBench casts SAEs to it."""
     device: Text = "auto"

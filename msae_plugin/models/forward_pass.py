@@ -1,7 +1,7 @@
 """Running the language model: read activations at hooks, or put other values in their place.
 
-Works for both of SAELens' model classes: `HookedTransformer` (`blocks.9.hook_resid_post`) and
-`HookedProxyLM` (`model.layers.9`).
+Works for TransformerLens' `HookedTransformer` and `TransformerBridge`
+(`blocks.9.hook_resid_post`), and for SAELens' `HookedProxyLM` (`model.layers.9`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from transformer_lens.model_bridge import TransformerBridge
 
 # Logits of a pass that starts in the middle against those of a whole one, relative. The same
 # operations on the same shapes: 0 was measured in float32.
@@ -49,6 +50,11 @@ def stop_layer(hook_names: Sequence[str]) -> int | None:
     stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hook_names]
     known = [stop for stop in stops if stop is not None]
     return max(known) if len(known) == len(stops) else None
+
+
+def starts_in_the_middle(model: Any) -> bool:
+    """Whether a pass can begin at a layer: the Hugging Face model behind a bridge has no way in."""
+    return not isinstance(model, TransformerBridge)
 
 
 def tail_start(hook_name: str) -> int | None:
@@ -167,7 +173,7 @@ class Tail:
 
     def __init__(self, model: Any, hook_name: str, *, autocast: bool = False) -> None:
         self._model, self._hook_name, self._autocast = model, hook_name, autocast
-        self._start = tail_start(hook_name)
+        self._start = tail_start(hook_name) if starts_in_the_middle(model) else None
 
     @torch.no_grad()
     def check(self, own: torch.Tensor, clean_logits: torch.Tensor) -> None:

@@ -1,8 +1,9 @@
 """Resolve any language model a run can be trained on into one object with what the run needs.
 
 Sources: weights that a package carries (`packaged:smollm2-135m`), a local folder in the format of
-`save_pretrained`, or a name on the Hugging Face Hub. Loaders: HookedTransformer for TransformerLens
-hooks (`blocks.9.hook_resid_post`), SAELens' HookedProxyLM for module hooks (`model.layers.9`).
+`save_pretrained`, or a name on the Hugging Face Hub. Loaders: HookedTransformer or
+TransformerBridge for TransformerLens hooks (`blocks.9.hook_resid_post`), SAELens' HookedProxyLM for
+module hooks (`model.layers.9`).
 
 SAELens stores `model_from_pretrained_kwargs` in the metadata of every SAE, and a dtype in them
 later breaks SAEBench's core evaluation (two values for the keyword `dtype`): here the dtype is an
@@ -16,14 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import str_to_dtype
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookedRootModule
-from transformer_lens.utils import get_tokenizer_with_bos
+from transformer_lens import HookedRootModule
+from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,8 +43,12 @@ from msae_plugin.models.hub_access import (
 )
 from msae_plugin.models.packaged import PACKAGED_PREFIX, packaged_model, prepare_packaged_model
 from msae_plugin.models.transformer_lens import (
+    BRIDGE,
+    HOOKED_TRANSFORMER,
     hooked_transformer,
     require_supported,
+    transformer_bridge,
+    transformer_lens_loader,
     transformer_lens_name,
 )
 from msae_plugin.upstream import official_transformer_lens_name, register_transformer_lens_name
@@ -129,13 +133,11 @@ def read_config(folder: Path) -> PretrainedConfig:
         ) from error
 
 
-HOOKED_TRANSFORMER = "HookedTransformer"
 HOOKED_MODULES = "AutoModelForCausalLM"
-"""SAELens' names of the two loaders (`model_class_name` in an SAE's metadata)."""
+"""The loader for module hooks, by SAELens' name of it."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-_CLASS_OF_STYLE = {"transformer_lens": HOOKED_TRANSFORMER, "module": HOOKED_MODULES}
 _OWN_ARGUMENTS = {
     "dtype": "model.dtype",
     "torch_dtype": "model.dtype",
@@ -170,16 +172,22 @@ class ModelShape:
 class LanguageModel:
     """A loaded language model, in eval mode."""
 
-    model: HookedRootModule  # what SAELens' runners take as `override_model`
+    # What SAELens' runners take as `override_model`. A TransformerBridge has its methods.
+    model: HookedRootModule
     # Puts the BOS token before a text unless called with `add_special_tokens=False`.
     tokenizer: PreTrainedTokenizerBase
     # What an SAE's metadata record: a name that loads on other machines wherever there is one (the
     # hub name of packaged weights), else the folder.
     model_name: str
-    model_class_name: str  # SAELens' name of the loader
+    loader: str  # HookedTransformer, TransformerBridge or AutoModelForCausalLM
     d_model: int
     n_layers: int
     vocabulary: int
+
+    @property
+    def model_class_name(self) -> str:
+        """What an SAE's metadata record: SAELens' name of a loader that gives these activations."""
+        return saelens_class_name(self.loader)
 
     @property
     def shape(self) -> ModelShape:
@@ -197,16 +205,16 @@ def load_language_model(
     device: str = "cpu",
     dtype: str = "float32",
     *,
-    model_class: str | None = None,
+    loader: str = "auto",
     from_pretrained_kwargs: Mapping[str, Any] | None = None,
     report: Callable[[str], object] = logger.info,
 ) -> LanguageModel:
     """Load a language model for the hooks of a run.
 
-    The hooks are all of one style, which chooses the loader; SAELens' name of it in `model_class`
-    has to agree. Every weight gets the dtype.
+    The hooks are all of one style, with which the loader has to agree: `auto` does, for
+    TransformerLens' hooks as HookedTransformer. Every weight gets the dtype.
     """
-    model_class_name = _loader_for(hook_names, model_class)
+    loader = _loader_for(hook_names, loader)
     if dtype not in DTYPES:
         raise InputError(f"model dtype {dtype!r} is not known", f"use one of {', '.join(DTYPES)}")
     torch_dtype = str_to_dtype(dtype)
@@ -223,8 +231,8 @@ def load_language_model(
     source = resolve_model(name, report)
     config = read_config(source.folder)
     remote_code = {k: v for k, v in options.items() if k == "trust_remote_code"}
-    model: HookedTransformer | HookedProxyLM
-    if model_class_name == HOOKED_TRANSFORMER:
+    model: HookedRootModule
+    if loader == HOOKED_TRANSFORMER:
         if source.hub_name is not None and name.startswith(PACKAGED_PREFIX):
             register_transformer_lens_name(source.hub_name)
         lens_name = transformer_lens_name(source.hub_name)
@@ -233,9 +241,19 @@ def load_language_model(
         model = hooked_transformer(
             hf_model, tokenizer, source.folder, lens_name, device=device, options=options
         )
+    elif loader == BRIDGE:
+        lens_name = transformer_lens_name(source.hub_name)
+        require_supported(source.folder, config, lens_name, BRIDGE)
+        # As TransformerLens loads it: its hooks on attention scores need it.
+        options = {"attn_implementation": "eager", **options}
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options, shape)
+        _move(hf_model, device, options)
+        bridge = transformer_bridge(hf_model, tokenizer, source.folder, lens_name)
+        model = cast("HookedRootModule", bridge)
     else:
         hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options, shape)
-        model = _hooked_modules(hf_model, tokenizer, list(hook_names), device, options)
+        _move(hf_model, device, options)
+        model = _hooked_modules(hf_model, tokenizer, list(hook_names))
     for hook in hook_names:
         if hook not in model.hook_dict:
             raise InputError(f"model {name!r}: {_missing_hook(hook, list(model.hook_dict))}")
@@ -244,7 +262,7 @@ def load_language_model(
         # TransformerLens reloads the tokenizer with add_bos_token on: the model's own counts.
         tokenizer=model.tokenizer,  # pyright: ignore[reportArgumentType]
         model_name=source.recorded_name,
-        model_class_name=model_class_name,
+        loader=loader,
         d_model=shape.d_model,
         n_layers=shape.n_layers,
         vocabulary=shape.vocabulary,
@@ -271,11 +289,12 @@ def describe_model(name: str) -> ModelShape:
         ) from error
 
 
-def require_convertible(name: str) -> None:
-    """Refuse a model that TransformerLens cannot convert, from its config alone."""
+def require_convertible(name: str, loader: str = "auto") -> None:
+    """Refuse a model that TransformerLens' class does not know, from its config alone."""
+    loader = transformer_lens_loader(loader)
     if not name.startswith(PACKAGED_PREFIX):
         folder, hub_name = config_folder(name)
-        require_supported(folder, read_config(folder), transformer_lens_name(hub_name))
+        require_supported(folder, read_config(folder), transformer_lens_name(hub_name), loader)
 
 
 @torch.no_grad()
@@ -299,16 +318,25 @@ def hook_widths(language_model: LanguageModel, hook_names: Sequence[str]) -> dic
     return widths
 
 
-def _loader_for(hook_names: Sequence[str], model_class: str | None) -> str:
-    needed = _CLASS_OF_STYLE[common_style(hook_names)]
-    if model_class is None or model_class == needed:
-        return needed
-    if model_class not in _CLASS_OF_STYLE.values():
+def saelens_class_name(loader: str) -> str:
+    """SAELens' name of a loader, `model_class_name` in metadata.
+
+    SAELens knows no bridge; a HookedTransformer without processing has the same activations.
+    """
+    return HOOKED_TRANSFORMER if loader == BRIDGE else loader
+
+
+def _loader_for(hook_names: Sequence[str], loader: str) -> str:
+    if loader not in ("auto", HOOKED_TRANSFORMER, BRIDGE, HOOKED_MODULES):
         raise InputError(
-            f"model class {model_class!r} is not known",
-            f"use {HOOKED_TRANSFORMER} or {HOOKED_MODULES}, or leave it out",
+            f"loader {loader!r} is not known",
+            f"use {HOOKED_TRANSFORMER}, {BRIDGE} or {HOOKED_MODULES}, or leave it out",
         )
-    raise InputError(f"hook {hook_names[0]!r} needs the model class {needed}, not {model_class}")
+    of_modules = common_style(hook_names) == "module"
+    if loader != "auto" and of_modules != (loader == HOOKED_MODULES):
+        needed = HOOKED_MODULES if of_modules else f"{HOOKED_TRANSFORMER} or {BRIDGE}"
+        raise InputError(f"hook {hook_names[0]!r} needs the loader {needed}, not {loader}")
+    return HOOKED_MODULES if of_modules else transformer_lens_loader(loader)
 
 
 def _require_device(device: str) -> None:
@@ -366,20 +394,19 @@ def _require_known_tokens(
         )
 
 
+def _move(hf_model: PreTrainedModel, device: str, options: Mapping[str, Any]) -> None:
+    # With a device_map the weights have been placed already; moving them would undo it.
+    if options.get("device_map") is None:
+        hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+
+
 def _hooked_modules(
-    hf_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    hook_names: list[str],
-    device: str,
-    options: Mapping[str, Any],
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hook_names: list[str]
 ) -> HookedProxyLM:
     modules = [name for name, _ in hf_model.named_modules()]
     for hook in hook_names:
         if hook not in modules:
             raise InputError(_missing_hook(hook, modules))
-    # With a device_map the weights have been placed already; moving them would undo it.
-    if options.get("device_map") is None:
-        hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
     # The same tokenizer as HookedTransformer's. SAELens strips the BOS token that a tokenizer puts
     # before every text only where `add_bos_token` says so, and Gemma's does it without saying so.
     return HookedProxyLM(hf_model, get_tokenizer_with_bos(tokenizer), hook_names=hook_names)

@@ -1,15 +1,20 @@
-"""A HookedTransformer from a folder of Hugging Face weights, whatever TransformerLens calls it.
+"""TransformerLens' hook points on a loaded Hugging Face model, whatever TransformerLens calls it.
 
-TransformerLens loads by name: it wants a name of its own list, takes the shape of some models
-(Gemma, Llama 2) from the name and reads the config of all others from the hub, even when the
-loaded model is handed to it. Here it is given the loaded model and tokenizer, a name that it
-accepts, and a private look-alike of the hub's cache that holds this folder's config.json alone: no
-network, and the user's own cache stays untouched. What comes out is compared with the model that
-went in: its configuration, and its logits.
+Two classes have them. A TransformerBridge runs the Hugging Face model itself. A HookedTransformer,
+which transformer-lens 4 no longer has, is a conversion of it; all that needs version 3 is imported
+here, where it is used.
+
+For a conversion TransformerLens loads by name: it wants a name of its own list, takes the shape of
+some models (Gemma, Llama 2) from the name and reads the config of all others from the hub, even
+when the loaded model is handed to it. Here it is given the loaded model and tokenizer, a name that
+it accepts, and a private look-alike of the hub's cache that holds this folder's config.json alone:
+no network, and the user's own cache stays untouched. What comes out, of either class, is compared
+with the model that went in: by its logits, a conversion by its configuration, too.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -18,13 +23,15 @@ import tempfile
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from transformer_lens import HookedTransformer
-from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
-from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources.transformers import (
+    determine_architecture_from_hf_config,
+)
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError
@@ -34,7 +41,32 @@ from msae_plugin.upstream import (
     transformer_lens_name_registered,
 )
 
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+
 logger = logging.getLogger(__name__)
+
+HOOKED_TRANSFORMER = "HookedTransformer"
+BRIDGE = "TransformerBridge"
+"""The loaders for TransformerLens' hooks, by the names of its classes."""
+
+TransformerLensLoader = Literal["auto", "HookedTransformer", "TransformerBridge"]
+"""`model.loader` of a recipe."""
+
+
+def transformer_lens_loader(asked: str) -> str:
+    """The class that `auto` stands for: HookedTransformer where the installed version has it."""
+    there = importlib.util.find_spec("transformer_lens.HookedTransformer") is not None
+    if asked == "auto":
+        return HOOKED_TRANSFORMER if there else BRIDGE
+    if asked == HOOKED_TRANSFORMER and not there:
+        raise InputError(
+            f"transformer-lens {version('transformer-lens')} has no {HOOKED_TRANSFORMER}",
+            f'set model.loader: {BRIDGE}, or pip install "transformer-lens<4"',
+        )
+    return asked
+
 
 # TransformerLens' own limit for Gemma 3: its tables of rotations have a row per position.
 _MAX_POSITIONS = 8192
@@ -209,11 +241,26 @@ def transformer_lens_name(hub_name: str | None) -> str:
     return hub_name if hub_name in known_transformer_lens_names() else UNNAMED_MODEL
 
 
-def require_supported(folder: Path, config: PretrainedConfig, name: str) -> None:
-    """Refuse what TransformerLens cannot convert, or converts to another configuration.
+def require_supported(
+    folder: Path, config: PretrainedConfig, name: str, loader: str = HOOKED_TRANSFORMER
+) -> None:
+    """Refuse what the loader cannot take, or converts to another configuration.
 
     Before weights are read.
     """
+    if loader == BRIDGE:
+        try:
+            determine_architecture_from_hf_config(config)
+        except ValueError as error:
+            raise InputError(
+                f"TransformerLens has no bridge to the model in {folder} "
+                f"({architecture_of(config) or config.model_type})",
+                "use module hooks such as model.layers.1",
+            ) from error
+        return
+    # transformer-lens 4 has no such module.
+    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+
     with _config_by_name(folder, config, name) as lookup:
         try:
             converted = get_pretrained_model_config(name, **lookup)
@@ -241,11 +288,13 @@ def hooked_transformer(
     options: Mapping[str, Any],
 ) -> HookedTransformer:
     """Convert a loaded Hugging Face model, without weight processing, in its own dtype."""
+    from transformer_lens import HookedTransformer  # absent from transformer-lens 4
+
     printed = io.StringIO()
     with (
         _config_by_name(folder, hf_model.config, name) as lookup,
         # TransformerLens prints a line on standard output, which belongs to the command's result,
-        # and warns that HookedTransformer goes away in version 4 (this package requires 3).
+        # and warns that HookedTransformer goes away in version 4.
         redirect_stdout(printed),
         warnings.catch_warnings(),
     ):
@@ -271,21 +320,63 @@ def hooked_transformer(
     model.eval()
     if name == UNNAMED_MODEL:
         model.cfg.model_name = folder.name
-    _require_same_model(model, hf_model, tokenizer, folder)
+    if model.cfg.n_layers != hf_model.config.get_text_config().num_hidden_layers:
+        return model  # from_pretrained_kwargs asked for the first layers alone
+    _require_same_model(model, hf_model, _sample(hf_model, tokenizer, model.cfg.n_ctx), folder)
+    return model
+
+
+def transformer_bridge(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str
+) -> TransformerBridge:
+    """Put TransformerLens' hook points into a loaded Hugging Face model, on its device."""
+    longest: int = getattr(hf_model.config.get_text_config(), "max_position_embeddings", 0)
+    # Before: the bridge takes the place of the model's own modules.
+    sample = _sample(hf_model, tokenizer, longest or _LOGIT_CHECK_TOKENS)
+    try:
+        model = TransformerBridge.boot_transformers(
+            name,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            device=hf_model.device,
+            dtype=hf_model.dtype,
+        )
+    # What an adapter stumbles over in a model that it half knows.
+    except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"TransformerLens cannot bridge the model in {folder} "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            "use module hooks such as model.layers.9",
+        ) from error
+    model.eval()
+    # SAEBench makes folders of it.
+    model.cfg.model_name = folder.name if name == UNNAMED_MODEL else name.rpartition("/")[2]
+    _require_same_model(model, hf_model, sample, folder)
     return model
 
 
 @torch.no_grad()
+def _sample(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A text of random tokens, and the logits of the model itself."""
+    tokens = _tokens_for_check(hf_model, tokenizer, longest)
+    return tokens, hf_model(tokens.to(hf_model.device)).logits.float().cpu()
+
+
+@torch.no_grad()
 def _require_same_model(
-    model: HookedTransformer,
+    model: HookedTransformer | TransformerBridge,
     hf_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    sample: tuple[torch.Tensor, torch.Tensor],
     folder: Path,
 ) -> None:
-    """Compare the logits of a converted model and its source, whose configurations agree."""
-    if model.cfg.n_layers != hf_model.config.get_text_config().num_hidden_layers:
-        return  # from_pretrained_kwargs asked for the first layers alone
-    error = _logit_error(model, hf_model, _tokens_for_check(model, hf_model, tokenizer))
+    """Compare the logits of a model and its source on a text."""
+    tokens, expected = sample
+    logits = model(tokens.to(hf_model.device)).float().cpu()
+    # A softmax does not see a constant per token, and some conversions add one.
+    expected, logits = (each - each.mean(-1, keepdim=True) for each in (expected, logits))
+    error = ((logits - expected).norm() / expected.norm()).item()
     if not error <= _LOGIT_TOLERANCE.get(hf_model.dtype, 1e-1):
         raise InputError(
             f"TransformerLens converts the model in {folder} to one with other logits (relative "
@@ -294,19 +385,8 @@ def _require_same_model(
         )
 
 
-def _logit_error(
-    model: HookedTransformer, hf_model: PreTrainedModel, tokens: torch.Tensor
-) -> float:
-    """Relative error of the converted model's logits."""
-    expected = hf_model(tokens.to(hf_model.device)).logits.float().cpu()
-    logits = model(tokens.to(model.cfg.device)).float().cpu()
-    # A softmax does not see a constant per token, and some conversions add one.
-    expected, logits = (each - each.mean(-1, keepdim=True) for each in (expected, logits))
-    return ((logits - expected).norm() / expected.norm()).item()
-
-
 def _tokens_for_check(
-    model: HookedTransformer, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> torch.Tensor:
     """A text of random tokens, (1, seq), if possible longer than the model's window."""
     parameters = sum(parameter.numel() for parameter in hf_model.parameters())
@@ -317,7 +397,7 @@ def _tokens_for_check(
     special = set(tokenizer.all_special_ids)
     usual = [token for token in range(vocabulary) if token not in special] or [0]
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(usual), (1, min(wanted, model.cfg.n_ctx)), generator=generator)
+    chosen = torch.randint(len(usual), (1, min(wanted, longest)), generator=generator)
     return torch.tensor(usual)[chosen]
 
 

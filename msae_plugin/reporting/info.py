@@ -272,7 +272,7 @@ def describe_config(path: Path, overrides: Sequence[str] = ()) -> RenderableType
     config = RunConfig.load(path, overrides)
     shape = describe_model(config.model.name)
     plans = config.validate(shape)
-    check_evaluable(config.model.name, config.hooks)
+    check_evaluable(config.model.name, config.hooks, config.model.loader)
     cost = run_cost(config, plans, shape)
     loaded = human_bytes(LOADED_MODEL_FACTOR * cost.model_bytes)
     batch = config.training.store_batch_size_prompts * config.data.context_size

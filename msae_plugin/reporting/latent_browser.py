@@ -87,6 +87,7 @@ def write_latents(
     text: str | None = None,
     tokens: int = 100_000,
     model: str | None = None,
+    loader: str = "auto",
     only: Sequence[str] = (),
     language_model: LanguageModel | None = None,
     report: Reporter = no_report,
@@ -94,7 +95,8 @@ def write_latents(
     """Write the browser of some SAEs of one language model.
 
     `text` stands in for the one the SAEs were trained beside, of which `tokens` are read; `model`
-    is for SAEs that name none; `only` names SAEs or methods.
+    is for SAEs that name none; `loader` is as `model.loader` of a recipe; `only` names SAEs or
+    methods.
     """
     _check_output(output)
     device = default_device("auto")
@@ -108,7 +110,9 @@ def write_latents(
     if language_model is None:
         hooks = list({sae.hook_name: None for sae in evaluated})
         report("loading the language model")
-        language_model = load_language_model(model_for(model, evaluated), hooks, device)
+        language_model = load_language_model(
+            model_for(model, evaluated), hooks, device, loader=loader
+        )
     loaded = load_data(settings, seed, report, vocabulary=language_model.vocabulary)
     source = _Text(language_model, settings, loaded.heldout_texts(language_model.tokenizer), tokens)
     with folder_written_atomically(output) as folder:

@@ -176,13 +176,16 @@ def best_match(W_dec: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, 
 def unembedding(model: Any, d_in: int) -> torch.Tensor | None:
     """(d_in, vocabulary): what a direction at the end of the residual stream adds to the logits.
 
-    The gain of the last norm is part of it where the model is a HookedTransformer. None for
+    The gain of the last norm is part of it where the model has TransformerLens' hooks. None for
     activations of another width than the residual stream.
     """
     if hasattr(model, "W_U"):
         matrix = model.W_U.detach().float()
         gain = getattr(getattr(model, "ln_final", None), "w", None)
-        matrix = matrix if gain is None else gain.detach().float()[:, None] * matrix
+        if gain is not None:
+            # A bridge has Gemma's own weights, which are the gain less 1.
+            offset = float(getattr(model.cfg, "rmsnorm_uses_offset", False))
+            matrix = (offset + gain.detach().float())[:, None] * matrix
     else:
         matrix = model.model.get_output_embeddings().weight.detach().float().T
     return matrix if matrix.shape[0] == d_in else None

@@ -154,6 +154,7 @@ def open_sae(
     *,
     browser: Path | None = None,
     model: str | None = None,
+    loader: str = "auto",
     language_model: LanguageModel | None = None,
     report: Reporter = no_report,
 ) -> SAEInModel:
@@ -171,7 +172,7 @@ def open_sae(
     if language_model is None:
         report("loading the language model")
         language_model = load_language_model(
-            model_for(model, found), [evaluated.hook_name], default_device("auto")
+            model_for(model, found), [evaluated.hook_name], default_device("auto"), loader=loader
         )
     if evaluated.sae.hook_z_reshaping_mode:  # the head dimension is flattened already
         evaluated.sae.turn_off_forward_pass_hook_z_reshaping()

@@ -300,12 +300,12 @@ def transformer_lens_hook(hook: str) -> str:
     return f"blocks.{layer.group(1)}.hook_resid_post"
 
 
-def check_evaluable(model_name: str, hooks: Sequence[str]) -> None:
+def check_evaluable(model_name: str, hooks: Sequence[str], loader: str = "auto") -> None:
     """Say before a model is loaded which of its hooks can be trained on and not evaluated."""
     if common_style(hooks) == "transformer_lens":
-        require_convertible(model_name)
+        require_convertible(model_name, loader)
     try:
-        require_convertible(model_name)
+        require_convertible(model_name, loader)
         for hook in hooks:
             if parse_hook_name(transformer_lens_hook(hook)).layer is None:
                 raise InputError(f"SAEBench finds the layer in a hook's name, {hook!r} names none")

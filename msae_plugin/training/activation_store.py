@@ -38,7 +38,8 @@ from msae_plugin.common.files import (
     write_json_atomic,
 )
 from msae_plugin.common.stored import StoredCache, StoredProgress, checked, read_json_object
-from msae_plugin.models.loading import ModelShape
+from msae_plugin.models.loading import ModelShape, saelens_class_name
+from msae_plugin.models.transformer_lens import BRIDGE
 from msae_plugin.training.data_parallel import own_batch_size, states_of_all
 from msae_plugin.training.hashed_rows import ROWS_PER_HASH, HashedRows, mapped, row_hashes
 from msae_plugin.training.plans import SAEPlan
@@ -109,6 +110,8 @@ def activations_key(config: RunConfig) -> dict[str, Any]:
         "data.prepend_bos": data.prepend_bos,
         "data.exclude_special_tokens": data.exclude_special_tokens,
     }
+    if config.model.loader == BRIDGE:  # caches made before there was a choice have no such key
+        key["model.loader"] = BRIDGE
     return cast("dict[str, Any]", json_safe(key))
 
 
@@ -147,8 +150,8 @@ class CachedActivations:
 
     @property
     def model_class_name(self) -> str:
-        """SAELens' name of the model's loader."""
-        return str(self.manifest["model"]["loader"])
+        """SAELens' name of a loader that gives these activations."""
+        return saelens_class_name(str(self.manifest["model"]["loader"]))
 
     @property
     def autocast(self) -> bool:

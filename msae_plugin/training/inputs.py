@@ -42,7 +42,7 @@ class ModelAndText:
         return {
             "model": {
                 "name": model.model_name,
-                "loader": model.model_class_name,
+                "loader": model.loader,
                 "d_model": model.d_model,
                 "n_layers": model.n_layers,
                 "autocast": self.autocast,
@@ -91,7 +91,9 @@ def load_model(
 ) -> LanguageModel:
     """Load the language model of a recipe."""
     say(f"loading {model.name}")
-    return load_language_model(model.name, hooks, device=device, dtype=model.dtype, report=say)
+    return load_language_model(
+        model.name, hooks, device, model.dtype, loader=model.loader, report=say
+    )
 
 
 def load_data(

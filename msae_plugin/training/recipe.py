@@ -37,6 +37,7 @@ from msae_plugin.common.recipes import (
 )
 from msae_plugin.models.hook_names import common_style, parse_hook_name, validate_hook
 from msae_plugin.models.loading import ModelShape, describe_model
+from msae_plugin.models.transformer_lens import TransformerLensLoader
 from msae_plugin.training.plans import SAEPlan, plan_saes, preset_training
 from msae_plugin.training.schedules import GradientRateConfig
 
@@ -52,6 +53,9 @@ class ModelSettings:
 
     name: Text = "packaged:smollm2-135m"
     """`packaged:NAME`, a local folder, or a hub name (see `models.loading`)."""
+    loader: TransformerLensLoader = "auto"
+    """TransformerLens' class for hooks such as `blocks.9.hook_resid_post`; auto is
+    HookedTransformer where the installed version has it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the weights."""
     autocast: Flag | Literal["auto"] = False

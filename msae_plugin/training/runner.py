@@ -198,7 +198,7 @@ class MultiScaleRunner:
             shape = language_model.shape
         self.plans = config.validate(shape)
         if shape is None and self._leads:
-            check_evaluable(config.model.name, config.hooks)
+            check_evaluable(config.model.name, config.hooks, config.model.loader)
         if self._inputs is not None:
             check_cache(self._inputs.cache, config, self.plans)
             self.plans = self._inputs.fitted(self.plans)

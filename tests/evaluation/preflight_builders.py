@@ -18,10 +18,15 @@ def subject(d_in: int = 64, hook: str = HOOK) -> EvaluatedSAE:
 
 
 def find(
-    evaluations: Any, model_name: str | None, *, sae: EvaluatedSAE | None = None, **values: Any
+    evaluations: Any,
+    model_name: str | None,
+    *,
+    sae: EvaluatedSAE | None = None,
+    loader: str | None = None,
+    **values: Any,
 ) -> list[Problem]:
     config = EvalConfig.from_dict({"evaluations": evaluations, **values})
-    findings = preflight(config, [sae or subject()], model_name=model_name)
+    findings = preflight(config, [sae or subject()], model_name=model_name, loader=loader)
     for finding in findings:
         assert "\n" not in str(finding)
         assert finding.what

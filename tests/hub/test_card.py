@@ -16,6 +16,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.hub.card import BEGIN, END, labels, make_card
 from msae_plugin.hub.card_data import CardEntry, base_terms, hub_dataset, hub_model
 from msae_plugin.hub.publish import dashboard_command, pretrained_saes_stanza
+from msae_plugin.models.loading import load_language_model
 
 DETAILS = {
     "k": 32.0,
@@ -227,21 +228,30 @@ def test_labels_are_as_short_as_they_can_be():
     assert labels(["a/x", "b/x", "c"]) == {"a/x": "`a/x`", "b/x": "`b/x`", "c": "`c`"}
 
 
-def test_the_snippet_that_makes_activations(tiny_language_model, monkeypatch):
+@pytest.mark.parametrize("bridge", [False, True])
+def test_the_snippet_that_makes_activations(
+    tiny_language_model, tiny_model_dir, monkeypatch, bridge
+):
     hook = "blocks.1.hook_resid_post"
     card = card_of(entry(metadata={"hook_name": hook}))
     assert f"read at `{hook}`, of shape (..., 2304)" in card
     snippet = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)[0]
     asked = []
+    loader = "TransformerBridge" if bridge else "HookedTransformer"
+    model = load_language_model(str(tiny_model_dir), [hook], loader=loader).model
 
-    def from_pretrained_no_processing(name: str) -> object:
+    def load(name: str) -> object:
         asked.append(name)
-        return tiny_language_model.model
+        return model
 
-    stand_in = type(
-        "HookedTransformer", (), {"from_pretrained_no_processing": from_pretrained_no_processing}
-    )
-    monkeypatch.setattr("transformer_lens.HookedTransformer", stand_in)
+    if bridge:  # as the comments say
+        lines = [line for line in snippet.splitlines() if "HookedTransformer" not in line]
+        snippet = "\n".join(lines).replace("# TransformerLens 4: ", "").replace("# model", "model")
+        stand_in = type(loader, (), {"boot_transformers": load})
+        monkeypatch.setattr("transformer_lens.model_bridge.TransformerBridge", stand_in)
+    else:
+        stand_in = type(loader, (), {"from_pretrained_no_processing": load})
+        monkeypatch.setattr("transformer_lens.HookedTransformer", stand_in)
     namespace: dict = {}
     exec(snippet, namespace)
     assert asked == ["google/gemma-2-2b"]

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config
+from transformers import CTRLConfig, GPT2Config
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.models.loading import require_convertible
@@ -34,6 +34,14 @@ def test_a_gpt2_without_n_ctx_is_converted(tmp_path: Path) -> None:
     assert "n_ctx" not in json.loads((tmp_path / "config.json").read_text())
     require_convertible(str(tmp_path))
     require_supported(tmp_path, config, "msae-plugin/unnamed")
+
+
+def test_an_architecture_without_a_bridge_is_refused(tmp_path: Path) -> None:
+    config = CTRLConfig(n_layer=2, n_embd=8, n_head=2, dff=8, n_positions=16, vocab_size=11)
+    config.architectures = ["CTRLLMHeadModel"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no bridge .*CTRLLMHeadModel\): use module hooks"):
+        require_convertible(str(tmp_path), "TransformerBridge")
 
 
 def test_hooks_that_need_the_conversion_are_refused(unknown: str) -> None:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
+    GPT2LMHeadModel,
     Olmo2Config,
     Olmo2ForCausalLM,
     OlmoConfig,
@@ -25,6 +27,7 @@ from transformers import (
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.models import transformer_lens
+from msae_plugin.models.forward_pass import activations_at
 from msae_plugin.models.loading import (
     LanguageModel,
     ModelShape,
@@ -34,12 +37,15 @@ from msae_plugin.models.loading import (
     read_config,
 )
 from msae_plugin.models.transformer_lens import own_config
+from msae_plugin.reporting.latents import unembedding
 
 # The tiny model of tests/conftest.py.
 TINY_LAYERS, TINY_D_MODEL, TINY_VOCABULARY = 3, 64, 512
 
 HOOK = "blocks.1.hook_resid_post"
 MODULE = "model.layers.1"
+BRIDGE = "TransformerBridge"
+LOADERS = (BRIDGE, "HookedTransformer")
 
 
 def logits(language_model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -87,6 +93,70 @@ def test_both_loaders_give_the_same_activations_and_tokens(
         == tiny_language_model.model.to_tokens(tiny_texts[0], **as_the_store_asks).tolist()
     )
     assert modules.tokenizer.bos_token_id not in ids
+
+
+def test_a_bridge_gives_the_activations_of_a_hooked_transformer(
+    tiny_language_model: LanguageModel,
+    tiny_model_dir: Path,
+    tokens: torch.Tensor,
+    tiny_texts: list[str],
+) -> None:
+    inside = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    hooks = [f"blocks.{layer}.hook_{name}" for layer in range(TINY_LAYERS) for name in inside]
+    hooks += ["blocks.1.attn.hook_z", "blocks.1.attn.hook_k", "blocks.0.mlp.hook_post"]
+    bridge = load_language_model(str(tiny_model_dir), hooks, loader=BRIDGE)
+    expected = activations_at(tiny_language_model.model, tokens, hooks)
+    for hook, values in activations_at(bridge.model, tokens, hooks).items():
+        torch.testing.assert_close(values, expected[hook], atol=2e-5, rtol=0)
+        assert values.std() > 0.05
+    assert hook_widths(bridge, hooks) == hook_widths(tiny_language_model, hooks)
+    # SAELens has no name for a bridge; what it can load gives the same.
+    assert (bridge.loader, bridge.model_class_name) == (BRIDGE, "HookedTransformer")
+    assert bridge.model_name == tiny_language_model.model_name
+    assert bridge.shape == tiny_language_model.shape
+    assert not bridge.model.training
+    for prepend_bos in (True, False):
+        ids = bridge.model.to_tokens(tiny_texts[0], prepend_bos=prepend_bos)
+        assert ids.equal(
+            tiny_language_model.model.to_tokens(tiny_texts[0], prepend_bos=prepend_bos)
+        )
+
+
+def test_a_bridge_to_gemma_has_its_gain_and_its_windows(
+    tiny_model_dir: Path, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    own = saved_gemma(tmp_path, tiny_model_dir)
+    with torch.no_grad():
+        own.model.norm.weight.normal_()
+        expected = own(tokens).logits
+    own.save_pretrained(tmp_path)
+    bridge, hooked = (load_language_model(str(tmp_path), [HOOK], loader=name) for name in LOADERS)
+    torch.testing.assert_close(logits(bridge, tokens), expected, atol=1e-4, rtol=1e-4)
+    directions = [unembedding(each.model, 32) for each in (bridge, hooked)]
+    torch.testing.assert_close(directions[0], directions[1])
+
+
+def test_learned_positions_end_with_a_bridge_too(
+    tiny_model_dir: Path, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    config = GPT2Config(**sizes, vocab_size=TINY_VOCABULARY, architectures=["GPT2LMHeadModel"])
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for file in tiny_model_dir.glob("tokenizer*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    bridge, hooked = (load_language_model(str(tmp_path), [HOOK], loader=name) for name in LOADERS)
+    assert bridge.shape.positions == hooked.shape.positions == 64
+    found, expected = (activations(each, tokens, HOOK) for each in (bridge, hooked))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_a_version_without_hooked_transformer(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformer_lens.HookedTransformer", None)
+    assert load_language_model(str(tiny_model_dir), [HOOK]).loader == BRIDGE
+    with pytest.raises(InputError, match=r"has no HookedTransformer: set model\.loader: Transf"):
+        load_language_model(str(tiny_model_dir), [HOOK], loader="HookedTransformer")
 
 
 def test_facts_about_the_model(tiny_language_model: LanguageModel, tiny_model_dir: Path) -> None:
@@ -361,8 +431,8 @@ def test_wrong_hooks_are_named(tiny_model_dir: Path, hooks: list[str], message: 
     [
         ({"dtype": "float8"}, "float8"),
         ({"device": "gpu"}, "'gpu' is not known"),
-        ({"model_class": "HookedMamba"}, "HookedMamba"),
-        ({"model_class": "AutoModelForCausalLM"}, "needs the model class HookedTransformer"),
+        ({"loader": "HookedMamba"}, "HookedMamba"),
+        ({"loader": "AutoModelForCausalLM"}, "needs the loader HookedTransformer or TransformerBr"),
         ({"from_pretrained_kwargs": {"dtype": "bfloat16"}}, "model.dtype"),
         ({"from_pretrained_kwargs": {"revision": "main"}}, "revision"),
     ],

@@ -232,6 +232,25 @@ def test_module_hooks_and_data_scaling(recipe: dict[str, Any], tmp_path: Path) -
     assert result.language_model.model_class_name == "AutoModelForCausalLM"
 
 
+def test_a_bridge_trains_the_sae_of_a_hooked_transformer(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    exported: list[SAE[Any]] = []
+    for loader in ("HookedTransformer", "TransformerBridge"):
+        out = tmp_path / loader
+        recipe["model"]["loader"] = loader
+        result = MultiScaleRunner(RunConfig.from_dict(recipe), out).run()
+        assert result.language_model is not None
+        assert result.language_model.loader == loader
+        assert json.loads((out / "run.json").read_text())["model"]["loader"] == loader
+        exported.append(SAE.load_from_disk(out / "sae"))
+        # What SAELens itself can load.
+        assert exported[-1].cfg.metadata.model_class_name == "HookedTransformer"
+    for name, values in exported[0].state_dict().items():
+        error = (exported[1].state_dict()[name] - values).norm() / values.norm()
+        assert error < 1e-4, name
+
+
 def test_bfloat16_model_and_autocast(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["model"]["dtype"] = "bfloat16"
     recipe["training"]["autocast"] = True

@@ -19,14 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jinja2 import TemplateError
 from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.sae_bench_utils import activation_collection
 from torch.nn.utils.rnn import pad_sequence
-from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +33,9 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import kept_folder
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
 from msae_plugin.evaluation.saebench.patching import all_replaced, evaluation_environment
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 LETTERS = "ABCD"
 _PLACE = "THE-QUESTION-GOES-HERE"
@@ -230,6 +232,11 @@ class Knowledge:
     def copy_to(self, artifacts: Path) -> None:
         """Put SAEBench's files where its code looks for them."""
         shutil.copytree(self.folder / _DATA, artifacts / _DATA, dirs_exist_ok=True)
+
+
+def instruct_model(context: ModelContext) -> HookedTransformer:
+    """The model; the preflight refuses every other class."""
+    return cast("HookedTransformer", context.language_model.model)
 
 
 def find_knowledge(

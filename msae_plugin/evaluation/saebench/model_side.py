@@ -2,8 +2,8 @@
 
 Per batch of tokens: the activations at the hook; for the batches of the reconstruction metrics also
 the residual stream before the last norm (from which the clean logits follow by the unembedding
-alone; stored logits of SAEBench's protocol would take hundreds of GB) and the losses of the clean
-model and of the one with zeros at the hook.
+alone; stored logits of SAEBench's protocol would take hundreds of GB; a bridge runs as a whole
+again) and the losses of the clean model and of the one with zeros at the hook.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from msae_plugin.data.labelled_texts import DEFAULT_HELDOUT_DOCUMENTS
 from msae_plugin.data.text import load_text, open_corpus
 from msae_plugin.evaluation.outcomes import ModelContext, Reporter
 from msae_plugin.evaluation.saebench.patching import quiet
-from msae_plugin.models.forward_pass import TAIL_TOLERANCE, tail_start
+from msae_plugin.models.forward_pass import TAIL_TOLERANCE, starts_in_the_middle, tail_start
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -237,8 +237,9 @@ class CoreModelSide:
     ) -> None:
         self.context, self.hook_name = context, hook_name
         self.tokens, self.n_reconstruction = tokens, n_reconstruction
-        self._model = context.language_model.model
-        self._start = tail_start(hook_name)
+        self._model: Any = context.language_model.model
+        self._restarts = starts_in_the_middle(self._model)
+        self._start = tail_start(hook_name) if self._restarts else None
         self._ablated_logits: torch.Tensor | None = None
         self.key: Mapping[str, Any] = {
             **context.key("torch", "transformer-lens", "sae-lens", "sae-bench"),
@@ -276,8 +277,11 @@ class CoreModelSide:
         The clean predictions, their loss (prompts, context - 1), and what zeros at the hook do.
         """
         stored = self._load(index)
-        n_layers = int(self._model.cfg.n_layers)
-        logits = self._model(stored["final_residual"], start_at_layer=n_layers)
+        if self._restarts:
+            n_layers = int(self._model.cfg.n_layers)
+            logits = self._model(stored["final_residual"], start_at_layer=n_layers)
+        else:
+            logits = self._model(self.batch(index))
         clean = CleanPredictions(self._model, logits, self.batch(index))
         zeros = Predictions(stored["ce_zero"], stored["kl_zero"], stored["kl_zero_float32"])
         return clean, stored["ce_clean"], zeros

@@ -166,7 +166,7 @@ class SaeProbesModelSide:
 
     def activations(self, dataset: str) -> Path:
         """(texts, d_in) float32 in a file, computed if need be."""
-        model = self.context.language_model.model
+        model: Any = self.context.language_model.model
         # No text has more tokens than bytes, but for a token at each end.
         prompts = pd.read_csv(dataset_file(dataset), compression="zstd")["prompt"]
         longest = max(len(str(prompt).encode()) for prompt in prompts) + 2

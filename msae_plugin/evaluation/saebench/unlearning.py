@@ -32,7 +32,6 @@ from sae_bench.evals.unlearning.utils import feature_activation, metrics
 from sae_bench.evals.unlearning.utils.eval import run_eval_single_sae
 from sae_bench.evals.unlearning.utils.feature_activation import get_top_features, load_sparsity_data
 from sae_bench.sae_bench_utils import general_utils
-from transformer_lens import HookedTransformer
 from transformers import AutoTokenizer
 from typing_extensions import override
 
@@ -56,6 +55,7 @@ from msae_plugin.evaluation.saebench.instruct_model import (
     chat_format,
     corpora_and_sweep,
     find_knowledge,
+    instruct_model,
     json_sha256,
     letter_tokens,
 )
@@ -89,12 +89,7 @@ class Unlearning(Adapter):
     def prepare(self) -> dict[str, ScoreResult]:
         config: UnlearningEvalConfig = self.config()
         check_config(config, self.settings)
-        model = self.context.language_model.model
-        if not isinstance(model, HookedTransformer):
-            raise InputError(
-                "unlearning: SAEBench intervenes in a HookedTransformer",
-                "load the model with a hook such as blocks.9.hook_resid_post",
-            )
+        model = instruct_model(self.context)
         if config.seq_len > model.cfg.n_ctx:
             raise InputError(
                 f"unlearning.seq_len is {config.seq_len}, longer than the model's context of "
