@@ -150,15 +150,6 @@ def core_dataset(settings: Mapping[str, Any]) -> Dataset | str:
     return Dataset.from_dict({"text": documents})
 
 
-def _loading_script(name: str) -> InputError:
-    return InputError(
-        f"core: data set {name} comes with a loading script, a program that would run on this "
-        "machine",
-        f"read it on https://huggingface.co/datasets/{name}/tree/main and, where you trust it, set "
-        "evaluations.core.trust_remote_code: true, or choose another data set",
-    )
-
-
 def core_tokens(
     context: ModelContext,
     settings: Mapping[str, Any],
@@ -170,10 +161,6 @@ def core_tokens(
 
     (n_batches, batch_size_prompts, context_size) long.
     """
-    folder = Path(settings["dataset"])
-    # `datasets` does not ask about a script that it was once allowed to run.
-    if not settings.get("trust_remote_code") and (folder / f"{folder.name}.py").is_file():
-        raise _loading_script(settings["dataset"])
     sae = evaluated.for_saebench(context.torch_dtype, "cpu")
     # SAELens warns of a text that is shorter than 10^9 tokens and not tokenized: neither matters.
     with quiet(), warnings.catch_warnings():
@@ -189,7 +176,13 @@ def core_tokens(
         except ValueError as error:  # from `datasets`, which has no class of its own for it
             if "trust_remote_code" not in str(error):
                 raise
-            raise _loading_script(settings["dataset"]) from error
+            name = settings["dataset"]
+            raise InputError(
+                f"core: data set {name} comes with a loading script, a program that would run on "
+                "this machine",
+                f"read it on https://huggingface.co/datasets/{name}/tree/main and, where you trust "
+                "it, set evaluations.core.trust_remote_code: true, or choose another data set",
+            ) from error
         store.shuffle_input_dataset(seed=seed)
         batches: list[torch.Tensor] = []
         while len(batches) < n_batches:

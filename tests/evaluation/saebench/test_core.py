@@ -386,8 +386,9 @@ def test_a_loading_script_runs_only_where_the_user_says_so(
     trace = tmp_path / "was executed"
     folder = tmp_path / "evil"
     folder.mkdir()
-    # `datasets` asks no more about a script that it once was allowed to run: a new one every time.
-    (folder / "evil.py").write_text(SCRIPT.format(trace=str(trace)) + f"# {uuid4()}\n")
+    # `datasets` asks no more about a script that it once was allowed to run, and knows it by its
+    # code without comments: a new one every time, also where `tmp_path` is that of an earlier run.
+    (folder / "evil.py").write_text(SCRIPT.format(trace=str(trace)) + f'RUN = "{uuid4()}"\n')
     # As a data set of the hub, whose scripts `datasets` treats as those of a folder.
     monkeypatch.setattr(model_side, "is_local", lambda _: False)
     settings = check_settings("core", {"dataset": str(folder)})
