@@ -25,6 +25,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def run(name: str, task: dict[str, Any]) -> Measured:
         str(folder / "task.json"),
     ]
     log = folder / "log.txt"
-    subprocess.run(["rm", "-rf", str(folder / "output")], check=True)
+    shutil.rmtree(folder / "output", ignore_errors=True)
     begin = os.times().elapsed
     with log.open("w") as stream:
         process = subprocess.Popen(

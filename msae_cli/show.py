@@ -72,6 +72,15 @@ def show_files(result: Result[ReportResult]) -> None:
 _ModelOption = Annotated[
     str | None, typer.Option(help="Language model, for SAEs that name none.", metavar="NAME")
 ]
+_OneSAE = Annotated[
+    str, typer.Argument(metavar="SAE", help="One SAE, as in msae eval.", show_default=False)
+]
+_BrowserOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--latents", metavar="DIR", help="Output of msae latents: says what each fires on."
+    ),
+]
 _LoaderOption = Annotated[
     str, typer.Option(help="TransformerLens' class, as model.loader of a recipe.", metavar="CLASS")
 ]
@@ -119,17 +128,10 @@ def latents(
 
 
 def look(
-    reference: Annotated[
-        str, typer.Argument(metavar="SAE", help="One SAE, as in msae eval.", show_default=False)
-    ],
+    reference: _OneSAE,
     text: Annotated[str, typer.Argument(help="Any text.", show_default=False)],
     top: Annotated[int, typer.Option(min=1, help="Latents per token.")] = 5,
-    browser: Annotated[
-        Path | None,
-        typer.Option(
-            "--latents", metavar="DIR", help="Output of msae latents: says what each fires on."
-        ),
-    ] = None,
+    browser: _BrowserOption = None,
     model: _ModelOption = None,
     loader: _LoaderOption = "auto",
 ) -> None:
@@ -160,16 +162,9 @@ def look(
 
 
 def serve(
-    reference: Annotated[
-        str, typer.Argument(metavar="SAE", help="One SAE, as in msae eval.", show_default=False)
-    ],
+    reference: _OneSAE,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of this machine alone.")] = 8765,
-    browser: Annotated[
-        Path | None,
-        typer.Option(
-            "--latents", metavar="DIR", help="Output of msae latents: says what each fires on."
-        ),
-    ] = None,
+    browser: _BrowserOption = None,
     model: _ModelOption = None,
     loader: _LoaderOption = "auto",
 ) -> None:

@@ -73,16 +73,21 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def _holder(value: Any, place: tuple[Any, ...]) -> Any:
+    """The dictionary or list that a place's last key is looked up in."""
+    for step in place[:-1]:
+        value = value[step]
+    return value
+
+
 def damage_value(value: Any, chance: random.Random, texts: tuple[Any, ...] = VALUES) -> str:
     """Replace, remove, add or rename something in nested dictionaries and lists, in place."""
     # Shallow places are as likely as the many deep ones.
     places = _places(value)
     depth = chance.choice(sorted({len(place) for place in places}))
-    *above, key = chance.choice([place for place in places if len(place) == depth])
-    holder = value
-    for step in above:
-        holder = holder[step]
-    where = ".".join(map(str, (*above, key)))
+    place = chance.choice([place for place in places if len(place) == depth])
+    holder, key = _holder(value, place), place[-1]
+    where = ".".join(map(str, place))
     how = chance.choice(("replaced", "replaced", "replaced", "removed", "renamed"))
     if how == "replaced":
         holder[key] = copy.deepcopy(chance.choice(texts))
@@ -115,9 +120,7 @@ def hostile_texts(path: Path, chance: random.Random) -> str:
     for _ in range(chance.choice((1, 4, 12))):
         texts = []
         for place in _places(value):
-            holder = value
-            for step in place[:-1]:
-                holder = holder[step]
+            holder = _holder(value, place)
             if isinstance(holder[place[-1]], str) or isinstance(holder, dict):
                 texts.append((holder, place[-1]))
         holder, key = chance.choice(texts)

@@ -256,33 +256,32 @@ class StoredSummary(TypedDict, total=False):
 
 
 @_stored
-class StoredCache(TypedDict, total=False):
-    """`cache.json`."""
-
-    key: Required[Facts]
+class _StoredRows(TypedDict, total=False):
     rows: Required[int]
     dtype: Required[str]
-    hooks: Required[dict[str, int]]
     model: Required[Facts]
     data: Required[Facts]
     sha256: dict[str, list[str]]
 
 
 @_stored
-class StoredActivations(TypedDict, total=False):
+class StoredCache(_StoredRows, total=False):
+    """`cache.json`."""
+
+    key: Required[Facts]
+    hooks: Required[dict[str, int]]
+
+
+@_stored
+class StoredActivations(_StoredRows, total=False):
     """`activations.json` of a comparison."""
 
     format: Required[int]
     key: Required[str]
-    rows: Required[int]
     training_rows: Required[int]
     batch_size: Required[int]
-    dtype: Required[str]
     hooks: Required[Facts]
-    model: Required[Facts]
-    data: Required[Facts]
     metadata: Required[Facts]
-    sha256: dict[str, list[str]]
 
 
 @_stored

@@ -247,19 +247,3 @@ def _shown(value: str | float | Spread, digits: int, with_sign: bool) -> str:
     if isinstance(value, Spread):
         return mean_and_std(value, digits)
     return signed(value, digits) if with_sign else number(value, digits)
-
-
-def columns(*headings: tuple[str, str] | tuple[str, str, str]) -> list[Column]:
-    """Columns from key, heading and detail.
-
-    A target L0 that is absent is none: some architectures and controls are not asked for one.
-    """
-    return [
-        Column(
-            heading[0],
-            heading[1],
-            heading[2] if len(heading) == 3 else "",
-            absent="none" if heading[0] == "l0_target" else NOT_MEASURED,
-        )
-        for heading in headings
-    ]

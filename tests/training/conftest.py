@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.data.text import TextData, load_text
 from msae_plugin.models.loading import LanguageModel
+from msae_plugin.training import passes
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
 
@@ -81,3 +83,27 @@ def rows(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def read_rows() -> Callable[[Path], list[dict[str, Any]]]:
     return rows
+
+
+@pytest.fixture
+def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """Kill the pass over the text that the block makes, after so many batches, each saved."""
+
+    @contextmanager
+    def killed(batches: int) -> Generator[None]:
+        appended, append = 0, passes.ActivationWriter.append
+
+        def counting(writer: Any, *batch: Any) -> None:
+            nonlocal appended
+            append(writer, *batch)
+            appended += 1
+            if appended == batches:
+                raise SystemExit("killed")
+
+        monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(passes.ActivationWriter, "append", counting)
+            with pytest.raises(SystemExit):
+                yield
+
+    return killed

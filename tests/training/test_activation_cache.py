@@ -156,27 +156,17 @@ def test_text_that_was_changed_is_noticed(
         train_from(tmp_path / "out", tmp_path / "cache", *SHORT, f"data.source={corpus}")
 
 
-def test_a_killed_pass_goes_on(cache: Cache, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_killed_pass_goes_on(
+    cache: Cache, tmp_path: Path, monkeypatch: Any, killed_after: Any
+) -> None:
     whole = cache(tmp_path / "whole", *SHORT)
     folder = tmp_path / "cache"
-    appended = 0
-    append = passes.ActivationWriter.append
-
-    def killed(writer: Any, *batch: Any) -> None:
-        nonlocal appended
-        append(writer, *batch)
-        appended += 1
-        if appended == 12:
-            raise SystemExit("killed")
 
     def stop(_: Any) -> None:
         raise InterruptedBySignalError(15)
 
-    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(passes.ActivationWriter, "append", killed)
-        with pytest.raises(SystemExit):
-            cache(folder, *SHORT)
+    with killed_after(12):
+        cache(folder, *SHORT)
     with pytest.raises(InputError, match="holds an unfinished cache of activations"):
         open_cache(folder)
     with pytest.raises(InputError, match="unfinished cache of other activations"):

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.training import activation_store, hashed_rows, passes
+from msae_plugin.training import activation_store, hashed_rows
 from msae_plugin.training.activation_store import CachedActivations, open_cache
 from msae_plugin.training.hashed_rows import HashedRows, row_hashes
 from msae_plugin.training.passes import make_cache
@@ -140,23 +141,11 @@ def test_a_cache_without_hashes_is_read(
 def test_a_stopped_pass_goes_on_only_from_what_was_written(
     made: Callable[[Path], CachedActivations],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    killed_after: Callable[[int], AbstractContextManager[None]],
     damage: str,
 ) -> None:
-    appended, append = 0, passes.ActivationWriter.append
-
-    def killed(writer: Any, *batch: Any) -> None:
-        nonlocal appended
-        append(writer, *batch)
-        appended += 1
-        if appended == 7:
-            raise SystemExit("killed")
-
-    monkeypatch.setattr(passes, "SECONDS_BETWEEN_SAVES", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(passes.ActivationWriter, "append", killed)
-        with pytest.raises(SystemExit):
-            made(tmp_path)
+    with killed_after(7):
+        made(tmp_path)
     progress, rows = tmp_path / "progress.json", tmp_path / f"{HOOK}.bin"
     (position,) = tmp_path.glob("position-*.pt")
     done = json.loads(progress.read_text())["done"]
