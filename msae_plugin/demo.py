@@ -20,6 +20,7 @@ from rich.text import Text
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import write_text_atomic
+from msae_plugin.common.progress import Report
 from msae_plugin.common.recipes import SHIPPED, set_value
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.common.table import Table
@@ -27,7 +28,6 @@ from msae_plugin.comparison.compare import RECIPE_FILE, check_comparison_folder,
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import COMPARISON_FILE
-from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.evaluation.summary import JSON_FILE
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.reporting.document import Bullets, Document, Section, markdown
@@ -93,7 +93,7 @@ class Demo:
 def run_demo(
     config: CompareConfig,
     output: Path,
-    progress: Reporter,
+    progress: Report,
     language_model: LanguageModel | None = None,
 ) -> Demo:
     """Compare, or go on where a killed demo stopped; report; write `demo.md`."""

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from msae_cli.app import app
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.progress import warnings_alone
 from msae_plugin.comparison import group_training
 from msae_plugin.data.text import load_text
 from msae_plugin.demo import demo_for_terminal, demo_recipe, run_demo
 from msae_plugin.evaluation.heldout import evaluate_many
-from msae_plugin.evaluation.outcomes import no_report
 from msae_plugin.models.loading import load_language_model
 from msae_plugin.reporting.report import build
 from msae_plugin.reporting.sources import read_sources
@@ -50,7 +50,7 @@ def recipe(options):
 def finished(recipe, tmp_path_factory):
     pytest.importorskip("sae_bench")
     output = tmp_path_factory.mktemp("demo") / "out"
-    return run_demo(recipe, output, no_report)
+    return run_demo(recipe, output, warnings_alone)
 
 
 def test_it_leaves_a_page_a_short_page_the_numbers_and_both_saes(finished):
@@ -126,11 +126,11 @@ def test_a_finished_folder_is_kept_and_never_mixed_with_other_settings(finished,
     weights = finished.output / "saes" / SAES["multiscale"] / "sae" / "sae_weights.safetensors"
     before = weights.stat().st_mtime_ns
     rows = json.loads((finished.output / "comparison.json").read_text())["rows"]
-    run_demo(recipe, finished.output, no_report)
+    run_demo(recipe, finished.output, warnings_alone)
     assert weights.stat().st_mtime_ns == before
     assert json.loads((finished.output / "comparison.json").read_text())["rows"] == rows
     with pytest.raises(InputError, match="other settings"):
-        run_demo(demo_recipe({**options, "k": 9.0}, SMALL), finished.output, no_report)
+        run_demo(demo_recipe({**options, "k": 9.0}, SMALL), finished.output, warnings_alone)
 
 
 def test_the_command_refuses_bad_input_with_status_2(tmp_path, options):

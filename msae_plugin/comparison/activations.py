@@ -27,13 +27,12 @@ from typing_extensions import Self
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, key_digest
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay
+from msae_plugin.common.progress import ProgressDisplay, Report
 from msae_plugin.common.seeding import derive_seed, seed_everything
 from msae_plugin.common.stored import StoredActivations as StoredManifest
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData
-from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.models.transformer_lens import BRIDGE
 from msae_plugin.training.activation_store import PLACEHOLDER, ActivationWriter, read_activations
@@ -212,7 +211,7 @@ def store_activations(
     device: str,
     *,
     guard: InterruptionGuard,
-    report: Reporter,
+    report: Report,
 ) -> StoredActivations:
     """Run the text through the model once and keep the activations."""
     folder = output / FOLDER

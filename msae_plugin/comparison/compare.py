@@ -26,6 +26,7 @@ from msae_plugin.common.files import (
     write_json_atomic,
 )
 from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.comparison import activations, ground_truth, training_schedule
 from msae_plugin.comparison.ground_truth import GroundTruthTestbed
 from msae_plugin.comparison.group_training import ComparisonRun
@@ -40,7 +41,6 @@ from msae_plugin.comparison.results import (
     training_metrics,
 )
 from msae_plugin.comparison.training_schedule import Shard, missing_entries, share_of, train_all
-from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.run_record import read_run_record
 from msae_plugin.training.plans import default_device, require_memory
@@ -78,7 +78,7 @@ def compare(
     config: CompareConfig,
     output: Path,
     *,
-    report: Reporter = no_report,
+    report: Report = warnings_alone,
     language_model: LanguageModel | None = None,
     shard: Shard | None = None,
     skip_missing: bool = False,
@@ -103,7 +103,7 @@ def compare(
 def _compare(
     config: CompareConfig,
     output: Path,
-    report: Reporter,
+    report: Report,
     language_model: LanguageModel | None,
     shard: Shard,
     *,

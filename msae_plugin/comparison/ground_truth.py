@@ -32,6 +32,7 @@ from sae_lens.synthetic import (
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import key_digest, tensors_sha256
 from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.progress import Report
 from msae_plugin.common.recipes import unknown_key_message
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.comparison.activations import SAMPLE_TOKENS
@@ -39,7 +40,7 @@ from msae_plugin.comparison.methods import Entry, Expansion, sae_folder, with_pe
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig, SyntheticSettings
 from msae_plugin.comparison.results import Measured, store_metrics, stored_metrics
 from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
-from msae_plugin.evaluation.outcomes import Reporter, require_real
+from msae_plugin.evaluation.outcomes import require_real
 from msae_plugin.saes.export import SAE_FOLDER
 from msae_plugin.saes.health import dense_share, encoder_decoder_alignment
 from msae_plugin.training.plans import default_device
@@ -196,7 +197,7 @@ class Candidate:
 class GroundTruthTestbed:
     """Samples, metrics and controls of a comparison on ground truth."""
 
-    def __init__(self, config: CompareConfig, output: Path, report: Reporter) -> None:
+    def __init__(self, config: CompareConfig, output: Path, report: Report) -> None:
         if config.synthetic is None:
             raise InputError("there is no 'synthetic' in the recipe")
         self.config = config

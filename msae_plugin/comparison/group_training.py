@@ -17,7 +17,7 @@ from typing_extensions import override
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay
+from msae_plugin.common.progress import ProgressDisplay, Report
 from msae_plugin.comparison.activations import ActivationSource, SeededBatches
 from msae_plugin.comparison.methods import (
     SAES_FOLDER,
@@ -29,7 +29,6 @@ from msae_plugin.comparison.methods import (
     scale_thresholds,
 )
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.saes.run_record import RunRecord, describe_device, software_versions
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.log import JsonLinesSink, MetricsLog
@@ -49,7 +48,7 @@ class ComparisonRun:
     output: Path
     device: str
     guard: InterruptionGuard
-    report: Reporter
+    report: Report
 
     def folder(self, name: str) -> Path:
         """Folder of an SAE."""
@@ -73,7 +72,7 @@ class Group:
 class _ReportedProgress(ProgressDisplay):
     """Tells a comparison's reporter how far a training is."""
 
-    def __init__(self, report: Reporter, title: str) -> None:
+    def __init__(self, report: Report, title: str) -> None:
         self._report, self._title, self._total = report, title, 0
 
     @override

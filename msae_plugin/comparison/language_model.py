@@ -18,6 +18,7 @@ from sae_lens.saes.sae import SAEMetadata
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import key_digest, tensors_sha256, write_json_atomic
 from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.progress import Report
 from msae_plugin.common.seeding import derive_seed
 from msae_plugin.comparison.activations import (
     StoredActivations,
@@ -40,7 +41,6 @@ from msae_plugin.data.text import TextData, iterate_windows
 from msae_plugin.evaluation.contexts import ContextCollector, contexts_as_json
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
-from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
 from msae_plugin.models.loading import LanguageModel, ModelShape, describe_model
 from msae_plugin.models.transformer_lens import transformer_lens_loader
@@ -75,7 +75,7 @@ class LanguageModelTestbed:
         self,
         config: CompareConfig,
         output: Path,
-        report: Reporter,
+        report: Report,
         language_model: LanguageModel | None,
         *,
         skip_missing: bool,

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.interruption import InterruptionGuard
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.comparison.compare import check_comparison_folder, compare
 from msae_plugin.comparison.language_model import LanguageModelTestbed
 from msae_plugin.comparison.methods import expand
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.training_schedule import Shard, missing_entries
-from msae_plugin.evaluation.outcomes import Reporter, no_report
 
 if TYPE_CHECKING:
     import submitit
@@ -71,7 +71,7 @@ class SweepJob:
 
 
 def _make_activations(config: CompareConfig, output: Path) -> None:
-    testbed = LanguageModelTestbed(config, output, no_report, None, skip_missing=True)
+    testbed = LanguageModelTestbed(config, output, warnings_alone, None, skip_missing=True)
     if missing_entries(expand(config, testbed.widths()).entries, config, output):
         with claimed_output(output), InterruptionGuard() as guard:
             testbed.source(guard)
@@ -85,7 +85,7 @@ def sweep(
     jobs: int = 1,
     parameters: Mapping[str, Any] | None = None,
     skip_missing: bool = False,
-    report: Reporter = no_report,
+    report: Report = warnings_alone,
 ) -> None:
     """Run a comparison as jobs, and wait for them; the same command continues one that was stopped.
 
@@ -124,7 +124,7 @@ def _executor(folder: Path, executor: str, parameters: Mapping[str, Any]) -> sub
     return made
 
 
-def _run(submitter: submitit.AutoExecutor, jobs: Sequence[SweepJob], report: Reporter) -> None:
+def _run(submitter: submitit.AutoExecutor, jobs: Sequence[SweepJob], report: Report) -> None:
     """Submit jobs, wait for all, and say what failed."""
     title = jobs[0].name if len(jobs) == 1 else f"{len(jobs)} parts"
     submitted = [submitter.submit(job) for job in jobs]

@@ -23,16 +23,15 @@ from msae_plugin.common.files import (
     versions,
     write_json_atomic,
 )
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.common.stored import StoredOutcome, checked, read_json_object
 from msae_plugin.evaluation.outcomes import (
     EvaluationRun,
     MetricDefinition,
     ModelContext,
-    Reporter,
     ScoreResult,
     definitions,
     described,
-    no_report,
     reliability,
 )
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
@@ -111,7 +110,7 @@ def evaluate(
     language_model: LanguageModel | None = None,
     skip_missing: bool = False,
     broken: Mapping[str, str] | None = None,
-    report: Reporter = no_report,
+    report: Report = warnings_alone,
 ) -> EvaluationResult:
     """Run the evaluations of a config on SAEs and write SAEBench's JSON and a summary.
 

@@ -15,8 +15,7 @@ import yaml
 
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.files import versions
-from msae_plugin.common.progress import Report as Reporter
-from msae_plugin.common.progress import warnings_alone as no_report
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -134,7 +133,7 @@ class EvaluationRun:
     settings: Mapping[str, Any]  # fields of SAEBench's config class and ours, checked
     seed: int  # of the choice and order of texts, and of all that is trained
     output: Path  # folder for SAEBench's JSON
-    report: Reporter = no_report
+    report: Report = warnings_alone
 
 
 def require_real(metrics: Mapping[str, float], where: str) -> None:

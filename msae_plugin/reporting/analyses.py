@@ -21,9 +21,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.progress import Report
 from msae_plugin.common.table import Spread, spread
 from msae_plugin.evaluation.heldout import cosines_to_others
-from msae_plugin.evaluation.outcomes import Reporter
 from msae_plugin.reporting.sources import TrainedSAE
 
 # 2^22 similarities of float32 are 16 MiB.
@@ -409,7 +409,7 @@ class AnalysedGroup:
         return spread(values) if values else None
 
 
-def analyse(trained: Sequence[TrainedSAE], report: Reporter) -> list[SAEAnalysis]:
+def analyse(trained: Sequence[TrainedSAE], report: Report) -> list[SAEAnalysis]:
     """Read the weights of every SAE and work out what they show."""
     found: list[SAEAnalysis] = []
     for done, sae in enumerate(trained):

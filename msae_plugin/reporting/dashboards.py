@@ -19,9 +19,9 @@ import torch
 from sae_lens import SAE
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.data.text import iterate_windows, load_text
 from msae_plugin.evaluation.evaluate import model_for
-from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting.sources import Sources, TrainedSAE, is_variant
 from msae_plugin.saes.export import TWIN_FOLDER
@@ -65,7 +65,7 @@ def write_dashboards(
     sources: Sources,
     folder: Path,
     request: DashboardRequest,
-    progress: Reporter = no_report,
+    progress: Report = warnings_alone,
 ) -> dict[str, Path]:
     """Write a page per SAE of a language model, at least one."""
     pages: dict[str, Path] = {}

@@ -24,11 +24,11 @@ import torch
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.comparison.results import COMPARISON_FILE
 from msae_plugin.data.text import Window, iterate_windows
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.evaluation.heldout import HeldoutMetrics, evaluate_many
-from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting import latents as known
 from msae_plugin.reporting.document import asset
@@ -90,7 +90,7 @@ def write_latents(
     loader: str = "auto",
     only: Sequence[str] = (),
     language_model: LanguageModel | None = None,
-    report: Reporter = no_report,
+    report: Report = warnings_alone,
 ) -> LatentBrowser:
     """Write the browser of some SAEs of one language model.
 
@@ -151,7 +151,7 @@ def _check_output(output: Path) -> None:
 
 
 def _browsed(
-    references: Sequence[str], device: str, model: str | None, report: Reporter
+    references: Sequence[str], device: str, model: str | None, report: Report
 ) -> list[BrowsedSAE]:
     """The SAEs of runs and comparisons with what these record, then the others."""
     folders = [
@@ -251,7 +251,7 @@ class _Text:
 
 class _Writer:
     def __init__(
-        self, folder: Path, browsed: Sequence[BrowsedSAE], text: _Text, report: Reporter
+        self, folder: Path, browsed: Sequence[BrowsedSAE], text: _Text, report: Report
     ) -> None:
         self._folder, self._browsed, self._text, self._report = folder, browsed, text, report
         self._entries: list[dict[str, Any]] = []

@@ -11,10 +11,10 @@ import torch
 from sae_lens.util import get_special_token_ids
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.language_model import CONTEXTS_FILE
 from msae_plugin.evaluation.evaluate import model_for
-from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.models.forward_pass import activations_at, input_device
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting.latent_browser import tokens_it_fires_on
@@ -156,7 +156,7 @@ def open_sae(
     model: str | None = None,
     loader: str = "auto",
     language_model: LanguageModel | None = None,
-    report: Reporter = no_report,
+    report: Report = warnings_alone,
 ) -> SAEInModel:
     """Load one SAE and its language model.
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import folder_written_atomically, versions
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.common.stored import read_json_object
-from msae_plugin.evaluation.outcomes import Reporter, no_report
 from msae_plugin.evaluation.summary import standing
 from msae_plugin.reporting.analyses import SAEAnalysis, analyse
 from msae_plugin.reporting.answer import answers, findings_of, health_section
@@ -65,7 +65,7 @@ class ReportResult:
 def report(
     folders: Sequence[Path],
     output: Path,
-    progress: Reporter = no_report,
+    progress: Report = warnings_alone,
     dashboards: DashboardRequest | None = None,
 ) -> ReportResult:
     """Make a report of runs, evaluations and comparisons; it replaces an earlier one whole.
@@ -108,7 +108,7 @@ def report(
 
 def build(
     sources: Sources,
-    progress: Reporter = no_report,
+    progress: Report = warnings_alone,
     dashboards: Sequence[tuple[str, str]] = (),
     browsers: Sequence[tuple[str, str]] = (),
 ) -> tuple[Document, int]:

@@ -31,9 +31,9 @@ from typing_extensions import override
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_written_atomically
+from msae_plugin.common.progress import Report
 from msae_plugin.evaluation.outcomes import (
     SAEBENCH_ID,
-    Reporter,
     ScoreResult,
     failure,
     require_real,
@@ -62,7 +62,7 @@ def measure_reconstruction(
     ignored: set[int],
     *,
     exclude_special_tokens: bool,
-    report: Reporter,
+    report: Report,
 ) -> tuple[dict[str, list[dict[str, torch.Tensor]]], dict[str, ScoreResult]]:
     """The results of `get_recons_loss` for every batch and SAE.
 

@@ -31,7 +31,8 @@ from transformers import PreTrainedTokenizerBase
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import kept_folder
-from msae_plugin.evaluation.outcomes import ModelContext, Reporter
+from msae_plugin.common.progress import Report
+from msae_plugin.evaluation.outcomes import ModelContext
 from msae_plugin.evaluation.saebench.patching import all_replaced, evaluation_environment
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def find_knowledge(
     answers: LetterAnswers,
     questions: Mapping[str, Questions],
     batch_size: int,
-    report: Reporter,
+    report: Report,
 ) -> dict[str, Knowledge]:
     """Ask all questions, or read what was answered before. SAEBench must be adapted already."""
     found: dict[str, Knowledge] = {}

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import disk_errors_told, is_complete, keyed_folder, mark_complete
+from msae_plugin.common.progress import Report
 from msae_plugin.data.labelled_texts import DEFAULT_HELDOUT_DOCUMENTS
 from msae_plugin.data.text import load_text, open_corpus
-from msae_plugin.evaluation.outcomes import ModelContext, Reporter
+from msae_plugin.evaluation.outcomes import ModelContext
 from msae_plugin.evaluation.saebench.patching import quiet
 from msae_plugin.models.forward_pass import TAIL_TOLERANCE, starts_in_the_middle, tail_start
 from msae_plugin.models.packaged import PACKAGED_PREFIX
@@ -250,7 +251,7 @@ class CoreModelSide:
         }
         self.folder: Path = keyed_folder(context.cache, KIND, self.key)
 
-    def prepare(self, report: Reporter) -> bool:
+    def prepare(self, report: Report) -> bool:
         """Compute what is not on disk yet."""
         if is_complete(self.folder):
             self._start = None if (self.folder / WHOLE_PASSES).exists() else self._start

@@ -9,7 +9,8 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
 from msae_plugin import MultiScaleSAE, MultiScaleSAEConfig
 from msae_plugin.common.files import tensors_sha256
-from msae_plugin.evaluation.outcomes import EvaluationRun, ModelContext, Reporter, ScoreResult
+from msae_plugin.common.progress import Report
+from msae_plugin.evaluation.outcomes import EvaluationRun, ModelContext, ScoreResult
 from msae_plugin.evaluation.saebench.adapter import run_evaluation
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -24,7 +25,7 @@ def run(
     saes: Sequence[EvaluatedSAE],
     seed: int,
     output: Path,
-    report: Reporter,
+    report: Report,
 ) -> dict[str, ScoreResult]:
     """The results of one evaluation with one seed, by SAE."""
     return run_evaluation(EvaluationRun(evaluation, context, settings, seed, output, report), saes)

@@ -18,7 +18,8 @@ from sae_lens.training.activations_store import ActivationsStore
 from tolerance import rounding_tolerance
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.outcomes import ModelContext, no_report
+from msae_plugin.common.progress import warnings_alone
+from msae_plugin.evaluation.outcomes import ModelContext
 from msae_plugin.evaluation.recipe import check_settings
 from msae_plugin.evaluation.saebench import model_side
 from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens
@@ -100,7 +101,7 @@ def test_the_numbers_are_saebenchs_own(
         "dataset": str(text_file),
         "exclude_special_tokens_from_reconstruction": exclude_special,
     }
-    outcomes = run_core(context, settings, subjects, 42, tmp_path / "ours", no_report)
+    outcomes = run_core(context, settings, subjects, 42, tmp_path / "ours", warnings_alone)
     rows = rows_of(text_file)
     for subject in subjects:
         outcome = outcomes[subject.name]
@@ -123,7 +124,7 @@ def test_explained_variance_is_the_streaming_one(
     context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, subjects, 42, tmp_path / "ours", no_report)
+    outcomes = run_core(context, settings, subjects, 42, tmp_path / "ours", warnings_alone)
     side = CoreModelSide(
         context, subjects[0].hook_name, *_tokens_of(context, settings, subjects[0])
     )
@@ -156,7 +157,7 @@ def test_kl_from_float32_log_probabilities(
     context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, subjects[:1], 42, tmp_path / "ours", no_report)
+    outcomes = run_core(context, settings, subjects[:1], 42, tmp_path / "ours", warnings_alone)
     tokens, _ = _tokens_of(context, settings, subjects[0])
     model, tokenizer = context.language_model.model, context.language_model.tokenizer
     special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
@@ -183,7 +184,7 @@ def test_the_model_runs_once_for_all_saes_and_not_at_all_from_the_cache(
     context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
-    first = run_core(context, settings, subjects[:1], 42, tmp_path / "a", no_report)
+    first = run_core(context, settings, subjects[:1], 42, tmp_path / "a", warnings_alone)
     blocks = context.language_model.model.blocks
     layers: list[int] = []
     handles = [
@@ -191,7 +192,7 @@ def test_the_model_runs_once_for_all_saes_and_not_at_all_from_the_cache(
         for number, block in enumerate(blocks)
     ]
     try:
-        again = run_core(context, settings, subjects, 42, tmp_path / "b", no_report)
+        again = run_core(context, settings, subjects, 42, tmp_path / "b", warnings_alone)
     finally:
         for handle in handles:
             handle.remove()
@@ -223,13 +224,13 @@ def test_an_interrupted_model_side_is_computed_again(
     context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
-    expected = run_core(context, settings, subjects[:1], 42, tmp_path / "a", no_report)
+    expected = run_core(context, settings, subjects[:1], 42, tmp_path / "a", warnings_alone)
     side = CoreModelSide(
         context, subjects[0].hook_name, *_tokens_of(context, settings, subjects[0])
     )
     (side.folder / "complete.json").unlink()
     (side.folder / "batch-00003.safetensors").write_bytes(b"half")
-    again = run_core(context, settings, subjects[:1], 42, tmp_path / "b", no_report)
+    again = run_core(context, settings, subjects[:1], 42, tmp_path / "b", warnings_alone)
     assert again["standard"].metrics == expected["standard"].metrics
 
 
@@ -239,7 +240,7 @@ def test_hooks_inside_a_layer(
 ) -> None:
     subject = dataclasses.replace(make_subject(random_standard(3), "inner"), hook_name=hook)
     settings = {**SETTINGS, "dataset": str(text_file)}
-    outcome = run_core(context, settings, [subject], 42, tmp_path / "ours", no_report)["inner"]
+    outcome = run_core(context, settings, [subject], 42, tmp_path / "ours", warnings_alone)["inner"]
     rows = rows_of(text_file)
     expected = direct(context, subject, rows, tmp_path / "theirs", settings)
     for name, value in expected.items():
@@ -262,7 +263,7 @@ def test_one_sae_that_fails_leaves_the_others(
     bad.sae.b_dec.data[0] = math.nan
     everyone = [make_subject(broken, "broken"), make_subject(silent, "silent"), bad, *subjects]
     settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, everyone, 42, tmp_path / "ours", no_report)
+    outcomes = run_core(context, settings, everyone, 42, tmp_path / "ours", warnings_alone)
     assert {name: o.status for name, o in outcomes.items()} == {
         "broken": "failed",
         "silent": "failed",
@@ -284,7 +285,7 @@ def test_seeds_shuffle_local_text_and_their_order_does_not_matter(
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file)}
     runs = {
-        (order, seed): run_core(context, settings, subjects, seed, tmp_path / order, no_report)
+        (order, seed): run_core(context, settings, subjects, seed, tmp_path / order, warnings_alone)
         for order, seeds in (("up", (1, 2)), ("down", (2, 1)))
         for seed in seeds
     }
@@ -301,7 +302,7 @@ def test_too_little_text_is_refused_with_what_there_is(
 ) -> None:
     settings = {**SETTINGS, "dataset": str(text_file), "n_eval_sparsity_variance_batches": 5000}
     with pytest.raises(InputError, match=r"holds only \d+ batches of 4 x 32 tokens and 5002"):
-        run_core(context, settings, subjects, 42, tmp_path, no_report)
+        run_core(context, settings, subjects, 42, tmp_path, warnings_alone)
 
 
 def test_the_subjects_are_left_as_they_were(
@@ -311,7 +312,9 @@ def test_the_subjects_are_left_as_they_were(
         ({k: v.clone() for k, v in s.sae.state_dict().items()}, s.sae.cfg.to_dict())
         for s in subjects
     ]
-    run_core(context, {**SETTINGS, "dataset": str(text_file)}, subjects, 42, tmp_path, no_report)
+    run_core(
+        context, {**SETTINGS, "dataset": str(text_file)}, subjects, 42, tmp_path, warnings_alone
+    )
     for subject, (weights, config) in zip(subjects, before, strict=True):
         assert subject.sae.cfg.to_dict() == config
         for name, tensor in subject.sae.state_dict().items():
@@ -327,7 +330,7 @@ def test_the_last_layer_beside_another(
     )
     assert context.language_model.model.cfg.n_layers == 3
     settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, [last, *subjects], 42, tmp_path / "ours", no_report)
+    outcomes = run_core(context, settings, [last, *subjects], 42, tmp_path / "ours", warnings_alone)
     assert {outcome.status for outcome in outcomes.values()} == {"measured"}
     expected = direct(context, last, rows_of(text_file), tmp_path / "theirs", settings)
     for name, value in expected.items():
@@ -352,7 +355,7 @@ def test_what_one_hook_raises_leaves_the_other_hooks(
 
     monkeypatch.setattr(CoreModelSide, "prepare", fail_at_one)
     settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, [inner, *subjects], 42, tmp_path, no_report)
+    outcomes = run_core(context, settings, [inner, *subjects], 42, tmp_path, warnings_alone)
     assert outcomes["inner"].status == "failed"
     assert outcomes["inner"].reason == "Some tensors share memory. Try again."
     assert {outcomes[subject.name].status for subject in subjects} == {"measured"}

@@ -27,8 +27,9 @@ from sae_bench.evals.scr_and_tpp import main as scr_and_tpp_main
 from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 from sae_bench.sae_bench_utils import dataset_utils
 
+from msae_plugin.common.progress import warnings_alone
 from msae_plugin.evaluation.evaluate import definition_of
-from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report, reliability
+from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, reliability
 from msae_plugin.evaluation.recipe import check_settings
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.saes.load import EvaluatedSAE
@@ -78,7 +79,7 @@ def run(
     kind: str, context: ModelContext, settings: Any, subjects: list[EvaluatedSAE], output: Path
 ) -> dict[str, ScoreResult]:
     here = Path.cwd()
-    outcomes = run_evaluation(kind, context, settings, subjects, 3, output, no_report)
+    outcomes = run_evaluation(kind, context, settings, subjects, 3, output, warnings_alone)
     assert Path.cwd() == here
     assert torch.is_grad_enabled()
     return outcomes

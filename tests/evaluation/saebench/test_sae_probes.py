@@ -26,8 +26,9 @@ from sklearn.linear_model import LogisticRegression
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
+from msae_plugin.common.progress import warnings_alone
 from msae_plugin.common.recipes import SHIPPED
-from msae_plugin.evaluation.outcomes import ModelContext, definitions, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, definitions
 from msae_plugin.evaluation.recipe import check_settings, reported_counts
 from msae_plugin.evaluation.saebench import sae_probes
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
@@ -125,7 +126,7 @@ def put_activations(context: ModelContext, names: list[str], folder: Path) -> No
 def test_the_numbers_are_saebenchs_own(
     context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
-    outcomes = run_sae_probes(context, SETTINGS, subjects, 7, tmp_path / "out", no_report)
+    outcomes = run_sae_probes(context, SETTINGS, subjects, 7, tmp_path / "out", warnings_alone)
     put_activations(context, SETTINGS["dataset_names"], tmp_path)
     for subject in subjects:
         outcome = outcomes[subject.name]
@@ -184,7 +185,7 @@ def test_a_direct_call_believes_results_of_another_sae(
     )
     # Ours does not, in the same output folder and cache.
     outcomes = [
-        run_sae_probes(context, ONE, [each], 7, tmp_path / "out", no_report)[each.name].metrics
+        run_sae_probes(context, ONE, [each], 7, tmp_path / "out", warnings_alone)[each.name].metrics
         for each in (subjects[0], other)
     ]
     assert outcomes[0]["sae_top_1_test_auc"] != outcomes[1]["sae_top_1_test_auc"]
@@ -197,7 +198,7 @@ def test_neither_order_nor_company_changes_a_result(
     def run(chosen: list[EvaluatedSAE], names: list[str], seed: int, place: str) -> dict[str, Any]:
         fresh = dataclasses.replace(context, cache=tmp_path / place)
         given = {"dataset_names": names, "ks": [1]}
-        outcomes = run_sae_probes(fresh, given, chosen, seed, tmp_path / place, no_report)
+        outcomes = run_sae_probes(fresh, given, chosen, seed, tmp_path / place, warnings_alone)
         files = {name: outcome.file for name, outcome in outcomes.items()}
         return {
             name: {
@@ -246,7 +247,7 @@ def test_the_models_side_is_computed_once_and_never_stale(
         passes.clear()
         probes.clear()
         outcomes = run_sae_probes(
-            given, {**ONE, **changes}, subjects[:1], seed, tmp_path / "out", no_report
+            given, {**ONE, **changes}, subjects[:1], seed, tmp_path / "out", warnings_alone
         )
         assert {outcome.status for outcome in outcomes.values()} == {"measured"}
         return len(passes), len(probes)
@@ -276,7 +277,7 @@ def test_what_a_killed_run_leaves_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch,
     quick_baseline: None,
 ) -> None:
-    expected = run_sae_probes(context, ONE, subjects[:1], 7, tmp_path / "out", no_report)
+    expected = run_sae_probes(context, ONE, subjects[:1], 7, tmp_path / "out", warnings_alone)
     fresh = dataclasses.replace(context, cache=tmp_path / "fresh")
     save = torch.save
 
@@ -286,10 +287,10 @@ def test_what_a_killed_run_leaves_is_not_trusted(
 
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_sae_probes(fresh, ONE, subjects[:1], 7, tmp_path / "again", no_report)
+        run_sae_probes(fresh, ONE, subjects[:1], 7, tmp_path / "again", warnings_alone)
     assert len(list(fresh.cache.rglob("*.pt"))) == 1
     monkeypatch.setattr(torch, "save", save)
-    found = run_sae_probes(fresh, ONE, subjects[:1], 7, tmp_path / "again", no_report)
+    found = run_sae_probes(fresh, ONE, subjects[:1], 7, tmp_path / "again", warnings_alone)
     assert found[subjects[0].name].metrics == expected[subjects[0].name].metrics
 
 
@@ -308,7 +309,7 @@ def test_one_failing_sae_stops_no_other(
     bad = [broken(subjects[0], encode.__name__, encode) for encode in (raises, not_a_number, dead)]
     lost = dataclasses.replace(subjects[0], name="lost", hook_name="blocks.1.hook_nothing")
     everyone = [bad[0], lost, bad[1], bad[2], subjects[1]]
-    outcomes = run_sae_probes(context, ONE, everyone, 7, tmp_path / "out", no_report)
+    outcomes = run_sae_probes(context, ONE, everyone, 7, tmp_path / "out", warnings_alone)
     assert {n: o.status for n, o in outcomes.items() if o.status == "measured"} == {
         subjects[1].name: "measured"
     }
@@ -316,7 +317,7 @@ def test_one_failing_sae_stops_no_other(
     assert "NaN" in str(outcomes["not_a_number"].reason)
     assert "L0 is 0" in str(outcomes["dead"].reason)
     assert "language model's side failed" in str(outcomes["lost"].reason)
-    alone = run_sae_probes(context, ONE, subjects[1:], 7, tmp_path / "alone", no_report)
+    alone = run_sae_probes(context, ONE, subjects[1:], 7, tmp_path / "alone", warnings_alone)
     assert outcomes[subjects[1].name].metrics == alone[subjects[1].name].metrics
     assert len(list((tmp_path / "out").iterdir())) == 1
 
@@ -340,9 +341,9 @@ def test_nothing_stays_changed(
         )
 
     before = state()
-    run_sae_probes(context, ONE, subjects[:1], 7, tmp_path / "out", no_report)
+    run_sae_probes(context, ONE, subjects[:1], 7, tmp_path / "out", warnings_alone)
     with replaced(sae_probes_main, "run_sae_evals", None):
-        failed = run_sae_probes(context, ONE, subjects[:1], 7, tmp_path / "out", no_report)
+        failed = run_sae_probes(context, ONE, subjects[:1], 7, tmp_path / "out", warnings_alone)
     assert failed[subjects[0].name].status == "failed"
     assert state() == before
     # Relative folders are the caller's, although the evaluation runs elsewhere.
@@ -355,7 +356,7 @@ def test_an_sae_at_another_hook_reads_that_hook(
     first, other = (make_subject(random_standard(1), name) for name in ("first", "other"))
     other.sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
     other = dataclasses.replace(other, hook_name="blocks.0.hook_resid_post")
-    outcomes = run_sae_probes(context, ONE, [first, other], 7, tmp_path / "out", no_report)
+    outcomes = run_sae_probes(context, ONE, [first, other], 7, tmp_path / "out", warnings_alone)
     assert {outcome.status for outcome in outcomes.values()} == {"measured"}
     assert outcomes["first"].metrics["llm_test_auc"] != outcomes["other"].metrics["llm_test_auc"]
 

@@ -20,8 +20,9 @@ from sae_bench.sae_bench_utils import activation_collection, dataset_info, datas
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import tensors_sha256
+from msae_plugin.common.progress import warnings_alone
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource, LocalCopies
-from msae_plugin.evaluation.outcomes import ModelContext, definitions, no_report
+from msae_plugin.evaluation.outcomes import ModelContext, definitions
 from msae_plugin.evaluation.recipe import check_settings, reported_counts
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sparse_probing import KIND
@@ -134,7 +135,7 @@ def details_of(file: Path) -> dict[str, dict[str, float]]:
 def test_the_numbers_are_saebenchs_own(
     context: ModelContext, subjects: list[EvaluatedSAE], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    outcomes = run_sparse_probing(context, settings, subjects, 5, tmp_path / "out", no_report)
+    outcomes = run_sparse_probing(context, settings, subjects, 5, tmp_path / "out", warnings_alone)
     # SAEBench's own first run, which trains the probes on the model: its latents' probes begin with
     # whatever random numbers those left, ours and those of every later run with the seed.
     cold = {
@@ -172,7 +173,7 @@ def test_the_file_has_saebenchs_fields(
     tmp_path: Path,
     untrained_probes: None,
 ) -> None:
-    outcome = run_sparse_probing(context, small, subjects[:1], 5, tmp_path / "out", no_report)
+    outcome = run_sparse_probing(context, small, subjects[:1], 5, tmp_path / "out", warnings_alone)
     file = outcome[subjects[0].name].file
     assert file is not None
     ours = json.loads(file.read_text())
@@ -196,7 +197,7 @@ def test_neither_order_nor_company_changes_a_result(
     def run(chosen: list[EvaluatedSAE], names: list[str], place: str) -> dict[str, Any]:
         fresh = dataclasses.replace(context, cache=tmp_path / place)
         given = {**small, "dataset_names": names}
-        outcomes = run_sparse_probing(fresh, given, chosen, 5, tmp_path / place, no_report)
+        outcomes = run_sparse_probing(fresh, given, chosen, 5, tmp_path / place, warnings_alone)
         return {name: details_of(outcome.file) for name, outcome in outcomes.items()}  # type: ignore[arg-type]
 
     forward = run(subjects, [AG_NEWS, packaged], "a")
@@ -204,8 +205,8 @@ def test_neither_order_nor_company_changes_a_result(
     # Alone, and after another seed in the same cache.
     given = {**small, "dataset_names": [packaged]}
     fresh = dataclasses.replace(context, cache=tmp_path / "c")
-    other = run_sparse_probing(fresh, given, subjects[1:], 6, tmp_path / "c6", no_report)
-    alone = run_sparse_probing(fresh, given, subjects[1:], 5, tmp_path / "c5", no_report)
+    other = run_sparse_probing(fresh, given, subjects[1:], 6, tmp_path / "c6", warnings_alone)
+    alone = run_sparse_probing(fresh, given, subjects[1:], 5, tmp_path / "c5", warnings_alone)
     name = subjects[1].name
     assert details_of(alone[name].file)[packaged] == forward[name][packaged]  # type: ignore[arg-type]
     assert other[name].metrics != alone[name].metrics
@@ -223,7 +224,7 @@ def test_the_models_side_is_computed_once_and_never_stale(
     def passes(seed: int = 5, given: ModelContext = context, **changes: Any) -> int:
         with model_passes() as seen:
             outcomes = run_sparse_probing(
-                given, {**small, **changes}, subjects, seed, tmp_path / "out", no_report
+                given, {**small, **changes}, subjects, seed, tmp_path / "out", warnings_alone
             )
         assert {outcome.status for outcome in outcomes.values()} == {"measured"}
         return len(seen)
@@ -271,10 +272,10 @@ def test_what_a_killed_run_leaves_is_not_trusted(
 
     monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_sparse_probing(context, small, subjects, 5, tmp_path / "out", no_report)
+        run_sparse_probing(context, small, subjects, 5, tmp_path / "out", warnings_alone)
     assert len(list((context.cache / KIND).rglob("*_activations.pt"))) == 1
     monkeypatch.setattr(torch, "save", save)
-    outcomes = run_sparse_probing(context, small, subjects, 5, tmp_path / "out", no_report)
+    outcomes = run_sparse_probing(context, small, subjects, 5, tmp_path / "out", warnings_alone)
     assert outcomes[subjects[0].name].metrics["llm_test_accuracy"] == 0.75
 
 
@@ -300,8 +301,8 @@ def test_one_failing_sae_stops_no_other(
         "dead": broken(subjects[0], "dead", dead),
     }
     everyone = [bad["raises"], subjects[0], bad["not_a_number"], bad["dead"], subjects[1]]
-    outcomes = run_sparse_probing(context, small, everyone, 5, tmp_path / "out", no_report)
-    alone = run_sparse_probing(context, small, subjects, 5, tmp_path / "alone", no_report)
+    outcomes = run_sparse_probing(context, small, everyone, 5, tmp_path / "out", warnings_alone)
+    alone = run_sparse_probing(context, small, subjects, 5, tmp_path / "alone", warnings_alone)
     assert {name: outcome.status for name, outcome in outcomes.items()} == {
         "raises": "failed",
         "not_a_number": "failed",
@@ -340,10 +341,10 @@ def test_nothing_stays_patched_and_the_callers_sae_is_as_it_was(
         )
 
     before = state()
-    run_sparse_probing(context, small, subjects, 5, tmp_path / "out", no_report)
+    run_sparse_probing(context, small, subjects, 5, tmp_path / "out", warnings_alone)
     assert state() == before
     failing = {**small, "probe_train_set_size": 4000}
-    outcomes = run_sparse_probing(context, failing, subjects, 5, tmp_path / "out", no_report)
+    outcomes = run_sparse_probing(context, failing, subjects, 5, tmp_path / "out", warnings_alone)
     assert {outcome.status for outcome in outcomes.values()} == {"failed"}
     assert "SAEBench's loader fails with probe_train_set_size 4000" in str(
         outcomes[subjects[0].name].reason
@@ -359,7 +360,7 @@ def test_saes_at_several_hooks_each_get_their_own_activations(
     other.sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
     other = dataclasses.replace(other, hook_name="blocks.0.hook_resid_post")
     with model_passes() as seen:
-        outcomes = run_sparse_probing(context, small, [first, other], 5, tmp_path, no_report)
+        outcomes = run_sparse_probing(context, small, [first, other], 5, tmp_path, warnings_alone)
     assert seen == [HOOK, HOOK, "blocks.0.hook_resid_post", "blocks.0.hook_resid_post"]
     cold = direct(context, other, small, AG_NEWS, tmp_path / "direct", 5)
     metric = "llm_top_1_test_accuracy"
@@ -376,7 +377,7 @@ def test_a_hook_that_does_not_exist_fails_its_saes_only(
 ) -> None:
     lost = dataclasses.replace(subjects[0], name="lost", hook_name="blocks.1.hook_nothing")
     outcomes = run_sparse_probing(
-        context, small, [lost, subjects[1]], 5, tmp_path / "out", no_report
+        context, small, [lost, subjects[1]], 5, tmp_path / "out", warnings_alone
     )
     assert outcomes["lost"].status == "failed"
     assert "language model's side failed" in str(outcomes["lost"].reason)
@@ -391,7 +392,7 @@ def test_lower_vram_usage_leaves_out_what_it_does_not_train(
     untrained_probes: None,
 ) -> None:
     given = {**small, "lower_vram_usage": True}
-    outcome = run_sparse_probing(context, given, subjects[:1], 5, tmp_path / "out", no_report)[
+    outcome = run_sparse_probing(context, given, subjects[:1], 5, tmp_path / "out", warnings_alone)[
         subjects[0].name
     ]
     assert outcome.status == "measured"
@@ -412,7 +413,7 @@ def test_texts_without_a_token_fail_with_their_class(
         row["text"] = "" if row["label"] == 2 else row["text"]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with model_passes() as seen:
-        outcomes = run_sparse_probing(context, small, subjects, 5, tmp_path / "out", no_report)
+        outcomes = run_sparse_probing(context, small, subjects, 5, tmp_path / "out", warnings_alone)
     assert seen == []
     reason = str(outcomes[subjects[0].name].reason)
     assert "10 texts of class '2' (test) hold nothing but BOS, EOS and PAD" in reason
@@ -429,7 +430,9 @@ def test_pad_and_eos_may_be_the_same_token(
     before = tokenizer.pad_token
     tokenizer.pad_token = tokenizer.eos_token
     try:
-        outcomes = run_sparse_probing(context, small, subjects[:1], 5, tmp_path / "o", no_report)
+        outcomes = run_sparse_probing(
+            context, small, subjects[:1], 5, tmp_path / "o", warnings_alone
+        )
         artifacts = torch.load(next((context.cache / KIND).rglob("*_activations.pt")))
         ids = tokenizer(
             "short", padding="max_length", max_length=small["context_length"], truncation=True
@@ -452,7 +455,7 @@ def test_our_own_labelled_sets_have_names_of_their_own(
     untrained_probes: None,
 ) -> None:
     given = {**small, "dataset_names": [packaged, AG_NEWS]}
-    outcome = run_sparse_probing(context, given, subjects[:1], 5, tmp_path / "out", no_report)[
+    outcome = run_sparse_probing(context, given, subjects[:1], 5, tmp_path / "out", warnings_alone)[
         subjects[0].name
     ]
     assert outcome.file is not None
@@ -462,7 +465,7 @@ def test_our_own_labelled_sets_have_names_of_their_own(
     assert set(probes) == {"garden", "harbour"}
     assert f"source of {packaged}" in outcome.facts
     assert outcome.facts[f"source of {AG_NEWS}"] == "local copy"
-    other_seed = run_sparse_probing(context, given, subjects[:1], 6, tmp_path / "o", no_report)
+    other_seed = run_sparse_probing(context, given, subjects[:1], 6, tmp_path / "o", warnings_alone)
     assert other_seed[subjects[0].name].facts["text"] != outcome.facts["text"]
 
 
@@ -492,7 +495,7 @@ def test_the_default_batch_size_is_saebenchs_for_the_model(
     given = {k: v for k, v in small.items() if k != "llm_batch_size"}
     for name, expected in (("pythia-70m-deduped", 512), ("tiny-model", 32)):
         named = dataclasses.replace(context, name=name)
-        outcome = run_sparse_probing(named, given, subjects[:1], 5, tmp_path / name, no_report)
+        outcome = run_sparse_probing(named, given, subjects[:1], 5, tmp_path / name, warnings_alone)
         file = outcome[subjects[0].name].file
         assert file is not None
         assert json.loads(file.read_text())["eval_config"]["llm_batch_size"] == expected

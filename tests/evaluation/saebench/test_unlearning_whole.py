@@ -21,7 +21,8 @@ from toy_instruct.prepare import TOY_HOOK, ToyInstruct, prepare_toy_instruct
 from toy_instruct.saes import toy_activations, train_toy_sae, untrained_toy_sae
 
 from msae_plugin.common.files import tensors_sha256
-from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, no_report
+from msae_plugin.common.progress import warnings_alone
+from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult
 from msae_plugin.evaluation.saebench.instruct_model import LetterAnswers, chat_format, letter_tokens
 from msae_plugin.evaluation.saebench.patching import replaced, seeded, without_jaxtyping
 from msae_plugin.models.loading import LanguageModel, load_language_model
@@ -81,7 +82,7 @@ def outcomes(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, ScoreResult]:
     output = tmp_path_factory.mktemp("out")
-    return run_unlearning(toy_context, settings, toy_subjects, SEED, output, no_report)
+    return run_unlearning(toy_context, settings, toy_subjects, SEED, output, warnings_alone)
 
 
 def test_a_trained_sae_takes_more_of_the_subject_away_than_an_untrained_one(
@@ -204,7 +205,9 @@ def test_a_model_that_knows_nothing_is_a_named_outcome(
         name="toy-instruct",
         cache=tmp_path / "cache",
     )
-    found = run_unlearning(context, settings, toy_subjects[:1], SEED, tmp_path / "out", no_report)
+    found = run_unlearning(
+        context, settings, toy_subjects[:1], SEED, tmp_path / "out", warnings_alone
+    )
     outcome = found["trained0"]
     assert outcome.status == "not_measurable"
     assert outcome.reason is not None
