@@ -133,17 +133,22 @@ def commands(
 
 
 def start(command: Command, output: Path) -> int:
+    # A signal may come before the fork's first line: it waits until the fork can answer it.
+    waiting = {signal.SIGINT, signal.SIGTERM}
+    log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
+        os.close(log)
         return child
     status = 1
     try:
-        silence = os.open(os.devnull, os.O_RDWR)
-        log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(silence, 1)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
         os.dup2(log, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
         command(output)
         status = 0
     except InterruptedBySignalError as interruption:
