@@ -136,8 +136,7 @@ def train(
     else:
         config = RunConfig.load(os.fspath(recipe), _sets(changes), only)
     checkpoint = None if resume is None else os.fspath(resume)
-    display = training_display(progress)
-    with launched_ranks(config.model.device) as ranks:
+    with training_display(progress) as display, launched_ranks(config.model.device) as ranks:
         run = MultiScaleRunner(
             config, Path(output), resume=checkpoint, progress=display, ranks=ranks
         ).run()
@@ -399,8 +398,9 @@ def publish(
 
     evaluated = None if evaluation is None else Path(evaluation)
     settings = PublishOptions(dry_run=dry_run, evaluation=evaluated, **options)
-    say = progress if callable(progress) else training_display(progress).message
-    made = publish_run(Path(folder), repo, settings, confirm=confirm, say=say)
+    with training_display(progress if not callable(progress) else False) as display:
+        say = progress if callable(progress) else display.message
+        made = publish_run(Path(folder), repo, settings, confirm=confirm, say=say)
     rows = [{"file": name, "bytes": size} for name, size in made.files.items()]
     return Result("publish", made.output or Path(folder), made, rows, made.notes)
 

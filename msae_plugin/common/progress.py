@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import logging
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
+import tqdm.std
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -25,6 +28,10 @@ from typing_extensions import override
 logger = logging.getLogger(__name__)
 
 PLAIN_LINE_SECONDS = 15.0
+NARROW = 80
+"""Columns below which a display abbreviates."""
+SHORT_BAR_SECONDS = 1.0
+"""Bars of libraries that are done by then are not told of."""
 WARNING_PREFIX = "warning: "
 """What begins with it stays on the screen."""
 
@@ -49,12 +56,12 @@ class ProgressDisplay:
         """Training has ended, for whatever reason; harmless when called twice."""
 
 
-def describe_row(row: Mapping[str, float]) -> str:
+def describe_row(row: Mapping[str, float], short: bool = False) -> str:
     """The four numbers to watch, in one short line."""
     parts = [
         f"loss {row['loss']:.4g}",
         f"L0 {row['l0']:.1f}",
-        f"explained variance {row['explained_variance']:.3f}",
+        f"{'EV' if short else 'explained variance'} {row['explained_variance']:.3f}",
         f"dead {row['dead_latents']:.0f}",
     ]
     return "  ".join(parts)
@@ -68,7 +75,7 @@ class ConsoleProgress(ProgressDisplay):
         self._live: Live | None = None
         self._bar = Progress(
             TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= NARROW else 4),
             TaskProgressColumn(),
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(),
@@ -108,7 +115,7 @@ class ConsoleProgress(ProgressDisplay):
     def advance(self, done_tokens: int) -> None:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         speed = (done_tokens - self._done_before) / elapsed
-        detail = f"{done_tokens:,}/{self._total:,} tokens  {speed:,.0f} tokens/s"
+        detail = f"{done_tokens:,}/{self._total:,}  {speed:,.0f} tokens/s"
         if self._live is not None and self._task is not None:
             self._bar.update(self._task, completed=done_tokens, detail=detail)
             return
@@ -120,7 +127,7 @@ class ConsoleProgress(ProgressDisplay):
 
     @override
     def metrics(self, name: str, row: Mapping[str, float]) -> None:
-        self._rows[name] = describe_row(row)
+        self._rows[name] = describe_row(row, short=self.console.width < NARROW)
 
     @override
     def stop(self) -> None:
@@ -161,8 +168,15 @@ def step_reporter(console: Console) -> Generator[Report]:
                     return
                 bar.update(task, description=message, total=total, completed=done or 0)
 
-            yield update
+            with bars_of_libraries_told(update):
+                yield update
         return
+    lines = _plain_lines(console)
+    with bars_of_libraries_told(lines):
+        yield lines
+
+
+def _plain_lines(console: Console) -> Report:
     last, next_line = "", 0.0
 
     def lines(message: str, done: int | None = None, total: int | None = None) -> None:
@@ -174,12 +188,49 @@ def step_reporter(console: Console) -> Generator[Report]:
         count = "" if done is None or total is None else f" {done}/{total}"
         console.print(Text(message + count), soft_wrap=True)
 
-    yield lines
+    return lines
 
 
-def training_display(progress: bool | Console) -> ProgressDisplay:
+@contextmanager
+def bars_of_libraries_told(tell: Report) -> Generator[None]:
+    """Tell how far libraries' tqdm bars are, which would be drawn over the display otherwise."""
+    bars: Any = tqdm.std.tqdm
+    start = bars.__init__
+    before = {name: vars(bars)[name] for name in ("__init__", "display")}
+
+    @functools.wraps(start)
+    def not_drawn(bar: Any, *arguments: Any, **options: Any) -> None:
+        # Notebooks' bars draw themselves. None stands for "off outside of a terminal".
+        draws_itself = type(bar).display is not told
+        options["disable"] = bool(options.get("disable")) or draws_itself
+        start(bar, *arguments, **{**options, "file": io.StringIO()})
+
+    def told(bar: Any, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG001
+        started = getattr(bar, "start_t", None)  # not yet set where a bar is drawn first
+        if started is not None and time.time() - started > SHORT_BAR_SECONDS:
+            tell((bar.desc or "working").removesuffix(": "), bar.n, bar.total)
+
+    bars.__init__, bars.display = not_drawn, told
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(bars, name, value)
+
+
+@contextmanager
+def training_display(progress: bool | Console) -> Generator[ProgressDisplay]:
     """The display of a training run: on a console, on standard error (True), or silent (False)."""
-    return ConsoleProgress(_console(progress)) if progress else ProgressDisplay()
+    if not progress:
+        yield ProgressDisplay()
+        return
+    console = _console(progress)
+    shown = ConsoleProgress(console)
+    try:
+        with bars_of_libraries_told(_plain_lines(console)):
+            yield shown
+    finally:
+        shown.stop()
 
 
 @contextmanager
