@@ -6,8 +6,9 @@ import functools
 import io
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Protocol
 
 import tqdm.std
@@ -28,6 +29,7 @@ from typing_extensions import override
 logger = logging.getLogger(__name__)
 
 PLAIN_LINE_SECONDS = 15.0
+NOTEBOOK_LINE_SECONDS = 1.0
 NARROW = 80
 """Columns below which a display abbreviates."""
 SHORT_BAR_SECONDS = 1.0
@@ -87,13 +89,14 @@ class ConsoleProgress(ProgressDisplay):
         self._done_before = 0
         self._started = time.perf_counter()
         self._next_line = 0.0
+        self._print = _printer(console)
 
     @override
     def start(self, total_tokens: int, done_tokens: int, names: list[str]) -> None:
         self._total, self._done_before = total_tokens, done_tokens
         self._rows = dict.fromkeys(names, "")
         self._started = time.perf_counter()
-        self._next_line = self._started + PLAIN_LINE_SECONDS
+        self._next_line = self._started + _line_seconds(self.console)
         if self.console.is_terminal:
             self._task = self._bar.add_task(
                 "", total=total_tokens, completed=done_tokens, detail="filling the buffer"
@@ -121,9 +124,9 @@ class ConsoleProgress(ProgressDisplay):
             return
         now = time.perf_counter()
         if now >= self._next_line or done_tokens >= self._total:
-            self._next_line = now + PLAIN_LINE_SECONDS
+            self._next_line = now + _line_seconds(self.console)
             rows = "".join(f" | {name}: {row}" for name, row in self._rows.items() if row)
-            self.message(f"{100 * done_tokens / self._total:3.0f} %  {detail}{rows}")
+            self._print(f"{100 * done_tokens / self._total:3.0f} %  {detail}{rows}")
 
     @override
     def metrics(self, name: str, row: Mapping[str, float]) -> None:
@@ -176,17 +179,41 @@ def step_reporter(console: Console) -> Generator[Report]:
         yield lines
 
 
+def _printer(console: Console) -> Callable[[str], None]:
+    """Print a line; in a notebook it takes the place of the one before."""
+    if not console.is_jupyter:
+        return lambda text: console.print(Text(text), soft_wrap=True)
+    # A dependency of notebooks, not of this package.
+    display: Any = import_module("IPython.display").display
+    place: Any = None
+
+    def replace(text: str) -> None:
+        nonlocal place
+        if place is None:
+            place = display({"text/plain": text}, raw=True, display_id=True)
+        else:
+            place.update({"text/plain": text}, raw=True)
+
+    return replace
+
+
+def _line_seconds(console: Console) -> float:
+    return NOTEBOOK_LINE_SECONDS if console.is_jupyter else PLAIN_LINE_SECONDS
+
+
 def _plain_lines(console: Console) -> Report:
-    last, next_line = "", 0.0
+    last, next_line, print_line = "", 0.0, _printer(console)
 
     def lines(message: str, done: int | None = None, total: int | None = None) -> None:
         nonlocal last, next_line
         now = time.perf_counter()
+        if message.startswith(WARNING_PREFIX):
+            console.print(Text(message), soft_wrap=True)
+            return
         if message == last and now < next_line:
             return
-        last, next_line = message, now + PLAIN_LINE_SECONDS
-        count = "" if done is None or total is None else f" {done}/{total}"
-        console.print(Text(message + count), soft_wrap=True)
+        last, next_line = message, now + _line_seconds(console)
+        print_line(message if done is None or total is None else f"{message} {done}/{total}")
 
     return lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from types import ModuleType
 
 import pytest
 import tqdm
@@ -59,6 +60,26 @@ def test_bars_of_libraries_are_theirs_where_nothing_is_shown(
     assert "theirs" in capsys.readouterr().err
 
 
+def test_a_notebook_has_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Display(ModuleType):
+        def display(self, data: dict[str, str], *, raw: bool, display_id: bool) -> Display:
+            shown.append("a new line")
+            return self.update(data, raw=raw)
+
+        def update(self, data: dict[str, str], *, raw: bool) -> Display:
+            shown.append(data["text/plain"])
+            return self
+
+    monkeypatch.setitem(sys.modules, "IPython.display", Display("IPython.display"))
+    notebook = Console(file=io.StringIO(), force_jupyter=True)
+    with shown_steps(notebook) as steps:
+        steps("reading", 1, 8)
+        steps("measuring", 1, 2)
+    assert shown == ["a new line", "reading 1/8", "measuring 1/2"]
+
+
 @pytest.mark.parametrize("width", [60, 100])
 def test_the_training_display_fits_its_terminal(width: int) -> None:
     shown, _ = console(terminal=True, width=width)
@@ -67,7 +88,7 @@ def test_the_training_display_fits_its_terminal(width: int) -> None:
     display.advance(250_000)
     display.metrics("multiscale_layer9", ROW)
     with shown.capture() as captured:
-        shown.print(display._render())  # noqa: SLF001
+        shown.print(display._render())
     display.stop()
     lines = captured.get().splitlines()
     assert all(len(line) <= width for line in lines)
