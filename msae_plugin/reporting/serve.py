@@ -28,6 +28,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.look import SAEInModel
 
 HOST = "127.0.0.1"
+CONTENT_SECURITY_POLICY = "default-src 'self' 'unsafe-inline'; img-src data:"
 MOST_TOKENS = 200
 """New tokens per request; each is a pass of the model."""
 
