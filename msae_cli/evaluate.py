@@ -26,7 +26,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="SAE...",
-            help="Run folder, export, its jumprelu twin, any SAELens checkpoint folder, "
+            help="Run folder, export, its jumprelu copy, any SAELens checkpoint folder, "
             "user/repo:folder, or release:sae_id.",
             show_default=False,
         ),

@@ -77,7 +77,7 @@ def train(
             show(note)
         results.print(
             "expl. var. and dead: end of training. L0: the export, on real activations.\n"
-            "export check: largest relative difference to the trained SAE. twin: jumprelu copy."
+            "export check: largest relative difference to the trained SAE. jumprelu: plain copy."
         )
         for name, folder in result.details.folders.items():
             show(f"{name}: {folder}")
@@ -113,11 +113,11 @@ def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['l0']:.1f}",
             "-" if row["l0_target"] is None else f"{row['l0_target']:g}",
             f"{row['export_difference']:.0e}",
-            "yes" if row["jumprelu_twin"] else "no",
+            "yes" if row["jumprelu_export"] else "no",
         ]
         for row in rows
     ]
-    headings = ("SAE", "expl. var.", "dead", "L0", "of k", "export check", "twin")
+    headings = ("SAE", "expl. var.", "dead", "L0", "of k", "export check", "jumprelu")
     columns = [Column(heading, heading) for heading in headings]
     results.print(Table("exports", "", columns, cells).terminal())
 

@@ -152,7 +152,7 @@ def train(
                 "l0": export.l0_exported,
                 "l0_target": export.l0_target,
                 "export_difference": worst,
-                "jumprelu_twin": export.has_twin,
+                "jumprelu_export": export.has_jumprelu,
             }
         )
     warnings = {name: export.warnings for name, export in run.exports.items()}

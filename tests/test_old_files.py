@@ -48,14 +48,14 @@ def test_the_fixtures_hold_the_fields_that_may_be_dropped() -> None:
 
 @pytest.mark.promise("Files of earlier versions still load, resume, report and get published.")
 @pytest.mark.parametrize("run", ["finished", "explicit"])
-def test_an_old_export_and_its_twin_give_the_same_latents(run: str) -> None:
-    sae, twin = (SAE.load_from_disk(OLD / run / name) for name in ("sae", "jumprelu"))
+def test_an_old_export_and_its_jumprelu_copy_give_the_same_latents(run: str) -> None:
+    sae, jumprelu = (SAE.load_from_disk(OLD / run / name) for name in ("sae", "jumprelu"))
     x = load_file(OLD / "finished/check_activations.safetensors")["activations"]
-    assert (sae.cfg.architecture(), twin.cfg.architecture()) == ("multiscale", "jumprelu")
+    assert (sae.cfg.architecture(), jumprelu.cfg.architecture()) == ("multiscale", "jumprelu")
     latents = sae.encode(x)
     assert 1 < float((latents > 0).sum(-1).float().mean()) < 24
-    torch.testing.assert_close(latents, twin.encode(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sae(x), twin(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latents, jumprelu.encode(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae(x), jumprelu(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("run", "checkpoint"), CHECKPOINTS.items())

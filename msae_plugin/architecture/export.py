@@ -86,7 +86,7 @@ def save_jumprelu_export(sae: MultiScaleTrainingBase, path: Path) -> None:
     """Write a checkpoint that SAELens loads without this package, with equal latents."""
     obstacle = jumprelu_export_obstacle(sae.cfg)
     if obstacle is not None:
-        raise InputError(f"no jumprelu twin: {obstacle}")
+        raise InputError(f"no jumprelu copy: {obstacle}")
     path.mkdir(parents=True, exist_ok=True)
     save_file(_folded_weights(sae), path / SAE_WEIGHTS_FILENAME)
     exported: dict[str, Any] = sae.cfg.get_inference_sae_cfg_dict()

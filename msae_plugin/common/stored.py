@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import Required, TypedDict
@@ -82,9 +82,9 @@ class StoredExport(TypedDict, total=False):
     l0_exported: Required[float | None]
     l0_target: float | None
     explained_variance: float | None
-    twin_obstacle: str | None
+    jumprelu_obstacle: str | None
     agreement: dict[str, float | None] | None
-    twin_agreement: dict[str, float | None] | None
+    jumprelu_agreement: dict[str, float | None] | None
     health: list[StoredFinding] | None
 
 
@@ -319,10 +319,17 @@ def read_json_object(path: Path, shape: Any = Facts) -> dict[str, Any]:
     return checked(parsed(text, repr(str(path))), repr(str(path)), shape)
 
 
+# What keys of `export.json` were called before version 0.2.
+_EARLIER_KEYS = {"twin_obstacle": "jumprelu_obstacle", "twin_agreement": "jumprelu_agreement"}
+
+
 def checked(content: Any, where: str, shape: Any) -> Any:
     """The content, if it is what the readers rely on."""
     if not isinstance(content, dict):
         raise InputError(f"{where} does not hold a JSON object")
+    if shape is StoredExport:
+        stored = cast("Facts", content)
+        content = {_EARLIER_KEYS.get(key, key): value for key, value in stored.items()}
     try:
         coerce(content, shape, "")
     except InputError as error:

@@ -154,7 +154,7 @@ def _sae_row(entry: CardEntry) -> Sequence[object]:
     return (
         code(entry.folder),
         plain(entry.trained_as),
-        "yes" if entry.has_twin else "no" if entry.needs_plugin else "-",
+        "yes" if entry.has_jumprelu else "no" if entry.needs_plugin else "-",
         f"{entry.config['d_sae']:,}",
         "not recorded" if entry.l0 is None else f"{entry.l0:.1f}",
         plain(entry.recorded("seed")),

@@ -82,8 +82,8 @@ def measured_of(
     """Take what an evaluation says about one SAE, by the hash of its weights."""
     saes = summary["saes"]
     own = {sae.weights_sha256: reference}
-    if sae.twin_sha256 is not None:
-        own[sae.twin_sha256] = f"{reference}/jumprelu"
+    if sae.jumprelu_sha256 is not None:
+        own[sae.jumprelu_sha256] = f"{reference}/jumprelu"
     chosen = {name: entry for name, entry in saes.items() if entry.get("weights_sha256") in own}
     if not chosen:
         known = ", ".join(f"{n} {str(e.get('weights_sha256'))[:12]}" for n, e in saes.items())
@@ -203,7 +203,7 @@ class CardEntry:
     run: Mapping[str, Any]  # runner_cfg.json; empty without one
     export: Mapping[str, Any]  # the check made at export; empty without one
     summary: Mapping[str, Any] | None  # summary.json; None when it was not evaluated
-    has_twin: bool  # whether there is a `jumprelu` twin
+    has_jumprelu: bool  # whether there is a `jumprelu` copy
     figures: tuple[str, ...] = ()  # its figures, as paths in the repository
 
     @property
@@ -285,7 +285,7 @@ class CardEntry:
         return [str(r["evaluation"]) for r in self._rows() if r.get("status") == "measured"]
 
     def _rows(self) -> Sequence[Mapping[str, Any]]:
-        """The rows of this SAE; those of its twin, which computes the same, come after."""
+        """The rows of this SAE; those of its JumpReLU copy, which computes the same, come after."""
         if self.summary is None:
             return []
         rows = self.summary["results"]
@@ -358,7 +358,7 @@ def _scores(evaluation: str, row: Mapping[str, Any]) -> list[Score]:
 
 
 def card_entry(
-    folder: str, read: Callable[[str], Any], has_twin: bool, figures: Iterable[str]
+    folder: str, read: Callable[[str], Any], has_jumprelu: bool, figures: Iterable[str]
 ) -> CardEntry:
     """The entry of an SAE; `read` gives the contents of one of its JSON files, None without it."""
     summary = read(SUMMARY_FILENAME)
@@ -373,6 +373,6 @@ def card_entry(
         run=stored(RUNNER_CFG_FILENAME, StoredRunnerConfig),
         export=stored(REPORT_FILENAME, StoredExport),
         summary=summary if is_summary(summary) else None,
-        has_twin=has_twin,
+        has_jumprelu=has_jumprelu,
         figures=tuple(sorted(figures)),
     )

@@ -36,7 +36,7 @@ from msae_plugin.hub.card_data import (
 from msae_plugin.models.hub_access import hub_errors
 from msae_plugin.saes.clean_config import clean_run_config, private_traces, require_inside
 from msae_plugin.saes.download import RepositoryState, require_folder
-from msae_plugin.saes.export import REPORT_FILENAME, TWIN_FOLDER
+from msae_plugin.saes.export import JUMPRELU_FOLDER, REPORT_FILENAME
 from msae_plugin.saes.find import StoredSAE, find_saes
 from msae_plugin.saes.run_record import METRICS_FILE
 
@@ -103,9 +103,9 @@ def build_folder(
         name: sae.folder / name
         for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
     }
-    if sae.twin is not None:
+    if sae.jumprelu_export is not None:
         for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-            sources[f"{TWIN_FOLDER}/{name}"] = sae.twin / name
+            sources[f"{JUMPRELU_FOLDER}/{name}"] = sae.jumprelu_export / name
     sources |= {name: sae.root / name for name in (REPORT_FILENAME, METRICS_FILE)}
     files: dict[str, bytes | Path] = {}
     for name, source in sources.items():
@@ -257,7 +257,7 @@ def make_plan(
     with _only_expected_values(run):
         others = _read_entries(state, leave_out=[sae.path for sae in folders])
         existing = _read_card(state)
-        new_entries = tuple(_entry(sae) for sae in folders)
+        new_entries = tuple(uploaded_entry(sae) for sae in folders)
         entries = tuple(sorted([*others, *new_entries], key=lambda e: e.folder))
         card = make_card(state.repo, entries, new_entries[0], existing, options.licence)
     additions = {path: content for sae in folders for path, content in sae.uploads()}
@@ -306,15 +306,17 @@ def _paths(saes: list[StoredSAE], folder: str | None) -> list[str]:
             "folders one by one"
         )
     path = require_folder(folder)
-    if path.split("/")[-1] in (TWIN_FOLDER, FIGURES_FOLDER):
+    if path.split("/")[-1] in (JUMPRELU_FOLDER, FIGURES_FOLDER):
         raise InputError(f"--folder {folder!r}: that name is taken inside an SAE's folder")
     return [path]
 
 
-def _entry(folder: SAEFolder) -> CardEntry:
+def uploaded_entry(folder: SAEFolder) -> CardEntry:
     """Card entry of an SAE, from the very files that are uploaded."""
     figures = [path for path, _ in folder.uploads() if path.endswith(".png")]
-    return card_entry(folder.path, folder.json_file, folder.sae.twin is not None, figures)
+    return card_entry(
+        folder.path, folder.json_file, folder.sae.jumprelu_export is not None, figures
+    )
 
 
 def _read_card(state: RepositoryState) -> str | None:
@@ -341,9 +343,9 @@ def _published(state: RepositoryState, root: Path, folder: str) -> CardEntry:
         with hub_errors(f"reading {state.repo}:{folder}/{name}"):
             return read_json_object(path) if path.is_file() else None
 
-    has_twin = f"{folder}/{TWIN_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files
+    has_jumprelu = f"{folder}/{JUMPRELU_FOLDER}/{SAE_WEIGHTS_FILENAME}" in state.files
     figures = fnmatch.filter(state.files, f"{folder}/{FIGURES_FOLDER}/*.png")
-    return card_entry(folder, read, has_twin, figures)
+    return card_entry(folder, read, has_jumprelu, figures)
 
 
 def _snapshot(state: RepositoryState, patterns: Sequence[str]) -> Path:

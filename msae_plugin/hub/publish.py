@@ -46,7 +46,7 @@ from msae_plugin.models.hub_access import (
 from msae_plugin.reporting import dashboards
 from msae_plugin.reporting.info import human_bytes
 from msae_plugin.saes.download import RepositoryState, read_state, require_repo_name
-from msae_plugin.saes.export import TWIN_FOLDER
+from msae_plugin.saes.export import JUMPRELU_FOLDER
 
 MAIN = "main"
 _UNKNOWN_DATASET = "DATASET_ON_THE_HUB"
@@ -56,11 +56,11 @@ def plain_path(entry: CardEntry) -> str | None:
     """Folder that SAELens loads without this package; None where there is none."""
     if not entry.needs_plugin:
         return entry.folder
-    return f"{entry.folder}/{TWIN_FOLDER}" if entry.has_twin else None
+    return f"{entry.folder}/{JUMPRELU_FOLDER}" if entry.has_jumprelu else None
 
 
 def pretrained_saes_stanza(repo: str, entries: Sequence[CardEntry]) -> str:
-    """Entry for SAELens' `pretrained_saes.yaml`: a twin stands for what needs this package."""
+    """Entry for SAELens' `pretrained_saes.yaml`: JumpReLU copies where SAEs need this package."""
     releases: dict[str, dict[str, Any]] = {}
     for entry in entries:
         path = plain_path(entry)
@@ -425,7 +425,10 @@ def _release(result: PublishResult) -> list[str]:
     if result.stanza:
         lines += ["", "for SAELens' pretrained_saes.yaml:", "", *result.stanza.splitlines()]
     else:
-        lines += ["", "no twin, so SAELens alone cannot load it: no entry for pretrained_saes.yaml"]
+        lines += [
+            "",
+            "no JumpReLU copy, so SAELens alone cannot load it: no entry for pretrained_saes.yaml",
+        ]
     if result.dashboard:
         lines += ["", f"for Neuronpedia ({dashboard_hint()}):", "", *result.dashboard]
     return lines

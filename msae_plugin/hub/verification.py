@@ -19,7 +19,7 @@ from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256
 from msae_plugin.hub.plan import SAEFolder, content_sha256
 from msae_plugin.models.hub_access import first_line, hub_errors
-from msae_plugin.saes.export import ACTIVATIONS_FILENAME, TWIN_FOLDER, Agreement, compare
+from msae_plugin.saes.export import ACTIVATIONS_FILENAME, JUMPRELU_FOLDER, Agreement, compare
 from msae_plugin.saes.find import LocatedSAE, StoredSAE
 from msae_plugin.saes.load import load_sae
 
@@ -33,8 +33,8 @@ class Verification:
     folder: str  # its folder in the repository
     files: int  # number of files whose bytes are those that were sent
     agreement: Agreement  # the downloaded SAE against the local one
-    # The downloaded twin against the local SAE; None without a twin.
-    twin_agreement: Agreement | None
+    # The downloaded copy against the local SAE; None without one.
+    jumprelu_agreement: Agreement | None
     activations: str  # what they were compared on
 
 
@@ -113,8 +113,10 @@ def _compare(
         folder=folder.path,
         files=len(folder.files),
         agreement=compared(folder.path),
-        twin_agreement=(
-            None if folder.sae.twin is None else compared(f"{folder.path}/{TWIN_FOLDER}")
+        jumprelu_agreement=(
+            None
+            if folder.sae.jumprelu_export is None
+            else compared(f"{folder.path}/{JUMPRELU_FOLDER}")
         ),
         activations=source,
     )
@@ -165,9 +167,9 @@ def describe(verifications: Sequence[Verification]) -> list[str]:
     for check in verifications:
         worst = check.agreement.max_latent_difference
         agree = "are equal" if worst == 0 else f"agree to {worst:.0e}"
-        twin = "" if check.twin_agreement is None else ", the twin too"
+        copied = "" if check.jumprelu_agreement is None else ", the JumpReLU copy too"
         lines.append(
             f"{check.folder}: {check.files} files downloaded again and equal; loaded with "
-            f"SAE.from_pretrained, latents {agree} on {check.activations}{twin}"
+            f"SAE.from_pretrained, latents {agree} on {check.activations}{copied}"
         )
     return lines

@@ -24,7 +24,7 @@ from msae_plugin.data.text import iterate_windows, load_text
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting.sources import Sources, TrainedSAE, is_variant
-from msae_plugin.saes.export import TWIN_FOLDER
+from msae_plugin.saes.export import JUMPRELU_FOLDER
 from msae_plugin.saes.load import EvaluatedSAE, load_saes
 
 PACKAGE = "sae_dashboard"
@@ -114,10 +114,10 @@ def _data_section(sae: TrainedSAE, sources: Sources) -> Mapping[str, Any] | None
 
 
 def _evaluated(sae: TrainedSAE) -> EvaluatedSAE:
-    """The SAE in unit decoder norms; the twin where there is one, which SAEDashboard knows."""
-    twin = sae.folder / TWIN_FOLDER
+    """The SAE in unit decoder norms; of the JumpReLU copy where there is one."""
+    jumprelu = sae.folder / JUMPRELU_FOLDER
     assert sae.export is not None
-    return load_saes([str(twin if twin.is_dir() else sae.export)])[0]
+    return load_saes([str(jumprelu if jumprelu.is_dir() else sae.export)])[0]
 
 
 def _latents(sae: TrainedSAE, d_sae: int, request: DashboardRequest) -> list[int]:

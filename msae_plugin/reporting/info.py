@@ -216,10 +216,10 @@ def describe_checkpoint(name: str, info: StoredSAE) -> RenderableType:
     l0 = None if info.kind == "training checkpoint" else "not recorded"
     if info.l0 is not None:
         l0 = f"{info.l0:.1f} active latents per token, measured at export"
-    twin = None
+    jumprelu = None
     if info.report is not None:
-        obstacle = cast("str | None", info.report.get("twin_obstacle"))
-        twin = "yes" if obstacle is None else f"no: {obstacle}"
+        obstacle = cast("str | None", info.report.get("jumprelu_obstacle"))
+        jumprelu = "yes" if obstacle is None else f"no: {obstacle}"
     return _facts(
         f"{name}: {info.kind}",
         [
@@ -233,7 +233,7 @@ def describe_checkpoint(name: str, info: StoredSAE) -> RenderableType:
             ("trained", trained or "length not recorded"),
             ("mechanisms", "\n".join(info.mechanisms) or None),
             ("L0", l0),
-            ("jumprelu twin", twin),
+            ("jumprelu copy", jumprelu),
             ("WARNING", "\n".join(recorded_messages((info.report or {}).get("health"))) or None),
         ],
     )

@@ -202,7 +202,7 @@ def _joined(
         for results in found:
             if results.source == sae.source and sae.recorded_as in set(results.saes["name"]):
                 homes[name] = results.name, sae.recorded_as
-    # An SAE beside its twin is no one row: they are shown side by side.
+    # An SAE beside its JumpReLU copy is no one row: they are shown side by side.
     if set(homes) != set(source.content["saes"]) or len(set(homes.values())) < len(homes):
         return None
     content, scores = source.content, _scores(source.content["results"])

@@ -31,7 +31,12 @@ from msae_plugin.comparison.results import COMPARISON_FILE
 from msae_plugin.comparison.results import FORMAT as COMPARISON_FORMAT
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
-from msae_plugin.saes.export import ACTIVATIONS_FILENAME, REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
+from msae_plugin.saes.export import (
+    ACTIVATIONS_FILENAME,
+    JUMPRELU_FOLDER,
+    REPORT_FILENAME,
+    SAE_FOLDER,
+)
 from msae_plugin.saes.run_record import (
     METRICS_FILE,
     RUN_FILE,
@@ -234,8 +239,8 @@ class TrainedSAE:
         return (read_json_object(path).get("latents") or []) if path.is_file() else []
 
     def weight_hashes(self) -> set[str]:
-        """sha256 of the exported weights and of their twin's."""
-        files = [self.export, self.folder / TWIN_FOLDER]
+        """sha256 of the exported weights and of their JumpReLU copy's."""
+        files = [self.export, self.folder / JUMPRELU_FOLDER]
         paths = [folder / SAE_WEIGHTS_FILENAME for folder in files if folder is not None]
         return {file_sha256(path) for path in paths if path.is_file()}
 

@@ -21,7 +21,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import file_sha256, folder_written_atomically
 from msae_plugin.models.hub_access import hub_errors
-from msae_plugin.saes.export import TWIN_FOLDER
+from msae_plugin.saes.export import JUMPRELU_FOLDER
 
 _FORM = re.compile(r"(?P<repo>[^/:@\s]+/[^/:@\s]+)(?:@(?P<revision>[^:\s]+))?(?::(?P<folder>.+))?")
 
@@ -164,12 +164,12 @@ class RepositoryState:
     files: frozenset[str] = frozenset()  # paths of all files at the commit
 
     def sae_folders(self) -> list[str]:
-        """Folders that SAELens can load an SAE from, without twins."""
+        """Folders that SAELens can load an SAE from, without their JumpReLU copies."""
         end = f"/{SAE_CFG_FILENAME}"
         found = {path.removesuffix(end) for path in self.files if path.endswith(end)}
         loadable = {folder for folder in found if f"{folder}/{SAE_WEIGHTS_FILENAME}" in self.files}
-        twins = {f"{folder}/{TWIN_FOLDER}" for folder in loadable}
-        return sorted(loadable - twins)
+        copies = {f"{folder}/{JUMPRELU_FOLDER}" for folder in loadable}
+        return sorted(loadable - copies)
 
     def files_in(self, folder: str) -> set[str]:
         """Paths of the files in a folder, its sub-folders included."""

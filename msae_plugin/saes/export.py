@@ -162,7 +162,7 @@ def _floored(sizes: torch.Tensor) -> torch.Tensor:
 
 
 SAE_FOLDER = "sae"
-TWIN_FOLDER = "jumprelu"
+JUMPRELU_FOLDER = "jumprelu"
 REPORT_FILENAME = "export.json"
 ACTIVATIONS_FILENAME = "check_activations.safetensors"
 # Kept to compare a published copy with; 2 MB at d_in 2304. Never published: they show the text.
@@ -174,9 +174,9 @@ class ExportReport:
     """Numbers of the export check; also in FOLDER/export.json."""
 
     agreement: Agreement  # exported SAE against the trained one
-    # The jumprelu twin against the trained one; None without a twin.
-    twin_agreement: Agreement | None
-    twin_obstacle: str | None  # why there is no twin; None with one
+    # The jumprelu copy against the trained one; None without one.
+    jumprelu_agreement: Agreement | None
+    jumprelu_obstacle: str | None  # why there is no JumpReLU copy; None with one
     l0_target: float | None  # the k that was trained for; None for architectures without one
     l0_exported: float  # active latents per token of the exported SAE on the same activations
     explained_variance: float  # of the exported SAE on the same activations, SAELens' definition
@@ -184,9 +184,9 @@ class ExportReport:
     health: list[HealthFinding]  # in which ways the SAE failed to learn; empty for a healthy one
 
     @property
-    def has_twin(self) -> bool:
+    def has_jumprelu(self) -> bool:
         """Whether FOLDER/jumprelu was written."""
-        return self.twin_agreement is not None
+        return self.jumprelu_agreement is not None
 
     @property
     def warnings(self) -> list[str]:
@@ -206,7 +206,7 @@ def export_sae(
     runner_cfg: Mapping[str, Any],
     training_log: Sequence[Mapping[str, Any]] = (),
 ) -> ExportReport:
-    """Write the inference export (and the jumprelu twin) of a trained SAE and check both.
+    """Write the inference export (and the jumprelu copy) of a trained SAE and check both.
 
     Every scaling of the activations is folded in already. The activations, (n, d_in), are real ones
     as the exported SAE will see them; `sparsity` is the (d_sae,) log10 firing frequency in the
@@ -231,15 +231,15 @@ def export_sae(
                 if isinstance(sae, MultiScaleTrainingSAE)
                 else f"{sae.cfg.architecture()} is SAELens' own and loads everywhere already"
             )
-            twin = (
-                folders.enter_context(folder_written_atomically(folder / TWIN_FOLDER))
+            jumprelu = (
+                folders.enter_context(folder_written_atomically(folder / JUMPRELU_FOLDER))
                 if obstacle is None
                 else None
             )
             _write(sae, plain, sparsity, runner_cfg)
-            if isinstance(sae, MultiScaleTrainingSAE) and twin is not None:
-                save_jumprelu_export(sae, twin)
-            report = _check(sae, plain, twin, obstacle, activations, training_log)
+            if isinstance(sae, MultiScaleTrainingSAE) and jumprelu is not None:
+                save_jumprelu_export(sae, jumprelu)
+            report = _check(sae, plain, jumprelu, obstacle, activations, training_log)
     finally:
         sae.train(was_training)
     _keep_activations(folder, activations)
@@ -289,7 +289,7 @@ def _write(
 def _check(
     sae: TrainingSAE[Any],
     plain: Path,
-    twin: Path | None,
+    jumprelu: Path | None,
     obstacle: str | None,
     activations: torch.Tensor,
     training_log: Sequence[Mapping[str, Any]],
@@ -301,11 +301,11 @@ def _check(
     reconstruction = trained_reconstruction(sae, latents)
     exported = SAE.load_from_disk(plain, device=device)
     agreement = _agreeing("the export", compare(latents, reconstruction, exported, fed))
-    twin_agreement = None
-    if twin is not None:
-        loaded = SAE.load_from_disk(twin, device=device)
+    jumprelu_agreement = None
+    if jumprelu is not None:
+        loaded = SAE.load_from_disk(jumprelu, device=device)
         found = compare(latents, reconstruction, loaded, fed)
-        twin_agreement = _agreeing("the jumprelu twin", found)
+        jumprelu_agreement = _agreeing("the jumprelu copy", found)
     target: float | None = getattr(sae.cfg, "k", None)
     l0 = agreement.exported_active / len(fed)
     if l0 == 0:
@@ -318,8 +318,8 @@ def _check(
     explained_variance = variance.compute()
     return ExportReport(
         agreement=agreement,
-        twin_agreement=twin_agreement,
-        twin_obstacle=obstacle,
+        jumprelu_agreement=jumprelu_agreement,
+        jumprelu_obstacle=obstacle,
         l0_target=None if target is None else float(target),
         l0_exported=l0,
         explained_variance=explained_variance,

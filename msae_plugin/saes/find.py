@@ -40,7 +40,7 @@ from msae_plugin.common.stored import (
     read_json_object,
 )
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
-from msae_plugin.saes.export import REPORT_FILENAME, SAE_FOLDER, TWIN_FOLDER
+from msae_plugin.saes.export import JUMPRELU_FOLDER, REPORT_FILENAME, SAE_FOLDER
 from msae_plugin.saes.other_formats import other_format_error
 from msae_plugin.saes.run_record import (
     METRICS_FILE,
@@ -50,7 +50,7 @@ from msae_plugin.saes.run_record import (
     sae_roots,
 )
 
-Kind = Literal["export", "jumprelu twin", "training checkpoint"]
+Kind = Literal["export", "jumprelu copy", "training checkpoint"]
 
 # What the fields behind a mechanism are called in docs/method.md.
 _LETTERS = {
@@ -108,9 +108,9 @@ class StoredSAE:
         return None if recorded is None else float(recorded)
 
     @property
-    def twin(self) -> Path | None:
-        """Folder of the `jumprelu` twin, where there is one."""
-        folder = self.root / TWIN_FOLDER
+    def jumprelu_export(self) -> Path | None:
+        """Folder of the `jumprelu` copy, where there is one."""
+        folder = self.root / JUMPRELU_FOLDER
         return folder if is_checkpoint(folder) and folder != self.folder else None
 
     @cached_property
@@ -119,9 +119,13 @@ class StoredSAE:
         return file_sha256(self.folder / SAE_WEIGHTS_FILENAME)
 
     @cached_property
-    def twin_sha256(self) -> str | None:
-        """The same of the twin."""
-        return None if self.twin is None else file_sha256(self.twin / SAE_WEIGHTS_FILENAME)
+    def jumprelu_sha256(self) -> str | None:
+        """The same of the JumpReLU copy."""
+        return (
+            None
+            if self.jumprelu_export is None
+            else file_sha256(self.jumprelu_export / SAE_WEIGHTS_FILENAME)
+        )
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -186,7 +190,7 @@ def read_checkpoint(folder: Path) -> StoredSAE:
     if is_training:
         kind = "training checkpoint"
     elif architecture == "jumprelu" and trained_as == ARCHITECTURE:
-        kind = "jumprelu twin"
+        kind = "jumprelu copy"
     report = folder.parent / REPORT_FILENAME
     exported = report.is_file() and not is_training
     return StoredSAE(
@@ -368,7 +372,10 @@ def _checkpoint_folders(path: Path, reference: str) -> list[Path]:
 
 def _require_whole_export(folder: Path) -> None:
     """An export of ours counts once its check is written: a kill may come between the two."""
-    if folder.name not in (SAE_FOLDER, TWIN_FOLDER) or (folder.parent / REPORT_FILENAME).is_file():
+    if (
+        folder.name not in (SAE_FOLDER, JUMPRELU_FOLDER)
+        or (folder.parent / REPORT_FILENAME).is_file()
+    ):
         return
     for run in (folder.parent, folder.parent.parent):
         _refuse_unfinished(run)
@@ -407,15 +414,15 @@ def _of_revision(reference: str, found: HubReference) -> list[LocatedSAE]:
 
 def _folder_name(folder: Path) -> str:
     """RUN, RUN-NAME, RUN-jumprelu; of other folders their name, with the parent's if generic."""
-    place, twin = folder, ""
-    if folder.name in (SAE_FOLDER, TWIN_FOLDER) and (folder.parent / REPORT_FILENAME).is_file():
+    place, suffix = folder, ""
+    if folder.name in (SAE_FOLDER, JUMPRELU_FOLDER) and (folder.parent / REPORT_FILENAME).is_file():
         place = folder.parent
-        twin = f"-{TWIN_FOLDER}" if folder.name == TWIN_FOLDER else ""
+        suffix = f"-{JUMPRELU_FOLDER}" if folder.name == JUMPRELU_FOLDER else ""
         with_parent = not (place / RUN_FILE).is_file() and (place.parent / RUN_FILE).is_file()
     else:
         with_parent = bool(_GENERIC.fullmatch(place.name) and place.parent.name)
     name = f"{place.parent.name}-{place.name}" if with_parent else place.name
-    return safe_name(name + twin)
+    return safe_name(name + suffix)
 
 
 def _not_found(reference: str, path: Path, releases: list[str]) -> str:
@@ -502,7 +509,7 @@ def _publishable(name: str, root: Path, export: Path) -> StoredSAE:
         )
     if info.metadata.get("training_steps") == 0:
         raise InputError(f"{str(export)!r} was never trained (0 steps): train it, then publish")
-    for folder in filter(None, (export, info.twin)):
+    for folder in filter(None, (export, info.jumprelu_export)):
         _require_finite(folder / SAE_WEIGHTS_FILENAME)
     return info
 

@@ -106,7 +106,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "_can_be_recorded", on_gpu)
 
 
-def twins(**fields: Any) -> tuple[MultiScaleTrainingSAE, MultiScaleTrainingSAE]:
+def two_saes(**fields: Any) -> tuple[MultiScaleTrainingSAE, MultiScaleTrainingSAE]:
     # In float64: a hundred steps of Adam enlarge what float32 rounds differently in two kernels.
     values = plain(**{**DEFAULT, "dtype": "float64", **fields})
     replayed, eager = make(**values).train(), make(**values).train()
@@ -143,7 +143,7 @@ def same_state(one: MultiScaleTrainingSAE, other: MultiScaleTrainingSAE) -> None
     ],
 )
 def test_a_run_of_replays_is_the_run(fields: dict[str, Any]) -> None:
-    replayed, eager = twins(**fields)
+    replayed, eager = two_saes(**fields)
     made: list[LiteralRecording] = []
 
     def record(*given: Any) -> LiteralRecording:
@@ -180,7 +180,7 @@ def test_a_run_of_replays_is_the_run(fields: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_gradients_of_several_steps_add_up() -> None:
-    replayed, eager = twins(k_anneal_steps=0)
+    replayed, eager = two_saes(k_anneal_steps=0)
     for first in range(1, 30, 3):
         for sae in (replayed, eager):
             sae.zero_grad(set_to_none=first % 2 == 1)
@@ -193,7 +193,7 @@ def test_gradients_of_several_steps_add_up() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_losses_may_be_held_while_further_steps_are_taken() -> None:
-    replayed, _ = twins(k_anneal_steps=0)
+    replayed, _ = two_saes(k_anneal_steps=0)
     held, values = [], []
     for step in range(1, 12):
         output = step_of(replayed, step)
@@ -206,7 +206,7 @@ def test_losses_may_be_held_while_further_steps_are_taken() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_a_backward_pass_after_the_next_step_is_refused() -> None:
-    replayed, _ = twins(k_anneal_steps=0)
+    replayed, _ = two_saes(k_anneal_steps=0)
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
     first, second = step_of(replayed, 8), step_of(replayed, 9)
@@ -219,7 +219,7 @@ def test_a_backward_pass_after_the_next_step_is_refused() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_what_a_recording_depends_on_makes_another() -> None:
-    replayed, eager = twins(k_anneal_steps=0, prefix_sort_every=0)
+    replayed, eager = two_saes(k_anneal_steps=0, prefix_sort_every=0)
     steps = replayed.recorded_steps
 
     def run(first: int) -> None:
@@ -250,7 +250,7 @@ def test_what_a_recording_depends_on_makes_another() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_hooks_gradients_of_the_input_and_no_grad_are_served() -> None:
-    replayed, _ = twins(k_anneal_steps=0)
+    replayed, _ = two_saes(k_anneal_steps=0)
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
     seen: list[torch.Tensor] = []
@@ -268,7 +268,7 @@ def test_hooks_gradients_of_the_input_and_no_grad_are_served() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_copies_and_exports_leave_recordings_behind() -> None:
-    replayed, _ = twins(k_anneal_steps=0)
+    replayed, _ = two_saes(k_anneal_steps=0)
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
     replayed.zero_grad()
@@ -289,7 +289,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     def fails(*_: Any) -> Any:
         raise kind("operation not permitted when stream is capturing\nat somewhere")
 
-    replayed, eager = twins(k_anneal_steps=0)
+    replayed, eager = two_saes(k_anneal_steps=0)
     replayed.recorded_steps = RecordedSteps(fails)
     with caplog.at_level(logging.WARNING):
         for step in range(1, 10):
@@ -315,14 +315,14 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     ],
 )
 def test_mechanisms_off_the_presets_are_not_recorded(fields: dict[str, Any]) -> None:
-    replayed, _ = twins(k_anneal_steps=0, **fields)
+    replayed, _ = two_saes(k_anneal_steps=0, **fields)
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
     assert replayed.recorded_steps.count == 0
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
-    replayed, _ = twins(k_anneal_steps=0)
+    replayed, _ = two_saes(k_anneal_steps=0)
     for step in range(1, 8):
         step_of(replayed, step).loss.backward()
     assert replayed.recorded_steps.count == 0

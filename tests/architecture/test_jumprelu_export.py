@@ -1,4 +1,4 @@
-"""The plain JumpReLU twin: equal to the export, loadable without this package, or refused."""
+"""The plain JumpReLU copy: equal to the export, loadable without this package, or refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steps import activations, make, to_export_units, train
 from msae_plugin import InputError, MultiScaleTrainingSAE, preset, preset_names
 from msae_plugin.architecture.export import jumprelu_export_obstacle, save_jumprelu_export
 
-TWIN_CHECK = """
+COPY_CHECK = """
 import sys, torch
 from sae_lens import SAE
 sae = SAE.load_from_disk(sys.argv[1])
@@ -29,16 +29,22 @@ print("same")
 """
 
 
-def test_the_twin_loads_without_this_package(tmp_path: Path) -> None:
+def test_the_jumprelu_copy_loads_without_this_package(tmp_path: Path) -> None:
     sae = make(d_in=8, d_sae=24, k=3, prefix_sort_every=3)
     train(sae, 10)
     sae.eval()
-    save_jumprelu_export(sae, tmp_path / "twin")
+    save_jumprelu_export(sae, tmp_path / "jumprelu")
     x = activations(20, 8, 7)
     with torch.no_grad():
         torch.save((x, to_export_units(sae, sae.encode(x)), sae(x)), tmp_path / "expected.pt")
     found = subprocess.run(
-        [sys.executable, "-c", TWIN_CHECK, str(tmp_path / "twin"), str(tmp_path / "expected.pt")],
+        [
+            sys.executable,
+            "-c",
+            COPY_CHECK,
+            str(tmp_path / "jumprelu"),
+            str(tmp_path / "expected.pt"),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -47,7 +53,7 @@ def test_the_twin_loads_without_this_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_the_twin_of_every_preset_is_equal_or_refused(name: str, tmp_path: Path) -> None:
+def test_the_jumprelu_copy_of_every_preset_is_equal_or_refused(name: str, tmp_path: Path) -> None:
     sae = MultiScaleTrainingSAE(preset(name, d_in=8, d_sae=24, k=3, training_steps=10))
     train(sae, 10, l1=sae.cfg.l1_coefficient)
     sae.eval()
@@ -56,17 +62,17 @@ def test_the_twin_of_every_preset_is_equal_or_refused(name: str, tmp_path: Path)
     assert (obstacle is not None) == needs_the_norm_or_the_input
     if obstacle is not None:
         assert ("norm_scales" in obstacle) or ("skip_scale" in obstacle)
-        with pytest.raises(InputError, match=r"no jumprelu twin: (norm|skip)_scale") as info:
-            save_jumprelu_export(sae, tmp_path / "twin")
+        with pytest.raises(InputError, match=r"no jumprelu copy: (norm|skip)_scale") as info:
+            save_jumprelu_export(sae, tmp_path / "jumprelu")
         assert "\n" not in str(info.value)
-        assert not (tmp_path / "twin").exists()
+        assert not (tmp_path / "jumprelu").exists()
         return
-    save_jumprelu_export(sae, tmp_path / "twin")
+    save_jumprelu_export(sae, tmp_path / "jumprelu")
     sae.save_inference_model(tmp_path / "own")
-    twin, own = SAE.load_from_disk(tmp_path / "twin"), SAE.load_from_disk(tmp_path / "own")
+    jumprelu, own = SAE.load_from_disk(tmp_path / "jumprelu"), SAE.load_from_disk(tmp_path / "own")
     x = activations(20, 8, 7)
     with torch.no_grad():
-        assert torch.equal(twin.encode(x), own.encode(x))
-        assert torch.equal(twin(x), own(x))
-        torch.testing.assert_close(twin.encode(x), to_export_units(sae, sae.encode(x)))
-    assert twin.cfg.metadata.training_architecture == "multiscale"
+        assert torch.equal(jumprelu.encode(x), own.encode(x))
+        assert torch.equal(jumprelu(x), own(x))
+        torch.testing.assert_close(jumprelu.encode(x), to_export_units(sae, sae.encode(x)))
+    assert jumprelu.cfg.metadata.training_architecture == "multiscale"

@@ -203,8 +203,8 @@ def tuning(work: "Workplace", name: str) -> None:
 def evaluation(work: "Workplace", name: str) -> None:
     output = work.folder / "evaluation"
     beside = [str(work.folder / "beside" / sae) for sae in ("ours", "batchtopk")]
-    twin = str(work.folder / "run" / "jumprelu")
-    again = (*beside, twin, "-c", "protocol.yaml", "-o", output)
+    copied = str(work.folder / "run" / "jumprelu")
+    again = (*beside, copied, "-c", "protocol.yaml", "-o", output)
     ran = [
         work.run("eval", *beside, "-c", "protocol.yaml", "-o", output),
         work.run("eval", *again),

@@ -79,7 +79,7 @@ def entry(folder: str = "a/16k", measured: dict | None = None, **changes) -> Car
         "run": {"lr": 3e-4, "train_batch_size_tokens": 4096},
         "export": {"l0_exported": 31.84},
         "summary": measured,
-        "has_twin": True,
+        "has_jumprelu": True,
         **changes,
     }
     return CardEntry(**fields)
@@ -215,11 +215,15 @@ def test_a_summary_of_an_unknown_metric_still_gives_a_table():
     assert "| SAE | `score\\|x` | seeds |" in card
 
 
-def test_an_sae_without_a_twin_says_why():
-    alone = entry(has_twin=False, export={"twin_obstacle": "norm_scales depend on the token"})
+def test_an_sae_without_a_jumprelu_copy_says_why():
+    alone = entry(
+        has_jumprelu=False, export={"jumprelu_obstacle": "norm_scales depend on the token"}
+    )
     card = card_of(alone)
     assert len(re.findall("```python", card)) == 2
-    assert "no twin that loads without the package: norm_scales depend on the token." in card
+    assert (
+        "no JumpReLU copy that loads without the package: norm_scales depend on the token." in card
+    )
     assert "| `a/16k` | multiscale | no |" in card
 
 
@@ -259,7 +263,7 @@ def test_the_snippet_that_makes_activations(
 
 
 def test_an_sae_of_saelens_needs_no_plugin():
-    plain = entry(metadata={"training_architecture": "batchtopk"}, has_twin=False)
+    plain = entry(metadata={"training_architecture": "batchtopk"}, has_jumprelu=False)
     plain.config["architecture"] = "jumprelu"
     card = card_of(plain)
     assert "import msae_plugin" not in card
@@ -328,9 +332,9 @@ def test_names_on_the_hub():
 
 
 def test_saelens_reads_the_stanza(tmp_path, monkeypatch):
-    plain = entry("plain", metadata={"training_architecture": "batchtopk"}, has_twin=False)
+    plain = entry("plain", metadata={"training_architecture": "batchtopk"}, has_jumprelu=False)
     plain.config["architecture"] = "jumprelu"
-    alone = entry("alone", has_twin=False)
+    alone = entry("alone", has_jumprelu=False)
     stanza = pretrained_saes_stanza("ada/saes", [entry("a/16k", summary(core=CORE)), plain, alone])
     (tmp_path / "pretrained_saes.yaml").write_text(stanza)
     monkeypatch.setattr(pretrained_saes_directory, "files", lambda package: tmp_path)
@@ -340,7 +344,7 @@ def test_saelens_reads_the_stanza(tmp_path, monkeypatch):
     assert release.repo_id == "ada/saes"
     assert release.model == "google/gemma-2-2b"
     assert release.conversion_func is None
-    # The twin in place of the SAE that SAELens alone cannot load; without one, nothing.
+    # The JumpReLU copy in place of the SAE that SAELens alone cannot load; without one, nothing.
     assert release.saes_map == {"a/16k": "a/16k/jumprelu", "plain": "plain"}
     assert release.expected_l0["a/16k"] == 31.8
     assert release.expected_var_explained["a/16k"] == 0.75
@@ -356,12 +360,12 @@ def test_a_stanza_has_one_release_per_model():
     }
 
 
-def test_the_dashboard_command_takes_the_twin():
+def test_the_dashboard_command_takes_the_jumprelu_copy():
     command = dashboard_command("ada/saes", entry())
     assert command is not None
     assert "--sae-set ada/saes --sae-path a/16k/jumprelu" in command
     assert "--dataset-path stanfordnlp/imdb --n-tokens-in-prompt 128" in command
-    assert dashboard_command("ada/saes", entry(has_twin=False)) is None
+    assert dashboard_command("ada/saes", entry(has_jumprelu=False)) is None
 
 
 def test_rendering_changes_no_entry():
@@ -406,8 +410,8 @@ def test_names_are_never_markdown():
         entry(
             "b",
             metadata={"hook_name": f'blocks.0.hook_"]{HOSTILE}'},
-            has_twin=False,
-            export={"health": [finding], "twin_obstacle": HOSTILE},
+            has_jumprelu=False,
+            export={"health": [finding], "jumprelu_obstacle": HOSTILE},
             figures=(f"b/figures/{HOSTILE}.png",),
         ),
     ]

@@ -1,4 +1,4 @@
-"""SAEDashboard on the jumprelu twin, where SAEDashboard is installed.
+"""SAEDashboard on the jumprelu copy, where SAEDashboard is installed.
 
 It is no dependency: version 0.8 declares transformer-lens<3 (and ran with 3.9 all the same).
 """
@@ -28,22 +28,22 @@ def test_the_hint_says_whether_it_is_installed():
 if INSTALLED:
 
     @pytest.mark.slow
-    def test_dashboards_of_a_twin(trained_run, tiny_language_model, tmp_path):
+    def test_dashboards_of_a_jumprelu_copy(trained_run, tiny_language_model, tmp_path):
         from sae_dashboard.data_writing_fns import save_feature_centric_vis
         from sae_dashboard.sae_vis_data import SaeVisConfig
         from sae_dashboard.sae_vis_runner import SaeVisRunner
 
-        twin = SAE.load_from_disk(trained_run / "multiscale" / "jumprelu")
-        assert twin.cfg.architecture() == "jumprelu"
+        jumprelu = SAE.load_from_disk(trained_run / "multiscale" / "jumprelu")
+        assert jumprelu.cfg.architecture() == "jumprelu"
         config = SaeVisConfig(
-            hook_point=twin.cfg.metadata.hook_name,
+            hook_point=jumprelu.cfg.metadata.hook_name,
             features=range(4),
             minibatch_size_features=4,
             minibatch_size_tokens=8,
         )
         tokens = torch.randint(3, 500, (16, 32), generator=torch.Generator().manual_seed(0))
         data = SaeVisRunner(config).run(
-            encoder=twin, model=tiny_language_model.model, tokens=tokens
+            encoder=jumprelu, model=tiny_language_model.model, tokens=tokens
         )
         save_feature_centric_vis(sae_vis_data=data, filename=tmp_path / "page.html")
         assert len((tmp_path / "page.html").read_text()) > 10_000

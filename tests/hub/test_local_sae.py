@@ -55,7 +55,7 @@ def test_an_export_is_found_and_named(tmp_path):
     (sae,) = find_saes(export(tmp_path / "x"))
     assert default_path(sae) == "gemma-2-2b/blocks.12.hook_resid_post/16_l0-4_seed3"
     assert sae.weights_sha256 == file_sha256(tmp_path / "x" / "sae_weights.safetensors")
-    assert sae.twin is None
+    assert sae.jumprelu_export is None
     (bare,) = find_saes(export(tmp_path / "y", seed=None, l0=None, model_name="/a b/my model"))
     assert default_path(bare) == "my-model/blocks.12.hook_resid_post/16"
 
@@ -103,7 +103,7 @@ def test_a_run_that_has_not_exported_everything(run):
     assert "--resume auto" in message
     assert "was not finished" in refusal(run / "batchtopk")
     (only,) = find_saes(run / "multiscale")
-    assert only.twin == run / "multiscale" / "jumprelu"
+    assert only.jumprelu_export == run / "multiscale" / "jumprelu"
 
 
 def test_a_folder_without_any_sae(tmp_path):
@@ -134,9 +134,9 @@ def test_an_evaluation_of_other_weights(run, evaluate):
         measured_of(changed, read_evaluation(folder), folder, "ada/x:y")
 
 
-def test_an_evaluation_of_the_twin_is_one_of_the_sae(run, evaluate):
-    twin = run / "multiscale" / "jumprelu"
-    folder = evaluate(twin)
+def test_an_evaluation_of_the_jumprelu_copy_is_one_of_the_sae(run, evaluate):
+    jumprelu = run / "multiscale" / "jumprelu"
+    folder = evaluate(jumprelu)
     (sae,) = find_saes(run / "multiscale")
     measured = measured_of(sae, read_evaluation(folder), folder, "ada/x:y")
     assert measured.summary["saes"]["multiscale"]["reference"] == "ada/x:y/jumprelu"

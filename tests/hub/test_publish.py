@@ -51,8 +51,8 @@ def test_the_whole_way_from_training_to_others_who_load_it(hub, worker, run, eva
     files = hub.files(REPO)
     for name in ("sae_weights.safetensors", "sparsity.safetensors"):
         assert files[f"{FOLDER}/{name}"] == (sae / "sae" / name).read_bytes()
-    twin = (sae / "jumprelu" / "sae_weights.safetensors").read_bytes()
-    assert files[f"{FOLDER}/jumprelu/sae_weights.safetensors"] == twin
+    jumprelu = (sae / "jumprelu" / "sae_weights.safetensors").read_bytes()
+    assert files[f"{FOLDER}/jumprelu/sae_weights.safetensors"] == jumprelu
     for name in ("metrics.jsonl", "export.json"):
         assert files[f"{FOLDER}/{name}"] == (sae / name).read_bytes()
     saebench = "core/seed_42/multiscale_eval_results.json"
@@ -76,7 +76,7 @@ def test_the_whole_way_from_training_to_others_who_load_it(hub, worker, run, eva
     activations = str(tmp_path / "activations")
     save_file({"activations": 3 * torch.randn(64, 64)}, activations)
     fresh = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLUGIN, without, activations, str(tmp_path / "twin")],
+        [sys.executable, "-c", WITHOUT_PLUGIN, without, activations, str(tmp_path / "jumprelu")],
         env=hub_environment(hub, tmp_path / "home of somebody else"),
         stdout=subprocess.PIPE,
         text=True,
@@ -87,9 +87,9 @@ def test_the_whole_way_from_training_to_others_who_load_it(hub, worker, run, eva
         "snippet", snippet=with_plugin, activations=activations, results=str(tmp_path / "native")
     )
     assert done(native) == ["MultiScaleSAE"]
-    latents, twins = (load_file(tmp_path / name)["latents"] for name in ("native", "twin"))
+    latents, copied = (load_file(tmp_path / name)["latents"] for name in ("native", "jumprelu"))
     assert (latents > 0).sum() > 64
-    torch.testing.assert_close(latents, twins)
+    torch.testing.assert_close(latents, copied)
 
 
 def test_what_is_said_after_publishing(hub, worker, run):
@@ -101,13 +101,13 @@ def test_what_is_said_after_publishing(hub, worker, run):
     assert check["activations"] == "256 real activations of the run"
     assert check["files"] == len(value["files"]) - 1
     assert check["agreement"]["active"] > 256
-    assert check["twin_agreement"]["max_latent_difference"] < 1e-5
+    assert check["jumprelu_agreement"]["max_latent_difference"] < 1e-5
     assert any("not evaluated" in note for note in value["notes"])
     report = "\n".join(value["report"])
     assert "loads main alone" not in report
     assert f"commit {value['commit']} on main: {hub.endpoint}/{REPO}/commit/" in report
     assert f"{FOLDER}/jumprelu/sae_weights.safetensors" in report
-    assert "latents are equal on 256 real activations of the run, the twin too" in report
+    assert "latents are equal on 256 real activations of the run, the JumpReLU copy too" in report
     assert value["stanza"] in report
     assert "sae_dashboard.neuronpedia.neuronpedia_runner" in report
 
@@ -292,7 +292,7 @@ def test_a_branch_a_tag_and_a_pull_request(hub, worker, run):
     assert repo.branches["main"] == main
     assert repo.branches["try"] == repo.tags["v1"] == value["commit"]
     assert repo.commits[value["commit"]].parent == main
-    assert value["verifications"][0]["twin_agreement"]["active"] > 0
+    assert value["verifications"][0]["jumprelu_agreement"]["active"] > 0
     assert f"msae download {REPO}@{value['commit']}:FOLDER" in "\n".join(value["report"])
 
     taken = worker.run("publish", run=sae, repo=REPO, folder="b", tag="v1")

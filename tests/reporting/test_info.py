@@ -43,14 +43,14 @@ def exported(sae, tmp_path) -> Path:
     return tmp_path
 
 
-def test_an_export_its_twin_and_a_training_checkpoint_are_told_apart(sae, exported):
+def test_an_export_its_jumprelu_copy_and_a_training_checkpoint_are_told_apart(sae, exported):
     sae.save_model(exported / "training")
     found = {
         name: read_folder(exported / name)[1][name] for name in ("sae", "jumprelu", "training")
     }
     assert [info.kind for info in found.values()] == [
         "export",
-        "jumprelu twin",
+        "jumprelu copy",
         "training checkpoint",
     ]
     assert [info.architecture for info in found.values()] == [
@@ -78,7 +78,7 @@ def test_the_description_of_an_export_says_what_it_is(exported):
         "[S] sparsity_scales = 2",
         "[S] prefix_fractions = 0.25, 0.5",
         "active latents per token, measured at export",
-        "jumprelu twin  yes",
+        "jumprelu copy  yes",
     ):
         assert expected in text
 

@@ -99,8 +99,8 @@ def test_saelens_architectures_export_what_was_trained(cfg, tmp_path):
     assert report.agreement.failure() is None
     assert report.agreement.max_latent_difference < 1e-5
     assert report.agreement.active > 0
-    assert not report.has_twin
-    assert cfg.architecture() in str(report.twin_obstacle)
+    assert not report.has_jumprelu
+    assert cfg.architecture() in str(report.jumprelu_obstacle)
     assert not (tmp_path / "jumprelu").exists()
 
 
@@ -124,13 +124,13 @@ def test_multiscale_exports_what_was_trained(name, tmp_path):
         torch.testing.assert_close(loaded.decode(loaded.encode(x)), sae.decode(sae.encode(x)))
     stored = load_file(tmp_path / "sae" / "sparsity.safetensors")["sparsity"]
     assert torch.equal(stored, sparsity[order])
-    assert report.has_twin == (tmp_path / "jumprelu").exists()
-    assert report.has_twin == ("norm_scales" not in MULTISCALE_CONFIGS[name])
-    if report.has_twin:
-        twin = SAE.load_from_disk(tmp_path / "jumprelu")
-        assert twin.cfg.architecture() == "jumprelu"
+    assert report.has_jumprelu == (tmp_path / "jumprelu").exists()
+    assert report.has_jumprelu == ("norm_scales" not in MULTISCALE_CONFIGS[name])
+    if report.has_jumprelu:
+        jumprelu = SAE.load_from_disk(tmp_path / "jumprelu")
+        assert jumprelu.cfg.architecture() == "jumprelu"
         with torch.no_grad():
-            torch.testing.assert_close(twin.encode(x), loaded.encode(x))
+            torch.testing.assert_close(jumprelu.encode(x), loaded.encode(x))
 
 
 def test_sorting_really_moves_latents(tmp_path):

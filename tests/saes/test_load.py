@@ -276,7 +276,7 @@ def run_folder(folder: Path, names: tuple[str, ...], status: str = "complete") -
     return folder
 
 
-def test_a_run_its_saes_and_their_twins(tmp_path: Path) -> None:
+def test_a_run_its_saes_and_their_jumprelu_copies(tmp_path: Path) -> None:
     single = run_folder(tmp_path / "single", ("",))
     several = run_folder(tmp_path / "several", ("wide", "narrow"))
     expected = {

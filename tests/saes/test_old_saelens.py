@@ -45,7 +45,7 @@ def test_it_is_described_as_saelens_loads_it(version: str, tmp_path: Path) -> No
     loaded = SAE.load_from_disk(tmp_path).cfg
     described = read_checkpoint(tmp_path)
     files = {"cfg.json": json.loads((tmp_path / "cfg.json").read_text())}
-    card = card_entry("sae", files.get, has_twin=False, figures=())
+    card = card_entry("sae", files.get, has_jumprelu=False, figures=())
     assert described.architecture == card.trained_as == loaded.architecture()
     for name in ("hook_name", "model_name", "context_size"):
         wanted = getattr(loaded.metadata, name)

@@ -16,7 +16,7 @@ import torch
 from msae_plugin.common.errors import InputError
 from msae_plugin.hub.formats.request import ExportRequest, hf_module, plain_folder
 from msae_plugin.hub.plan import default_paths
-from msae_plugin.saes.export import TWIN_FOLDER
+from msae_plugin.saes.export import JUMPRELU_FOLDER
 from msae_plugin.saes.load import load_saes
 
 COLUMNS = (
@@ -42,9 +42,9 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
             vector |= {"action": "add", "bias": None, "head_index": None}
             torch.save({hookpoint: vector}, place / f"latent_{latent}.pt")
             if request.repo is not None:
-                twin = plain_folder(stored, "lm-eval") == stored.twin
+                copied = plain_folder(stored, "lm-eval") == stored.jumprelu_export
                 row = ["sae_lens", "clamp", request.repo, hookpoint, latent, force, ""]
-                row += [f"{path}/{TWIN_FOLDER}" if twin else path, f"latent {latent}"]
+                row += [f"{path}/{JUMPRELU_FOLDER}" if copied else path, f"latent {latent}"]
                 with (place / f"latent_{latent}.csv").open("w", newline="") as file:
                     csv.writer(file).writerows([COLUMNS, row])
         steer = f"steer_path={stored.name}/latent_{request.latents[0]}.pt"

@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.hub.card_data import CardEntry, card_entry, hub_dataset
+from msae_plugin.hub.card_data import CardEntry, hub_dataset
 from msae_plugin.hub.formats.request import ExportRequest
-from msae_plugin.hub.plan import PublishOptions, SAEFolder, build_folders
+from msae_plugin.hub.plan import PublishOptions, SAEFolder, build_folders, uploaded_entry
 from msae_plugin.hub.publish import plain_path, pretrained_saes_stanza
 
 _DETAILS = ("eval_result_details", "eval_result_unstructured")
@@ -31,11 +31,11 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
     if repo is None:
         raise InputError("Neuronpedia loads SAEs from the Hub: publish them, and give --repo")
     folders = build_folders(request.run, repo, PublishOptions(evaluation=request.evaluation))
-    found = [(f, card_entry(f.path, f.json_file, f.sae.twin is not None, ())) for f in folders]
+    found = [(folder, uploaded_entry(folder)) for folder in folders]
     entries = [entry for _, entry in found]
     stanza = yaml.safe_load(pretrained_saes_stanza(repo, entries))
     if not stanza:
-        raise InputError("Neuronpedia loads with SAELens alone: no SAE has a jumprelu twin")
+        raise InputError("Neuronpedia loads with SAELens alone: no SAE has a jumprelu copy")
     user, name = repo.split("/", 1)
     ids = dict(zip((e.folder for e in entries), _source_ids(entries, _id(name)), strict=True))
     for listed in (listed for release in stanza.values() for listed in release["saes"]):

@@ -50,9 +50,9 @@ class ExportRequest:
 
 def plain_folder(sae: StoredSAE, tool: str) -> Path:
     """The folder that SAELens loads without this package; refused where there is none."""
-    if sae.twin is None and sae.architecture == ARCHITECTURE:
-        raise InputError(f"{tool} loads with SAELens alone: {sae.name} has no jumprelu twin")
-    return sae.twin or sae.folder
+    if sae.jumprelu_export is None and sae.architecture == ARCHITECTURE:
+        raise InputError(f"{tool} loads with SAELens alone: {sae.name} has no jumprelu copy")
+    return sae.jumprelu_export or sae.folder
 
 
 def hf_module(sae: EvaluatedSAE) -> str:
