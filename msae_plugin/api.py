@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from msae_plugin.comparison.compare import Comparison
     from msae_plugin.evaluation.evaluate import EvaluationResult
     from msae_plugin.hub.publish import PublishResult
-    from msae_plugin.reporting.dashboards import DashboardRequest
     from msae_plugin.reporting.latent_browser import LatentBrowser
     from msae_plugin.reporting.look import Look
     from msae_plugin.reporting.plots import Figures
@@ -270,7 +269,6 @@ def report(
     folders: Reference | Sequence[Reference],
     output: Reference,
     *,
-    dashboards: DashboardRequest | None = None,
     progress: bool | Console = True,
 ) -> Result[ReportResult]:
     """Tables, figures and one self-contained page of what was trained and measured.
@@ -278,7 +276,6 @@ def report(
     Args:
         folders: Runs, evaluations and comparisons, in any mixture.
         output: New or empty, or an earlier report, which is replaced.
-        dashboards: SAEDashboard pages that are wanted beside it.
         progress: As in `train`.
 
     Raises:
@@ -289,7 +286,7 @@ def report(
 
     with shown_steps(progress) as steps:
         places = [local_folder(os.fspath(folder)) for folder in _listed(folders)]
-        made = write_report(places, Path(output), steps, dashboards)
+        made = write_report(places, Path(output), steps)
     rows = [{"file": str(file)} for file in (made.page, *made.tables, *made.figures)]
     missing = made.not_measured
     notes = [f"{missing} things were not measured: the page names them"] if missing else []
