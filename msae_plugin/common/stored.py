@@ -319,6 +319,17 @@ def read_json_object(path: Path, shape: Any = Facts) -> dict[str, Any]:
     return checked(parsed(text, repr(str(path))), repr(str(path)), shape)
 
 
+def read_format(path: Path, expected: int, shape: Any) -> dict[str, Any]:
+    """The same of a file that says its format; another one than expected is refused."""
+    content = read_json_object(path)
+    if content.get("format") != expected:
+        raise InputError(
+            f"{str(path)!r} is of format {content.get('format')!r} and this version reads "
+            f"{expected}: make it again with this version of msae_plugin"
+        )
+    return checked(content, repr(str(path)), shape)
+
+
 # What keys of `export.json` were called before version 0.2.
 _EARLIER_KEYS = {"twin_obstacle": "jumprelu_obstacle", "twin_agreement": "jumprelu_agreement"}
 

@@ -22,8 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
-from msae_plugin.common.errors import InputError
-from msae_plugin.models.hub_access import first_line
+from msae_plugin.common.errors import InputError, first_line
 
 ROWS_PER_READ = 256
 """Rows held at once while a table is read."""

@@ -20,7 +20,7 @@ from sae_lens import SAE
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, first_line
 from msae_plugin.common.progress import Report
 from msae_plugin.common.table import Spread, spread
 from msae_plugin.evaluation.heldout import cosines_to_others
@@ -481,8 +481,7 @@ def coactivation(sae: TrainedSAE) -> tuple[int, list[CosineBin]] | None:
         with torch.no_grad():
             latents = loaded.encode(activations)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"{str(sae.export)!r} cannot be run on its activations: {first}"
+            f"{str(sae.export)!r} cannot be run on its activations: {first_line(error)}"
         ) from error
     return activations.shape[0], coactivation_by_cosine(latents, loaded.W_dec)

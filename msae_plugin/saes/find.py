@@ -28,6 +28,7 @@ from sae_lens.loading.pretrained_saes_directory import (
     get_repo_id_and_folder_name,
 )
 from safetensors import SafetensorError, safe_open
+from typing_extensions import override
 
 from msae_plugin.architecture.config import ARCHITECTURE, mechanisms_off
 from msae_plugin.common.errors import InputError
@@ -41,6 +42,7 @@ from msae_plugin.common.stored import (
 )
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
 from msae_plugin.saes.export import JUMPRELU_FOLDER, REPORT_FILENAME, SAE_FOLDER
+from msae_plugin.saes.health import recorded_messages
 from msae_plugin.saes.other_formats import other_format_error
 from msae_plugin.saes.run_record import (
     METRICS_FILE,
@@ -68,41 +70,83 @@ _LETTERS = {
 }
 
 
+class RecordedSAE:
+    """What an SAE's `cfg.json` and `export.json` say of it."""
+
+    config: Mapping[str, Any]  # contents of cfg.json
+    report: Mapping[str, Any]  # contents of `export.json`; empty without one
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """SAELens' metadata: model, hook, context size, steps and so on."""
+        return self.config.get("metadata") or {}
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """Configuration of the training architecture; empty where it is not recorded."""
+        return self.metadata.get("training_architecture_details") or {}
+
+    @property
+    def architecture(self) -> str:
+        """Its registered architecture."""
+        return str(self.config.get("architecture"))
+
+    @property
+    def trained_as(self) -> str:
+        """Architecture that it was trained as; its own where that is not recorded."""
+        return str(self.metadata.get("training_architecture") or self.architecture)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return int(self.config["d_in"])
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return int(self.config["d_sae"])
+
+    @property
+    def mechanisms(self) -> list[str]:
+        """Letter and setting of what a multiscale SAE has on; empty for other architectures."""
+        if self.trained_as != ARCHITECTURE:
+            return []
+        return mechanisms_on({**self.details, **self.config})
+
+    @property
+    def l0(self) -> float | None:
+        """Active latents per token: measured at export, else what the metadata records."""
+        recorded = self.report.get("l0_exported", self.metadata.get("l0"))
+        return None if recorded is None else float(recorded)
+
+    @property
+    def warnings(self) -> list[str]:
+        """In which ways it failed to learn."""
+        return recorded_messages(self.report.get("health"))
+
+
 @dataclass(frozen=True)
-class StoredSAE:
+class StoredSAE(RecordedSAE):
     """One SAE on disk, described without loading it."""
 
     name: str  # of its folder, or what its run calls it
     root: Path  # folder with its metrics and figures
     folder: Path  # folder with its config and weights
     kind: Kind  # what it is for
-    architecture: str  # its registered architecture
-    trained_as: str | None  # architecture that it was trained as; None when not recorded
-    d_in: int  # width of the activations
-    d_sae: int  # number of latents
     parameters: int  # numbers in the weights file
     weight_bytes: int  # size of the tensors
-    dtype: str  # data type of the weights
-    config: dict[str, Any]  # contents of cfg.json
-    # Mechanism letter and setting of what is on; empty for other architectures.
-    mechanisms: list[str]
-    report: dict[str, Any] | None  # contents of the run's `export.json`; None without it
+    config: Mapping[str, Any]
+    report: Mapping[str, Any]
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        """SAELens' metadata: model, hook, context size, steps and so on."""
-        return cast("dict[str, Any]", self.config.get("metadata") or {})
-
-    @property
+    @override
     def l0(self) -> float | None:
-        """Active latents per token: measured at export, else what the metadata records."""
-        recorded = self.metadata.get("l0") if self.report is None else self.report["l0_exported"]
-        return None if recorded is None or self.kind == "training checkpoint" else float(recorded)
+        return None if self.kind == "training checkpoint" else super().l0
 
     @property
     def explained_variance(self) -> float | None:
         """At export, else at the end of the training log; None where neither says."""
-        recorded = (self.report or {}).get("explained_variance")
+        recorded = self.report.get("explained_variance")
         if recorded is None and (rows := read_rows(self.root / METRICS_FILE)):
             recorded = rows[-1].get("explained_variance")
         return None if recorded is None else float(recorded)
@@ -181,15 +225,12 @@ def read_checkpoint(folder: Path) -> StoredSAE:
         if key != "architecture" and (type(config[key]) is not int or config[key] < 1):
             raise InputError(f"{str(file)!r}: {key} is {config[key]!r}, which is no width")
     parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
-    metadata = cast("dict[str, Any]", config.get("metadata") or {})
-    details = cast("dict[str, Any]", metadata.get("training_architecture_details") or {})
-    trained_as = cast("str | None", metadata.get("training_architecture"))
-    architecture = str(config["architecture"])
+    trained_as = (config.get("metadata") or {}).get("training_architecture")
     is_training = (folder / TRAINER_STATE_FILENAME).is_file() or "decoder_init_norm" in config
     kind: Kind = "export"
     if is_training:
         kind = "training checkpoint"
-    elif architecture == "jumprelu" and trained_as == ARCHITECTURE:
+    elif config["architecture"] == "jumprelu" and trained_as == ARCHITECTURE:
         kind = "jumprelu copy"
     report = folder.parent / REPORT_FILENAME
     exported = report.is_file() and not is_training
@@ -198,18 +239,10 @@ def read_checkpoint(folder: Path) -> StoredSAE:
         root=folder.parent if exported and folder.name == SAE_FOLDER else folder,
         folder=folder,
         kind=kind,
-        architecture=architecture,
-        trained_as=trained_as,
-        d_in=int(config["d_in"]),
-        d_sae=int(config["d_sae"]),
         parameters=parameters,
         weight_bytes=weight_bytes,
-        dtype=str(config.get("dtype", "float32")),
         config=config,
-        mechanisms=mechanisms_on({**details, **config})
-        if ARCHITECTURE in (architecture, trained_as)
-        else [],
-        report=read_json_object(report, StoredExport) if exported else None,
+        report=read_json_object(report, StoredExport) if exported else {},
     )
 
 

@@ -135,7 +135,7 @@ def _training_steps(info: StoredSAE) -> int | None:
     if tokens is not None and batch:
         return int(tokens) // int(batch)
     # Only a trained SAE is exported (`saes/export.py`); a hand-made report may still say otherwise.
-    return 0 if (info.report or {}).get("l0_exported") == 0 else None
+    return 0 if info.report.get("l0_exported") == 0 else None
 
 
 def _load_from_hub(found: LocatedSAE, source: HubSource, device: str) -> SAE[Any]:

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +139,9 @@ def latent_statistics(
 
 
 class MetricSink:
-    """A destination of one run's rows."""
+    """A destination of one run's rows, made of files or clients that are flushed and closed."""
+
+    parts: Sequence[Any] = ()
 
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         """Take one row of one SAE."""
@@ -147,9 +149,13 @@ class MetricSink:
 
     def flush(self) -> None:
         """Make everything written so far survive a kill."""
+        for part in self.parts:
+            part.flush()
 
     def close(self) -> None:
         """The run has ended."""
+        for part in self.parts:
+            part.close()
 
 
 class JsonLines:
@@ -208,22 +214,13 @@ class JsonLinesSink(MetricSink):
 
     def __init__(self, folders: Mapping[str, Path], resume_step: int = 0) -> None:
         self._files = {name: JsonLines(path / METRICS_FILE) for name, path in folders.items()}
-        for file in self._files.values():
+        self.parts = list(self._files.values())
+        for file in self.parts:
             file.truncate_after(resume_step)
 
     @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         self._files[sae_name].append(row)
-
-    @override
-    def flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
-
-    @override
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 class TensorBoardSink(MetricSink):
@@ -237,6 +234,7 @@ class TensorBoardSink(MetricSink):
         self._writers = {
             name: SummaryWriter(log_dir=str(folder / name), purge_step=purge) for name in names
         }
+        self.parts = list(self._writers.values())
 
     @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
@@ -244,16 +242,6 @@ class TensorBoardSink(MetricSink):
         for key, value in row.items():
             if key != "step":
                 self._writers[sae_name].add_scalar(key, value, global_step=step)
-
-    @override
-    def flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
-
-    @override
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
 
 
 class WandbSink(MetricSink):
@@ -301,20 +289,10 @@ def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
 class MetricsLog(MetricSink):
     """All sinks of a run."""
 
-    def __init__(self, sinks: list[MetricSink]) -> None:
-        self._sinks = sinks
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self.parts = sinks
 
     @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        for sink in self._sinks:
+        for sink in self.parts:
             sink.write(sae_name, row)
-
-    @override
-    def flush(self) -> None:
-        for sink in self._sinks:
-            sink.flush()
-
-    @override
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()

@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import (
-    JumpReLUSAE,
-    JumpReLUSAEConfig,
-    StandardTrainingSAE,
-    StandardTrainingSAEConfig,
-)
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 
 from msae_plugin.common.errors import InputError

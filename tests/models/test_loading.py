@@ -433,8 +433,6 @@ def test_wrong_hooks_are_named(tiny_model_dir: Path, hooks: list[str], message: 
         ({"device": "gpu"}, "'gpu' is not known"),
         ({"loader": "HookedMamba"}, "HookedMamba"),
         ({"loader": "AutoModelForCausalLM"}, "needs the loader HookedTransformer or TransformerBr"),
-        ({"from_pretrained_kwargs": {"dtype": "bfloat16"}}, "model.dtype"),
-        ({"from_pretrained_kwargs": {"revision": "main"}}, "revision"),
     ],
 )
 def test_wrong_arguments_are_refused(
