@@ -29,7 +29,6 @@ from msae_plugin.comparison.language_model import EVALUATION_FOLDER
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import COMPARISON_FILE
 from msae_plugin.evaluation.summary import JSON_FILE
-from msae_plugin.models.loading import LanguageModel
 from msae_plugin.reporting.document import Bullets, Document, Section, markdown
 from msae_plugin.reporting.figures import pyplot
 from msae_plugin.reporting.report import FIGURES_FOLDER, ReportResult, report
@@ -90,18 +89,13 @@ class Demo:
     complete: bool
 
 
-def run_demo(
-    config: CompareConfig,
-    output: Path,
-    progress: Report,
-    language_model: LanguageModel | None = None,
-) -> Demo:
+def run_demo(config: CompareConfig, output: Path, progress: Report) -> Demo:
     """Compare, or go on where a killed demo stopped; report; write `demo.md`."""
     pyplot()  # refused before minutes of training, when matplotlib is missing
     check_comparison_folder(output)
     _refuse_other_settings(config, output)
     started = time.perf_counter()
-    comparison = compare(config, output, report=progress, language_model=language_model)
+    comparison = compare(config, output, report=progress)
     page = report([output], output / REPORT_FOLDER, progress)
     text = markdown(_short(page.document, output), f"{REPORT_FOLDER}/{FIGURES_FOLDER}")
     write_text_atomic(output / MARKDOWN_FILE, text)

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
+import json
 import random
 from pathlib import Path
 
@@ -117,6 +118,13 @@ def tiny_texts() -> list[str]:
         ]
         documents.append(f"Note {number} from the {topic}: {' '.join(words)}.")
     return documents
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "notes.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
+    return path
 
 
 @pytest.fixture(scope="session")

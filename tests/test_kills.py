@@ -4,7 +4,6 @@ The processes are forks of this one, which has imported the libraries and loaded
 """
 
 import copy
-import json
 import os
 import random
 import shutil
@@ -55,26 +54,19 @@ TRAINING = {
 Command = Callable[[Path], object]
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "notes.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
-    return path
-
-
 @pytest.fixture
-def common(corpus: Path, tiny_model_dir: Path) -> dict[str, Any]:
+def common(tiny_corpus: Path, tiny_model_dir: Path) -> dict[str, Any]:
     return {
         "model": {"name": str(tiny_model_dir), "device": "cpu"},
-        "data": {"source": str(corpus), "context_size": 32, "heldout_documents": 20},
+        "data": {"source": str(tiny_corpus), "context_size": 32, "heldout_documents": 20},
         "hooks": [HOOK],
         "training": TRAINING,
     }
 
 
 @pytest.fixture
-def text(corpus: Path) -> TextData:
-    return load_text(str(corpus), heldout_documents=20)
+def text(tiny_corpus: Path) -> TextData:
+    return load_text(str(tiny_corpus), heldout_documents=20)
 
 
 @pytest.fixture

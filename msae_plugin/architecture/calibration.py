@@ -68,7 +68,10 @@ def _threshold_among(scores: torch.Tensor, n_wanted: int) -> float:
         # Scores that are not standardised are positive; others are admitted down to the last.
         below = torch.nextafter(scores[-1], scores.new_tensor(-torch.inf))
         return min(0.0, float(below))
-    return float((scores[n_wanted - 1] + scores[n_wanted]) / 2) if n_wanted else float("inf")
+    if not n_wanted:
+        return float("inf")
+    last, first_dropped = scores[n_wanted - 1 : n_wanted + 1].tolist()
+    return (last + first_dropped) / 2
 
 
 @torch.no_grad()
@@ -181,27 +184,14 @@ def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[st
 def calibrate_batchtopk(
     sae: BatchTopKTrainingSAE, batches: Sequence[torch.Tensor]
 ) -> dict[str, float]:
-    """Set `topk_threshold` of SAELens' batchtopk or matryoshka_batchtopk so that mean L0 is k.
+    """Set `topk_threshold` of SAELens' batchtopk or matryoshka_batchtopk so that mean L0 is k."""
 
-    The threshold is put between the (k * tokens)-th and the next largest positive pre-activation of
-    all batches together, exactly: the largest values of a union are among the largest of each part,
-    so only that many are ever kept.
-    """
-    n_tokens = sum(len(batch) for batch in batches)
-    wanted = round(sae.cfg.k * n_tokens)
+    def hidden_pre_of(batch: torch.Tensor) -> torch.Tensor:
+        return sae.encode_with_hidden_pre(batch)[1].float()
+
     l0_before = _mean_l0(sae, batches, float(sae.topk_threshold))
-    largest = torch.empty(0, device=sae.device)
-    for batch in batches:
-        values = sae.encode_with_hidden_pre(batch)[1].float().flatten()
-        # Once the pool is full, only values above its smallest can matter.
-        floor = largest.min() if len(largest) > wanted else values.new_zeros(())
-        largest = torch.cat([largest, values[values > floor]])
-        if len(largest) > wanted + 1:
-            largest = torch.topk(largest, wanted + 1, sorted=False).values
-    threshold = 0.0
-    if len(largest) > wanted:
-        lowest_two = torch.topk(largest, min(2, len(largest)), largest=False).values.tolist()
-        threshold = sum(lowest_two) / len(lowest_two)
+    threshold = calibrated_threshold(batches, hidden_pre_of, lambda scores: scores, sae.cfg.k)
+    assert threshold is not None, "there are batches"
     sae.topk_threshold.fill_(threshold)
     return {
         "l0_before": l0_before,

@@ -45,6 +45,14 @@ class KeepsFloat32(nn.Module):
                 now.data = original.to(device=now.device, dtype=torch.float32)
         return self
 
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Called by SAELens before it writes an SAE."""
+        add_remainders(state_dict, exact_dtypes(self))
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Called by SAELens when it has read one."""
+        restore_exact(state_dict, exact_dtypes(self))
+
 
 def exact_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
     """State-dict names of all exact tensors below a module, with the dtype each must have."""

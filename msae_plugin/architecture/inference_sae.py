@@ -8,8 +8,6 @@ rounding. `benchmarks/decode_crossover.py`, one core, dense / sparse in ms: (d_i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from torch import nn
@@ -18,12 +16,7 @@ from torch.nn.functional import embedding_bag
 from typing_extensions import override
 
 from msae_plugin.architecture.config import MultiScaleSAEConfig
-from msae_plugin.architecture.float32_buffers import (
-    KeepsFloat32,
-    add_remainders,
-    exact_dtypes,
-    restore_exact,
-)
+from msae_plugin.architecture.float32_buffers import KeepsFloat32
 from msae_plugin.architecture.mechanisms.normalisation import MultiScaleNormalisation
 
 # The two are level at about 11 % in the smaller of these sizes; here sparse still takes half.
@@ -87,9 +80,6 @@ class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):
     exact_tensor_names = ("threshold",)
     normalisation: MultiScaleNormalisation | None
 
-    def __init__(self, cfg: MultiScaleSAEConfig, use_error_term: bool = False) -> None:
-        super().__init__(cfg, use_error_term)
-
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -136,11 +126,3 @@ class MultiScaleSAE(KeepsFloat32, JumpReLUSAE):
         self.b_dec.div_(scaling_factor)
         self.normalisation.fold_scale(scaling_factor)
         self.cfg.normalize_activations = "none"
-
-    @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        add_remainders(state_dict, exact_dtypes(self))
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        restore_exact(state_dict, exact_dtypes(self))

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 from typing_extensions import override
 
-from msae_plugin.common.errors import RunFailure
+from msae_plugin.common.errors import RunFailure, first_line
 
 _T = TypeVar("_T")
 
@@ -145,8 +145,7 @@ class ProcessRanks(Ranks):
             return collective()
         # gloo and NCCL raise subclasses of it when a connection breaks or times out.
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:200]
             raise RunFailure(
                 f"rank {self.rank} of {self.count} has lost another rank, whose own message says "
-                f"why ({reason})"
+                f"why ({first_line(error)[:200]})"
             ) from error

@@ -14,20 +14,10 @@ from torch import nn
 from typing_extensions import override
 
 from msae_plugin.architecture.config import MultiScaleTrainingSAEConfig
-from msae_plugin.architecture.float32_buffers import (
-    REMAINDER_SUFFIX,
-    KeepsFloat32,
-    add_remainders,
-    exact_dtypes,
-    restore_exact,
-)
+from msae_plugin.architecture.float32_buffers import REMAINDER_SUFFIX, KeepsFloat32
 from msae_plugin.architecture.input_units import InputUnits
 from msae_plugin.architecture.kernels.cuda_graphs import RecordedSteps
-from msae_plugin.architecture.kernels.decoding import (
-    DecodeKernel,
-    MachineSettings,
-    triton_runs_on,
-)
+from msae_plugin.architecture.kernels.decoding import DecodeKernel, MachineSettings, triton_runs_on
 from msae_plugin.architecture.losses import assign_groups
 from msae_plugin.architecture.mechanisms import Mechanisms
 from msae_plugin.architecture.ranks import ALONE, Ranks
@@ -266,10 +256,6 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         units.reset()
 
     @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        add_remainders(state_dict, exact_dtypes(self))
-
-    @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         _rename_old_tensors(state_dict)
         gone = ["mechanisms.neighbours.mean"]  # of the correlation, an option that was removed
@@ -281,4 +267,4 @@ class MultiScaleTrainingBase(KeepsFloat32, TrainingSAE[MultiScaleTrainingSAEConf
         if self.input_units is not None and "input_units.shift" not in state_dict:
             # A checkpoint older than this module was trained in units of the activations.
             state_dict |= {f"input_units.{k}": v for k, v in self.input_units.identity().items()}
-        restore_exact(state_dict, exact_dtypes(self))
+        super().process_state_dict_for_loading(state_dict)

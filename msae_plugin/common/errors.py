@@ -48,6 +48,18 @@ class RunFailure(RuntimeError):
     """The input was fine, yet the run could not finish or its result is not valid."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error of ours as it is, any other by its type and first line."""
+    ours = isinstance(error, (InputError, RunFailure))
+    return str(error) if ours else f"{type(error).__name__}: {first_line(error)}"
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something an evaluation needs and does not have.

@@ -27,7 +27,7 @@ import torch
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from msae_plugin.common.claims import claim_when_free, release
+from msae_plugin.common.claims import CLAIM, claim_when_free, release
 from msae_plugin.common.errors import InputError, RunFailure
 
 logger = logging.getLogger(__name__)
@@ -156,6 +156,20 @@ def folder_written_atomically(target: Path) -> Generator[Path]:
             shutil.rmtree(replaced)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def held_in(output: Path) -> list[str]:
+    """Names in the folder that `--output` names, less claims and what is unfinished."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {str(output)!r} is a file: give a folder")
+    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    return [name for name in names if not name.startswith((TEMPORARY_PREFIX, CLAIM))]
+
+
+def require_empty(output: Path) -> None:
+    """Refuse an `--output` in which there is something."""
+    if held_in(output):
+        raise InputError(f"--output {str(output)!r} is not empty: choose another folder")
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

@@ -86,6 +86,7 @@ class StoredExport(TypedDict, total=False):
     agreement: dict[str, float | None] | None
     jumprelu_agreement: dict[str, float | None] | None
     health: list[StoredFinding] | None
+    weights_sha256: dict[str, str]
 
 
 StoredRow = dict[str, float | None]
@@ -317,6 +318,17 @@ def read_json_object(path: Path, shape: Any = Facts) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r} cannot be read: {error}") from error
     return checked(parsed(text, repr(str(path))), repr(str(path)), shape)
+
+
+def read_format(path: Path, expected: int, shape: Any) -> dict[str, Any]:
+    """The same of a file that says its format; another one than expected is refused."""
+    content = read_json_object(path)
+    if content.get("format") != expected:
+        raise InputError(
+            f"{str(path)!r} is of format {content.get('format')!r} and this version reads "
+            f"{expected}: make it again with this version of msae_plugin"
+        )
+    return checked(content, repr(str(path)), shape)
 
 
 # What keys of `export.json` were called before version 0.2.

@@ -27,7 +27,7 @@ from typing_extensions import Self
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, key_digest
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay, Report
+from msae_plugin.common.progress import Report
 from msae_plugin.common.seeding import derive_seed, seed_everything
 from msae_plugin.common.stored import StoredActivations as StoredManifest
 from msae_plugin.common.stored import read_json_object
@@ -38,7 +38,7 @@ from msae_plugin.models.transformer_lens import BRIDGE
 from msae_plugin.training.activation_store import PLACEHOLDER, ActivationWriter, read_activations
 from msae_plugin.training.hashed_rows import HashedRows
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
-from msae_plugin.training.passes import SharedPassRunner, reading_runner, write_activations
+from msae_plugin.training.passes import reading_runner, write_activations
 from msae_plugin.training.recipe import RunConfig
 
 SAMPLE_TOKENS = 4096
@@ -229,9 +229,10 @@ def store_activations(
         device,
         autocast=autocast,
         guard=guard,
-        progress=ProgressDisplay(),
     )
     record = ModelAndText(language_model, text, autocast).record()
+    # SAELens' metadata of the SAE that is not trained, less the SAE's own.
+    written = next(iter(runner.saes.values())).cfg.metadata
     facts = {
         "format": FORMAT,
         "key": activations_key(config),
@@ -240,7 +241,7 @@ def store_activations(
         "batch_size": config.training.batch_size_tokens,
         "model": {**record["model"], "dtype": config.model.dtype},
         "data": {**record["data"], "context_size": config.data.context_size},
-        "metadata": _metadata(runner),
+        "metadata": {key: json_safe(getattr(written, key)) for key in _METADATA},
     }
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     writer = ActivationWriter(folder, facts, config.hooks, manifest=MANIFEST, dtype=dtype)
@@ -253,9 +254,3 @@ def store_activations(
     stored = open_activations(output)
     assert stored is not None, "the manifest was written a moment ago"
     return stored
-
-
-def _metadata(runner: SharedPassRunner) -> dict[str, Any]:
-    """SAELens' metadata of the SAE that is not trained, less the SAE's own."""
-    written = next(iter(runner.saes.values())).cfg.metadata
-    return {key: json_safe(getattr(written, key)) for key in _METADATA}

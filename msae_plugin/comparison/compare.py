@@ -19,12 +19,7 @@ from typing import Any
 
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import (
-    TEMPORARY_PREFIX,
-    disk_errors_told,
-    remove_leftovers,
-    write_json_atomic,
-)
+from msae_plugin.common.files import disk_errors_told, held_in, remove_leftovers, write_json_atomic
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.comparison import activations, ground_truth, training_schedule
@@ -181,16 +176,9 @@ def _source_record(output: Path, entry: Entry) -> dict[str, Any]:
 
 def check_comparison_folder(output: Path) -> None:
     """Refuse a folder that holds something else than a comparison."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {str(output)!r} is a file: give a folder")
-    if not output.is_dir():
-        return
-    strange = [
-        path.name
-        for path in sorted(output.iterdir())
-        if path.name not in _OURS and not path.name.startswith((TEMPORARY_PREFIX, "."))
-    ]
-    if strange and not (output / RECIPE_FILE).is_file():
+    names = held_in(output)
+    strange = [name for name in names if name not in _OURS and not name.startswith(".")]
+    if strange and RECIPE_FILE not in names:
         raise InputError(
             f"--output {str(output)!r} holds {strange[0]!r} and no comparison: give a new or empty "
             "folder"

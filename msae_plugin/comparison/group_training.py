@@ -159,9 +159,15 @@ def train_group(
         for entry in group.entries
     }
     require_memory(list(plans.values()), run.device)
+    saes = {
+        entry.name: build_sae(plans[entry.name], entry.seed, run.device) for entry in group.entries
+    }
+    for entry in group.entries:
+        if entry.method.frozen_decoder:
+            saes[entry.name].W_dec.requires_grad_(False)
     folders = {} if keys is None else {name: run.folder(name) for name in plans}
     step = 0 if checkpoint is None else checkpoint.step
-    metrics = MetricsLog([JsonLinesSink(folders, step)])
+    metrics = MetricsLog([JsonLinesSink(folders, step, config.log_every_steps)])
     session = GroupSession(
         group,
         SessionSettings(
@@ -176,7 +182,7 @@ def train_group(
             store=store,
             metrics=metrics,
         ),
-        {entry.name: _build(entry, plans[entry.name], run.device) for entry in group.entries},
+        saes,
         SeededBatches(run.source, [entry.hook for entry in group.entries], group.seed),
         keys or {},
         {} if checkpoint is None else checkpoint.config.get("seconds", {}),
@@ -188,13 +194,6 @@ def train_group(
     finally:
         metrics.close()
     return session
-
-
-def _build(entry: Entry, plan: SAEPlan, device: str) -> TrainingSAE[Any]:
-    sae = build_sae(plan, entry.seed, device)
-    if entry.method.frozen_decoder:
-        sae.W_dec.requires_grad_(False)
-    return sae
 
 
 def log_error(l0: float, target: float) -> float:

@@ -273,7 +273,9 @@ def _method(
     variant: Variant | None,
 ) -> Method:
     where = f"saes.{name}"
-    steps = _accumulation(config, section, where)
+    wanted = preset_training(section).get("accumulation_steps", config.training.accumulation_steps)
+    given = section.pop("accumulation_steps", wanted)
+    steps: int = coerce(given, Count, f"{where}.accumulation_steps")
     peer = coerce(section.pop("peer", None), str | None, f"{where}.peer")
     if peer is not None:
         if "architecture" in section or "preset" in section:
@@ -288,11 +290,6 @@ def _method(
     section["d_sae"] = coerce(section["d_sae"], int, f"{where}.d_sae")
     sparsity = sparsity_setting(section, where)
     return Method(name, section, sparsity, steps, frozen, variant)
-
-
-def _accumulation(config: CompareConfig, section: dict[str, Any], where: str) -> int:
-    wanted = preset_training(section).get("accumulation_steps", config.training.accumulation_steps)
-    return coerce(section.pop("accumulation_steps", wanted), Count, f"{where}.accumulation_steps")
 
 
 def _controls(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from msae_plugin.common.claims import claimed_output
-from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, RunFailure, first_line
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.comparison.compare import check_comparison_folder, compare
@@ -54,7 +54,12 @@ class SweepJob:
         """Do what is missing of the task; a line each of what was not trained or measured."""
         config = CompareConfig.from_dict(self.recipe)
         if self.task == "activations":
-            _make_activations(config, self.output)
+            testbed = LanguageModelTestbed(
+                config, self.output, warnings_alone, None, skip_missing=True
+            )
+            if missing_entries(expand(config, testbed.widths()).entries, config, self.output):
+                with claimed_output(self.output), InterruptionGuard() as guard:
+                    testbed.source(guard)
             return []
         comparison = compare(config, self.output, shard=self.shard, skip_missing=self.skip_missing)
         problems = [f"{name}: {reason}" for name, reason in comparison.failures.items()]
@@ -68,13 +73,6 @@ class SweepJob:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
-
-
-def _make_activations(config: CompareConfig, output: Path) -> None:
-    testbed = LanguageModelTestbed(config, output, warnings_alone, None, skip_missing=True)
-    if missing_entries(expand(config, testbed.widths()).entries, config, output):
-        with claimed_output(output), InterruptionGuard() as guard:
-            testbed.source(guard)
 
 
 def sweep(
@@ -119,8 +117,7 @@ def _executor(folder: Path, executor: str, parameters: Mapping[str, Any]) -> sub
         made.update_parameters(**{"timeout_min": _DEFAULT_MINUTES, "name": "msae", **parameters})
     # submitit raises any of these for an unknown parameter, a wrong type, or a missing Slurm.
     except (NameError, TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--executor {executor} cannot start jobs: {reason}") from error
+        raise InputError(f"--executor {executor} cannot start jobs: {first_line(error)}") from error
     return made
 
 

@@ -144,11 +144,6 @@ def entry_key(entry: Entry, config: CompareConfig) -> str:
     return key_digest({"format": _FORMAT, "shared": json_safe(shared), "own": own})
 
 
-def search_key(entry: Entry, config: CompareConfig) -> str:
-    """The same for a search, which all seeds of a method at an L0 share."""
-    return entry_key(replace(entry, seed=0), config)
-
-
 def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
     """The `run.json` of an SAE that is complete; None for one to train.
 
@@ -317,7 +312,6 @@ class _Schedule:
         for entry in entries:
             self._first.setdefault(entry.seed_group, entry)
         self._tuner = Tuner(run)
-        self._coefficients: dict[str, float] = {}
         self._search_tokens: dict[str, int] = {}
         self.failures: dict[str, str] = {}
         self._done = 0
@@ -356,24 +350,18 @@ class _Schedule:
         ]
 
     def _group(self, entries: Sequence[Entry]) -> Group:
+        coefficients: dict[str, float] = {}
         for entry in entries:
             if entry.method.sparsity.searched:
-                self._take_coefficient(entry)
-        coefficients = {
-            entry.name: self._coefficients[entry.name]
-            for entry in entries
-            if entry.method.sparsity.searched
-        }
+                search = self._search(entry)
+                assert search.coefficient is not None, "the search comes first"
+                coefficients[entry.name] = search.coefficient
+                self._search_tokens[entry.name] = search.tokens
         return Group(entries, coefficients, self._run.config.training.tokens)
 
-    def _take_coefficient(self, entry: Entry) -> None:
-        search = self._search(entry)
-        assert search.coefficient is not None, "the search comes first"
-        self._coefficients[entry.name] = search.coefficient
-        self._search_tokens[entry.name] = search.tokens
-
     def _search(self, entry: Entry) -> Search:
-        return self._tuner.load(entry, search_key(entry, self._run.config))
+        # All seeds of a method at an L0 share it.
+        return self._tuner.load(entry, entry_key(replace(entry, seed=0), self._run.config))
 
     def _tune(self, entry: Entry) -> None:
         """Search the coefficient, and train the first seed with it."""

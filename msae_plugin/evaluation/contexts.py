@@ -24,6 +24,7 @@ MIN_FREQUENCY = 1e-4
 MAX_FREQUENCY = 5e-2
 # Twice the contexts that are shown, because two documents may hold the same sentence.
 OVERSAMPLING = 2
+TOKENS_BEFORE, TOKENS_AFTER = 12, 6
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,6 @@ class ContextCollector:
         W_dec: torch.Tensor,
         windows: Iterable[Window],
         tokenizer: Any,
-        *,
-        before: int = 12,
-        after: int = 6,
     ) -> list[LatentProfile]:
         """Statistics and contexts of the given latents, in the given order."""
         chosen = list(latents)
@@ -154,7 +152,7 @@ class ContextCollector:
                 if value <= 0 or len(contexts) == self.contexts:
                     break
                 index, position = divmod(address, self.context_size)
-                texts = _words(kept[index], position, special, tokenizer, before, after)
+                texts = _words(kept[index], position, special, tokenizer)
                 if texts[:2] in seen:
                     continue
                 seen.add(texts[:2])
@@ -177,14 +175,14 @@ class ContextCollector:
 
 
 def _words(
-    window: Window, position: int, special: set[int], tokenizer: Any, before: int, after: int
+    window: Window, position: int, special: set[int], tokenizer: Any
 ) -> tuple[str, str, str]:
     """Text in front of, of and behind a token, within its document and its window."""
     ids = window.tokens.tolist()
     documents = window.documents.tolist()
     inside = [
         i
-        for i in range(max(0, position - before), min(len(ids), position + after + 1))
+        for i in range(max(0, position - TOKENS_BEFORE), min(len(ids), position + TOKENS_AFTER + 1))
         if documents[i] == documents[position] and ids[i] not in special
     ]
     head = [ids[i] for i in inside if i < position]

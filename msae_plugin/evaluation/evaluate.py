@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from msae_plugin.common.claims import CLAIM, claimed_output
+from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
     default_cache,
     disk_errors_told,
     files_sha256,
+    held_in,
     key_digest,
     tensors_sha256,
     versions,
@@ -239,13 +240,9 @@ def _missing(
 
 
 def _check_output(output: Path, config: EvalConfig) -> None:
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file: give a folder")
-    if not output.is_dir() or (output / JSON_FILE).exists():
-        return
-    names = [path.name for path in output.iterdir() if not path.name.startswith(CLAIM)]
+    names = held_in(output)
     strange = [name for name in names if name not in config.evaluations]
-    if strange:
+    if strange and JSON_FILE not in names:
         raise InputError(
             f"--output {output} holds {strange[0]!r} and no evaluation: give a new or empty folder"
         )

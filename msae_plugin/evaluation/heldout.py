@@ -29,12 +29,8 @@ from sae_lens.util import get_special_token_ids
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.text import batched_windows, iterate_windows, require_texts
-from msae_plugin.models.forward_pass import (
-    ModelWithTokenizer,
-    Tail,
-    activations_at,
-    logits_and_activations,
-)
+from msae_plugin.models.forward_pass import Tail, activations_at, logits_and_activations
+from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.health import dense_share, encoder_decoder_alignment
 
 # Firings from which on the word of a latent is judged, and the share of its activation on one word
@@ -318,7 +314,7 @@ class _Measured:
 @torch.no_grad()
 def evaluate_many(
     saes: Mapping[str, SAE[Any]],
-    language_model: ModelWithTokenizer,
+    language_model: LanguageModel,
     hook_names: str | Mapping[str, str],
     texts: Sequence[str],
     *,

@@ -22,14 +22,23 @@ from msae_plugin.saes.load import EvaluatedSAE
 
 @dataclass(frozen=True)
 class MetricDefinition:
-    """The meaning of a number of `summary.json`."""
+    """The meaning of a number; parts that a file lacks are empty."""
 
-    definition: str  # a formula or a sentence
-    unit: str  # `nats per token`, `share`, `latents per token`, ...
-    tokens: str  # which tokens or examples it covers, and whether BOS is among them
-    # `saebench` (its number, under its name) or `msae` (computed here).
-    source: Literal["saebench", "msae"]
-    higher_is_better: bool | None = None  # None where neither is
+    definition: str = "no definition was given"  # a formula or a sentence
+    unit: str = ""  # `nats per token`, `share`, `latents per token`, ...
+    tokens: str = ""  # which tokens or examples it covers, and whether BOS is among them
+    source: str = ""  # `saebench` (its number, under its name) or `msae` (computed here)
+    higher_is_better: bool | None = None  # None where neither is, or nobody said
+
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words."""
+        return {None: "neither", True: "higher", False: "lower"}[self.higher_is_better]
+
+    @property
+    def arrow(self) -> str:
+        """The same as an arrow, empty where neither is better."""
+        return {None: "", True: "↑", False: "↓"}[self.higher_is_better]
 
 
 @cache

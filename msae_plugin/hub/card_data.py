@@ -18,21 +18,15 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.stored import (
-    StoredExport,
-    StoredRunnerConfig,
-    StoredSummary,
-    checked,
-    read_json_object,
-)
+from msae_plugin.common.stored import StoredExport, StoredRunnerConfig, StoredSummary, checked
 from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILENAME
+from msae_plugin.evaluation.summary import read_summary
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.reporting.terminal import columns_of
 from msae_plugin.saes.clean_config import clean_run_config, require_inside
 from msae_plugin.saes.export import REPORT_FILENAME
-from msae_plugin.saes.find import StoredSAE, mechanisms_on, migrated_config
-from msae_plugin.saes.health import recorded_messages
+from msae_plugin.saes.find import RecordedSAE, StoredSAE, migrated_config
 from msae_plugin.upstream import official_transformer_lens_name
 
 
@@ -50,30 +44,11 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     path = folder / SUMMARY_FILENAME
     require_inside(folder, path)
     try:
-        summary = read_json_object(path)
+        return read_summary(path)
     except InputError as error:
         raise InputError(
             f"{str(folder)!r} is no evaluation ({error}); give the --output folder of `msae eval`"
         ) from error
-    if not is_summary(summary):
-        raise InputError(
-            f"{str(path)!r} is not a summary of format {SUMMARY_FORMAT}: evaluate again with this "
-            "version of msae_plugin"
-        )
-    return checked(summary, repr(str(path)), StoredSummary)
-
-
-def is_summary(value: object) -> bool:
-    """Whether a JSON value is a summary in the format that this version reads."""
-    if not isinstance(value, dict):
-        return False
-    summary = cast("dict[str, object]", value)
-    return (
-        summary.get("format") == SUMMARY_FORMAT
-        and isinstance(summary.get("saes"), dict)
-        and isinstance(summary.get("results"), list)
-        and isinstance(summary.get("metrics"), dict)
-    )
 
 
 def measured_of(
@@ -195,54 +170,21 @@ class Score:
 
 
 @dataclass(frozen=True)
-class CardEntry:
+class CardEntry(RecordedSAE):
     """One SAE of a repository."""
 
     folder: str
     config: Mapping[str, Any]
     run: Mapping[str, Any]  # runner_cfg.json; empty without one
-    export: Mapping[str, Any]  # the check made at export; empty without one
+    report: Mapping[str, Any]  # the check made at export; empty without one
     summary: Mapping[str, Any] | None  # summary.json; None when it was not evaluated
     has_jumprelu: bool  # whether there is a `jumprelu` copy
     figures: tuple[str, ...] = ()  # its figures, as paths in the repository
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
-        """SAELens' metadata."""
-        return self.config.get("metadata") or {}
-
-    @property
-    def details(self) -> Mapping[str, Any]:
-        """Configuration of the training architecture."""
-        return self.metadata.get("training_architecture_details") or {}
-
-    @property
     def needs_plugin(self) -> bool:
         """Whether only this package can load it."""
-        return self.config.get("architecture") == ARCHITECTURE
-
-    @property
-    def trained_as(self) -> str:
-        """Architecture that it was trained as."""
-        return str(self.metadata.get("training_architecture") or self.config.get("architecture"))
-
-    @property
-    def l0(self) -> float | None:
-        """Active latents per token, at export where that was measured."""
-        recorded = self.export.get("l0_exported", self.metadata.get("l0"))
-        return None if recorded is None else float(recorded)
-
-    @property
-    def mechanisms(self) -> list[str]:
-        """What a multiscale SAE has switched on."""
-        if self.trained_as != ARCHITECTURE:
-            return []
-        return mechanisms_on({**self.details, **self.config})
-
-    @property
-    def warnings(self) -> list[str]:
-        """In which ways it failed to learn."""
-        return recorded_messages(self.export.get("health"))
+        return self.architecture == ARCHITECTURE
 
     def recorded(self, name: str) -> str:
         """A field of the metadata, for a table."""
@@ -253,10 +195,8 @@ class CardEntry:
 
     def scores(self, evaluation: str) -> list[Score]:
         """The headline numbers of an evaluation; empty where it was not measured."""
-        for row in self._rows():
-            if row.get("evaluation") == evaluation and row.get("status") == "measured":
-                return _scores(evaluation, row)
-        return []
+        rows = self._measured(evaluation)
+        return _scores(evaluation, rows[0]) if rows else []
 
     def not_measured(self) -> list[str]:
         """Evaluations that were tried and gave no number, with the reason."""
@@ -269,20 +209,22 @@ class CardEntry:
     def notes(self, evaluation: str) -> list[str]:
         """What the evaluation says beside its numbers."""
         said: list[str] = []
-        for row in self._rows():
-            if row.get("evaluation") == evaluation and row.get("status") == "measured":
-                facts = row.get("facts") or {}
-                said += [str(row["note"])] if row.get("note") else []
-                said += [
-                    f"{name.replace('_', ' ')}: {value}"
-                    for name, value in facts.items()
-                    if isinstance(value, bool | int | float | str)
-                ]
+        for row in self._measured(evaluation):
+            said += [str(row["note"])] if row.get("note") else []
+            said += [
+                f"{name.replace('_', ' ')}: {value}"
+                for name, value in (row.get("facts") or {}).items()
+                if isinstance(value, bool | int | float | str)
+            ]
         return list(dict.fromkeys(said))
 
     def evaluations(self) -> list[str]:
         """Evaluations with a number."""
-        return [str(r["evaluation"]) for r in self._rows() if r.get("status") == "measured"]
+        return [str(row["evaluation"]) for row in self._measured()]
+
+    def _measured(self, evaluation: str | None = None) -> list[Mapping[str, Any]]:
+        measured = [row for row in self._rows() if row.get("status") == "measured"]
+        return [row for row in measured if evaluation in (None, row.get("evaluation"))]
 
     def _rows(self) -> Sequence[Mapping[str, Any]]:
         """The rows of this SAE; those of its JumpReLU copy, which computes the same, come after."""
@@ -361,7 +303,10 @@ def card_entry(
     folder: str, read: Callable[[str], Any], has_jumprelu: bool, figures: Iterable[str]
 ) -> CardEntry:
     """The entry of an SAE; `read` gives the contents of one of its JSON files, None without it."""
-    summary = read(SUMMARY_FILENAME)
+    try:
+        summary = checked(read(SUMMARY_FILENAME), "it", StoredSummary)
+    except InputError:
+        summary = {}  # damaged, or there is none
 
     def stored(name: str, shape: Any) -> Mapping[str, Any]:
         found = read(name)
@@ -371,8 +316,8 @@ def card_entry(
         folder=folder,
         config=migrated_config(read(SAE_CFG_FILENAME), f"'{folder}/{SAE_CFG_FILENAME}'"),
         run=stored(RUNNER_CFG_FILENAME, StoredRunnerConfig),
-        export=stored(REPORT_FILENAME, StoredExport),
-        summary=summary if is_summary(summary) else None,
+        report=stored(REPORT_FILENAME, StoredExport),
+        summary=summary if summary.get("format") == SUMMARY_FORMAT else None,
         has_jumprelu=has_jumprelu,
         figures=tuple(sorted(figures)),
     )

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,19 @@ def _figures(places: Sequence[Path]) -> Iterator[Path]:
 
 def _as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def write_files(files: Iterable[tuple[str, bytes | Path]], root: Path, *, link: bool) -> None:
+    """Write files of a repository into a folder, or link to those that are on the disk."""
+    for path, content in files:
+        target = root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif link:  # a copy may take gigabytes
+            target.symlink_to(content.resolve())
+        else:
+            shutil.copyfile(content, target)
 
 
 def content_sha256(content: bytes | Path) -> str:

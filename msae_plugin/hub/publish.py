@@ -7,7 +7,6 @@ Nothing is written on the Hub before everything that can be refused here has bee
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
-from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.errors import InputError, RunFailure, in_one_line
+from msae_plugin.common.files import folder_written_atomically, require_empty
 from msae_plugin.hub.card_data import CardEntry, hub_model
 from msae_plugin.hub.plan import (
     PublishOptions,
@@ -26,6 +25,7 @@ from msae_plugin.hub.plan import (
     build_folders,
     make_plan,
     private_content,
+    write_files,
 )
 from msae_plugin.hub.verification import (
     Verification,
@@ -34,13 +34,7 @@ from msae_plugin.hub.verification import (
     check_latents,
     describe,
 )
-from msae_plugin.models.hub_access import (
-    explained,
-    first_line,
-    hub_errors,
-    require_token,
-    status_of,
-)
+from msae_plugin.models.hub_access import explained, hub_errors, require_token, status_of
 from msae_plugin.reporting.info import human_bytes
 from msae_plugin.saes.download import RepositoryState, read_state, require_repo_name
 from msae_plugin.saes.export import JUMPRELU_FOLDER
@@ -221,16 +215,9 @@ def _ask_before_replacing(plan: PublishPlan, confirm: Confirm | None) -> None:
 
 def _render(plan: PublishPlan, output: Path | None) -> Path:
     where = output or Path(tempfile.mkdtemp(prefix="msae-publish-")) / "repository"
-    if where.exists() and (not where.is_dir() or any(where.iterdir())):
-        raise InputError(f"--output {str(where)!r} is not empty: choose another folder")
+    require_empty(where)
     with hub_errors(f"writing {where}"), folder_written_atomically(where) as folder:
-        for path, content in plan.additions.items():
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                target.write_bytes(content)
-            else:
-                shutil.copyfile(content, target)
+        write_files(plan.additions.items(), folder, link=False)
     return where
 
 
@@ -323,10 +310,9 @@ def _verify(plan: PublishPlan, committed: CommitInfo, on_main: bool) -> tuple[Ve
         ) from None
     # Whatever it is, the commit is there and must be named.
     except Exception as error:
-        known = isinstance(error, InputError | RunFailure)
-        reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
         raise RunFailure(
-            f"{repo} has the new commit {committed.oid}, but the check of it failed: {reason}; "
+            f"{repo} has the new commit {committed.oid}, but the check of it failed: "
+            f"{in_one_line(error)}; "
             f"look at {committed.commit_url}; {_how_to_take_back(repo, committed)}"
         ) from error
 

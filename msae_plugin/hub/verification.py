@@ -15,10 +15,10 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from safetensors.torch import load_file
 
-from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, RunFailure, in_one_line
 from msae_plugin.common.files import file_sha256
-from msae_plugin.hub.plan import SAEFolder, content_sha256
-from msae_plugin.models.hub_access import first_line, hub_errors
+from msae_plugin.hub.plan import SAEFolder, content_sha256, write_files
+from msae_plugin.models.hub_access import hub_errors
 from msae_plugin.saes.export import ACTIVATIONS_FILENAME, JUMPRELU_FOLDER, Agreement, compare
 from msae_plugin.saes.find import LocatedSAE, StoredSAE
 from msae_plugin.saes.load import load_sae
@@ -46,23 +46,15 @@ def check_build(folder: SAEFolder) -> None:
 
     with tempfile.TemporaryDirectory(prefix="msae-publish-") as temporary:
         root = Path(temporary)
-        for path, content in folder.uploads():
-            target = root / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                target.symlink_to(content.resolve())  # a copy may take gigabytes
-            else:
-                target.write_bytes(content)
+        write_files(folder.uploads(), root, link=True)
         try:
             source = LocatedSAE(str(folder.sae.folder), folder.sae.name, folder.sae.folder)
             _compare(folder, load_sae(source, "cpu")[0], load, "as it would be uploaded")
         # What a loader raises on files that are wrong shares no base class but Exception.
         except Exception as error:
-            known = isinstance(error, InputError | RunFailure)
-            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
             raise InputError(
                 f"SAE {str(folder.sae.folder)!r} must not be published, because nobody could use "
-                f"it ({reason}): export it again; nothing was published"
+                f"it ({in_one_line(error)}): export it again; nothing was published"
             ) from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
@@ -17,18 +17,6 @@ from transformer_lens.model_bridge import TransformerBridge
 # Logits of a pass that starts in the middle against those of a whole one, relative. The same
 # operations on the same shapes: 0 was measured in float32.
 TAIL_TOLERANCE = 1e-5
-
-
-class ModelWithTokenizer(Protocol):
-    """The needed parts of `msae_plugin.models.loading.LanguageModel`."""
-
-    @property
-    def model(self) -> Any:
-        """A HookedRootModule."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """A Hugging Face tokenizer."""
 
 
 def input_device(model: torch.nn.Module) -> torch.device:

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, RunFailure, first_line, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +115,6 @@ def _no_access(error: BaseException, repository: str, page: str) -> InputError |
             "check the spelling, or log in with `hf auth login`",
         )
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def model_config_folder(name: str) -> Path:
@@ -222,7 +216,7 @@ def explained(error: Exception, doing: str) -> InputError | RunFailure:
         known = _recognised(cause, doing)
         if known is not None:
             return known
-    return RunFailure(f"{doing}: {type(error).__name__}: {first_line(error)}; try again")
+    return RunFailure(f"{doing}: {in_one_line(error)}; try again")
 
 
 def _recognised(error: BaseException, doing: str) -> InputError | RunFailure | None:

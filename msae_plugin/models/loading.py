@@ -13,7 +13,7 @@ argument of its own, and the loaded model is what the runner receives.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,14 +33,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, first_line
 from msae_plugin.models.hook_names import common_style, validate_hook
-from msae_plugin.models.hub_access import (
-    first_line,
-    has_all_weights,
-    model_config_folder,
-    model_folder,
-)
+from msae_plugin.models.hub_access import has_all_weights, model_config_folder, model_folder
 from msae_plugin.models.packaged import PACKAGED_PREFIX, packaged_model, prepare_packaged_model
 from msae_plugin.models.transformer_lens import (
     BRIDGE,
@@ -138,16 +133,6 @@ HOOKED_MODULES = "AutoModelForCausalLM"
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-_OWN_ARGUMENTS = {
-    "dtype": "model.dtype",
-    "torch_dtype": "model.dtype",
-    "device": "model.device",
-    "revision": "a local folder that holds this revision",
-    "hf_model": "model.name",
-    "tokenizer": "model.name",
-    "cache_dir": "HF_HOME",
-}
-
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -206,7 +191,6 @@ def load_language_model(
     dtype: str = "float32",
     *,
     loader: str = "auto",
-    from_pretrained_kwargs: Mapping[str, Any] | None = None,
     report: Callable[[str], object] = logger.info,
 ) -> LanguageModel:
     """Load a language model for the hooks of a run.
@@ -219,40 +203,31 @@ def load_language_model(
         raise InputError(f"model dtype {dtype!r} is not known", f"use one of {', '.join(DTYPES)}")
     torch_dtype = str_to_dtype(dtype)
     _require_device(device)
-    options = dict(from_pretrained_kwargs or {})
-    for key in filter(_OWN_ARGUMENTS.get, options):
-        raise InputError(
-            f"from_pretrained_kwargs: {key!r} is not taken here", f"use {_OWN_ARGUMENTS[key]}"
-        )
     shape = describe_model(name)
     for hook in hook_names:
         validate_hook(hook, shape.n_layers)
 
     source = resolve_model(name, report)
     config = read_config(source.folder)
-    remote_code = {k: v for k, v in options.items() if k == "trust_remote_code"}
     model: HookedRootModule
     if loader == HOOKED_TRANSFORMER:
         if source.hub_name is not None and name.startswith(PACKAGED_PREFIX):
             register_transformer_lens_name(source.hub_name)
         lens_name = transformer_lens_name(source.hub_name)
         require_supported(source.folder, config, lens_name)
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, remote_code, shape)
-        model = hooked_transformer(
-            hf_model, tokenizer, source.folder, lens_name, device=device, options=options
-        )
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, shape)
+        model = hooked_transformer(hf_model, tokenizer, source.folder, lens_name, device)
     elif loader == BRIDGE:
         lens_name = transformer_lens_name(source.hub_name)
         require_supported(source.folder, config, lens_name, BRIDGE)
-        # As TransformerLens loads it: its hooks on attention scores need it.
-        options = {"attn_implementation": "eager", **options}
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options, shape)
-        _move(hf_model, device, options)
+        # Eager as TransformerLens loads it: its hooks on attention scores need it.
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, shape, "eager")
+        hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
         bridge = transformer_bridge(hf_model, tokenizer, source.folder, lens_name)
         model = cast("HookedRootModule", bridge)
     else:
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, options, shape)
-        _move(hf_model, device, options)
+        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, shape)
+        hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
         model = _hooked_modules(hf_model, tokenizer, list(hook_names))
     for hook in hook_names:
         if hook not in model.hook_dict:
@@ -350,7 +325,7 @@ def _require_device(device: str) -> None:
 
 
 def _load_hf_model(
-    folder: Path, dtype: torch.dtype, options: Mapping[str, Any], shape: ModelShape
+    folder: Path, dtype: torch.dtype, shape: ModelShape, attention: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -363,7 +338,7 @@ def _load_hf_model(
     _require_known_tokens(tokenizer, shape.vocabulary, folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, **options
+            folder, dtype=dtype, local_files_only=True, attn_implementation=attention
         )
     # Files that do not fit together make any line of the model's class fail.
     except Exception as error:
@@ -392,12 +367,6 @@ def _require_known_tokens(
             f"{vocabulary - 1}",
             "save the model's own tokenizer beside it",
         )
-
-
-def _move(hf_model: PreTrainedModel, device: str, options: Mapping[str, Any]) -> None:
-    # With a device_map the weights have been placed already; moving them would undo it.
-    if options.get("device_map") is None:
-        hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
 
 
 def _hooked_modules(

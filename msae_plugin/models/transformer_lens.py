@@ -29,12 +29,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources.transformers import (
-    determine_architecture_from_hf_config,
-)
+from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, first_line
 from msae_plugin.upstream import (
     known_transformer_lens_names,
     transformer_lens_config_given,
@@ -283,9 +281,7 @@ def hooked_transformer(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     name: str,
-    *,
     device: str,
-    options: Mapping[str, Any],
 ) -> HookedTransformer:
     """Convert a loaded Hugging Face model, without weight processing, in its own dtype."""
     from transformer_lens import HookedTransformer  # absent from transformer-lens 4
@@ -307,21 +303,17 @@ def hooked_transformer(
                 device=device,
                 dtype=hf_model.dtype,
                 **lookup,
-                **options,
             )
         # Unexpected weights make any line of a conversion fail.
         except Exception as error:
             raise InputError(
-                f"TransformerLens cannot convert the weights in {folder} "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+                f"TransformerLens cannot convert the weights in {folder} ({first_line(error)})",
                 _NOT_CONVERTED,
             ) from error
     logger.info("%s", printed.getvalue().strip())
     model.eval()
     if name == UNNAMED_MODEL:
         model.cfg.model_name = folder.name
-    if model.cfg.n_layers != hf_model.config.get_text_config().num_hidden_layers:
-        return model  # from_pretrained_kwargs asked for the first layers alone
     _require_same_model(model, hf_model, _sample(hf_model, tokenizer, model.cfg.n_ctx), folder)
     return model
 
@@ -344,8 +336,7 @@ def transformer_bridge(
     # What an adapter stumbles over in a model that it half knows.
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"TransformerLens cannot bridge the model in {folder} "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            f"TransformerLens cannot bridge the model in {folder} ({first_line(error)})",
             "use module hooks such as model.layers.9",
         ) from error
     model.eval()
@@ -373,6 +364,11 @@ def _require_same_model(
 ) -> None:
     """Compare the logits of a model and its source on a text."""
     tokens, expected = sample
+    if not expected.isfinite().all():
+        raise InputError(
+            f"the model in {folder} gives NaN or infinite logits: its weights are damaged, or "
+            f"{hf_model.dtype} is too narrow for it (model.dtype)"
+        )
     logits = model(tokens.to(hf_model.device)).float().cpu()
     # A softmax does not see a constant per token, and some conversions add one.
     expected, logits = (each - each.mean(-1, keepdim=True) for each in (expected, logits))

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from msae_plugin.common.table import digits_for_difference, signed
-from msae_plugin.comparison.statistics import PairedDifference
 from msae_plugin.reporting.document import Answer, Section, cell, table_of
 from msae_plugin.reporting.results import (
     HEADLINES,
     Difference,
+    PairedDifference,
     Results,
     differences,
     sentence,

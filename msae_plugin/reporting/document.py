@@ -303,8 +303,8 @@ _TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 cast("dict[str, Any]", _TEMPLATES.filters).update(
-    data_url=data_url, breakable=_breakable, cells=_cells, kind=_kind, md=one_line, quote=quote,
-    sentences=_sentences, visible=visible,
+    data_url=data_url, breakable=_breakable, cells=_cells, md=one_line, quote=quote,
+    kind=_kind, sentences=_sentences, visible=visible,
 )  # fmt: skip
 
 

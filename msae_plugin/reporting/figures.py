@@ -13,10 +13,10 @@ from typing import Any
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.table import digits_for, number
+from msae_plugin.evaluation.outcomes import MetricDefinition
 from msae_plugin.reporting.document import Figure, slug
 from msae_plugin.reporting.results import (
     HEADLINES,
-    Definition,
     Difference,
     Group,
     Results,
@@ -123,7 +123,7 @@ def drawing(
             plt.close(figure)
 
 
-def axis_label(heading: str, definition: Definition | None) -> str:
+def axis_label(heading: str, definition: MetricDefinition | None) -> str:
     """Heading, unit and direction of a metric."""
     if definition is None:
         return heading
@@ -494,16 +494,12 @@ def _draw_quality(
                 textcoords="offset points", ha="center", fontsize=8, color=style.colour,
             )  # fmt: skip
     headings = [
-        "\n".join(f"{HEADLINES[key].heading} {_arrow(results, metric)}".split(" ", 1))
+        f"{HEADLINES[key].heading} {definition.arrow if definition else ''}".replace(" ", "\n", 1)
         for key, metric in metrics.items()
+        for definition in (results.definitions.get(metric),)
     ]
     axis.set_xticks(range(len(headings)), headings, fontsize=9)
     axis.set_ylim(0, 1.1)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     axis.set(title="On data not trained on", ylabel="share or cosine")
     axis.grid(visible=False, axis="x")
-
-
-def _arrow(results: Results, metric: str) -> str:
-    definition = results.definitions.get(metric)
-    return "" if definition is None else definition.arrow

@@ -45,7 +45,6 @@ from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.models.loading import ModelShape, describe_model
 from msae_plugin.saes.find import StoredSAE, mechanisms_on, read_folder
-from msae_plugin.saes.health import recorded_messages
 from msae_plugin.saes.load import check_evaluable
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
@@ -211,13 +210,13 @@ def describe_checkpoint(name: str, info: StoredSAE) -> RenderableType:
     if steps == 0:
         trained = "0 steps: THIS SAE WAS NEVER TRAINED"
     architecture = info.architecture
-    if info.trained_as not in (None, info.architecture):
+    if info.trained_as != info.architecture:
         architecture += f" (trained as {info.trained_as})"
     l0 = None if info.kind == "training checkpoint" else "not recorded"
     if info.l0 is not None:
         l0 = f"{info.l0:.1f} active latents per token, measured at export"
     jumprelu = None
-    if info.report is not None:
+    if info.report:
         obstacle = cast("str | None", info.report.get("jumprelu_obstacle"))
         jumprelu = "yes" if obstacle is None else f"no: {obstacle}"
     return _facts(
@@ -225,7 +224,10 @@ def describe_checkpoint(name: str, info: StoredSAE) -> RenderableType:
         [
             ("folder", str(info.folder)),
             ("architecture", architecture),
-            ("sizes", f"d_in {info.d_in:,}, d_sae {info.d_sae:,}, {info.dtype}"),
+            (
+                "sizes",
+                f"d_in {info.d_in:,}, d_sae {info.d_sae:,}, {info.config.get('dtype', 'float32')}",
+            ),
             ("parameters", f"{info.parameters:,} ({human_bytes(info.weight_bytes)})"),
             ("model", _recorded(meta.get("model_name"))),
             ("hook", _recorded(meta.get("hook_name"))),
@@ -234,7 +236,7 @@ def describe_checkpoint(name: str, info: StoredSAE) -> RenderableType:
             ("mechanisms", "\n".join(info.mechanisms) or None),
             ("L0", l0),
             ("jumprelu copy", jumprelu),
-            ("WARNING", "\n".join(recorded_messages((info.report or {}).get("health"))) or None),
+            ("WARNING", "\n".join(info.warnings) or None),
         ],
     )
 

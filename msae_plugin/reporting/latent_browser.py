@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.files import folder_written_atomically, held_in
 from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.comparison.results import COMPARISON_FILE
 from msae_plugin.data.text import Window, iterate_windows
@@ -139,15 +139,12 @@ def is_browser(folder: Path) -> bool:
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {str(output)!r} is a file: give a folder")
-    if output.is_dir() and any(output.iterdir()):
-        strange = {path.name for path in output.iterdir()} - {PAGE_FILE, CHUNKS_FOLDER}
-        if strange or not is_browser(output):
-            raise InputError(
-                f"--output {str(output)!r} is not empty and no earlier output of msae latents",
-                "give another",
-            )
+    names = set(held_in(output))
+    if names - {PAGE_FILE, CHUNKS_FOLDER} or (names and not is_browser(output)):
+        raise InputError(
+            f"--output {str(output)!r} is not empty and no earlier output of msae latents",
+            "give another",
+        )
 
 
 def _browsed(

@@ -9,7 +9,7 @@ from os.path import relpath
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import folder_written_atomically, versions
+from msae_plugin.common.files import folder_written_atomically, held_in, versions
 from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.summary import standing
@@ -205,19 +205,17 @@ def _write(document: Document, folder: Path) -> None:
 
 
 def _check_output(output: Path, sources: Sources) -> None:
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {str(output)!r} is a file: give a folder")
+    names = held_in(output)
     if output.resolve() in {source.folder.resolve() for source in sources.all}:
         raise InputError(
             f"--output {str(output)!r} is a folder of the report's own data: give another"
         )
-    if not output.is_dir() or not any(output.iterdir()):
-        return
     record = output / RECORD_FILE
+    if not names:
+        return
     if not record.is_file() or read_json_object(record).get("page") != PAGE_FILE:
         raise InputError(f"--output {str(output)!r} is not empty and holds no report: give another")
-    strange = sorted(path.name for path in output.iterdir() if path.name not in _OWN)
-    if strange:
+    if strange := [name for name in names if name not in _OWN]:
         raise InputError(
             f"--output {str(output)!r} holds {strange[0]!r} beside a report, and a report replaces "
             "the whole folder: move it or give another folder"

@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeVar
 
 import pandas as pd
 import yaml
+from scipy.special import stdtrit
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.table import Column, Spread, spread
-from msae_plugin.comparison.statistics import NO_DIFFERENCE, PairedDifference, paired_difference
+from msae_plugin.evaluation.outcomes import MetricDefinition
 
 
 @dataclass(frozen=True)
@@ -61,38 +62,16 @@ def headlines_of(keys: Iterable[str], metrics: Sequence[str]) -> dict[str, str]:
     return {key: metric for key, metric in found.items() if metric is not None}
 
 
-@dataclass(frozen=True)
-class Definition:
-    """Definition of a metric as a file holds it; missing parts are empty."""
-
-    name: str
-    definition: str = "no definition was given"  # a formula or a sentence
-    unit: str = ""  # of the value
-    tokens: str = ""  # what it covers
-    source: str = ""  # whose number it is
-    higher_is_better: bool | None = None  # none where neither is, or nobody said
-
-    @property
-    def direction(self) -> str:
-        """Which way is better, in words."""
-        return {None: "neither", True: "higher", False: "lower"}[self.higher_is_better]
-
-    @property
-    def arrow(self) -> str:
-        """The same as an arrow, empty where neither is better."""
-        return {None: "", True: "↑", False: "↓"}[self.higher_is_better]
-
-
-def read_definition(name: str, value: Any) -> Definition:
+def read_definition(value: Any) -> MetricDefinition:
     """A definition as stored; what it lacks stays empty."""
     given: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
     texts = {key: str(given[key]) for key in ("definition", "unit", "tokens", "source")
              if given.get(key)}  # fmt: skip
     higher = given.get("higher_is_better")
-    return Definition(name, **texts, higher_is_better=higher if isinstance(higher, bool) else None)
+    return MetricDefinition(**texts, higher_is_better=higher if isinstance(higher, bool) else None)
 
 
-def column_of(key: str, metric: str, definitions: Mapping[str, Definition]) -> Column:
+def column_of(key: str, metric: str, definitions: Mapping[str, MetricDefinition]) -> Column:
     """The column of a headline metric: unit and direction under its heading."""
     definition = definitions.get(metric)
     detail = f"{definition.unit} {definition.arrow}".strip() if definition else ""
@@ -134,7 +113,9 @@ Facts = Mapping[str, Any]
 MeasuredSAE = tuple[Facts, Mapping[str, float]]
 
 
-def long_frame(saes: Iterable[MeasuredSAE], definitions: Mapping[str, Definition]) -> pd.DataFrame:
+def long_frame(
+    saes: Iterable[MeasuredSAE], definitions: Mapping[str, MetricDefinition]
+) -> pd.DataFrame:
     """A row per SAE and metric: `row` (numbers the SAEs), FACTS, `metric`, `value`, `unit`."""
     order = {name: place for place, name in enumerate(definitions)}
     records = [
@@ -240,7 +221,7 @@ class Results:
     kind: str  # `language_model` or `ground_truth`
     seeds_are: str  # what the spread is over: `training seeds` or `evaluation seeds`
     frame: pd.DataFrame  # from `long_frame`
-    definitions: Mapping[str, Definition]
+    definitions: Mapping[str, MetricDefinition]
     facts: Sequence[tuple[str, str]]
     missing: Sequence[Missing]
     reference: str | None = None  # method that the others are compared with, where the data says so
@@ -333,6 +314,46 @@ def _grouped(
     """Parts by the values of some columns, None among them, in the order of the data."""
     for _, part in frame.groupby(keys, dropna=False, sort=False):
         yield tuple(part[key].iloc[0] for key in keys), part
+
+
+# One rule of wording for every table: a difference whose interval contains zero is "no difference
+# shown", never a win. Two methods are paired where they have the same hook, target L0 and seed: the
+# same activations in the same order, at the same sparsity.
+CONFIDENCE = 0.95
+NO_DIFFERENCE = "no difference shown"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of the differences first - second over pairs, with a t-interval."""
+
+    mean: float
+    low: float | None  # Lower end of the interval; None for a single pair, which has none
+    high: float | None
+    n_pairs: int
+    confidence: float = CONFIDENCE
+
+    @property
+    def shown(self) -> bool:
+        """Whether zero is outside the interval."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def paired_difference(
+    differences: Sequence[float], confidence: float = CONFIDENCE
+) -> PairedDifference:
+    """The t-interval of the mean of paired differences: mean +- t(n - 1) s / sqrt(n).
+
+    Raises ValueError without a pair, or where the (two-sided) confidence is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
+    found = spread(differences)
+    if found.std is None:
+        return PairedDifference(found.mean, None, None, 1, confidence)
+    quantile = float(stdtrit(found.n - 1, (1 + confidence) / 2))
+    half = quantile * found.std / found.n**0.5
+    return PairedDifference(found.mean, found.mean - half, found.mean + half, found.n, confidence)
 
 
 Wording = Literal["better", "worse", "higher", "lower", "no difference shown", "one pair"]

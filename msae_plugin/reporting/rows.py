@@ -12,11 +12,12 @@ import pandas as pd
 
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER
+from msae_plugin.evaluation.outcomes import MetricDefinition
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
+from msae_plugin.evaluation.summary import read_summary, unmeasured
 from msae_plugin.reporting.document import slug
 from msae_plugin.reporting.results import (
     FACTS,
-    Definition,
     Facts,
     MeasuredSAE,
     Missing,
@@ -32,7 +33,6 @@ from msae_plugin.reporting.sources import (
     TrainedSAE,
     finite,
     flat_facts,
-    read_summary,
 )
 
 
@@ -170,14 +170,14 @@ def _missing_of_sae(
     if missed is not None and target is not None:
         reason = f"L0 {missed:.1f} where {target:g} was asked for"
         yield Missing(label, f"{name} at its target L0", "missed", reason)
-    unmeasured = ", ".join(metric for metric in recorded["metrics"] if metric not in metrics)
-    if unmeasured:
+    lacking = ", ".join(metric for metric in recorded["metrics"] if metric not in metrics)
+    if lacking:
         reason = "no finite value recorded"
-        yield Missing(label, f"{unmeasured} of {name}", "not measured", reason)
+        yield Missing(label, f"{lacking} of {name}", "not measured", reason)
 
 
-def _definitions(given: Mapping[str, Any]) -> dict[str, Definition]:
-    return {name: read_definition(name, value) for name, value in given.items()}
+def _definitions(given: Mapping[str, Any]) -> dict[str, MetricDefinition]:
+    return {name: read_definition(value) for name, value in given.items()}
 
 
 def _scores(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -304,13 +304,8 @@ def _missing_of_evaluation(
     label: str, saes: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 ) -> list[Missing]:
     """One item for all SAEs that lack an evaluation for the same reason."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for entry in results:
-        if entry.get("status") != "measured":
-            key = (str(entry["evaluation"]), str(entry.get("status")), str(entry.get("reason")))
-            reasons.setdefault(key, []).append(str(entry["sae"]))
     found: list[Missing] = []
-    for (evaluation, status, reason), names in reasons.items():
+    for (evaluation, status, reason), names in unmeasured(results).items():
         who = "all SAEs" if len(names) == len(saes) > 1 else ", ".join(names)
-        found.append(Missing(label, f"{evaluation} of {who}", status.replace("_", " "), reason))
+        found.append(Missing(label, f"{evaluation} of {who}", status, reason))
     return found

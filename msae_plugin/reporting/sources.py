@@ -19,24 +19,17 @@ from msae_plugin.common.files import file_sha256
 from msae_plugin.common.stored import (
     StoredComparison,
     StoredConfig,
-    StoredExport,
     StoredRun,
-    StoredSummary,
-    checked,
+    read_format,
     read_json_object,
 )
 from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.comparison.language_model import CONTEXTS_FILE, EVALUATION_FOLDER
 from msae_plugin.comparison.results import COMPARISON_FILE
 from msae_plugin.comparison.results import FORMAT as COMPARISON_FORMAT
-from msae_plugin.evaluation.summary import FORMAT as SUMMARY_FORMAT
 from msae_plugin.evaluation.summary import JSON_FILE as SUMMARY_FILE
-from msae_plugin.saes.export import (
-    ACTIVATIONS_FILENAME,
-    JUMPRELU_FOLDER,
-    REPORT_FILENAME,
-    SAE_FOLDER,
-)
+from msae_plugin.evaluation.summary import read_summary
+from msae_plugin.saes.export import ACTIVATIONS_FILENAME, JUMPRELU_FOLDER, SAE_FOLDER
 from msae_plugin.saes.run_record import (
     METRICS_FILE,
     RUN_FILE,
@@ -121,17 +114,12 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_comparison(path: Path) -> Mapping[str, Any]:
-    content = _of_format(path, COMPARISON_FORMAT, StoredComparison)
+    content = read_format(path, COMPARISON_FORMAT, StoredComparison)
     if content.get("kind") not in TITLES:
         raise InputError(
             f"{str(path)!r}: kind must be one of {', '.join(TITLES)}; got {content.get('kind')!r}"
         )
     return content
-
-
-def read_summary(path: Path) -> Mapping[str, Any]:
-    """A checked `summary.json`."""
-    return _of_format(path, SUMMARY_FORMAT, StoredSummary)
 
 
 def _read_run(path: Path) -> Mapping[str, Any]:
@@ -140,16 +128,6 @@ def _read_run(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{str(path)!r} is no record of msae train: it names no 'saes'")
     # Its status as it is: the run's process may have died without a word.
     return read_run_record(path.parent) or content
-
-
-def _of_format(path: Path, expected: int, shape: Any) -> Mapping[str, Any]:
-    content = read_json_object(path)
-    if content.get("format") != expected:
-        raise InputError(
-            f"{str(path)!r} is of format {content.get('format')!r} and this version reads "
-            f"{expected}: make it again with this version of msae_plugin"
-        )
-    return checked(content, repr(str(path)), shape)
 
 
 def flat_facts(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -186,7 +164,6 @@ class TrainedSAE:
     rows: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     config: Mapping[str, Any]  # `cfg.json` of the export; empty without one
-    report: Mapping[str, Any]  # `export.json`; empty without one
     source: str  # label of the comparison or run that it is of
     recorded_as: str  # its name there
     # Which SAEs it is shown with: the comparison it is of, and the hook where that has several;
@@ -298,7 +275,6 @@ def _read_sae(
     config: Mapping[str, Any] = {}
     if export is not None and (export / SAE_CFG_FILENAME).is_file():
         config = read_json_object(export / SAE_CFG_FILENAME, StoredConfig)
-    report = folder / REPORT_FILENAME
     return TrainedSAE(
         name=name,
         method=name,
@@ -309,7 +285,6 @@ def _read_sae(
         rows=read_rows(folder / METRICS_FILE),
         events=read_rows(folder / REVIVALS_FILE, dict[str, Any]),
         config=config,
-        report=read_json_object(report, StoredExport) if report.is_file() else {},
         source=source.label,
         recorded_as=name,
     )

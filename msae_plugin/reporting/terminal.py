@@ -13,7 +13,7 @@ from rich.text import Text
 
 from msae_plugin.common.table import Column, Table
 from msae_plugin.evaluation.contexts import ContextsForTerminal, LatentProfile, TokenContext
-from msae_plugin.evaluation.summary import standing
+from msae_plugin.evaluation.summary import standing, unmeasured
 from msae_plugin.reporting.answer import answers, findings_of
 from msae_plugin.reporting.document import Answer
 from msae_plugin.reporting.results import HEADLINES, Results
@@ -51,13 +51,6 @@ def _cell(mean: float, std: float | None) -> str:
     return re.sub(r"(?<!\d)0\.", ".", text)
 
 
-def _by_evaluation(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in summary["results"]:
-        found.setdefault(str(entry["evaluation"]), []).append(entry)
-    return found
-
-
 def _table(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> Table | None:
     """The measured SAEs of an evaluation; None without any metric."""
     shown = columns_of(evaluation, entries)
@@ -79,11 +72,14 @@ def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
 
     A name that was made to tell two SAEs apart leads back to what the user gave.
     """
+    by_evaluation: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in summary["results"]:
+        by_evaluation.setdefault(str(entry["evaluation"]), []).append(entry)
     parts: list[RenderableType] = []
-    for evaluation, entries in _by_evaluation(summary).items():
+    for evaluation, entries in by_evaluation.items():
         table = _table(evaluation, entries)
         parts += [] if table is None else [table.terminal(title=evaluation, dense=True)]
-        parts += [Text(line) for line in unmeasured(evaluation, entries)]
+        parts += [Text(line) for line in unmeasured_lines(entries)]
         parts += [
             Text(f"{evaluation} of {entry['sae']}: {entry['note']}")
             for entry in entries
@@ -97,17 +93,12 @@ def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
     return Group(*parts, *map(Text, standing(summary)), *given)
 
 
-def unmeasured(evaluation: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def unmeasured_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each SAE without numbers; one for all where the reason is the same."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for entry in entries:
-        if entry["status"] != "measured":
-            key = (str(entry["status"]).replace("_", " "), str(entry["reason"]))
-            reasons.setdefault(key, []).append(str(entry["sae"]))
     return [
         f"{evaluation} {status} for {', '.join(names) if len(names) < len(entries) else 'all SAEs'}"
         f": {reason}"
-        for (status, reason), names in reasons.items()
+        for (evaluation, status, reason), names in unmeasured(entries).items()
     ]
 
 

@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import file_sha256, folder_written_atomically
+from msae_plugin.common.errors import InputError, RunFailure, first_line
+from msae_plugin.common.files import file_sha256, folder_written_atomically, require_empty
 from msae_plugin.models.hub_access import hub_errors
 from msae_plugin.saes.export import JUMPRELU_FOLDER
 
@@ -65,8 +65,7 @@ def require_repo_name(repo: str) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"repository {repo!r}: {reason}") from error
+        raise InputError(f"repository {repo!r}: {first_line(error)}") from error
     if repo.count("/") != 1:
         raise InputError(f"repository {repo!r}: give the owner too, as in user/name")
     return repo
@@ -95,8 +94,7 @@ def download(reference: str, destination: Path) -> Path:
     """
     found = parse_reference(reference)
     state = _state_of(found)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise InputError(f"--output {str(destination)!r} is not empty: choose another folder")
+    require_empty(destination)
     wanted = sorted(state.files if found.folder is None else state.files_in(found.folder))
     with (
         hub_errors(f"downloading {found} to {destination}"),

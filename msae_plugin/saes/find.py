@@ -21,13 +21,19 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.constants import (
+    DTYPE_MAP,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.loading.pretrained_saes_directory import (
     get_pretrained_saes_directory,
     get_repo_id_and_folder_name,
 )
 from safetensors import SafetensorError, safe_open
+from typing_extensions import override
 
 from msae_plugin.architecture.config import ARCHITECTURE, mechanisms_off
 from msae_plugin.common.errors import InputError
@@ -41,6 +47,7 @@ from msae_plugin.common.stored import (
 )
 from msae_plugin.saes.download import HubReference, fetch, is_reference, parse_reference
 from msae_plugin.saes.export import JUMPRELU_FOLDER, REPORT_FILENAME, SAE_FOLDER
+from msae_plugin.saes.health import recorded_messages
 from msae_plugin.saes.other_formats import other_format_error
 from msae_plugin.saes.run_record import (
     METRICS_FILE,
@@ -68,41 +75,83 @@ _LETTERS = {
 }
 
 
+class RecordedSAE:
+    """What an SAE's `cfg.json` and `export.json` say of it."""
+
+    config: Mapping[str, Any]  # contents of cfg.json
+    report: Mapping[str, Any]  # contents of `export.json`; empty without one
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """SAELens' metadata: model, hook, context size, steps and so on."""
+        return self.config.get("metadata") or {}
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """Configuration of the training architecture; empty where it is not recorded."""
+        return self.metadata.get("training_architecture_details") or {}
+
+    @property
+    def architecture(self) -> str:
+        """Its registered architecture."""
+        return str(self.config.get("architecture"))
+
+    @property
+    def trained_as(self) -> str:
+        """Architecture that it was trained as; its own where that is not recorded."""
+        return str(self.metadata.get("training_architecture") or self.architecture)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return int(self.config["d_in"])
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return int(self.config["d_sae"])
+
+    @property
+    def mechanisms(self) -> list[str]:
+        """Letter and setting of what a multiscale SAE has on; empty for other architectures."""
+        if self.trained_as != ARCHITECTURE:
+            return []
+        return mechanisms_on({**self.details, **self.config})
+
+    @property
+    def l0(self) -> float | None:
+        """Active latents per token: measured at export, else what the metadata records."""
+        recorded = self.report.get("l0_exported", self.metadata.get("l0"))
+        return None if recorded is None else float(recorded)
+
+    @property
+    def warnings(self) -> list[str]:
+        """In which ways it failed to learn."""
+        return recorded_messages(self.report.get("health"))
+
+
 @dataclass(frozen=True)
-class StoredSAE:
+class StoredSAE(RecordedSAE):
     """One SAE on disk, described without loading it."""
 
     name: str  # of its folder, or what its run calls it
     root: Path  # folder with its metrics and figures
     folder: Path  # folder with its config and weights
     kind: Kind  # what it is for
-    architecture: str  # its registered architecture
-    trained_as: str | None  # architecture that it was trained as; None when not recorded
-    d_in: int  # width of the activations
-    d_sae: int  # number of latents
     parameters: int  # numbers in the weights file
     weight_bytes: int  # size of the tensors
-    dtype: str  # data type of the weights
-    config: dict[str, Any]  # contents of cfg.json
-    # Mechanism letter and setting of what is on; empty for other architectures.
-    mechanisms: list[str]
-    report: dict[str, Any] | None  # contents of the run's `export.json`; None without it
+    config: Mapping[str, Any]
+    report: Mapping[str, Any]
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        """SAELens' metadata: model, hook, context size, steps and so on."""
-        return cast("dict[str, Any]", self.config.get("metadata") or {})
-
-    @property
+    @override
     def l0(self) -> float | None:
-        """Active latents per token: measured at export, else what the metadata records."""
-        recorded = self.metadata.get("l0") if self.report is None else self.report["l0_exported"]
-        return None if recorded is None or self.kind == "training checkpoint" else float(recorded)
+        return None if self.kind == "training checkpoint" else super().l0
 
     @property
     def explained_variance(self) -> float | None:
         """At export, else at the end of the training log; None where neither says."""
-        recorded = (self.report or {}).get("explained_variance")
+        recorded = self.report.get("explained_variance")
         if recorded is None and (rows := read_rows(self.root / METRICS_FILE)):
             recorded = rows[-1].get("explained_variance")
         return None if recorded is None else float(recorded)
@@ -115,17 +164,26 @@ class StoredSAE:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash of sae_weights.safetensors."""
-        return file_sha256(self.folder / SAE_WEIGHTS_FILENAME)
+        """Hash of sae_weights.safetensors; refused where the export's record has another."""
+        return self._checked_sha256(self.folder)
 
     @cached_property
     def jumprelu_sha256(self) -> str | None:
         """The same of the JumpReLU copy."""
-        return (
-            None
-            if self.jumprelu_export is None
-            else file_sha256(self.jumprelu_export / SAE_WEIGHTS_FILENAME)
-        )
+        copy = self.jumprelu_export
+        return None if copy is None else self._checked_sha256(copy)
+
+    def _checked_sha256(self, folder: Path) -> str:
+        weights = folder / SAE_WEIGHTS_FILENAME
+        found = file_sha256(weights)
+        recorded = (self.report or {}).get("weights_sha256", {})
+        if recorded.get(folder.name, found) != found:
+            raise InputError(
+                f"{str(weights)!r} was damaged or changed since it was exported ({REPORT_FILENAME} "
+                "has another sha256): copy it again, or train again; weights that you changed "
+                f"yourself belong into a folder without {REPORT_FILENAME} beside it"
+            )
+        return found
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -180,16 +238,16 @@ def read_checkpoint(folder: Path) -> StoredSAE:
             raise InputError(f"{str(file)!r} has no {key!r}: not an SAE")
         if key != "architecture" and (type(config[key]) is not int or config[key] < 1):
             raise InputError(f"{str(file)!r}: {key} is {config[key]!r}, which is no width")
+    dtype = config.get("dtype", "float32")
+    if dtype not in DTYPE_MAP:
+        raise InputError(f"{str(file)!r}: dtype is {dtype!r}: SAELens knows {', '.join(DTYPE_MAP)}")
     parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
-    metadata = cast("dict[str, Any]", config.get("metadata") or {})
-    details = cast("dict[str, Any]", metadata.get("training_architecture_details") or {})
-    trained_as = cast("str | None", metadata.get("training_architecture"))
-    architecture = str(config["architecture"])
+    trained_as = (config.get("metadata") or {}).get("training_architecture")
     is_training = (folder / TRAINER_STATE_FILENAME).is_file() or "decoder_init_norm" in config
     kind: Kind = "export"
     if is_training:
         kind = "training checkpoint"
-    elif architecture == "jumprelu" and trained_as == ARCHITECTURE:
+    elif config["architecture"] == "jumprelu" and trained_as == ARCHITECTURE:
         kind = "jumprelu copy"
     report = folder.parent / REPORT_FILENAME
     exported = report.is_file() and not is_training
@@ -198,18 +256,10 @@ def read_checkpoint(folder: Path) -> StoredSAE:
         root=folder.parent if exported and folder.name == SAE_FOLDER else folder,
         folder=folder,
         kind=kind,
-        architecture=architecture,
-        trained_as=trained_as,
-        d_in=int(config["d_in"]),
-        d_sae=int(config["d_sae"]),
         parameters=parameters,
         weight_bytes=weight_bytes,
-        dtype=str(config.get("dtype", "float32")),
         config=config,
-        mechanisms=mechanisms_on({**details, **config})
-        if ARCHITECTURE in (architecture, trained_as)
-        else [],
-        report=read_json_object(report, StoredExport) if exported else None,
+        report=read_json_object(report, StoredExport) if exported else {},
     )
 
 
@@ -509,6 +559,7 @@ def _publishable(name: str, root: Path, export: Path) -> StoredSAE:
         )
     if info.metadata.get("training_steps") == 0:
         raise InputError(f"{str(export)!r} was never trained (0 steps): train it, then publish")
+    _ = info.weights_sha256, info.jumprelu_sha256  # refuse damaged weights
     for folder in filter(None, (export, info.jumprelu_export)):
         _require_finite(folder / SAE_WEIGHTS_FILENAME)
     return info

@@ -25,7 +25,7 @@ from sae_lens.loading.pretrained_sae_loaders import (
 from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.files import folder_written_atomically, require_empty
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.upstream import files_from
 
@@ -102,8 +102,7 @@ def import_sae(
     convert = found.convert
     if convert is None:
         raise found.error
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output {output} is not empty", "give a new folder")
+    require_empty(output)
 
     def loader(path: str | Path, device: str, cfg_overrides: Any = None) -> Loaded:  # noqa: ARG001
         config, weights = convert(found.path)

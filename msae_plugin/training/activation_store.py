@@ -26,12 +26,11 @@ import torch
 from typing_extensions import Self
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.common.claims import CLAIM
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import (
-    TEMPORARY_PREFIX,
     file_sha256,
     file_written_atomically,
+    held_in,
     is_as_written,
     json_safe,
     with_digest,
@@ -132,11 +131,13 @@ def norm_batches(config: RunConfig, plans: Sequence[SAEPlan]) -> int:
 
 @dataclass(frozen=True)
 class CachedActivations:
-    """A complete cache."""
+    """A complete cache, which stands in the place of a model and a text."""
 
     folder: Path
     manifest: Mapping[str, Any]
     tensors: Mapping[str, HashedRows]  # (rows, d_in) by hook, mapped from the files
+
+    language_model: None = None
 
     @property
     def rows(self) -> int:
@@ -158,30 +159,21 @@ class CachedActivations:
         """Whether the model ran in bfloat16."""
         return bool(self.manifest["model"]["autocast"])
 
-
-@dataclass(frozen=True)
-class CachedInputs:
-    """A cache in the place of a model and a text."""
-
-    cache: CachedActivations
-
-    language_model: None = None
-
     @property
     def shape(self) -> ModelShape:
         """Sizes of the model that the cache was made with."""
-        model = self.cache.manifest["model"]
+        model = self.manifest["model"]
         return ModelShape(int(model["d_model"]), int(model["n_layers"]), int(model["vocabulary"]))
 
     def fitted(self, plans: Sequence[SAEPlan]) -> list[SAEPlan]:
         """As `ModelAndText.fitted`."""
-        return [plan.fitted(self.cache.tensors[plan.hook].shape[1]) for plan in plans]
+        return [plan.fitted(self.tensors[plan.hook].shape[1]) for plan in plans]
 
     def record(self) -> dict[str, Any]:
         """`model` and `data` of a `run.json`."""
-        manifest = self.cache.manifest
-        model = {key: value for key, value in manifest["model"].items() if key != "vocabulary"}
-        return {"model": model, "data": manifest["data"]}
+        recorded = self.manifest["model"].items()
+        model = {key: value for key, value in recorded if key != "vocabulary"}
+        return {"model": model, "data": self.manifest["data"]}
 
     def heldout_texts(self) -> list[str]:
         """A cache has none."""
@@ -421,16 +413,13 @@ class ActivationWriter:
 
 def check_new_cache(folder: Path) -> None:
     """Refuse a folder that holds anything but an unfinished cache."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {str(folder)!r} is a file: give a folder")
-    if (folder / MANIFEST).exists():
+    names = held_in(folder)
+    if MANIFEST in names:
         raise InputError(
             f"--output {str(folder)!r} holds a complete cache: train from it with --set "
             f"cached_activations={folder}, or give another --output"
         )
-    ours = (TEMPORARY_PREFIX, CLAIM)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if not all(name.startswith(ours) for name in names) and not (folder / PROGRESS).exists():
+    if names and PROGRESS not in names:
         raise InputError(
             f"--output {str(folder)!r} is not empty and holds no cache: give another --output"
         )

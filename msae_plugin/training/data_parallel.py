@@ -35,7 +35,7 @@ from typing_extensions import override
 from msae_plugin.architecture.calibration import SupportsRanks
 from msae_plugin.architecture.ranks import ALONE, ProcessRanks, Ranks
 from msae_plugin.architecture.selection import batch_top_k
-from msae_plugin.common.errors import InputError, RunFailure
+from msae_plugin.common.errors import InputError, RunFailure, first_line
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -69,8 +69,9 @@ def launched_ranks(device: str) -> Generator[Ranks]:
     try:
         distributed.init_process_group(backend, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunFailure(f"the processes of torchrun do not find each other: {reason}") from error
+        raise RunFailure(
+            f"the processes of torchrun do not find each other: {first_line(error)}"
+        ) from error
     try:
         yield ProcessRanks()
     finally:

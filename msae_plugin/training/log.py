@@ -12,7 +12,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, write_text_atomic
 from msae_plugin.saes.health import SILENT_LOG10_RATE, dense_share, encoder_decoder_alignment
-from msae_plugin.saes.run_record import METRICS_FILE
+from msae_plugin.saes.run_record import METRICS_FILE, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,9 @@ def latent_statistics(
 
 
 class MetricSink:
-    """A destination of one run's rows."""
+    """A destination of one run's rows, made of files or clients that are flushed and closed."""
+
+    parts: Sequence[Any] = ()
 
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         """Take one row of one SAE."""
@@ -147,9 +150,13 @@ class MetricSink:
 
     def flush(self) -> None:
         """Make everything written so far survive a kill."""
+        for part in self.parts:
+            part.flush()
 
     def close(self) -> None:
         """The run has ended."""
+        for part in self.parts:
+            part.close()
 
 
 class JsonLines:
@@ -204,26 +211,26 @@ class JsonLines:
 
 
 class JsonLinesSink(MetricSink):
-    """`metrics.jsonl` in each SAE's folder, less rows after the step that a run resumes at."""
+    """`metrics.jsonl` in each SAE's folder, less rows after the step that a run resumes at.
 
-    def __init__(self, folders: Mapping[str, Path], resume_step: int = 0) -> None:
+    Rows come every `every_steps`; a log that lost some of them to the disk is named.
+    """
+
+    def __init__(
+        self, folders: Mapping[str, Path], resume_step: int = 0, every_steps: int | None = None
+    ) -> None:
         self._files = {name: JsonLines(path / METRICS_FILE) for name, path in folders.items()}
-        for file in self._files.values():
+        self.parts = list(self._files.values())
+        for file in self.parts:
             file.truncate_after(resume_step)
+            steps = [0.0, *(row["step"] or 0.0 for row in read_rows(file.path))]
+            apart = max(b - a for a, b in pairwise([*steps, resume_step]))
+            if every_steps is not None and apart > every_steps:
+                logger.warning("%s has lost rows before step %d", str(file.path), resume_step)
 
     @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
         self._files[sae_name].append(row)
-
-    @override
-    def flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
-
-    @override
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 class TensorBoardSink(MetricSink):
@@ -237,6 +244,7 @@ class TensorBoardSink(MetricSink):
         self._writers = {
             name: SummaryWriter(log_dir=str(folder / name), purge_step=purge) for name in names
         }
+        self.parts = list(self._writers.values())
 
     @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
@@ -244,16 +252,6 @@ class TensorBoardSink(MetricSink):
         for key, value in row.items():
             if key != "step":
                 self._writers[sae_name].add_scalar(key, value, global_step=step)
-
-    @override
-    def flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
-
-    @override
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
 
 
 class WandbSink(MetricSink):
@@ -301,20 +299,10 @@ def tensorboard_wanted(setting: Literal["auto", "on", "off"]) -> bool:
 class MetricsLog(MetricSink):
     """All sinks of a run."""
 
-    def __init__(self, sinks: list[MetricSink]) -> None:
-        self._sinks = sinks
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self.parts = sinks
 
     @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:
-        for sink in self._sinks:
+        for sink in self.parts:
             sink.write(sae_name, row)
-
-    @override
-    def flush(self) -> None:
-        for sink in self._sinks:
-            sink.flush()
-
-    @override
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()

@@ -14,10 +14,7 @@ from typing import Any
 import torch
 from sae_lens import logger as sae_lens_logger
 from sae_lens.config import HfDataset
-from sae_lens.multi_sae_training_runner import (
-    MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
-)
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activations_store import ActivationsStore
 from typing_extensions import Self, override
@@ -45,7 +42,6 @@ from msae_plugin.training.activation_store import (
 )
 from msae_plugin.training.data_parallel import documents_read, own_batch_size, own_share
 from msae_plugin.training.inputs import load_model_and_text
-from msae_plugin.training.log import MetricsLog
 from msae_plugin.training.plans import SAEPlan, build_sae, default_device
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import (
@@ -298,7 +294,6 @@ def reading_runner(
     *,
     autocast: bool,
     guard: InterruptionGuard,
-    progress: ProgressDisplay,
 ) -> SharedPassRunner:
     """A runner that makes the batches of `msae train` and trains nothing."""
     # SAELens' runner wants an SAE.
@@ -313,10 +308,6 @@ def reading_runner(
             seed=config.training.seed,
             log_every=config.logging.every_steps,
             guard=guard,
-            progress=progress,
-            folders={},
-            store=None,
-            metrics=MetricsLog([]),
         ),
         dataset=text.train,
         language_model=language_model,
@@ -347,55 +338,44 @@ def make_cache(
         # Another process may have finished there since this one began.
         check_new_cache(output)
         remove_leftovers(output)
-        return _make_cache(config, plans, rows, output, language_model, text, progress)
-
-
-def _make_cache(
-    config: RunConfig,
-    plans: list[SAEPlan],
-    rows: int,
-    output: Path,
-    language_model: LanguageModel | None,
-    text: TextData | None,
-    progress: ProgressDisplay,
-) -> CachedActivations:
-    device = default_device(config.model.device)
-    seed_everything(config.training.seed)
-    inputs = load_model_and_text(config, device, progress, language_model=language_model, text=text)
-    inputs.fitted(plans)
-    started = time.perf_counter()
-    with InterruptionGuard() as guard:
-        runner = reading_runner(
-            config,
-            inputs.language_model,
-            inputs.text,
-            device,
-            autocast=inputs.autocast,
-            guard=guard,
-            progress=progress,
+        device = default_device(config.model.device)
+        seed_everything(config.training.seed)
+        inputs = load_model_and_text(
+            config, device, progress, language_model=language_model, text=text
         )
-        record = inputs.record()
-        facts = {
-            "format": FORMAT,
-            "key": activations_key(config),
-            "rows": rows,
-            "seed": config.training.seed,
-            "model": {**record["model"], "vocabulary": inputs.language_model.vocabulary},
-            "data": record["data"],
-        }
-        writer = ActivationWriter(output, facts, config.hooks)
-        if writer.position is not None:
-            runner.trainer.go_to(writer.position)
-        progress.start(rows, writer.done, list(config.hooks))
-        try:
-            write_activations(runner, writer, guard, progress.advance)
-        except InterruptedBySignalError:
-            writer.save_progress()
-            raise
-        finally:
-            progress.stop()
-        writer.finish(time.perf_counter() - started)
-    return open_cache(output)
+        inputs.fitted(plans)
+        started = time.perf_counter()
+        with InterruptionGuard() as guard:
+            runner = reading_runner(
+                config,
+                inputs.language_model,
+                inputs.text,
+                device,
+                autocast=inputs.autocast,
+                guard=guard,
+            )
+            record = inputs.record()
+            facts = {
+                "format": FORMAT,
+                "key": activations_key(config),
+                "rows": rows,
+                "seed": config.training.seed,
+                "model": {**record["model"], "vocabulary": inputs.language_model.vocabulary},
+                "data": record["data"],
+            }
+            writer = ActivationWriter(output, facts, config.hooks)
+            if writer.position is not None:
+                runner.trainer.go_to(writer.position)
+            progress.start(rows, writer.done, list(config.hooks))
+            try:
+                write_activations(runner, writer, guard, progress.advance)
+            except InterruptedBySignalError:
+                writer.save_progress()
+                raise
+            finally:
+                progress.stop()
+            writer.finish(time.perf_counter() - started)
+        return open_cache(output)
 
 
 def write_activations(

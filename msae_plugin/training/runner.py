@@ -22,13 +22,9 @@ from sae_lens.saes.sae import TrainingSAE
 
 from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.common.claims import CLAIM, claimed_output
+from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import (
-    TEMPORARY_PREFIX,
-    disk_errors_told,
-    remove_leftovers,
-)
+from msae_plugin.common.files import disk_errors_told, held_in, remove_leftovers
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import seed_everything
@@ -46,7 +42,7 @@ from msae_plugin.saes.run_record import (
 )
 from msae_plugin.training.activation_store import (
     ACTIVATION_SAMPLES,
-    CachedInputs,
+    CachedActivations,
     check_cache,
     open_cache,
 )
@@ -82,10 +78,8 @@ _MAY_CHANGE = (
 
 def check_output(output: Path, resume: str | None) -> None:
     """Refuse a folder whose contents a run would overwrite."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {str(output)!r} is a file: give a folder")
-    contents = [] if not output.exists() else [path.name for path in output.iterdir()]
-    if all(name.startswith((TEMPORARY_PREFIX, CLAIM)) for name in contents):
+    contents = held_in(output)
+    if not contents:
         return
     record = read_run_record(output)
     if resume is None:
@@ -141,7 +135,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
 
-Inputs: TypeAlias = ModelAndText | CachedInputs
+Inputs: TypeAlias = ModelAndText | CachedActivations
 
 
 @dataclass(frozen=True)
@@ -193,7 +187,7 @@ class MultiScaleRunner:
         self._inputs = None
         shape = None
         if config.cached_activations is not None:
-            self._inputs = CachedInputs(open_cache(Path(config.cached_activations)))
+            self._inputs = open_cache(Path(config.cached_activations))
             shape = self._inputs.shape
         elif language_model is not None:
             shape = language_model.shape
@@ -201,7 +195,7 @@ class MultiScaleRunner:
         if shape is None and self._leads:
             check_evaluable(config.model.name, config.hooks, config.model.loader)
         if self._inputs is not None:
-            check_cache(self._inputs.cache, config, self.plans)
+            check_cache(self._inputs, config, self.plans)
             self.plans = self._inputs.fitted(self.plans)
         own_batch_size(config.training.batch_size_tokens, ranks)
         self.device = default_device(config.model.device)
@@ -324,8 +318,8 @@ class MultiScaleRunner:
             metrics=metrics,
             ranks=self.ranks,
         )
-        if isinstance(inputs, CachedInputs):
-            return CachedPass(inputs.cache, config, settings, saes=self._saes)
+        if isinstance(inputs, CachedActivations):
+            return CachedPass(inputs, config, settings, saes=self._saes)
         return SharedPassRunner(
             config,
             settings,
@@ -351,7 +345,9 @@ class MultiScaleRunner:
         if not self._leads:
             return []
         step = 0 if self.checkpoint is None else self.checkpoint.step
-        sinks: list[MetricSink] = [JsonLinesSink(self.folders, step)]
+        sinks: list[MetricSink] = [
+            JsonLinesSink(self.folders, step, self.config.logging.every_steps)
+        ]
         if self._tensorboard:
             sinks.append(
                 TensorBoardSink(self.output / TENSORBOARD_FOLDER, list(self.folders), step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,12 @@ from msae_plugin.saes.export import REPORT_FILENAME, ExportReport, export_sae
 from msae_plugin.saes.health import HealthWatch
 from msae_plugin.saes.run_record import METRICS_FILE, read_rows
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
-from msae_plugin.training.data_parallel import (
-    gathered,
-    load_states,
-    save_states,
-    states_of_all,
-)
+from msae_plugin.training.data_parallel import gathered, load_states, save_states, states_of_all
 from msae_plugin.training.log import REVIVALS_FILE, JsonLines, MetricsLog
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import TrainingSettings
-from msae_plugin.training.trainer import LockstepTrainer, StepOptions
+from msae_plugin.training.step_trainer import StepOptions
+from msae_plugin.training.trainer import LockstepTrainer
 
 
 @dataclass(frozen=True)
@@ -50,10 +46,11 @@ class SessionSettings:
     seed: int  # Of their own randomness and of the data's
     log_every: int
     guard: InterruptionGuard
-    progress: ProgressDisplay
-    folders: Mapping[str, Path]  # Folder of each SAE; empty keeps no logs (a trial of a search)
-    store: CheckpointStore | None  # Where checkpoints go; None writes none
-    metrics: MetricsLog
+    progress: ProgressDisplay = field(default_factory=ProgressDisplay)
+    # Folder of each SAE; empty keeps no logs (a trial of a search)
+    folders: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    store: CheckpointStore | None = None  # Where checkpoints go; None writes none
+    metrics: MetricsLog = field(default_factory=lambda: MetricsLog([]))
     # The processes that share the session. Rank 0 alone writes; the others take part
     ranks: Ranks = ALONE
 
@@ -84,23 +81,17 @@ def whole_steps(training: TrainingSettings) -> int:
     return training.tokens // per_step * per_step
 
 
-def _step_options(training: TrainingSettings) -> StepOptions:
+def _step_options(training: TrainingSettings, plan: SAEPlan) -> StepOptions:
+    """How one SAE is stepped: as its plan says, else as the recipe does."""
     return StepOptions(
+        lr=plan.lr,
         accumulation_steps=training.accumulation_steps,
         weight_decay=training.weight_decay,
         clip_grad_norm=training.clip_grad_norm,
-        lr_floor=training.lr_floor,
-        gradient_lr=training.gradient_lr,
-        machine=MachineSettings(training.decode_kernel, training.cuda_graphs),
-    )
-
-
-def _own_options(options: StepOptions, plan: SAEPlan) -> StepOptions:
-    return replace(
-        options,
-        lr_floor=options.lr_floor if plan.lr_floor is None else plan.lr_floor,
-        gradient_lr=plan.gradient_lr or options.gradient_lr,
+        lr_floor=training.lr_floor if plan.lr_floor is None else plan.lr_floor,
+        gradient_lr=plan.gradient_lr or training.gradient_lr,
         centres_inputs=plan.centres_inputs,
+        machine=MachineSettings(training.decode_kernel, training.cuda_graphs),
     )
 
 
@@ -151,7 +142,7 @@ class TrainingSession:
         }
         self._events = {name: list[dict[str, Any]]() for name in saes}
         self._saved_step = 0
-        options, minutes = _step_options(training), training.checkpoint_minutes
+        minutes = training.checkpoint_minutes
         self.trainer = LockstepTrainer(
             SAETrainerConfig(
                 **shared_settings(training),
@@ -163,9 +154,7 @@ class TrainingSession:
             saes,
             {plan.name: plan.hook for plan in plans},
             batches,
-            options=options,
-            own_options={plan.name: _own_options(options, plan) for plan in plans},
-            learning_rates={plan.name: plan.lr for plan in plans if plan.lr is not None},
+            options={plan.name: _step_options(training, plan) for plan in plans},
             seed=settings.seed,
             log_every=settings.log_every,
             guard=settings.guard,

@@ -1,6 +1,5 @@
 """Recipes of comparisons that train in seconds: a tiny ground truth, the tiny language model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,6 @@ def ground_truth_recipe() -> dict[str, Any]:
         "l0": [3],
         "log_every_steps": 10,
     }
-
-
-@pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "notes.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
-    return path
 
 
 @pytest.fixture

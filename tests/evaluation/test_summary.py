@@ -22,7 +22,7 @@ from msae_plugin.evaluation.summary import (
 )
 from msae_plugin.reporting.report import build
 from msae_plugin.reporting.sources import Source, Sources
-from msae_plugin.reporting.terminal import summary_for_terminal, unmeasured
+from msae_plugin.reporting.terminal import summary_for_terminal, unmeasured_lines
 
 L0 = MetricDefinition("latents that are not 0", "latents per token", "all", "saebench", None)
 
@@ -114,10 +114,10 @@ def test_names_that_tell_two_saes_apart_lead_back_to_what_was_given() -> None:
 
 def test_the_same_reason_is_said_once() -> None:
     entries = [
-        {"sae": name, "status": "failed", "reason": reason}
+        {"evaluation": "core", "sae": name, "status": "failed", "reason": reason}
         for name, reason in (("a", "x"), ("b", "x"), ("c", "y"))
     ]
-    assert unmeasured("core", entries) == ["core failed for a, b: x", "core failed for c: y"]
+    assert unmeasured_lines(entries) == ["core failed for a, b: x", "core failed for c: y"]
 
 
 def test_outcomes_are_taken_up_again_only_under_the_same_key(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def entry(folder: str = "a/16k", measured: dict | None = None, **changes) -> Car
         "folder": folder,
         "config": config,
         "run": {"lr": 3e-4, "train_batch_size_tokens": 4096},
-        "export": {"l0_exported": 31.84},
+        "report": {"l0_exported": 31.84},
         "summary": measured,
         "has_jumprelu": True,
         **changes,
@@ -131,9 +131,9 @@ def test_what_the_tables_say():
 
 def test_what_failed_to_learn_is_said_above_everything_that_loads_it():
     finding = {"kind": "mostly_dead", "message": "90% of the latents are dead", "setting": "x"}
-    card = card_of(entry(export={"l0_exported": 31.84, "health": [finding]}), entry("b/32k"))
+    card = card_of(entry(report={"l0_exported": 31.84, "health": [finding]}), entry("b/32k"))
     assert "## Warnings\n\n- `16k`: 90% of the latents are dead\n\n## Load" in card
-    assert "## Warnings" not in card_of(entry(export={"l0_exported": 31.84, "health": []}))
+    assert "## Warnings" not in card_of(entry(report={"l0_exported": 31.84, "health": []}))
 
 
 def test_the_recipe_is_told_as_it_was():
@@ -217,7 +217,7 @@ def test_a_summary_of_an_unknown_metric_still_gives_a_table():
 
 def test_an_sae_without_a_jumprelu_copy_says_why():
     alone = entry(
-        has_jumprelu=False, export={"jumprelu_obstacle": "norm_scales depend on the token"}
+        has_jumprelu=False, report={"jumprelu_obstacle": "norm_scales depend on the token"}
     )
     card = card_of(alone)
     assert len(re.findall("```python", card)) == 2
@@ -372,7 +372,7 @@ def test_rendering_changes_no_entry():
 )
 def test_names_hold_no_html():
     finding = {"kind": "x", "message": "<img src=x>", "setting": "x"}
-    hostile = entry(metadata={"hook_name": "<b>hook</b>"}, export={"health": [finding]})
+    hostile = entry(metadata={"hook_name": "<b>hook</b>"}, report={"health": [finding]})
     generated = card_of(hostile).split(BEGIN)[1].split(END)[0]
     assert "<" not in generated
     assert "&lt;img src=x>" in generated
@@ -403,7 +403,7 @@ def test_names_are_never_markdown():
             "b",
             metadata={"hook_name": f'blocks.0.hook_"]{HOSTILE}'},
             has_jumprelu=False,
-            export={"health": [finding], "jumprelu_obstacle": HOSTILE},
+            report={"health": [finding], "jumprelu_obstacle": HOSTILE},
             figures=(f"b/figures/{HOSTILE}.png",),
         ),
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformers import (
@@ -371,6 +372,11 @@ def test_a_conversion_with_another_configuration_is_named(
     with_another(act_fn="relu")  # no field of the comparison
     with pytest.raises(InputError, match=r"other logits \(relative error [0-9.e-]+\): msae"):
         load_language_model(str(tmp_path), [HOOK])
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="gives NaN or infinite logits"):
+        load_language_model(str(tmp_path), [HOOK])
     # No short text shows it.
     with_another(window_size=20)
     with pytest.raises(InputError, match=r"another one \(sliding_window is 20 in place"):
@@ -433,8 +439,6 @@ def test_wrong_hooks_are_named(tiny_model_dir: Path, hooks: list[str], message: 
         ({"device": "gpu"}, "'gpu' is not known"),
         ({"loader": "HookedMamba"}, "HookedMamba"),
         ({"loader": "AutoModelForCausalLM"}, "needs the loader HookedTransformer or TransformerBr"),
-        ({"from_pretrained_kwargs": {"dtype": "bfloat16"}}, "model.dtype"),
-        ({"from_pretrained_kwargs": {"revision": "main"}}, "revision"),
     ],
 )
 def test_wrong_arguments_are_refused(

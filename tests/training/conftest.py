@@ -19,13 +19,6 @@ from msae_plugin.training.runner import MultiScaleRunner, RunResult
 TINY_HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "notes.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
-    return path
-
-
 @pytest.fixture
 def tiny_text(tiny_corpus: Path) -> TextData:
     return load_text(str(tiny_corpus), heldout_documents=20)

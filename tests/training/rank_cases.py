@@ -24,7 +24,8 @@ from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.config import mechanisms_off
 from msae_plugin.architecture.ranks import ALONE, ProcessRanks, Ranks
 from msae_plugin.training.data_parallel import gathered
-from msae_plugin.training.trainer import LockstepTrainer, StepOptions
+from msae_plugin.training.step_trainer import StepOptions
+from msae_plugin.training.trainer import LockstepTrainer
 
 D_IN, D_SAE, BATCH, STEPS, HOOK = 8, 40, 64, 8, "h"
 LR = 2e-2

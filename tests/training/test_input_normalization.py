@@ -15,7 +15,8 @@ from sae_lens.saes.sae import TrainingSAE
 from msae_plugin.architecture.input_units import estimate_units
 from msae_plugin.common.errors import InputError
 from msae_plugin.training.plans import plan_saes
-from msae_plugin.training.trainer import LockstepTrainer, StepOptions
+from msae_plugin.training.step_trainer import StepOptions
+from msae_plugin.training.trainer import LockstepTrainer
 
 D_IN, D_SAE, BATCH, STEPS = 12, 24, 64, 12
 FIELDS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 
 from msae_plugin.common.interruption import InterruptionGuard
-from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training.passes import ActivationStream, reading_runner
@@ -34,7 +33,6 @@ def store(
             "cpu",
             autocast=False,
             guard=InterruptionGuard(),
-            progress=ProgressDisplay(),
         )
         return runner.activations_store
 

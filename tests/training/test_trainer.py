@@ -14,7 +14,8 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.training.schedules import GradientRateConfig, build_optimiser
-from msae_plugin.training.trainer import LockstepTrainer, StepOptions
+from msae_plugin.training.step_trainer import StepOptions
+from msae_plugin.training.trainer import LockstepTrainer
 
 D_IN, D_SAE, BATCH = 12, 24, 32
 HOOK = "h"
@@ -252,9 +253,7 @@ def test_each_sae_can_have_its_own_rate_and_rules() -> None:
         {"a": make_sae(), "b": make_sae(), "c": make_sae()},
         {"a": HOOK, "b": HOOK, "c": HOOK},
         provider(activations(2)),
-        options=StepOptions(),
-        own_options={"c": StepOptions(lr_floor=5e-3)},
-        learning_rates={"b": 2e-4},
+        options={"a": StepOptions(), "b": StepOptions(lr=2e-4), "c": StepOptions(lr_floor=5e-3)},
         log_every=2,
         on_log=lambda name, row: rates.__setitem__(name, row["lr"]),
     ).fit()

@@ -22,11 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sae_lens.saes.batchtopk_sae import (
-    BatchTopK,
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-)
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from torch import nn

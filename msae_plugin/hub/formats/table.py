@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import folder_written_atomically
+from msae_plugin.common.files import folder_written_atomically, require_empty
 from msae_plugin.hub.formats import delphi, lm_eval, neuronpedia, sae_dashboard
 from msae_plugin.hub.formats.request import ExportRequest
 
@@ -22,7 +22,6 @@ def export_for(tool: str, request: ExportRequest, output: Path) -> list[str]:
     """Write SAEs as a tool takes them into a new or empty folder; returns what to do next in it."""
     if tool not in FORMATS:
         raise InputError(f"--to {tool}: known are {', '.join(FORMATS)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output {output} is not empty", "give a new folder")
+    require_empty(output)
     with folder_written_atomically(output) as folder:
         return FORMATS[tool](request, folder)

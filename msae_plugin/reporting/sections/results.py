@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from msae_plugin.common.table import CellValue, Column, Table, digits_for_difference, signed, spread
-from msae_plugin.comparison.statistics import CONFIDENCE, PairedDifference
+from msae_plugin.evaluation.outcomes import MetricDefinition
 from msae_plugin.reporting.answer import interval
 from msae_plugin.reporting.document import (
     Block,
@@ -33,12 +33,13 @@ from msae_plugin.reporting.figures import (
     seeds_shown,
 )
 from msae_plugin.reporting.results import (
+    CONFIDENCE,
     HEADLINES,
-    Definition,
     Difference,
     Group,
     Lead,
     Missing,
+    PairedDifference,
     Results,
     column_of,
     differences,
@@ -439,31 +440,35 @@ def missing_section(missing: Sequence[Missing], gaps: Sequence[str]) -> Section:
 
 def definitions_section(measured: Sequence[Results]) -> Section | None:
     """Every metric that appears, defined once; None without metrics."""
-    found: dict[Definition, list[str]] = {}
-    undefined: dict[Definition, None] = {}
+    found: dict[tuple[str, MetricDefinition], list[str]] = {}
+    undefined: dict[tuple[str, MetricDefinition], None] = {}
     for results in measured:
         for metric in results.metrics:
             definition = results.definitions.get(metric)
             if definition is None:
-                undefined[Definition(metric)] = None
+                undefined[metric, MetricDefinition()] = None
             else:
-                found.setdefault(definition, []).append(results.title)
+                found.setdefault((metric, definition), []).append(results.title)
     if not found and not undefined:
         return None
     unknown = "not recorded"
+
+    def part(key: str, heading: str) -> Cells:
+        return cell(key, heading, lambda row: getattr(row[1], key) or unknown)
+
     table = table_of(
         "definitions",
         "Every metric of this report. `saebench` numbers are SAEBench's own under its names; "
         "`msae` numbers are computed by msae_plugin.",
         [*found, *undefined],
         [
-            cell("metric", "metric", "name"),
-            cell("definition", "definition"),
-            cell("unit", "unit", lambda item: item.unit or unknown),
-            cell("better", "better is", lambda i: unknown if i in undefined else i.direction),
-            cell("tokens", "measured on", lambda item: item.tokens or unknown),
-            cell("source", "whose number", lambda item: item.source or unknown),
-            cell("where", "in", lambda item: "; ".join(found.get(item, [])) or unknown),
+            cell("metric", "metric", lambda row: row[0]),
+            part("definition", "definition"),
+            part("unit", "unit"),
+            cell("better", "better is", lambda r: unknown if r in undefined else r[1].direction),
+            part("tokens", "measured on"),
+            part("source", "whose number"),
+            cell("where", "in", lambda row: "; ".join(found.get(row, [])) or unknown),
         ],
     )
     return Section("definitions-section", "Definitions", [table])

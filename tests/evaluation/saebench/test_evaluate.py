@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from msae_cli.app import app, joined_seeds
 from msae_plugin.common.errors import InputError, Problem, RunFailure
 from msae_plugin.evaluation import evaluate as evaluate_module
-from msae_plugin.evaluation.evaluate import evaluate, model_for
+from msae_plugin.evaluation.evaluate import EvaluationResult, evaluate, model_for
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.evaluation.saebench import adapter
 from msae_plugin.evaluation.saebench.adapter import run_evaluation
@@ -40,17 +41,38 @@ def config(text_file: Path, tmp_path: Path, **changes: Any) -> EvalConfig:
     )
 
 
-def test_it_leaves_saebenchs_json_and_a_summary(
-    tiny_language_model: LanguageModel,
+Evaluate = Callable[..., EvaluationResult]
+
+
+@pytest.fixture
+def protocol(text_file: Path, tmp_path: Path) -> EvalConfig:
+    return config(text_file, tmp_path)
+
+
+@pytest.fixture
+def evaluated(
+    protocol: EvalConfig,
     subjects: list[EvaluatedSAE],
-    text_file: Path,
+    tiny_language_model: LanguageModel,
     tmp_path: Path,
+) -> Evaluate:
+    """Evaluate both SAEs into `out`, with the tiny model that is loaded already."""
+
+    def run(
+        saes: Any = subjects, output: str = "out", given: Any = protocol, **options: Any
+    ) -> Any:
+        return evaluate(
+            given, saes, tmp_path / output, language_model=tiny_language_model, **options
+        )
+
+    return run
+
+
+def test_it_leaves_saebenchs_json_and_a_summary(
+    evaluated: Evaluate, subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    result = evaluate(
-        config(text_file, tmp_path), subjects, output, language_model=tiny_language_model
-    )
-    assert result.complete
+    assert evaluated().complete
     stored = json.loads((output / "summary.json").read_text())
     assert stored["saes"]["standard"]["weights_sha256"] == subjects[0].weights_sha256
     assert [(e["sae"], e["status"], e["seeds"]) for e in stored["results"]] == [
@@ -69,14 +91,13 @@ def test_it_leaves_saebenchs_json_and_a_summary(
 
 
 def test_what_was_measured_is_taken_up_and_never_overwritten(
-    tiny_language_model: LanguageModel,
+    evaluated: Evaluate,
     subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    output, protocol = tmp_path / "out", config(text_file, tmp_path)
-    first = evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
+    first = evaluated(subjects[:1])
     asked: list[list[str]] = []
 
     def counting(run: Any, todo: Any) -> Any:
@@ -84,65 +105,43 @@ def test_what_was_measured_is_taken_up_and_never_overwritten(
         return run_evaluation(run, todo)
 
     monkeypatch.setattr(adapter, "run_evaluation", counting)
-    second = evaluate(protocol, subjects, output, language_model=tiny_language_model)
+    second = evaluated()
     assert asked == [["multiscale"], ["multiscale"]]
     assert second.summary["results"][0]["metrics"] == first.summary["results"][0]["metrics"]
     other = dataclasses.replace(subjects[0], weights_sha256="0" * 64)
     with pytest.raises(InputError, match="'standard' from other weights, settings or versions"):
-        evaluate(protocol, [other], output, language_model=tiny_language_model)
+        evaluated([other])
     changed = config(text_file, tmp_path, n_eval_sparsity_variance_batches=3)
     with pytest.raises(InputError, match="other weights, settings or versions"):
-        evaluate(changed, subjects, output, language_model=tiny_language_model)
+        evaluated(given=changed)
 
 
 def test_changed_text_under_the_same_path_is_not_the_same_evaluation(
-    tiny_language_model: LanguageModel,
-    subjects: list[EvaluatedSAE],
-    text_file: Path,
-    tmp_path: Path,
+    evaluated: Evaluate, subjects: list[EvaluatedSAE], text_file: Path
 ) -> None:
-    output, protocol = tmp_path / "out", config(text_file, tmp_path)
-    evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
+    evaluated(subjects[:1])
     lines = text_file.read_text().splitlines(keepends=True)
     text_file.write_text("".join(reversed(lines)))
     with pytest.raises(InputError, match="other weights, settings or versions"):
-        evaluate(protocol, subjects[:1], output, language_model=tiny_language_model)
+        evaluated(subjects[:1])
 
 
 @pytest.mark.promise("One SAE's failure does not end the evaluation of the others.")
 def test_a_failed_sae_makes_the_evaluation_incomplete_and_keeps_the_others(
-    tiny_language_model: LanguageModel,
-    subjects: list[EvaluatedSAE],
-    text_file: Path,
-    tmp_path: Path,
+    evaluated: Evaluate, subjects: list[EvaluatedSAE]
 ) -> None:
     broken = make_subject(random_standard(9), "broken")
     broken.sae.b_dec.data[0] = math.inf
-    result = evaluate(
-        config(text_file, tmp_path),
-        [broken, *subjects],
-        tmp_path / "out",
-        language_model=tiny_language_model,
-    )
+    result = evaluated([broken, *subjects])
     assert not result.complete
     statuses = {entry["sae"]: entry["status"] for entry in result.summary["results"]}
     assert statuses == {"broken": "failed", "standard": "measured", "multiscale": "measured"}
 
 
 def test_a_broken_sae_stands_in_the_summary_as_failed(
-    tiny_language_model: LanguageModel,
-    subjects: list[EvaluatedSAE],
-    text_file: Path,
-    tmp_path: Path,
+    evaluated: Evaluate, subjects: list[EvaluatedSAE], protocol: EvalConfig, tmp_path: Path
 ) -> None:
-    protocol = config(text_file, tmp_path)
-    result = evaluate(
-        protocol,
-        subjects[:1],
-        tmp_path / "out",
-        language_model=tiny_language_model,
-        broken={"nan": "SAE 'nan': W_dec holds NaN"},
-    )
+    result = evaluated(subjects[:1], broken={"nan": "SAE 'nan': W_dec holds NaN"})
     assert not result.complete
     rows = [(e["sae"], e["status"], e["reason"]) for e in result.summary["results"]]
     assert rows == [("standard", "measured", None), ("nan", "failed", "SAE 'nan': W_dec holds NaN")]
@@ -153,25 +152,19 @@ def test_a_broken_sae_stands_in_the_summary_as_failed(
         evaluate(protocol, [], tmp_path / "none", broken={"nan": "SAE 'nan': W_dec holds NaN"})
 
 
-def test_what_is_missing_is_listed_or_skipped_by_name(
-    tiny_language_model: LanguageModel,
-    subjects: list[EvaluatedSAE],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        evaluate_module,
-        "preflight",
-        lambda *_, **__: [Problem("the moon is missing", "buy one", "core")],
-    )
-    protocol = config(text_file, tmp_path)
+@pytest.fixture
+def no_moon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preflight that finds something missing."""
+    lacking = [Problem("the moon is missing", "buy one", "core")]
+    monkeypatch.setattr(evaluate_module, "preflight", lambda *_, **__: lacking)
+
+
+@pytest.mark.usefixtures("no_moon")
+def test_what_is_missing_is_listed_or_skipped_by_name(evaluated: Evaluate, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"core: the moon is missing - buy one\); --skip-missing"):
-        evaluate(protocol, subjects, tmp_path / "a", language_model=tiny_language_model)
+        evaluated(output="a")
     assert not (tmp_path / "a").exists()
-    result = evaluate(
-        protocol, subjects, tmp_path / "b", language_model=tiny_language_model, skip_missing=True
-    )
+    result = evaluated(output="b", skip_missing=True)
     assert result.complete
     assert {entry["status"] for entry in result.summary["results"]} == {"skipped"}
     assert result.summary["results"][0]["reason"] == "the moon is missing - buy one"
@@ -190,31 +183,38 @@ def test_one_model_for_all(subjects: list[EvaluatedSAE]) -> None:
     assert model_for(None, [packaged]) == "packaged:smollm2-135m"
 
 
-def test_a_folder_with_something_else_is_refused(
-    tiny_language_model: LanguageModel,
-    subjects: list[EvaluatedSAE],
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_folder_with_something_else_is_refused(evaluated: Evaluate, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"holds 'thesis.tex' and no evaluation"):
-        evaluate(
-            config(text_file, tmp_path),
-            subjects,
-            tmp_path / "out",
-            language_model=tiny_language_model,
-        )
+        evaluated()
 
 
-def test_from_the_command_line(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    subject = make_subject(random_multiscale(4), "exported")
-    subject.sae.cfg.metadata.hook_name = HOOK
-    subject.sae.cfg.metadata.model_name = str(tiny_model_dir)
-    subject.sae.save_model(tmp_path / "exported")
-    protocol = tmp_path / "protocol.yaml"
-    protocol.write_text(json.dumps(config(text_file, tmp_path).to_dict()))
-    words = ["eval", str(tmp_path / "exported"), "--config", str(protocol)]
+@pytest.fixture
+def exported(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., str]:
+    """Write an SAE of the tiny model into a folder of its name."""
+
+    def save(name: str = "exported", seed: int = 4, hook: str = HOOK) -> str:
+        subject = make_subject(random_multiscale(seed), name)
+        subject.sae.cfg.metadata.hook_name = hook
+        subject.sae.cfg.metadata.model_name = str(tiny_model_dir)
+        subject.sae.save_model(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.fixture
+def protocol_file(protocol: EvalConfig, tmp_path: Path) -> Path:
+    path = tmp_path / "protocol.yaml"
+    path.write_text(json.dumps(protocol.to_dict()))
+    return path
+
+
+def test_from_the_command_line(
+    exported: Callable[..., str], protocol_file: Path, tmp_path: Path
+) -> None:
+    words = ["eval", exported(), "--config", str(protocol_file)]
     words += ["--output", str(tmp_path / "out"), "--seeds", "7,8"]
     ran = CliRunner().invoke(app, words)
     assert ran.exit_code == 0, ran.output
@@ -226,9 +226,9 @@ def test_from_the_command_line(tiny_model_dir: Path, text_file: Path, tmp_path: 
     assert "exportd" in missing.output
 
     # What the preflight misses has a line each.
-    lacking = json.loads(protocol.read_text())
+    lacking = json.loads(protocol_file.read_text())
     lacking["evaluations"] |= {"core": {"dataset": str(tmp_path / "no.txt")}, "autointerp": {}}
-    protocol.write_text(json.dumps(lacking))
+    protocol_file.write_text(json.dumps(lacking))
     refused = CliRunner().invoke(app, [*words[:4], "--output", str(tmp_path / "other")])
     assert refused.exit_code == 2
     lines = [line for line in refused.output.splitlines() if line.startswith("missing: ")]
@@ -246,18 +246,13 @@ def test_seeds_are_written_as_people_write_them() -> None:
 
 @pytest.mark.promise("One SAE's failure does not end the evaluation of the others.")
 def test_an_sae_that_does_not_fit_is_left_out_and_the_others_are_measured(
-    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+    exported: Callable[..., str], protocol_file: Path, tmp_path: Path
 ) -> None:
-    folders: list[str] = []
-    for number, layer in enumerate((1, 7)):
-        subject = make_subject(random_multiscale(number), f"layer_{layer}")
-        subject.sae.cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
-        subject.sae.cfg.metadata.model_name = str(tiny_model_dir)
-        folders.append(str(tmp_path / subject.name))
-        subject.sae.save_model(folders[-1])
-    protocol = tmp_path / "protocol.yaml"
-    protocol.write_text(json.dumps(config(text_file, tmp_path).to_dict()))
-    words = ["--config", str(protocol), "--skip-missing", "--output"]
+    folders = [
+        exported(f"layer_{layer}", number, f"blocks.{layer}.hook_resid_post")
+        for number, layer in enumerate((1, 7))
+    ]
+    words = ["--config", str(protocol_file), "--skip-missing", "--output"]
     ran = CliRunner().invoke(app, ["eval", *folders, *words, str(tmp_path / "both")])
     assert ran.exit_code == 0, ran.output
     stored = json.loads((tmp_path / "both" / "summary.json").read_text())
@@ -270,20 +265,11 @@ def test_an_sae_that_does_not_fit_is_left_out_and_the_others_are_measured(
     assert "does not fit model" in alone.output
 
 
+@pytest.mark.usefixtures("no_moon")
 def test_nothing_measured_is_no_success(
-    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Callable[..., str], protocol_file: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        evaluate_module,
-        "preflight",
-        lambda *_, **__: [Problem("the moon is missing", "buy one", "core")],
-    )
-    subject = make_subject(random_multiscale(4), "exported")
-    subject.sae.cfg.metadata.model_name = str(tiny_model_dir)
-    subject.sae.save_model(tmp_path / "exported")
-    protocol = tmp_path / "protocol.yaml"
-    protocol.write_text(json.dumps(config(text_file, tmp_path).to_dict()))
-    words = ["eval", str(tmp_path / "exported"), "--config", str(protocol), "--skip-missing"]
+    words = ["eval", exported(), "--config", str(protocol_file), "--skip-missing"]
     ran = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "out")])
     assert ran.exit_code == 1
     assert "nothing was measured" in ran.output

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from msae_plugin.comparison.statistics import NO_DIFFERENCE, paired_difference, spread
-from msae_plugin.reporting.results import wording
+from msae_plugin.common.table import spread
+from msae_plugin.reporting.results import NO_DIFFERENCE, paired_difference, wording
 
 
 def test_spread_is_the_sample_deviation() -> None:
