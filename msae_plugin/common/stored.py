@@ -86,6 +86,7 @@ class StoredExport(TypedDict, total=False):
     agreement: dict[str, float | None] | None
     twin_agreement: dict[str, float | None] | None
     health: list[StoredFinding] | None
+    weights_sha256: dict[str, str]
 
 
 StoredRow = dict[str, float | None]

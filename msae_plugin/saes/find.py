@@ -21,7 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.constants import (
+    DTYPE_MAP,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.loading.pretrained_saes_directory import (
     get_pretrained_saes_directory,
@@ -115,13 +120,25 @@ class StoredSAE:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash of sae_weights.safetensors."""
-        return file_sha256(self.folder / SAE_WEIGHTS_FILENAME)
+        """Hash of sae_weights.safetensors; refused where the export's record has another."""
+        return self._checked_sha256(self.folder)
 
     @cached_property
     def twin_sha256(self) -> str | None:
         """The same of the twin."""
-        return None if self.twin is None else file_sha256(self.twin / SAE_WEIGHTS_FILENAME)
+        return None if self.twin is None else self._checked_sha256(self.twin)
+
+    def _checked_sha256(self, folder: Path) -> str:
+        weights = folder / SAE_WEIGHTS_FILENAME
+        found = file_sha256(weights)
+        recorded = (self.report or {}).get("weights_sha256", {})
+        if recorded.get(folder.name, found) != found:
+            raise InputError(
+                f"{str(weights)!r} was damaged or changed since it was exported ({REPORT_FILENAME} "
+                "has another sha256): copy it again, or train again; weights that you changed "
+                f"yourself belong into a folder without {REPORT_FILENAME} beside it"
+            )
+        return found
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -176,6 +193,9 @@ def read_checkpoint(folder: Path) -> StoredSAE:
             raise InputError(f"{str(file)!r} has no {key!r}: not an SAE")
         if key != "architecture" and (type(config[key]) is not int or config[key] < 1):
             raise InputError(f"{str(file)!r}: {key} is {config[key]!r}, which is no width")
+    dtype = config.get("dtype", "float32")
+    if dtype not in DTYPE_MAP:
+        raise InputError(f"{str(file)!r}: dtype is {dtype!r}: SAELens knows {', '.join(DTYPE_MAP)}")
     parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
     metadata = cast("dict[str, Any]", config.get("metadata") or {})
     details = cast("dict[str, Any]", metadata.get("training_architecture_details") or {})
@@ -200,7 +220,7 @@ def read_checkpoint(folder: Path) -> StoredSAE:
         d_sae=int(config["d_sae"]),
         parameters=parameters,
         weight_bytes=weight_bytes,
-        dtype=str(config.get("dtype", "float32")),
+        dtype=dtype,
         config=config,
         mechanisms=mechanisms_on({**details, **config})
         if ARCHITECTURE in (architecture, trained_as)
@@ -502,6 +522,7 @@ def _publishable(name: str, root: Path, export: Path) -> StoredSAE:
         )
     if info.metadata.get("training_steps") == 0:
         raise InputError(f"{str(export)!r} was never trained (0 steps): train it, then publish")
+    _ = info.weights_sha256, info.twin_sha256  # refuse damaged weights
     for folder in filter(None, (export, info.twin)):
         _require_finite(folder / SAE_WEIGHTS_FILENAME)
     return info
