@@ -311,7 +311,8 @@ def _one_line(error: ValidationError, annotation: Any, where: str) -> InputError
             break  # A member of a union.
         where = f"{where}[{step}]" if isinstance(step, int) else f"{where}.{step}".lstrip(".")
     if bad_key:
-        return InputError(f"{where!r} has the key {value!r}: keys must be text")
+        wanted_keys = "whole numbers" if first["type"] == "string_pattern_mismatch" else "text"
+        return InputError(f"{where!r} has the key {value!r}: keys must be {wanted_keys}")
     out_of_limits = first["type"].startswith(("greater_than", "less_than", "finite_number"))
     if out_of_limits:
         value = _whole(value) if wanted is int else _number(value)
