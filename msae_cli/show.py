@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from msae_cli.arguments import OutputOption, check_output, check_reference, latent_indices
+from msae_cli.arguments import OutputOption, check_output, check_reference
 from msae_cli.terminal import import_first, progress, results, show
 from msae_plugin.common.errors import InputError
 
@@ -29,33 +29,15 @@ def report(
         ),
     ],
     output: OutputOption,
-    dashboards: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Also a SAEDashboard page of N latents per SAE; needs that package and the "
-            "language model.",
-        ),
-    ] = 0,
-    latents: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I,J,...", help="Of these latents instead of the ones shown in context."
-        ),
-    ] = None,
 ) -> None:
     """Tables, figures and one self-contained page of what was trained and measured."""
     check_output(output)
-    chosen = latent_indices(latents)
     import_first("msae_plugin.reporting.report")
     # As in import_first.
     from msae_plugin import api
-    from msae_plugin.reporting.dashboards import DashboardRequest
     from msae_plugin.reporting.terminal import answer_for_terminal
 
-    request = DashboardRequest(dashboards, chosen) if dashboards or chosen else None
-    result = api.report(folders, output, dashboards=request, progress=progress())
+    result = api.report(folders, output, progress=progress())
     results.print(answer_for_terminal(result.details.document.answers()))
     show_files(result)
     for note in result.notes:

@@ -137,8 +137,8 @@ def cache(config: RecipeOption, output: OutputOption, set_: SetOption = None) ->
     from msae_plugin.training.recipe import RunConfig
 
     recipe = RunConfig.load(config, set_ or [])
-    with continued_later():
-        made = make_cache(recipe, output, progress=training_display(progress()))
+    with continued_later(), training_display(progress()) as display:
+        made = make_cache(recipe, output, progress=display)
     size = sum(rows.nbytes for rows in made.tensors.values())
     show(
         f"{made.rows:,} activations at {', '.join(made.tensors)} ({made.manifest['dtype']}, "

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from msae_plugin.comparison.compare import Comparison
     from msae_plugin.evaluation.evaluate import EvaluationResult
     from msae_plugin.hub.publish import PublishResult
-    from msae_plugin.reporting.dashboards import DashboardRequest
     from msae_plugin.reporting.latent_browser import LatentBrowser
     from msae_plugin.reporting.look import Look
     from msae_plugin.reporting.plots import Figures
@@ -136,8 +135,7 @@ def train(
     else:
         config = RunConfig.load(os.fspath(recipe), _sets(changes), only)
     checkpoint = None if resume is None else os.fspath(resume)
-    display = training_display(progress)
-    with launched_ranks(config.model.device) as ranks:
+    with training_display(progress) as display, launched_ranks(config.model.device) as ranks:
         run = MultiScaleRunner(
             config, Path(output), resume=checkpoint, progress=display, ranks=ranks
         ).run()
@@ -271,7 +269,6 @@ def report(
     folders: Reference | Sequence[Reference],
     output: Reference,
     *,
-    dashboards: DashboardRequest | None = None,
     progress: bool | Console = True,
 ) -> Result[ReportResult]:
     """Tables, figures and one self-contained page of what was trained and measured.
@@ -279,7 +276,6 @@ def report(
     Args:
         folders: Runs, evaluations and comparisons, in any mixture.
         output: New or empty, or an earlier report, which is replaced.
-        dashboards: SAEDashboard pages that are wanted beside it.
         progress: As in `train`.
 
     Raises:
@@ -290,7 +286,7 @@ def report(
 
     with shown_steps(progress) as steps:
         places = [local_folder(os.fspath(folder)) for folder in _listed(folders)]
-        made = write_report(places, Path(output), steps, dashboards)
+        made = write_report(places, Path(output), steps)
     rows = [{"file": str(file)} for file in (made.page, *made.tables, *made.figures)]
     missing = made.not_measured
     notes = [f"{missing} things were not measured: the page names them"] if missing else []
@@ -399,8 +395,9 @@ def publish(
 
     evaluated = None if evaluation is None else Path(evaluation)
     settings = PublishOptions(dry_run=dry_run, evaluation=evaluated, **options)
-    say = progress if callable(progress) else training_display(progress).message
-    made = publish_run(Path(folder), repo, settings, confirm=confirm, say=say)
+    with training_display(progress if not callable(progress) else False) as display:
+        say = progress if callable(progress) else display.message
+        made = publish_run(Path(folder), repo, settings, confirm=confirm, say=say)
     rows = [{"file": name, "bytes": size} for name, size in made.files.items()]
     return Result("publish", made.output or Path(folder), made, rows, made.notes)
 

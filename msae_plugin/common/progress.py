@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from importlib import import_module
+from typing import Any, Protocol
 
+import tqdm.std
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -25,6 +29,11 @@ from typing_extensions import override
 logger = logging.getLogger(__name__)
 
 PLAIN_LINE_SECONDS = 15.0
+NOTEBOOK_LINE_SECONDS = 1.0
+NARROW = 80
+"""Columns below which a display abbreviates."""
+SHORT_BAR_SECONDS = 1.0
+"""Bars of libraries that are done by then are not told of."""
 WARNING_PREFIX = "warning: "
 """What begins with it stays on the screen."""
 
@@ -49,12 +58,12 @@ class ProgressDisplay:
         """Training has ended, for whatever reason; harmless when called twice."""
 
 
-def describe_row(row: Mapping[str, float]) -> str:
+def describe_row(row: Mapping[str, float], short: bool = False) -> str:
     """The four numbers to watch, in one short line."""
     parts = [
         f"loss {row['loss']:.4g}",
         f"L0 {row['l0']:.1f}",
-        f"explained variance {row['explained_variance']:.3f}",
+        f"{'EV' if short else 'explained variance'} {row['explained_variance']:.3f}",
         f"dead {row['dead_latents']:.0f}",
     ]
     return "  ".join(parts)
@@ -68,7 +77,7 @@ class ConsoleProgress(ProgressDisplay):
         self._live: Live | None = None
         self._bar = Progress(
             TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= NARROW else 4),
             TaskProgressColumn(),
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(),
@@ -80,13 +89,14 @@ class ConsoleProgress(ProgressDisplay):
         self._done_before = 0
         self._started = time.perf_counter()
         self._next_line = 0.0
+        self._print = _printer(console)
 
     @override
     def start(self, total_tokens: int, done_tokens: int, names: list[str]) -> None:
         self._total, self._done_before = total_tokens, done_tokens
         self._rows = dict.fromkeys(names, "")
         self._started = time.perf_counter()
-        self._next_line = self._started + PLAIN_LINE_SECONDS
+        self._next_line = self._started + _line_seconds(self.console)
         if self.console.is_terminal:
             self._task = self._bar.add_task(
                 "", total=total_tokens, completed=done_tokens, detail="filling the buffer"
@@ -108,19 +118,19 @@ class ConsoleProgress(ProgressDisplay):
     def advance(self, done_tokens: int) -> None:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         speed = (done_tokens - self._done_before) / elapsed
-        detail = f"{done_tokens:,}/{self._total:,} tokens  {speed:,.0f} tokens/s"
+        detail = f"{done_tokens:,}/{self._total:,}  {speed:,.0f} tokens/s"
         if self._live is not None and self._task is not None:
             self._bar.update(self._task, completed=done_tokens, detail=detail)
             return
         now = time.perf_counter()
         if now >= self._next_line or done_tokens >= self._total:
-            self._next_line = now + PLAIN_LINE_SECONDS
+            self._next_line = now + _line_seconds(self.console)
             rows = "".join(f" | {name}: {row}" for name, row in self._rows.items() if row)
-            self.message(f"{100 * done_tokens / self._total:3.0f} %  {detail}{rows}")
+            self._print(f"{100 * done_tokens / self._total:3.0f} %  {detail}{rows}")
 
     @override
     def metrics(self, name: str, row: Mapping[str, float]) -> None:
-        self._rows[name] = describe_row(row)
+        self._rows[name] = describe_row(row, short=self.console.width < NARROW)
 
     @override
     def stop(self) -> None:
@@ -161,25 +171,93 @@ def step_reporter(console: Console) -> Generator[Report]:
                     return
                 bar.update(task, description=message, total=total, completed=done or 0)
 
-            yield update
+            with bars_of_libraries_told(update):
+                yield update
         return
-    last, next_line = "", 0.0
+    lines = _plain_lines(console)
+    with bars_of_libraries_told(lines):
+        yield lines
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    """Print a line; in a notebook it takes the place of the one before."""
+    if not console.is_jupyter:
+        return lambda text: console.print(Text(text), soft_wrap=True)
+    # A dependency of notebooks, not of this package.
+    display: Any = import_module("IPython.display").display
+    place: Any = None
+
+    def replace(text: str) -> None:
+        nonlocal place
+        if place is None:
+            place = display({"text/plain": text}, raw=True, display_id=True)
+        else:
+            place.update({"text/plain": text}, raw=True)
+
+    return replace
+
+
+def _line_seconds(console: Console) -> float:
+    return NOTEBOOK_LINE_SECONDS if console.is_jupyter else PLAIN_LINE_SECONDS
+
+
+def _plain_lines(console: Console) -> Report:
+    last, next_line, print_line = "", 0.0, _printer(console)
 
     def lines(message: str, done: int | None = None, total: int | None = None) -> None:
         nonlocal last, next_line
         now = time.perf_counter()
+        if message.startswith(WARNING_PREFIX):
+            console.print(Text(message), soft_wrap=True)
+            return
         if message == last and now < next_line:
             return
-        last, next_line = message, now + PLAIN_LINE_SECONDS
-        count = "" if done is None or total is None else f" {done}/{total}"
-        console.print(Text(message + count), soft_wrap=True)
+        last, next_line = message, now + _line_seconds(console)
+        print_line(message if done is None or total is None else f"{message} {done}/{total}")
 
-    yield lines
+    return lines
 
 
-def training_display(progress: bool | Console) -> ProgressDisplay:
+@contextmanager
+def bars_of_libraries_told(tell: Report) -> Generator[None]:
+    """Tell how far libraries' tqdm bars are, which would be drawn over the display otherwise."""
+    bars: Any = tqdm.std.tqdm
+    start = bars.__init__
+    before = {name: vars(bars)[name] for name in ("__init__", "display")}
+
+    @functools.wraps(start)
+    def not_drawn(bar: Any, *arguments: Any, **options: Any) -> None:
+        # Notebooks' bars draw themselves. None stands for "off outside of a terminal".
+        draws_itself = type(bar).display is not told
+        options["disable"] = bool(options.get("disable")) or draws_itself
+        start(bar, *arguments, **{**options, "file": io.StringIO()})
+
+    def told(bar: Any, msg: str | None = None, pos: int | None = None) -> None:  # noqa: ARG001
+        started = getattr(bar, "start_t", None)  # not yet set where a bar is drawn first
+        if started is not None and time.time() - started > SHORT_BAR_SECONDS:
+            tell((bar.desc or "working").removesuffix(": "), bar.n, bar.total)
+
+    bars.__init__, bars.display = not_drawn, told
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(bars, name, value)
+
+
+@contextmanager
+def training_display(progress: bool | Console) -> Generator[ProgressDisplay]:
     """The display of a training run: on a console, on standard error (True), or silent (False)."""
-    return ConsoleProgress(_console(progress)) if progress else ProgressDisplay()
+    if not progress:
+        yield ProgressDisplay()
+        return
+    console = _console(progress)
+    shown = ConsoleProgress(console)
+    try:
+        with bars_of_libraries_told(_plain_lines(console)):
+            yield shown
+    finally:
+        shown.stop()
 
 
 @contextmanager

@@ -4,8 +4,8 @@ OUTPUT/activations/activations.json  what it holds, written last: its presence s
 OUTPUT/activations/<hook>.bin        (rows, d_in) as they are in memory
 
 The batches come from SAELens' own store, mixing buffer included, through the runner of `msae
-train`. The first rows are for training, in an order of each seed's own; further rows set the cuts
-and check the exports. A run that was killed makes the pass again.
+train`. The first rows are for training, in an order of each seed's own; further rows set the
+thresholds and check the exports. A run that was killed makes the pass again.
 
 A batch is a function of hook, seed and number. So every SAE of a seed sees the same batches in the
 same order, whichever of them are trained together, and a killed run goes on where it stopped.

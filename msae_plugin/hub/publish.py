@@ -7,7 +7,6 @@ Nothing is written on the Hub before everything that can be refused here has bee
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 
 from msae_plugin.common.errors import InputError, RunFailure, in_one_line
 from msae_plugin.common.files import folder_written_atomically, require_empty
-from msae_plugin.hub.card_data import CardEntry, hub_dataset, hub_model
-from msae_plugin.hub.formats.sae_dashboard import runner_options
+from msae_plugin.hub.card_data import CardEntry, hub_model
 from msae_plugin.hub.plan import (
     PublishOptions,
     PublishPlan,
@@ -37,13 +35,11 @@ from msae_plugin.hub.verification import (
     describe,
 )
 from msae_plugin.models.hub_access import explained, hub_errors, require_token, status_of
-from msae_plugin.reporting import dashboards
 from msae_plugin.reporting.info import human_bytes
 from msae_plugin.saes.download import RepositoryState, read_state, require_repo_name
 from msae_plugin.saes.export import JUMPRELU_FOLDER
 
 MAIN = "main"
-_UNKNOWN_DATASET = "DATASET_ON_THE_HUB"
 
 
 def plain_path(entry: CardEntry) -> str | None:
@@ -81,24 +77,6 @@ def pretrained_saes_stanza(repo: str, entries: Sequence[CardEntry]) -> str:
     return yaml.safe_dump(named, sort_keys=False) if named else ""
 
 
-def dashboard_command(repo: str, entry: CardEntry) -> str | None:
-    """The SAEDashboard command that makes Neuronpedia's files for one SAE."""
-    path = plain_path(entry)
-    if path is None:
-        return None
-    dataset = hub_dataset(entry.metadata.get("dataset_path")) or _UNKNOWN_DATASET
-    name, context = repo.split("/", 1)[1], entry.metadata.get("context_size")
-    words = ["python", "-m", "sae_dashboard.neuronpedia.neuronpedia_runner"]
-    return shlex.join([*words, *runner_options(repo, path, name, dataset, context)])
-
-
-def dashboard_hint() -> str:
-    """Whether SAEDashboard is installed, and how to install it."""
-    if dashboards.is_installed():
-        return "SAEDashboard is installed here"
-    return f"SAEDashboard is not installed here: {dashboards.INSTALL}"
-
-
 Confirm = Callable[[str], bool]
 Say = Callable[[str], None]
 
@@ -120,7 +98,6 @@ class PublishResult:
     tag: str | None  # the tag that it got
     verifications: tuple[Verification, ...]  # what the check after the upload found
     stanza: str  # entry for SAELens' `pretrained_saes.yaml`; empty where SAELens cannot load any
-    dashboard: tuple[str, ...]  # SAEDashboard's command for each SAE that it can load
 
 
 def publish(
@@ -359,7 +336,6 @@ def _result(
     verifications: tuple[Verification, ...] = (),
 ) -> PublishResult:
     repo = plan.state.repo
-    commands = [dashboard_command(repo, entry) for entry in plan.new_entries]
     done = committed is not None
     return PublishResult(
         repo=repo,
@@ -375,7 +351,6 @@ def _result(
         tag=options.tag if done else None,
         verifications=verifications,
         stanza=pretrained_saes_stanza(repo, plan.entries),
-        dashboard=tuple(command for command in commands if command is not None),
     )
 
 
@@ -410,11 +385,10 @@ def _release(result: PublishResult) -> list[str]:
     lines: list[str] = []
     if result.stanza:
         lines += ["", "for SAELens' pretrained_saes.yaml:", "", *result.stanza.splitlines()]
+        lines += ["", "for Neuronpedia: msae export, --to neuronpedia and --to sae-dashboard"]
     else:
         lines += [
             "",
             "no JumpReLU copy, so SAELens alone cannot load it: no entry for pretrained_saes.yaml",
         ]
-    if result.dashboard:
-        lines += ["", f"for Neuronpedia ({dashboard_hint()}):", "", *result.dashboard]
     return lines

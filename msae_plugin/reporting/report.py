@@ -15,12 +15,6 @@ from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.summary import standing
 from msae_plugin.reporting.analyses import SAEAnalysis, analyse
 from msae_plugin.reporting.answer import answers, findings_of, health_section
-from msae_plugin.reporting.dashboards import (
-    DASHBOARDS_FOLDER,
-    DashboardRequest,
-    require_dashboard,
-    write_dashboards,
-)
 from msae_plugin.reporting.document import (
     Answer,
     Bullets,
@@ -45,9 +39,8 @@ TABLES_FOLDER, FIGURES_FOLDER = "tables", "figures"
 FORMAT = 1
 MOST_AT_A_GLANCE = 4
 """More SAEs would hide one another in the figure at the top."""
-_OWN = {
-    PAGE_FILE, MARKDOWN_FILE, RECORD_FILE, TABLES_FOLDER, FIGURES_FOLDER, DASHBOARDS_FOLDER,
-}  # fmt: skip
+# Reports of earlier versions have dashboards.
+_OWN = {PAGE_FILE, MARKDOWN_FILE, RECORD_FILE, TABLES_FOLDER, FIGURES_FOLDER, "dashboards"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,6 @@ def report(
     folders: Sequence[Path],
     output: Path,
     progress: Report = warnings_alone,
-    dashboards: DashboardRequest | None = None,
 ) -> ReportResult:
     """Make a report of runs, evaluations and comparisons; it replaces an earlier one whole.
 
@@ -75,22 +67,15 @@ def report(
     sources = read_sources(folders)
     _check_output(output, sources)
     pyplot()  # refused before minutes of analysis, when matplotlib is missing
-    if dashboards is not None:
-        require_dashboard()
     browsers = [(source.label, source.folder / BROWSER_FOLDER) for source in sources.all]
     with folder_written_atomically(output) as folder:
-        pages: dict[str, Path] = {}
-        if dashboards is not None:
-            place = folder / DASHBOARDS_FOLDER
-            pages = write_dashboards(trained_saes(sources), sources, place, dashboards, progress)
-        links = [(name, path.relative_to(folder).as_posix()) for name, path in pages.items()]
         # The browser stays where it is: the page points at it from its own folder.
         every = [
             (f"Every latent of {label}", relpath(path / BROWSER_PAGE, output))
             for label, path in browsers
             if is_browser(path)
         ]
-        document, not_measured = build(sources, progress, links, every)
+        document, not_measured = build(sources, progress, every)
         progress("writing")
         _write(document, folder)
         names = [source.label for source in sources.all]
@@ -109,7 +94,6 @@ def report(
 def build(
     sources: Sources,
     progress: Report = warnings_alone,
-    dashboards: Sequence[tuple[str, str]] = (),
     browsers: Sequence[tuple[str, str]] = (),
 ) -> tuple[Document, int]:
     """The document of a report, and how many things were not measured."""
@@ -158,8 +142,6 @@ def build(
             absent.append(name)
     if browsers:
         parts.append(features.browsers_section(browsers))
-    if dashboards:
-        parts.append(features.dashboards_section(dashboards))
     missing = [item for results in measured for item in results.missing]
     missing += training.missing_of_runs(
         sources.runs, evaluated=bool(sources.comparisons or sources.evaluations)

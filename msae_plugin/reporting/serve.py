@@ -28,6 +28,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.reporting.look import SAEInModel
 
 HOST = "127.0.0.1"
+CONTENT_SECURITY_POLICY = "default-src 'self' 'unsafe-inline'; img-src data:"
 MOST_TOKENS = 200
 """New tokens per request; each is a pass of the model."""
 
@@ -73,7 +74,9 @@ def application(sae: SAEInModel) -> Starlette:
     async def show_page(_request: Request) -> Response:
         return HTMLResponse(
             page.read_text(encoding="utf-8").replace("<!-- SAE -->", _title(sae)),
-            headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'"},
+            headers={
+                "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:"
+            },
         )
 
     return Starlette(

@@ -444,7 +444,7 @@ class MultiScaleRunner:
         wanted = {name: sae for name, sae in session.saes.items() if needs_calibration(sae)}
         if count == 0 or not wanted:
             return {}
-        self._progress.message(f"setting the cuts on {count} fresh batches")
+        self._progress.message(f"calibrating the thresholds on {count} fresh batches")
         batches = session.fresh_batches(count)
         hooks = session.trainer.hook_names
         return {

@@ -342,8 +342,6 @@ def refusals(work: "Workplace", name: str) -> None:
         ("sweep", "-c", "ground-truth.yaml", "-o", out, "--jobs", "0"),
         ("report", "nowhere", "-o", out),
         ("report", "full-folder", "-o", out),
-        ("report", run, "-o", out, "--latents", "x"),
-        ("report", run, "-o", out, "--dashboards", "2"),
         ("publish", "nowhere", "--repo", "a/b", "--dry-run"),
         ("publish", "full-folder", "--repo", "a/b", "--dry-run"),
         ("publish", inputs / "train.yaml", "--repo", "a/b", "--dry-run"),

@@ -15,7 +15,7 @@ from sae_lens.loading import pretrained_saes_directory
 from msae_plugin.common.errors import InputError
 from msae_plugin.hub.card import BEGIN, END, labels, make_card
 from msae_plugin.hub.card_data import CardEntry, base_terms, hub_dataset, hub_model
-from msae_plugin.hub.publish import dashboard_command, pretrained_saes_stanza
+from msae_plugin.hub.publish import pretrained_saes_stanza
 from msae_plugin.models.loading import load_language_model
 
 DETAILS = {
@@ -358,14 +358,6 @@ def test_a_stanza_has_one_release_per_model():
         "ada-saes-gemma-2-2b": "google/gemma-2-2b",
         "ada-saes-gpt2": "gpt2",
     }
-
-
-def test_the_dashboard_command_takes_the_jumprelu_copy():
-    command = dashboard_command("ada/saes", entry())
-    assert command is not None
-    assert "--sae-set ada/saes --sae-path a/16k/jumprelu" in command
-    assert "--dataset-path stanfordnlp/imdb --n-tokens-in-prompt 128" in command
-    assert dashboard_command("ada/saes", entry(has_jumprelu=False)) is None
 
 
 def test_rendering_changes_no_entry():

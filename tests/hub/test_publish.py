@@ -109,7 +109,7 @@ def test_what_is_said_after_publishing(hub, worker, run):
     assert f"{FOLDER}/jumprelu/sae_weights.safetensors" in report
     assert "latents are equal on 256 real activations of the run, the JumpReLU copy too" in report
     assert value["stanza"] in report
-    assert "sae_dashboard.neuronpedia.neuronpedia_runner" in report
+    assert "msae export, --to neuronpedia" in report
 
 
 def test_all_saes_of_a_run_go_into_one_commit(hub, worker, run, evaluate):

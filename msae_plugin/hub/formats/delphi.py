@@ -8,8 +8,10 @@ read in eai-delphi 0.1.3. latents/MODULE/START_END.safetensors holds, of the lat
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,11 +19,11 @@ from safetensors.numpy import save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import write_json_atomic
+from msae_plugin.data.text import iterate_windows, load_text
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.hub.formats.request import ExportRequest, hf_module
 from msae_plugin.models.forward_pass import activations_at
 from msae_plugin.models.loading import LanguageModel, load_language_model
-from msae_plugin.reporting.dashboards import heldout_tokens
 from msae_plugin.saes.load import EvaluatedSAE, load_saes
 
 SPLITS, BATCH = 5, 32
@@ -38,7 +40,7 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
         place = folder / stored.name / "latents" / hf_module(sae)
         place.mkdir(parents=True)
         model = load_language_model(model_for(None, [sae]), [sae.hook_name])
-        tokens = heldout_tokens(sae, model, data, request.windows)
+        tokens = _heldout_tokens(sae, model, data, request.windows)
         places, values = _active(sae, model, tokens)
         locations, activations = places.numpy(), values.numpy()
         bounds = np.linspace(0, sae.sae.cfg.d_sae, SPLITS + 1).astype(int)
@@ -59,6 +61,29 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
         config |= {"cache_ctx_len": tokens.shape[1], "model_name": sae.model_name}
         write_json_atomic(place / "config.json", config)
     return ["LatentDataset(raw_dir='SAE/latents', ...) of delphi reads each"]
+
+
+def _heldout_tokens(
+    evaluated: EvaluatedSAE, language_model: LanguageModel, data: Mapping[str, Any], windows: int
+) -> torch.Tensor:
+    """(windows, context_size) tokens of the held-out text, laid out as in training."""
+    text = load_text(
+        str(data["source"]),
+        split=str(data.get("split") or "train"),
+        text_column=cast("str | None", data.get("text_column")),
+        heldout_documents=int(data["heldout_documents"]),
+    )
+    found = iterate_windows(
+        language_model.model,
+        language_model.tokenizer,
+        text.heldout_texts(language_model.tokenizer),
+        int(evaluated.sae.cfg.metadata.context_size or 128),
+        prepend_bos=bool(evaluated.sae.cfg.metadata.prepend_bos),
+    )
+    tokens = [window.tokens for window in islice(found, windows)]
+    if not tokens:
+        raise InputError(f"{data['source']}: its held-out text is shorter than a window")
+    return torch.stack(tokens)
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from msae_plugin.common.errors import InputError
 from msae_plugin.hub.card_data import hub_dataset
 from msae_plugin.hub.formats.request import ExportRequest, plain_folder
-from msae_plugin.reporting.dashboards import ARCHITECTURES
 from msae_plugin.saes.find import read_checkpoint
 
 SCRIPT = "make_dashboards.sh"
+# What SAEDashboard 0.8 can take one latent out of.
+ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
 _BEGINNING = """#!/bin/sh
 set -eu
 cd "$(dirname "$0")"

@@ -347,12 +347,3 @@ def browsers_section(browsers: Sequence[tuple[str, str]]) -> Section:
         "`msae latents` wrote."
     )
     return Section("every-latent", "Every latent", [intro, Links(browsers)])
-
-
-def dashboards_section(dashboards: Sequence[tuple[str, str]]) -> Section:
-    """Links to the SAEDashboard pages."""
-    intro = Text(
-        "Logits, density and activations of chosen latents, drawn by SAEDashboard; files beside "
-        "this page."
-    )
-    return Section("dashboards", "Latents in SAEDashboard", [intro, Links(dashboards)])
