@@ -6,6 +6,7 @@ error is one line on standard error; `--debug` shows the traceback.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -31,6 +32,17 @@ EXIT_FAILED = 1
 EXIT_INPUT = 2
 EXIT_INTERRUPTED = 130
 _OTHERS = {"saebench", "saelens"}
+# A folder where a file has to be, or the other way round; no permission; an impossible name.
+_UNUSABLE_PATH = {
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 class _ReportingGroup(TyperGroup):
@@ -90,6 +102,11 @@ def _status_and_message(error: Exception) -> tuple[int, str]:
     # What `Path.resolve` says about a link to itself before Python 3.13.
     if isinstance(error, RuntimeError) and first_line.startswith("Symlink loop"):
         return EXIT_INPUT, f"error: {first_line}: give a path that leads somewhere"
+    if isinstance(error, OSError) and error.errno in _UNUSABLE_PATH and error.filename:
+        return EXIT_INPUT, (
+            f"error: {str(error.filename)!r} cannot be used ({error.strerror}): move it away, or "
+            "give another path"
+        )
     return EXIT_FAILED, f"failed: {type(error).__name__}: {first_line} (--debug shows where)"
 
 

@@ -70,6 +70,8 @@ def publish(
 ) -> None:
     """Publish SAEs on the Hugging Face Hub in one commit, and check what others will get."""
     check_folder(folder)
+    if output is not None:
+        check_output(output)
     import_first("msae_plugin.hub.publish")
     # As in import_first.
     from msae_plugin import api

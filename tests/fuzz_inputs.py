@@ -84,6 +84,8 @@ def damage_value(value: Any, chance: random.Random, texts: tuple[Any, ...] = VAL
     """Replace, remove, add or rename something in nested dictionaries and lists, in place."""
     # Shallow places are as likely as the many deep ones.
     places = _places(value)
+    if not places:  # all of it was removed
+        return "is empty"
     depth = chance.choice(sorted({len(place) for place in places}))
     place = chance.choice([place for place in places if len(place) == depth])
     holder, key = _holder(value, place), place[-1]

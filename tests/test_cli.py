@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and its exit status."""
 
+import errno
 import io
 import json
 import os
@@ -161,6 +162,12 @@ def test_a_missing_option_is_status_2() -> None:
             MemoryError("no memory\nsecond line"),
             1,
             "failed: MemoryError: no memory (--debug shows where)\n",
+        ),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "run/metrics.jsonl"),
+            2,
+            "error: 'run/metrics.jsonl' cannot be used (Is a directory): move it away, or give"
+            " another path\n",
         ),
     ],
 )

@@ -255,6 +255,18 @@ def command(name: str, case: Path, target: str, chance: random.Random) -> list[s
     }[name]  # fmt: skip
 
 
+OF_OLD = "in an export of version 0.1, which has no hash"
+
+
+def damage_weights(path: Path, chance: random.Random) -> str:
+    """Damage weights whose record has a hash that tells, or none."""
+    told, record = damage.damage_safetensors(path, chance), path.parents[1] / "export.json"
+    if chance.randrange(2):
+        return told
+    record.write_text(json.dumps({**json.loads(record.read_text()), "weights_sha256": {}}))
+    return f"{told} {OF_OLD}"
+
+
 Damage = Callable[[Path, random.Random], str]
 SAE_FILES = "run/*/*/"
 # Kind: which file is damaged, how, the folder that is given, the commands that read it.
@@ -262,7 +274,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Damage, str, tuple[str, ...]]] = {
     "cfg": ((SAE_FILES + "cfg.json",), damage.damage_json, "run", (INFO, EVAL, REPORT, PUBLISH)),
     "weights": (
         (SAE_FILES + "sae_weights.safetensors",),
-        damage.damage_safetensors,
+        damage_weights,
         "run",
         (INFO, EVAL, EVAL, REPORT, PUBLISH),
     ),
@@ -337,6 +349,7 @@ def run_case(whole: Path, place: Path, kind: str, number: int) -> tuple[str, lis
         (shutil.copytree if source.is_dir() else shutil.copy)(source, case / inside)
     files = sorted(p for pattern in patterns for p in case.glob(pattern) if p.is_file())
     file = chance.choice(files)
+    sound = file.read_bytes()
     told = f"{kind} {number}: {file.relative_to(case)}: {how(file, chance)}"
     output = case / ("stopped" if name == TRAIN else "output")
     if name == "info --config":
@@ -366,6 +379,10 @@ def run_case(whole: Path, place: Path, kind: str, number: int) -> tuple[str, lis
         found += [f"another result in {p}" for p in changed_results(whole / "run", output)]
     if status == 0 and kind == "weights" and "truncated" in told:
         found.append("a partial load")
+    if kind == "weights" and name in (EVAL, PUBLISH) and file.parent.name == "sae":
+        was_read = status == 0 or LOADED in said
+        if was_read and OF_OLD not in told and file.read_bytes() != sound:
+            found.append("damaged weights were read")
     shutil.rmtree(case)
     return f"{told}: msae {name}: {status}: {said[-600:]}", found
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeAlias, Union, cast, get_args, ge
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AllowInfNan,
     BeforeValidator,
     ConfigDict,
@@ -52,6 +53,13 @@ def _whole(value: Any) -> Any:
     return int(number) if isinstance(number, float) and number.is_integer() else value
 
 
+def _for_torch(value: Any) -> Any:
+    largest = 2**63 - 1 if isinstance(value, int) else 3.4e38
+    if value > largest:
+        raise ValueError(f"at most {largest}")
+    return value
+
+
 def _on_off(value: Any) -> Any:
     # `tensorboard: on` reaches us as True, `off` as False: YAML 1.1 booleans.
     return ("on" if value else "off") if isinstance(value, bool) else value
@@ -59,11 +67,11 @@ def _on_off(value: Any) -> Any:
 
 Flag: TypeAlias = Annotated[bool, Strict()]
 Text: TypeAlias = Annotated[str, Strict()]
-Whole: TypeAlias = Annotated[int, Strict(), BeforeValidator(_whole)]
+Whole: TypeAlias = Annotated[int, Strict(), BeforeValidator(_whole), AfterValidator(_for_torch)]
 Count: TypeAlias = Annotated[Whole, Field(ge=1)]
 CountOrZero: TypeAlias = Annotated[Whole, Field(ge=0)]
 _AnyNumber: TypeAlias = Annotated[float, Strict(), BeforeValidator(_number)]
-Number: TypeAlias = Annotated[_AnyNumber, AllowInfNan(False)]
+Number: TypeAlias = Annotated[_AnyNumber, AllowInfNan(False), AfterValidator(_for_torch)]
 Positive: TypeAlias = Annotated[Number, Field(gt=0)]
 PositiveOrZero: TypeAlias = Annotated[Number, Field(ge=0)]
 ON_OFF = BeforeValidator(_on_off)
@@ -303,13 +311,16 @@ def _one_line(error: ValidationError, annotation: Any, where: str) -> InputError
             break  # A member of a union.
         where = f"{where}[{step}]" if isinstance(step, int) else f"{where}.{step}".lstrip(".")
     if bad_key:
-        return InputError(f"{where!r} has the key {value!r}: keys must be text")
+        wanted_keys = "whole numbers" if first["type"] == "string_pattern_mismatch" else "text"
+        return InputError(f"{where!r} has the key {value!r}: keys must be {wanted_keys}")
     out_of_limits = first["type"].startswith(("greater_than", "less_than", "finite_number"))
     if out_of_limits:
         value = _whole(value) if wanted is int else _number(value)
     elif get_origin(wanted) is Literal:
         value = _on_off(value)
-    allowed = _spoken_limits(limits) if out_of_limits else _spoken(wanted)
+    allowed = str(cause) if cause else _spoken(wanted)
+    if out_of_limits:
+        allowed = _spoken_limits(limits)
     return InputError(f"{where!r} must be {allowed}, not {value!r}")
 
 

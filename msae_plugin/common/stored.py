@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import Required, TypedDict
 
 from msae_plugin.common.errors import InputError
@@ -17,6 +17,8 @@ from msae_plugin.common.recipes import coerce
 
 _stored = with_config(ConfigDict(extra="allow", strict=True))
 Facts = dict[str, Any]
+SeedText = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+"""A seed where JSON has room for text alone."""
 
 
 @_stored
@@ -86,6 +88,7 @@ class StoredExport(TypedDict, total=False):
     agreement: dict[str, float | None] | None
     jumprelu_agreement: dict[str, float | None] | None
     health: list[StoredFinding] | None
+    weights_sha256: dict[str, str]
 
 
 StoredRow = dict[str, float | None]
@@ -210,7 +213,7 @@ class StoredScore(TypedDict, total=False):
 
     mean: Required[float | None]
     std: float | None
-    per_seed: Required[dict[str, float | None]]
+    per_seed: Required[dict[SeedText, float | None]]
 
 
 @_stored

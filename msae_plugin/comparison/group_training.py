@@ -167,7 +167,7 @@ def train_group(
             saes[entry.name].W_dec.requires_grad_(False)
     folders = {} if keys is None else {name: run.folder(name) for name in plans}
     step = 0 if checkpoint is None else checkpoint.step
-    metrics = MetricsLog([JsonLinesSink(folders, step)])
+    metrics = MetricsLog([JsonLinesSink(folders, step, config.log_every_steps)])
     session = GroupSession(
         group,
         SessionSettings(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -25,7 +24,6 @@ from msae_plugin.common.recipes import (
     Flag,
     Number,
     Text,
-    Whole,
     as_mapping,
     coerce,
     find_recipe,
@@ -38,6 +36,7 @@ from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.hook_names import common_style, parse_hook_name
 from msae_plugin.training.recipe import (
+    FOLDER_NAME,
     DataSettings,
     ModelSettings,
     TrainingSettings,
@@ -107,8 +106,6 @@ class LadderSettings:
     """Names of variants that are not trained."""
 
 
-# An evaluation cuts names that are longer than its file names may be.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 _LANGUAGE_MODEL_ONLY = ("model", "data", "hooks", "heldout", "evaluation", "keep_activations")
 SYNTHETIC_HOOK = "synthetic"
 """What stands for a hook where there is no language model."""
@@ -135,7 +132,7 @@ class CompareConfig:
     `normalize_activations` and the like."""
     l0: list[Number] = Field(default_factory=list[float])
     """Target L0s."""
-    seeds: list[Whole] = Field(default_factory=lambda: [0])
+    seeds: list[CountOrZero] = Field(default_factory=lambda: [0])
     """Of initialisation, of the order of the activations, and of what an SAE draws."""
     saes: dict[Text, dict[Text, Any]] = Field(default_factory=dict[str, dict[str, Any]])
     """Methods by name: the keys of an SAE in a recipe, less what sets its L0; `peer` (see
@@ -250,7 +247,7 @@ class CompareConfig:
         if not self.saes and self.ladder is None:
             raise InputError("there is nothing to compare: give 'saes' or 'ladder'")
         for name in self.saes:
-            if not _NAME.fullmatch(name):
+            if not FOLDER_NAME.fullmatch(name):
                 raise InputError(
                     f"method name {name!r} cannot name a folder: use at most 80 letters, digits, "
                     "'_', '-' and '.'"
@@ -270,8 +267,6 @@ class CompareConfig:
                 raise InputError(f"{name!r} has {repeated[0]} twice")
         if not self.seeds:
             raise InputError("'seeds' is empty: give at least one")
-        if min(self.seeds) < 0:
-            raise InputError(f"'seeds' must be 0 or more, not {min(self.seeds)}")
 
 
 def _with_only(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def as_document(value: object, place: str) -> str | list[int] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return _encodable(value) if value.strip() else None
+        return encodable(value) if value.strip() else None
     if isinstance(value, Sequence):
         ids = cast("Sequence[object]", value)
         if all(isinstance(token, int) for token in ids):
@@ -200,7 +200,7 @@ def nested_kind(value: object) -> str | None:
     return None
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Half a pair of UTF-16, which JSON can escape and UTF-8 cannot hold, replaced by U+FFFD."""
     try:
         text.encode()

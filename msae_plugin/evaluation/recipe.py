@@ -203,6 +203,7 @@ def _check_values(key: str, value: Any, where: str) -> None:
         if key in _SHARES and not 0 <= number <= 1:
             raise InputError(f"{where} must be between 0 and 1, not {number}")
         least = 0 if isinstance(number, float) or key in _ZERO_ALLOWED else 1
+        least += key == "context_size"  # a token alone predicts nothing
         if key not in _ANY_NUMBER and number < least:
             raise InputError(f"{where} must be at least {least}, not {number}")
     if not values:

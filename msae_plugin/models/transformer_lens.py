@@ -364,6 +364,11 @@ def _require_same_model(
 ) -> None:
     """Compare the logits of a model and its source on a text."""
     tokens, expected = sample
+    if not expected.isfinite().all():
+        raise InputError(
+            f"the model in {folder} gives NaN or infinite logits: its weights are damaged, or "
+            f"{hf_model.dtype} is too narrow for it (model.dtype)"
+        )
     logits = model(tokens.to(hf_model.device)).float().cpu()
     # A softmax does not see a constant per token, and some conversions add one.
     expected, logits = (each - each.mean(-1, keepdim=True) for each in (expected, logits))

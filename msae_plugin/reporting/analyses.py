@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sae_lens import SAE
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -25,6 +24,8 @@ from msae_plugin.common.progress import Report
 from msae_plugin.common.table import Spread, spread
 from msae_plugin.evaluation.heldout import cosines_to_others
 from msae_plugin.reporting.sources import TrainedSAE
+from msae_plugin.saes.find import LocatedSAE
+from msae_plugin.saes.load import load_sae
 
 # 2^22 similarities of float32 are 16 MiB.
 BLOCK_ELEMENTS = 2**22
@@ -476,11 +477,11 @@ def coactivation(sae: TrainedSAE) -> tuple[int, list[CosineBin]] | None:
     activations = sae.activations()
     if activations is None or sae.export is None:
         return None
+    loaded = load_sae(LocatedSAE(str(sae.export), sae.name, sae.export), "cpu")[0]
     try:
-        loaded: SAE[Any] = SAE.load_from_disk(sae.export, device="cpu")
         with torch.no_grad():
             latents = loaded.encode(activations)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except RuntimeError as error:
         raise InputError(
             f"{str(sae.export)!r} cannot be run on its activations: {first_line(error)}"
         ) from error

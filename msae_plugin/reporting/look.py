@@ -14,6 +14,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.language_model import CONTEXTS_FILE
+from msae_plugin.data.text_files import encodable
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.models.forward_pass import activations_at, input_device
 from msae_plugin.models.loading import LanguageModel, load_language_model
@@ -140,6 +141,7 @@ class SAEInModel:
         tokenizer: Any = self.language_model.tokenizer
         metadata = self.evaluated.sae.cfg.metadata
         bos = metadata.prepend_bos is not False and tokenizer.bos_token_id is not None
+        text = encodable(text)  # a shell passes on bytes that are no UTF-8
         tokens = host.to_tokens(text, prepend_bos=bos, truncate=False, move_to_device=False)
         longest = self.language_model.shape.positions
         if longest is not None and tokens.shape[1] + room > longest:

@@ -18,14 +18,19 @@ from typing import Any
 
 import torch
 from sae_lens import SAE, TrainingSAE
-from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.evals import ExplainedVarianceCalculator
 from safetensors.torch import save_file
 
 from msae_plugin.architecture.export import jumprelu_export_obstacle, save_jumprelu_export
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import TEMPORARY_PREFIX, folder_written_atomically, write_json_atomic
+from msae_plugin.common.files import (
+    TEMPORARY_PREFIX,
+    file_sha256,
+    folder_written_atomically,
+    write_json_atomic,
+)
 from msae_plugin.saes.clean_config import clean_run_config
 from msae_plugin.saes.health import HealthFinding, assess
 
@@ -182,6 +187,9 @@ class ExportReport:
     explained_variance: float  # of the exported SAE on the same activations, SAELens' definition
     n_tokens: int  # activations compared
     health: list[HealthFinding]  # in which ways the SAE failed to learn; empty for a healthy one
+    # Of the weights in `sae` and `jumprelu`, checked when they are loaded. Not of cfg.json: a user
+    # may complete its metadata.
+    weights_sha256: dict[str, str]
 
     @property
     def has_jumprelu(self) -> bool:
@@ -331,6 +339,11 @@ def _check(
             l0_exported=l0,
             explained_variance=explained_variance,
         ),
+        weights_sha256={
+            name: file_sha256(folder / SAE_WEIGHTS_FILENAME)
+            for name, folder in ((SAE_FOLDER, plain), (JUMPRELU_FOLDER, jumprelu))
+            if folder is not None
+        },
     )
 
 

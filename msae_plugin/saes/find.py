@@ -21,7 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
+from sae_lens.constants import (
+    DTYPE_MAP,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.loading.pretrained_saes_directory import (
     get_pretrained_saes_directory,
@@ -159,17 +164,26 @@ class StoredSAE(RecordedSAE):
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash of sae_weights.safetensors."""
-        return file_sha256(self.folder / SAE_WEIGHTS_FILENAME)
+        """Hash of sae_weights.safetensors; refused where the export's record has another."""
+        return self._checked_sha256(self.folder)
 
     @cached_property
     def jumprelu_sha256(self) -> str | None:
         """The same of the JumpReLU copy."""
-        return (
-            None
-            if self.jumprelu_export is None
-            else file_sha256(self.jumprelu_export / SAE_WEIGHTS_FILENAME)
-        )
+        copy = self.jumprelu_export
+        return None if copy is None else self._checked_sha256(copy)
+
+    def _checked_sha256(self, folder: Path) -> str:
+        weights = folder / SAE_WEIGHTS_FILENAME
+        found = file_sha256(weights)
+        recorded = (self.report or {}).get("weights_sha256", {})
+        if recorded.get(folder.name, found) != found:
+            raise InputError(
+                f"{str(weights)!r} was damaged or changed since it was exported ({REPORT_FILENAME} "
+                "has another sha256): copy it again, or train again; weights that you changed "
+                f"yourself belong into a folder without {REPORT_FILENAME} beside it"
+            )
+        return found
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -224,6 +238,9 @@ def read_checkpoint(folder: Path) -> StoredSAE:
             raise InputError(f"{str(file)!r} has no {key!r}: not an SAE")
         if key != "architecture" and (type(config[key]) is not int or config[key] < 1):
             raise InputError(f"{str(file)!r}: {key} is {config[key]!r}, which is no width")
+    dtype = config.get("dtype", "float32")
+    if dtype not in DTYPE_MAP:
+        raise InputError(f"{str(file)!r}: dtype is {dtype!r}: SAELens knows {', '.join(DTYPE_MAP)}")
     parameters, weight_bytes = _weights(folder / SAE_WEIGHTS_FILENAME)
     trained_as = (config.get("metadata") or {}).get("training_architecture")
     is_training = (folder / TRAINER_STATE_FILENAME).is_file() or "decoder_init_norm" in config
@@ -542,6 +559,7 @@ def _publishable(name: str, root: Path, export: Path) -> StoredSAE:
         )
     if info.metadata.get("training_steps") == 0:
         raise InputError(f"{str(export)!r} was never trained (0 steps): train it, then publish")
+    _ = info.weights_sha256, info.jumprelu_sha256  # refuse damaged weights
     for folder in filter(None, (export, info.jumprelu_export)):
         _require_finite(folder / SAE_WEIGHTS_FILENAME)
     return info

@@ -63,16 +63,15 @@ def load_sae(found: LocatedSAE, device: str) -> tuple[SAE[Any], str]:
     weights in another format. What is in a folder needs no network.
     """
     if isinstance(found.source, Path):
-        folder = found.source
-        sae = _load_folder(found, folder, device)
-        return sae, file_sha256(folder / SAE_WEIGHTS_FILENAME)
+        info = read_checkpoint(found.source)  # names a truncated file
+        sha256 = info.weights_sha256  # names a damaged one
+        return _load_folder(found, info, device), sha256
     sae = _load_from_hub(found, found.source, device)
     file = cached_file(found.source.repository, f"{found.source.path}/{SAE_WEIGHTS_FILENAME}")
     return sae, tensors_sha256(sae.state_dict()) if file is None else file_sha256(file)
 
 
-def _load_folder(found: LocatedSAE, folder: Path, device: str) -> SAE[Any]:
-    info = read_checkpoint(folder)  # names a truncated file
+def _load_folder(found: LocatedSAE, info: StoredSAE, device: str) -> SAE[Any]:
     where = f"SAE {found.reference!r}"
     if info.kind == "training checkpoint":
         _require_inference_form(info, where)
@@ -89,7 +88,7 @@ def _load_folder(found: LocatedSAE, folder: Path, device: str) -> SAE[Any]:
             "together"
         )
     with _loading_errors(where, info.architecture):
-        return SAE.load_from_disk(folder, device=device, dtype="float32")
+        return SAE.load_from_disk(info.folder, device=device, dtype="float32")
 
 
 def _require_inference_form(info: StoredSAE, where: str) -> None:

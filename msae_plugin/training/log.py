@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, write_text_atomic
 from msae_plugin.saes.health import SILENT_LOG10_RATE, dense_share, encoder_decoder_alignment
-from msae_plugin.saes.run_record import METRICS_FILE
+from msae_plugin.saes.run_record import METRICS_FILE, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -210,13 +211,22 @@ class JsonLines:
 
 
 class JsonLinesSink(MetricSink):
-    """`metrics.jsonl` in each SAE's folder, less rows after the step that a run resumes at."""
+    """`metrics.jsonl` in each SAE's folder, less rows after the step that a run resumes at.
 
-    def __init__(self, folders: Mapping[str, Path], resume_step: int = 0) -> None:
+    Rows come every `every_steps`; a log that lost some of them to the disk is named.
+    """
+
+    def __init__(
+        self, folders: Mapping[str, Path], resume_step: int = 0, every_steps: int | None = None
+    ) -> None:
         self._files = {name: JsonLines(path / METRICS_FILE) for name, path in folders.items()}
         self.parts = list(self._files.values())
         for file in self.parts:
             file.truncate_after(resume_step)
+            steps = [0.0, *(row["step"] or 0.0 for row in read_rows(file.path))]
+            apart = max(b - a for a, b in pairwise([*steps, resume_step]))
+            if every_steps is not None and apart > every_steps:
+                logger.warning("%s has lost rows before step %d", str(file.path), resume_step)
 
     @override
     def write(self, sae_name: str, row: Mapping[str, float]) -> None:

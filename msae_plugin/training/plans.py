@@ -51,6 +51,7 @@ _DECIDED_ELSEWHERE = {
     "reshape_activations": "the heads of hook_z are always joined to n_heads * d_head; call "
     "turn_on_forward_pass_hook_z_reshaping() on the loaded SAE where they are apart",
 }
+_DTYPES = ("float32", "bfloat16", "float64")
 # Hooks whose activations have the width of the residual stream, by the end of their name.
 _RESIDUAL_WIDTH = (
     "hook_resid_pre",
@@ -165,10 +166,10 @@ def _configure(
         if key not in known:
             raise InputError(unknown_key_message(key, known | _OWN_KEYS, where))
     values = {key: coerce(value, hints[key], f"{where}.{key}") for key, value in section.items()}
-    if values.get("dtype") == "float16":
+    if values.get("dtype", "float32") not in _DTYPES:
         raise InputError(
-            f"'{where}.dtype' float16 cannot be trained: Adam's epsilon, 1e-8, is zero in it; use "
-            "float32 or bfloat16 (model.dtype may be float16)"
+            f"'{where}.dtype' must be {' or '.join(_DTYPES)}, not {values['dtype']!r}: in float16 "
+            "Adam's epsilon, 1e-8, is zero (model.dtype may be float16)"
         )
     values["d_in"] = _d_in(values, where, hook, d_model)
     if "d_sae" not in values:

@@ -254,8 +254,12 @@ def check_schedule(training: TrainingSettings, steps: int) -> None:
         )
 
 
-# A hook's label and the mark of a temporary file are added to it.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
+# A hook's label and the mark of a temporary file are added to it, and an evaluation cuts longer
+# ones. Windows has devices under the names that are left out, and drops a dot at the end.
+FOLDER_NAME = re.compile(
+    r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[a-z0-9]([a-z0-9_.-]{0,78}[a-z0-9_-])?",
+    re.IGNORECASE | re.ASCII,
+)
 # What the commands put into a run's folder: an SAE's folder must not take its place.
 _RESERVED = frozenset(
     {
@@ -349,7 +353,7 @@ class RunConfig:
             raise InputError("'saes' is empty: give at least one SAE")
         for name in self.saes:
             # As on a disk that does not tell upper from lower case.
-            if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+            if not FOLDER_NAME.fullmatch(name) or name.lower() in _RESERVED:
                 raise InputError(
                     f"SAE name {name!r} cannot name a folder of the run: use at most 80 letters, "
                     f"digits, '_', '-' or '.', and none of {', '.join(sorted(_RESERVED))}"

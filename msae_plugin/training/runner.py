@@ -345,7 +345,9 @@ class MultiScaleRunner:
         if not self._leads:
             return []
         step = 0 if self.checkpoint is None else self.checkpoint.step
-        sinks: list[MetricSink] = [JsonLinesSink(self.folders, step)]
+        sinks: list[MetricSink] = [
+            JsonLinesSink(self.folders, step, self.config.logging.every_steps)
+        ]
         if self._tensorboard:
             sinks.append(
                 TensorBoardSink(self.output / TENSORBOARD_FOLDER, list(self.folders), step)

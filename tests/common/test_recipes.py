@@ -29,6 +29,7 @@ from msae_plugin.common.recipes import (
     with_only,
     with_overrides,
 )
+from msae_plugin.common.stored import StoredScore
 
 
 @dataclass(config=RECIPE)
@@ -97,6 +98,11 @@ REFUSED: list[tuple[Any, str, str]] = [
     (bool | list[int], "[a]", "'x' must be true or false or a list, not ['a']"),
     (Outer, "5", "'x' must be a mapping of keys to values, not 5"),
     (Outer, "{1: 2}", "'x' has the key 1: keys must be text"),
+    (
+        StoredScore,
+        "{mean: 1.0, per_seed: {a: 1.0}}",
+        "'x.per_seed' has the key 'a': keys must be whole numbers",
+    ),
     (Outer, "{iner: 2}", "unknown key 'iner' in 'x': did you mean 'inner'?"),
     (Outer, "{inner: {stepps: 2}}", "unknown key 'stepps' in 'x.inner': did you mean 'steps'?"),
     (Outer, "{optional: {q: 2}}", "in 'x.optional': known are: rate, share, shown, steps"),

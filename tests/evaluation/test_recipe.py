@@ -54,7 +54,7 @@ REFUSED: list[tuple[Any, tuple[str, ...], str]] = [
     ({}, (), "'evaluations' is empty"),
     ({"core": {"contxt_size": 3}}, (), "unknown key 'contxt_size' in 'evaluations.core': did you"),
     ({"core": {"context_size": "many"}}, (), "'evaluations.core.context_size' must be a whole"),
-    ({"core": {"context_size": 0}}, (), "evaluations.core.context_size must be at least 1, not 0"),
+    ({"core": {"context_size": 1}}, (), "evaluations.core.context_size must be at least 2, not 1"),
     ({"core": {"context_size": None}}, (), "must be a whole number, not None"),
     ({"core": {"model_name": "x"}}, (), "core.model_name is not to be set: the model is model.n"),
     ({"core": {"random_seed": 1}}, (), "seeds are in seeds"),
@@ -254,7 +254,7 @@ def test_without_sae_bench_the_rest_is_still_checked(monkeypatch: pytest.MonkeyP
     )
     assert config({"core": {"anything": 5}}).evaluations == {"core": {"anything": 5}}
     assert "is not to be set" in refusal({"core": {"model_name": "x"}})
-    assert "must be at least 1" in refusal({"core": {"context_size": 0}})
+    assert "must be at least 2" in refusal({"core": {"context_size": 0}})
 
 
 def test_importing_imports_no_saebench() -> None:

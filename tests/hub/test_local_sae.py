@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,10 @@ def test_an_evaluation_of_other_weights(run, evaluate):
     # One weight later, nothing measured before counts any more.
     (sae,) = find_saes(run / "multiscale")
     assert measured_of(sae, read_evaluation(folder), folder, "ada/x:y").summary["results"]
-    export_folder = run / "multiscale" / "sae"
-    weights = load_file(export_folder / "sae_weights.safetensors")
-    change_weights(export_folder, b_dec=weights["b_dec"] + 1e-6)
-    (changed,) = find_saes(run / "multiscale")
+    copied = Path(shutil.copytree(run / "multiscale" / "sae", run.parent / "copied"))
+    weights = load_file(copied / "sae_weights.safetensors")
+    change_weights(copied, b_dec=weights["b_dec"] + 1e-6)
+    (changed,) = find_saes(copied)
     with pytest.raises(InputError, match="is of other weights"):
         measured_of(changed, read_evaluation(folder), folder, "ada/x:y")
 

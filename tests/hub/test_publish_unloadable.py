@@ -30,6 +30,9 @@ def damage(export: Path, how: str) -> None:
         config |= json.loads(how)
     save_file(weights, export / WEIGHTS)
     (export / "cfg.json").write_text(json.dumps(config))
+    # As if it had been exported so: its record has no hash to find it by.
+    record = json.loads((export.parent / "export.json").read_text())
+    (export.parent / "export.json").write_text(json.dumps({**record, "weights_sha256": {}}))
 
 
 def check(run: Path) -> None:
@@ -57,6 +60,7 @@ def refusal(run: Path) -> str:
         ('{"architecture": "evil"}', "knows no architecture 'evil'"),
         ('{"d_sae": 1000000000}', "1,000,000,000 latents"),
         ('{"d_sae": "many"}', "d_sae is 'many', which is no width"),
+        ('{"dtype": "banana"}', "dtype is 'banana'"),
         ('{"d_sae": 95}', "must belong together"),
         ('{"metadata": ["x"]}', "'metadata' must be a mapping"),
     ],

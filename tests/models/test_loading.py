@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 from transformers import (
@@ -370,6 +371,11 @@ def test_a_conversion_with_another_configuration_is_named(
         load_language_model(str(tmp_path), [HOOK])
     with_another(act_fn="relu")  # no field of the comparison
     with pytest.raises(InputError, match=r"other logits \(relative error [0-9.e-]+\): msae"):
+        load_language_model(str(tmp_path), [HOOK])
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="gives NaN or infinite logits"):
         load_language_model(str(tmp_path), [HOOK])
     # No short text shows it.
     with_another(window_size=20)

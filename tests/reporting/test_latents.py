@@ -193,5 +193,6 @@ def test_looking_at_a_text_shows_the_strongest_latents_of_each_token(
     assert all(row.promotes for row in found.rows)
     assert found.rows[0].latent == 0
     assert found.rows[0].fires_on
+    assert opened.look("a byte that is no text: \udcff").rows
     with pytest.raises(InputError, match="the text is empty"):
         opened.look("")

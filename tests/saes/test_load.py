@@ -20,6 +20,7 @@ from tolerance import rounding_tolerance
 import msae_plugin
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.saes.export import export_sae
+from msae_plugin.saes.find import find_saes
 from msae_plugin.saes.load import BrokenSAEError, load_saes, sae_record
 
 D_IN, D_SAE = 6, 10
@@ -295,6 +296,25 @@ def test_a_run_its_saes_and_their_jumprelu_copies(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(both[0].sae(inputs()), both[1].sae(inputs()))
     assert "are the same SAE" in refusal(single, single / "sae")
+
+
+@pytest.mark.promise("No damaged byte of an export is evaluated, published or exported.")
+@pytest.mark.parametrize("name", ["sae", "jumprelu"])
+def test_one_flipped_bit_of_an_export_is_refused(tmp_path: Path, name: str) -> None:
+    run = run_folder(tmp_path / "run", ("",))
+    weights = run / name / "sae_weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-20] ^= 1
+    weights.write_bytes(content)
+    assert f"{str(weights)!r} was damaged or changed" in refusal(run / name)
+    with pytest.raises(InputError, match="was damaged or changed"):
+        find_saes(run)
+    # Exports of version 0.1 have no hash, and a user's own weights no record.
+    record = json.loads((run / "export.json").read_text())
+    del record["weights_sha256"]
+    (run / "export.json").write_text(json.dumps(record))
+    assert find_saes(run)
+    assert load_saes([str(run / name)])
 
 
 @pytest.mark.parametrize(

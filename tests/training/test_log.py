@@ -93,6 +93,17 @@ def test_a_damaged_line_is_named_and_left_out(
     assert "metrics.jsonl is damaged: line 2 is left out" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("steps", "lost"), [((4, 8, 12), False), ((4, 12), True), ((4, 8), True), ((), True)]
+)
+def test_a_resumed_log_that_lost_rows_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: tuple[int, ...], lost: bool
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    JsonLinesSink({"a": tmp_path}, resume_step=13, every_steps=4)
+    assert ("has lost rows before step 13" in caplog.text) == lost
+
+
 def test_truncating_leaves_a_good_file_untouched(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5}\n')

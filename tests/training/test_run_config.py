@@ -110,8 +110,11 @@ def test_values_as_people_write_them(
         ("training.tokens=100", r"training\.tokens = 100 is less than one step of 128"),
         ("training.n_batches_in_buffer=2", r"holds .* = 64 tokens.*n_batches_in_buffer to 4 or"),
         ("training.lr=-1", r"'training\.lr' must be a positive number"),
+        ("training.lr=1e300", r"'training\.lr' must be at most 3\.4e\+38"),
         ("training.lr=.nan", r"'training\.lr' must be a positive number"),
         ("training.seed=-1", r"'training\.seed' must be 0 or more"),
+        ("training.seed=99999999999999999999", r"'training\.seed' must be at most 92233"),
+        ("training.dead_feature_window=1e30", r"_window' must be at most .*, not '1e30'"),
         ("training.activations_mixing_fraction=1.5", r"must be in \[0, 1\]"),
         ("training.clip_grad_norm=0", r"null is off"),
         ("training.gradient_lr.factor=2", r"gradient_lr\.factor' must be in \(0, 1\]"),
@@ -126,7 +129,8 @@ def test_values_as_people_write_them(
         ("sae.d_sae=0", r"'sae\.d_sae' must be at least 1"),
         ("sae.d_sae=null", r"'sae\.d_sae' must be a whole number"),
         ("sae.device=cuda", r"model\.device decides it"),
-        ("sae.dtype=float16", r"'sae\.dtype' float16 cannot be trained.*bfloat16"),
+        ("sae.dtype=float16", r"'sae\.dtype' must be .*bfloat16.* not 'float16'"),
+        ("sae.dtype=banana", r"'sae\.dtype' must be .* not 'banana'"),
         ("sae.reshape_activations=hook_z", r"always joined.*turn_on_forward_pass"),
         ("sae.preset=default", r"'standard' has no presets"),
         ("sae.lr=0", r"'sae\.lr' must be a positive number"),
@@ -218,7 +222,7 @@ def test_names_and_folders(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert folders() == {"a": tmp_path / "a", "b": tmp_path / "b"}
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "sae", "../up", "a/b", ".hidden"])
+@pytest.mark.parametrize("name", ["checkpoints", "../up", "a/b", ".hidden", "CON", "nul.x", "x."])
 def test_names_that_cannot_be_folders_are_refused(recipe: dict[str, Any], name: str) -> None:
     recipe["saes"] = {name: recipe.pop("sae")}
     assert "cannot name a folder" in refused(recipe)
