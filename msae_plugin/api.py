@@ -395,7 +395,7 @@ def publish(
 
     evaluated = None if evaluation is None else Path(evaluation)
     settings = PublishOptions(dry_run=dry_run, evaluation=evaluated, **options)
-    with training_display(progress if not callable(progress) else False) as display:
+    with training_display(progress is True) as display:
         say = progress if callable(progress) else display.message
         made = publish_run(Path(folder), repo, settings, confirm=confirm, say=say)
     rows = [{"file": name, "bytes": size} for name, size in made.files.items()]

@@ -74,9 +74,7 @@ def application(sae: SAEInModel) -> Starlette:
     async def show_page(_request: Request) -> Response:
         return HTMLResponse(
             page.read_text(encoding="utf-8").replace("<!-- SAE -->", _title(sae)),
-            headers={
-                "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:"
-            },
+            headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY},
         )
 
     return Starlette(

@@ -176,7 +176,7 @@ class StoredSAE(RecordedSAE):
     def _checked_sha256(self, folder: Path) -> str:
         weights = folder / SAE_WEIGHTS_FILENAME
         found = file_sha256(weights)
-        recorded = (self.report or {}).get("weights_sha256", {})
+        recorded = self.report.get("weights_sha256", {})
         if recorded.get(folder.name, found) != found:
             raise InputError(
                 f"{str(weights)!r} was damaged or changed since it was exported ({REPORT_FILENAME} "

@@ -12,7 +12,6 @@ balanced classes, and the probe on all latents even hides a NaN).
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import random
@@ -26,10 +25,10 @@ from typing import Any
 import jaxtyping
 import numpy as np
 import torch
-import tqdm.std
 from sae_lens import SAE
 
 from msae_plugin.common.errors import RunFailure
+from msae_plugin.common.progress import bars_of_libraries_told, warnings_alone
 
 
 @contextmanager
@@ -103,13 +102,7 @@ def without_noise() -> Generator[None, None, None]:
     sae-probes alone draws a bar and warns a dozen times per SAE and data set; progress is shown by
     the evaluation's own reporter.
     """
-    start = tqdm.std.tqdm.__init__
-
-    @functools.wraps(start)
-    def silent(bar: Any, *arguments: Any, **options: Any) -> None:
-        start(bar, *arguments, **{**options, "disable": True})
-
-    with replaced(tqdm.std.tqdm, "__init__", silent), warnings.catch_warnings():
+    with bars_of_libraries_told(warnings_alone), warnings.catch_warnings():
         for category in (FutureWarning, UserWarning, DeprecationWarning):
             warnings.simplefilter("ignore", category)
         yield
