@@ -113,8 +113,9 @@ def _alone() -> list[Variant]:
             continue  # part of BatchTopK: below it is removed
         section = {**off, **item.section}
         if key == "annealing":
-            # The preset fits the schedule to the run: it is what `off` leaves out.
-            section = {name: off[name] for name in off if name not in item.removal}
+            # What `off` switches off is what its preset brings.
+            kept = {name: value for name, value in off.items() if name not in item.removal}
+            section = {**kept, **item.section}
         found.append(Variant(f"only-{key}", "alone", item.text, item.claim, OFF, section))
     revival = _OF_THE_SOURCE["revival"]
     found += [

@@ -321,14 +321,14 @@ def test_the_named_presets_are_there() -> None:
 
 
 def test_schedules_follow_the_length_of_the_run() -> None:
-    cfg = preset("default", d_in=8, d_sae=512, k=8, training_steps=1000)
+    cfg = preset("nested", d_in=8, d_sae=512, k=8, training_steps=1000)
     assert (cfg.k_anneal_steps, cfg.k_initial_multiplier) == (400, 2.0)
     assert [cfg.k_at(s) for s in (0, 200, 400, 999)] == pytest.approx([16, 12, 8, 8])
-    assert preset("default", d_in=8, d_sae=8, k=5, training_steps=9).k_initial_multiplier == 1.6
+    assert preset("nested", d_in=8, d_sae=8, k=5, training_steps=9).k_initial_multiplier == 1.6
 
 
 def test_overrides_win_over_the_preset() -> None:
-    cfg = preset("default", **BASE, training_steps=10, prefix_weight=0.25, k_anneal_steps=0)
+    cfg = preset("nested", **BASE, training_steps=10, prefix_weight=0.25, k_anneal_steps=0)
     assert (cfg.prefix_weight, cfg.k_anneal_steps) == (0.25, 0)
 
 

@@ -168,10 +168,12 @@ def test_multiscale_needs_k_and_a_known_preset(recipe: dict[str, Any]) -> None:
 
 def test_multiscale_is_the_default_and_its_preset_gets_the_steps(recipe: dict[str, Any]) -> None:
     recipe["sae"] = {"d_sae": 96, "k": 8, "aux_loss_coefficient": "5e-1"}
+    [default] = config_of(recipe).validate(SHAPE)
+    assert default.config.architecture() == "multiscale"
+    recipe["sae"]["preset"] = "nested"
     [plan] = config_of(recipe).validate(SHAPE)
-    assert plan.config.architecture() == "multiscale"
     config: Any = plan.config
-    # The default preset anneals k over 40 % of the run's 30 steps.
+    # This preset anneals k over 40 % of the run's 30 steps.
     assert config.k_anneal_steps == 12
     assert config.aux_loss_coefficient == 0.5
     assert config.d_in == 64
