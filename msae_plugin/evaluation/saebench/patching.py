@@ -29,6 +29,7 @@ from sae_lens import SAE
 
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.progress import bars_of_libraries_told, warnings_alone
+from msae_plugin.saes.export import dense
 
 
 @contextmanager
@@ -143,9 +144,7 @@ class CheckedLatents:
 
     def encode(self, activations: torch.Tensor) -> torch.Tensor:
         """(..., d_in) to (..., d_sae), dense."""
-        latents = self._encode(activations)
-        if latents.is_sparse:
-            latents = latents.to_dense()
+        latents = dense(self._encode(activations))
         if latents.numel() == 0:
             return latents
         # One pass without a copy; NaN is passed on.

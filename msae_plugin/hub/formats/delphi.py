@@ -24,6 +24,7 @@ from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.hub.formats.request import ExportRequest, hf_module
 from msae_plugin.models.forward_pass import activations_at
 from msae_plugin.models.loading import LanguageModel, load_language_model
+from msae_plugin.saes.export import dense
 from msae_plugin.saes.load import EvaluatedSAE, load_saes
 
 SPLITS, BATCH = 5, 32
@@ -89,8 +90,7 @@ def _active(
     values: list[torch.Tensor] = []
     for number, batch in enumerate(tokens.split(BATCH)):
         read = activations_at(model.model, batch, [sae.hook_name])[sae.hook_name]
-        latents = sae.sae.encode(read)
-        latents = (latents.to_dense() if latents.is_sparse else latents).cpu()
+        latents = dense(sae.sae.encode(read)).cpu()
         active = (latents.abs() > SMALLEST).nonzero()
         values.append(latents[tuple(active.T)])
         places.append(active + torch.tensor([number * BATCH, 0, 0]))
