@@ -90,7 +90,6 @@ class SeededBatches:
         self.position = 0
 
     def __iter__(self) -> Self:
-        """Itself."""
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:

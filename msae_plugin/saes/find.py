@@ -520,11 +520,10 @@ def find_saes(run: Path) -> list[StoredSAE]:
     """
     if not run.is_dir():
         raise InputError(f"{str(run)!r} is not a folder: give a run or an export")
-    for export in filter(is_checkpoint, (run, run / SAE_FOLDER)):
-        alone = export == run and not (
-            run.name == SAE_FOLDER and (run.parent / REPORT_FILENAME).is_file()
-        )
-        root = run if alone else export.parent
+    export = next(filter(is_checkpoint, (run, run / SAE_FOLDER)), None)
+    if export is not None:
+        named = export.name == SAE_FOLDER and (export.parent / REPORT_FILENAME).is_file()
+        root = export.parent if named or export != run else run
         return [_publishable(root.resolve().name, root, export)]
     record, found = held(run)
     if record is None:

@@ -346,7 +346,6 @@ class CachedBatches:
         self.position = int(state["position"])
 
     def __iter__(self) -> Self:
-        """Itself."""
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
