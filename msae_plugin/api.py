@@ -366,6 +366,7 @@ def look(
 
 def publish(
     folder: Reference,
+    /,  # so that the option of this name can be given
     repo: str,
     *,
     dry_run: bool = False,

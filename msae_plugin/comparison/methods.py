@@ -21,7 +21,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,7 @@ class Expansion:
 
     entries: list[Entry]
     controls: list[Control]  # What is evaluated beside them
+    methods: dict[str, Method] = field(default_factory=dict[str, Method])
 
 
 def entry_name(method: str, label: str, l0: float, seed: int | None = None) -> str:
@@ -258,7 +259,7 @@ def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
                 f"'saes.{residual[0].name}.control' residual_stream: the true features are the "
                 "reference on ground truth; remove it"
             )
-    return Expansion(entries, controls)
+    return Expansion(entries, controls, methods)
 
 
 def _method(
