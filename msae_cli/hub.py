@@ -141,8 +141,8 @@ def export(
     check_folder(run)
     check_output(output)
     chosen = latent_indices(latents)
-    import_first("msae_plugin.hub.formats.table")
-    from msae_plugin.hub.formats.table import ExportRequest, export_for
+    import_first("msae_plugin.hub.formats")
+    from msae_plugin.hub.formats import ExportRequest, export_for
 
     request = ExportRequest(run, repo, evaluation, chosen, coefficient, text, windows)
     steps = export_for(to, request, output)

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from msae_plugin.hub.publish import PublishResult
     from msae_plugin.reporting.latent_browser import LatentBrowser
     from msae_plugin.reporting.look import Look
-    from msae_plugin.reporting.plots import Figures
-    from msae_plugin.reporting.report import ReportResult
+    from msae_plugin.reporting.report import Figures, ReportResult
     from msae_plugin.training.runner import RunResult
 
 Reference: TypeAlias = "str | os.PathLike[str]"
@@ -86,7 +85,7 @@ class Result(Generic[Details]):
         Raises:
             InputError: There is nothing to draw, or matplotlib is missing.
         """
-        from msae_plugin.reporting.plots import plot
+        from msae_plugin.reporting.report import plot
 
         return plot(self.folder, metric)
 
@@ -367,6 +366,7 @@ def look(
 
 def publish(
     folder: Reference,
+    /,  # so that the option of this name can be given
     repo: str,
     *,
     dry_run: bool = False,

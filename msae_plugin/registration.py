@@ -25,11 +25,7 @@ from msae_plugin.common.errors import InputError
 
 
 def register() -> None:
-    """Make SAELens know `multiscale`; twice is harmless.
-
-    Raises:
-        InputError: Another package has registered a class under our name.
-    """
+    """Make SAELens know `multiscale`; twice is harmless, another package's class is refused."""
     _register(
         SAE_CLASS_REGISTRY, register_sae_class, (MultiScaleSAE, MultiScaleSAEConfig), "inference"
     )

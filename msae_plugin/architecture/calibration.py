@@ -175,7 +175,7 @@ def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[st
             return {key: float(value) for key, value in sae.calibrate_threshold(batches).items()}
         if isinstance(sae, BatchTopKTrainingSAE):
             return calibrate_batchtopk(sae, batches)
-        raise TypeError(f"{type(sae).__name__} has no cut to calibrate")
+        raise TypeError(f"{type(sae).__name__} has no threshold to calibrate")
     finally:
         sae.train(was_training)
 

@@ -62,19 +62,12 @@ def in_one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something an evaluation needs and does not have.
+    """Something an evaluation needs and does not have."""
 
-    Args:
-        what: What is missing, and which setting asks for it.
-        how: How to get it.
-        evaluation: Which evaluation needs it; `all` where every one does.
-        sae: The SAE whose fault it is, which the others do not share; None for none.
-    """
-
-    what: str
-    how: str
-    evaluation: str = "all"
-    sae: str | None = None
+    what: str  # is missing, and which setting asks for it
+    how: str  # to get it
+    evaluation: str = "all"  # that needs it, or every one
+    sae: str | None = None  # whose fault alone it is
 
     @classmethod
     def of(cls, error: InputError, otherwise: str) -> Problem:

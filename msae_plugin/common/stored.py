@@ -1,11 +1,13 @@
 """What the files of earlier commands hold, and reading them: they may be damaged, or not ours.
 
-A type names what the readers rely on; everything else in a file is let through.
+A shape names what the readers rely on; everything else in a file is let through. A `total=False`
+TypedDict each: what a file must have is marked, anything else may be absent.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -15,291 +17,161 @@ from typing_extensions import Required, TypedDict
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import coerce
 
-_stored = with_config(ConfigDict(extra="allow", strict=True))
 Facts = dict[str, Any]
 SeedText = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 """A seed where JSON has room for text alone."""
-
-
-@_stored
-class StoredTraining(TypedDict, total=False):
-    """Settings of the training architecture that an export keeps."""
-
-    k: float | None
-    aux_loss_coefficient: float | None
-    prefix_fractions: list[float] | None
-    sparsity_scales: list[float] | None
-    revival_every: int | None
-
-
-@_stored
-class StoredRunnerConfig(TypedDict, total=False):
-    """SAELens' runner_cfg.json."""
-
-    lr: float | None
-    training_tokens: int | None
-    train_batch_size_tokens: int | None
-    accumulation_steps: int | None
-
-
-@_stored
-class StoredMetadata(TypedDict, total=False):
-    """`metadata` of SAELens' cfg.json."""
-
-    model_name: str | None
-    hook_name: str | None
-    context_size: int | None
-    training_steps: int | None
-    training_tokens: int | None
-    seed: int | None
-    l0: float | None
-    training_architecture: str | None
-    training_architecture_details: StoredTraining | None
-    model_from_pretrained_kwargs: Facts | None
-    dataset_path: str | None
-    sae_lens_version: str | None
-
-
-@_stored
-class StoredConfig(TypedDict, total=False):
-    """SAELens' cfg.json."""
-
-    architecture: str
-    dtype: str
-    metadata: StoredMetadata | None
-
-
-@_stored
-class StoredFinding(TypedDict, total=False):
-    """One finding of the health check."""
-
-    kind: Required[str]
-    message: Required[str]
-
-
-@_stored
-class StoredExport(TypedDict, total=False):
-    """`export.json`."""
-
-    l0_exported: Required[float | None]
-    l0_target: float | None
-    explained_variance: float | None
-    jumprelu_obstacle: str | None
-    agreement: dict[str, float | None] | None
-    jumprelu_agreement: dict[str, float | None] | None
-    health: list[StoredFinding] | None
-    weights_sha256: dict[str, str]
-
-
 StoredRow = dict[str, float | None]
 """A line of `metrics.jsonl`."""
 
 
-@_stored
-class StoredRunSAE(TypedDict, total=False):
-    """One SAE of a `run.json`."""
-
-    folder: str
-    hook: str | None
-    architecture: str | None
-    final: StoredRow | None
-    export: Facts | None
-    tokens_per_second: float | None
+def _shape(
+    name: str, required: Mapping[str, Any] | None = None, *, more: bool = True, **optional: Any
+) -> Any:
+    """A JSON object with fields of these types, and with others where there may be `more`."""
+    marked = {key: cast("Any", Required)[kind] for key, kind in (required or {}).items()}
+    shape = cast("Any", TypedDict)(name, {**marked, **optional}, total=False)
+    return with_config(ConfigDict(extra="allow" if more else "forbid", strict=True))(shape)
 
 
-@_stored
-class StoredRun(TypedDict, total=False):
-    """`run.json`."""
-
-    status: str
-    failure: str | None
-    seed: int | None
-    steps: int
-    tokens: int
-    wall_seconds: float
-    versions: Facts
-    model: Facts
-    data: Facts
-    saes: dict[str, StoredRunSAE]
-    config: Facts
-    resumed_at_steps: list[int]
+def _each(kind: Any, *names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, kind)
 
 
-@_stored
-class StoredOutcome(TypedDict, total=False):
-    """One SAE of an `outcomes.json`."""
+_TEXT, _WHOLE, _NUMBER = str | None, int | None, float | None
 
-    key: Required[str]
-    status: Required[str]
-    metrics: Required[dict[str, float | None]]
-    file: Required[str | None]
-    facts: Required[Facts]
-
-
-@with_config(ConfigDict(extra="forbid", strict=True))
-class _StoredTrial(TypedDict, total=False):
-    coefficient: Required[float]
-    l0: Required[float]
-    tokens: Required[int]
-    whole: bool
-
-
-@_stored
-class StoredSearch(TypedDict, total=False):
-    """The search for a coefficient of a comparison."""
-
-    key: Required[str]
-    target: Required[float]
-    trials: Required[list[_StoredTrial]]
-    coefficient: Required[float | None]
-    settled: Required[bool]
-
-
-@_stored
-class StoredMetrics(TypedDict, total=False):
-    """Numbers of one SAE of a comparison."""
-
-    key: Required[str]
-    metrics: Required[dict[str, float | None]]
-
-
-@_stored
-class StoredDefinition(TypedDict, total=False):
-    """What a metric means."""
-
-    definition: str
-    unit: str
-    tokens: str
-    source: str
-    higher_is_better: bool | None
-
-
-@_stored
-class StoredComparisonRow(TypedDict, total=False):
-    """One SAE of a `comparison.json`."""
-
-    name: Required[str]
-    method: Required[str]
-    metrics: Required[Facts]
-    architecture: str | None
-    preset: str | None
-    mechanism: str | None
-    claim: str | None
-    hook: str | None
-    seed: int | None
-    folder: str | None
-    group: str | None
-    reason: str | None
-    against: str | None
-
-
-@_stored
-class StoredComparison(TypedDict, total=False):
-    """`comparison.json`."""
-
-    kind: str
-    rows: Required[list[StoredComparisonRow]]
-    definitions: Required[Facts]
-    not_measured: list[Facts] | None
-    reference: str | None
-    versions: Facts
-    model: Facts | None
-    protocol: Facts
-
-
-@_stored
-class StoredScore(TypedDict, total=False):
-    """One metric of an SAE, over the seeds of its evaluation."""
-
-    mean: Required[float | None]
-    std: float | None
-    per_seed: Required[dict[SeedText, float | None]]
-
-
-@_stored
-class StoredResult(TypedDict, total=False):
-    """One SAE and evaluation of a `summary.json`."""
-
-    sae: Required[str]
-    evaluation: Required[str]
-    status: str
-    reason: str | None
-    note: str | None
-    seeds: list[int]
-    files: list[str] | None
-    metrics: dict[str, StoredScore]
-    facts: Facts | None
-
-
-@_stored
-class StoredEvaluatedSAE(TypedDict, total=False):
-    """One SAE of a `summary.json`."""
-
-    weights_sha256: str
-    reference: str
-    architecture: str
-
-
-@_stored
-class _StoredEvaluationConfig(TypedDict, total=False):
-    evaluations: dict[str, Facts] | None
-
-
-@_stored
-class StoredSummary(TypedDict, total=False):
-    """`summary.json`."""
-
-    saes: Required[dict[str, StoredEvaluatedSAE]]
-    results: Required[list[StoredResult]]
-    metrics: Required[dict[str, StoredDefinition]]
-    model: Facts | None
-    seeds: list[int]
-    config: _StoredEvaluationConfig | None
-    versions: Facts
-
-
-@_stored
-class _StoredRows(TypedDict, total=False):
-    rows: Required[int]
-    dtype: Required[str]
-    model: Required[Facts]
-    data: Required[Facts]
-    sha256: dict[str, list[str]]
-
-
-@_stored
-class StoredCache(_StoredRows, total=False):
-    """`cache.json`."""
-
-    key: Required[Facts]
-    hooks: Required[dict[str, int]]
-
-
-@_stored
-class StoredActivations(_StoredRows, total=False):
-    """`activations.json` of a comparison."""
-
-    format: Required[int]
-    key: Required[str]
-    training_rows: Required[int]
-    batch_size: Required[int]
-    hooks: Required[Facts]
-    metadata: Required[Facts]
-
-
-@_stored
-class _StoredPass(TypedDict, total=False):
-    hooks: Required[Facts]
-
-
-@_stored
-class StoredProgress(TypedDict, total=False):
-    """`progress.json` of a pass that goes on."""
-
-    facts: Required[_StoredPass]
-    done: Required[int]
-    sha256: dict[str, list[str]]
-    position_sha256: str
+StoredTraining = _shape(  # settings of the training architecture that an export keeps
+    "StoredTraining",
+    **_each(_NUMBER, "k", "aux_loss_coefficient"),
+    **_each(list[float] | None, "prefix_fractions", "sparsity_scales"),
+    revival_every=_WHOLE,
+)
+StoredRunnerConfig = _shape(  # SAELens' runner_cfg.json
+    "StoredRunnerConfig",
+    lr=_NUMBER,
+    **_each(_WHOLE, "training_tokens", "train_batch_size_tokens", "accumulation_steps"),
+)
+StoredMetadata = _shape(  # `metadata` of SAELens' cfg.json
+    "StoredMetadata",
+    **_each(_TEXT, "model_name", "hook_name"),
+    **_each(_WHOLE, "context_size", "training_steps", "training_tokens", "seed"),
+    l0=_NUMBER,
+    training_architecture=_TEXT,
+    training_architecture_details=StoredTraining | None,
+    model_from_pretrained_kwargs=Facts | None,
+    **_each(_TEXT, "dataset_path", "sae_lens_version"),
+)
+StoredConfig = _shape(  # SAELens' cfg.json
+    "StoredConfig", **_each(str, "architecture", "dtype"), metadata=StoredMetadata | None
+)
+StoredFinding = _shape("StoredFinding", _each(str, "kind", "message"))  # of the health check
+StoredExport = _shape(  # `export.json`
+    "StoredExport",
+    {"l0_exported": _NUMBER},
+    **_each(_NUMBER, "l0_target", "explained_variance"),
+    jumprelu_obstacle=_TEXT,
+    **_each(StoredRow | None, "agreement", "jumprelu_agreement"),
+    health=list[StoredFinding] | None,
+    weights_sha256=dict[str, str],
+)
+StoredRunSAE = _shape(  # one SAE of a `run.json`
+    "StoredRunSAE",
+    folder=str,
+    **_each(_TEXT, "hook", "architecture"),
+    final=StoredRow | None,
+    export=Facts | None,
+    tokens_per_second=_NUMBER,
+)
+StoredRun = _shape(  # `run.json`
+    "StoredRun",
+    status=str,
+    failure=_TEXT,
+    seed=_WHOLE,
+    **_each(int, "steps", "tokens"),
+    wall_seconds=float,
+    **_each(Facts, "versions", "model", "data"),
+    saes=dict[str, StoredRunSAE],
+    config=Facts,
+    resumed_at_steps=list[int],
+)
+StoredOutcome = _shape(  # one SAE of an `outcomes.json`
+    "StoredOutcome",
+    {**_each(str, "key", "status"), "metrics": StoredRow, "file": _TEXT, "facts": Facts},
+)
+_StoredTrial = _shape(
+    "_StoredTrial", {**_each(float, "coefficient", "l0"), "tokens": int}, more=False, whole=bool
+)
+StoredSearch = _shape(  # the search for a coefficient of a comparison
+    "StoredSearch",
+    {"key": str, "target": float, "trials": list[_StoredTrial], "coefficient": _NUMBER,
+     "settled": bool},
+)  # fmt: skip
+StoredMetrics = _shape("StoredMetrics", {"key": str, "metrics": StoredRow})  # of one SAE compared
+StoredDefinition = _shape(  # what a metric means
+    "StoredDefinition",
+    **_each(str, "definition", "unit", "tokens", "source"),
+    higher_is_better=bool | None,
+)
+StoredComparisonRow = _shape(  # one SAE of a `comparison.json`
+    "StoredComparisonRow",
+    {**_each(str, "name", "method"), "metrics": Facts},
+    **_each(_TEXT, "architecture", "preset", "mechanism", "claim", "hook"),
+    seed=_WHOLE,
+    **_each(_TEXT, "folder", "group", "reason", "against"),
+)
+StoredComparison = _shape(  # `comparison.json`
+    "StoredComparison",
+    {"rows": list[StoredComparisonRow], "definitions": Facts},
+    kind=str,
+    not_measured=list[Facts] | None,
+    reference=_TEXT,
+    **_each(Facts, "versions", "protocol"),
+    model=Facts | None,
+)
+StoredScore = _shape(  # one metric of an SAE, over the seeds of its evaluation
+    "StoredScore", {"mean": _NUMBER, "per_seed": dict[SeedText, float | None]}, std=_NUMBER
+)
+StoredResult = _shape(  # one SAE and evaluation of a `summary.json`
+    "StoredResult",
+    _each(str, "sae", "evaluation"),
+    status=str,
+    **_each(_TEXT, "reason", "note"),
+    seeds=list[int],
+    files=list[str] | None,
+    metrics=dict[str, StoredScore],
+    facts=Facts | None,
+)
+StoredEvaluatedSAE = _shape(  # one SAE of a `summary.json`
+    "StoredEvaluatedSAE", **_each(str, "weights_sha256", "reference", "architecture")
+)
+_StoredEvaluationConfig = _shape("_StoredEvaluationConfig", evaluations=dict[str, Facts] | None)
+StoredSummary = _shape(  # `summary.json`
+    "StoredSummary",
+    {"saes": dict[str, StoredEvaluatedSAE], "results": list[StoredResult],
+     "metrics": dict[str, StoredDefinition]},
+    model=Facts | None,
+    seeds=list[int],
+    config=_StoredEvaluationConfig | None,
+    versions=Facts,
+)  # fmt: skip
+_ROWS = {"rows": int, "dtype": str, "model": Facts, "data": Facts}
+StoredCache = _shape(  # `cache.json`
+    "StoredCache",
+    {**_ROWS, "key": Facts, "hooks": dict[str, int]},
+    sha256=dict[str, list[str]],
+)
+StoredActivations = _shape(  # `activations.json` of a comparison
+    "StoredActivations",
+    {**_ROWS, **_each(int, "format", "training_rows", "batch_size"), "key": str,
+     **_each(Facts, "hooks", "metadata")},
+    sha256=dict[str, list[str]],
+)  # fmt: skip
+_StoredPass = _shape("_StoredPass", {"hooks": Facts})
+StoredProgress = _shape(  # `progress.json` of a pass that goes on
+    "StoredProgress",
+    {"facts": _StoredPass, "done": int},
+    sha256=dict[str, list[str]],
+    position_sha256=str,
+)
 
 
 def parsed(text: str, where: str) -> Any:
@@ -341,11 +213,10 @@ def checked(content: Any, where: str, shape: Any) -> Any:
     """The content, if it is what the readers rely on."""
     if not isinstance(content, dict):
         raise InputError(f"{where} does not hold a JSON object")
-    if shape is StoredExport:
-        stored = cast("Facts", content)
-        content = {_EARLIER_KEYS.get(key, key): value for key, value in stored.items()}
+    stored = cast("Facts", content)
+    renamed = {_EARLIER_KEYS.get(key, key): value for key, value in stored.items()}
     try:
-        coerce(content, shape, "")
+        coerce(renamed, shape, "")
     except InputError as error:
         raise InputError(f"{where} is damaged, or of another program: {error}") from error
-    return content
+    return renamed

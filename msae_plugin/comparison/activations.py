@@ -35,8 +35,12 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.models.transformer_lens import BRIDGE
-from msae_plugin.training.activation_store import PLACEHOLDER, ActivationWriter, read_activations
-from msae_plugin.training.hashed_rows import HashedRows
+from msae_plugin.training.activation_store import (
+    PLACEHOLDER,
+    ActivationWriter,
+    HashedRows,
+    read_activations,
+)
 from msae_plugin.training.inputs import ModelAndText, chosen_autocast
 from msae_plugin.training.passes import reading_runner, write_activations
 from msae_plugin.training.recipe import RunConfig
@@ -86,7 +90,6 @@ class SeededBatches:
         self.position = 0
 
     def __iter__(self) -> Self:
-        """Itself."""
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:

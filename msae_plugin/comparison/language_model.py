@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +36,7 @@ from msae_plugin.comparison.methods import (
 )
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import Measured, store_metrics, stored_metrics
-from msae_plugin.data.text import TextData, iterate_windows
+from msae_plugin.data.text import TextData, first_windows
 from msae_plugin.evaluation.contexts import ContextCollector, contexts_as_json
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
@@ -279,10 +278,9 @@ class LanguageModelTestbed:
         if not collectors:
             return
         data, heldout, model = self.config.data, self.config.heldout, self._model()
-        windows = iterate_windows(
-            model.model, model.tokenizer, texts, data.context_size, prepend_bos=data.prepend_bos
+        read = first_windows(
+            model, texts, data.context_size, heldout.tokens, prepend_bos=data.prepend_bos
         )
-        read = list(islice(windows, max(1, heldout.tokens // data.context_size)))
         for one in group:
             if one.name not in collectors:
                 continue

@@ -104,8 +104,7 @@ class TuningPlan:
 
 def tunable_methods(config: CompareConfig) -> list[str]:
     """Methods of a comparison that are trained; variants of a ladder are not among them."""
-    sections = {name: dict(section) for name, section in config.saes.items()}
-    return [name for name, section in sections.items() if section.get("control") in (None, FROZEN)]
+    return [name for name, sae in config.saes.items() if sae.get("control") in (None, FROZEN)]
 
 
 def rates_config(

@@ -37,6 +37,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import Count, coerce
 from msae_plugin.comparison.ladder import Variant, chosen_variants
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
+from msae_plugin.saes.export import dense
 from msae_plugin.training.plans import (
     DEFAULT_ARCHITECTURE,
     SAEPlan,
@@ -110,12 +111,8 @@ def mean_l0(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> float:
 
     Batches (n_tokens, d_in) are scaled as training batches are.
     """
-    active = sum(int((_dense(sae.encode(batch)) != 0).sum()) for batch in batches)
+    active = sum(int((dense(sae.encode(batch)) != 0).sum()) for batch in batches)
     return active / sum(len(batch) for batch in batches)
-
-
-def _dense(latents: torch.Tensor) -> torch.Tensor:
-    return latents.to_dense() if latents.is_sparse else latents
 
 
 @torch.no_grad()

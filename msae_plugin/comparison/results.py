@@ -143,7 +143,7 @@ def _protocol(config: CompareConfig) -> dict[str, Any]:
         "training tokens per SAE": training.tokens,
         "mini-batch": training.batch_size_tokens,
         "learning rate": training.lr,
-        "cut": "the mean L0 on fresh activations is set to the target wherever there is a cut",
+        "threshold": "set so that the mean L0 on fresh activations is the target",
         "seeds": "initialisation, order of the activations, what an SAE draws"
         + (
             "; each seed has a ground truth of its own"

@@ -50,6 +50,7 @@ from msae_plugin.data.text_files import (
     saved_dataset,
 )
 from msae_plugin.models.hub_access import require_repository
+from msae_plugin.models.loading import LanguageModel
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -511,6 +512,21 @@ def iterate_windows(
             if len(tokens) == context_size:
                 yield Window(torch.tensor(tokens), torch.tensor(documents))
                 tokens, documents = [], []
+
+
+def first_windows(
+    model: LanguageModel, texts: Iterable[str], context_size: int, tokens: int, *, prepend_bos: bool
+) -> list[Window]:
+    """As many windows as so many tokens fill, at least one; refused where the texts fill none."""
+    found = iterate_windows(
+        model.model, model.tokenizer, texts, context_size, prepend_bos=prepend_bos
+    )
+    windows = list(islice(found, max(1, tokens // context_size)))
+    if not windows:
+        raise InputError(
+            f"held-out text: it holds no full window of {context_size} tokens", "give --text"
+        )
+    return windows
 
 
 def batched_windows(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:

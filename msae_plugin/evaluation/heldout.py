@@ -31,6 +31,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.data.text import batched_windows, iterate_windows, require_texts
 from msae_plugin.models.forward_pass import Tail, activations_at, logits_and_activations
 from msae_plugin.models.loading import LanguageModel
+from msae_plugin.saes.export import dense
 from msae_plugin.saes.health import dense_share, encoder_decoder_alignment
 
 # Firings from which on the word of a latent is judged, and the share of its activation on one word
@@ -267,8 +268,7 @@ class _Measured:
             for part in torch.arange(window.numel()).split(rows):
                 at = (window[part], position[part])
                 sae_in = activations[at]
-                latents = sae.encode(sae_in.to(sae.device, sae.dtype))
-                latents = latents.to_dense() if latents.is_sparse else latents
+                latents = dense(sae.encode(sae_in.to(sae.device, sae.dtype)))
                 sae_out = sae.decode(latents)
                 self.by_word.add(latents, words[part])
                 self.variance.add_batch(sae_out.float().cpu(), sae_in.float().cpu())

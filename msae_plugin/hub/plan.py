@@ -182,7 +182,6 @@ class PublishPlan:
     additions: dict[str, bytes | Path]  # contents, or the file that holds them, by path
     deletions: tuple[str, ...]  # files of a replaced folder that the new one does not have
     entries: tuple[CardEntry, ...]  # what the card says, of all SAEs
-    new_entries: tuple[CardEntry, ...]  # of those to publish
     notes: tuple[str, ...]  # what the user should know
 
     def sizes(self) -> dict[str, int]:
@@ -290,7 +289,6 @@ def make_plan(
         additions=additions,
         deletions=tuple(sorted(present - additions.keys())),
         entries=entries,
-        new_entries=new_entries,
         notes=tuple(notes),
     )
 

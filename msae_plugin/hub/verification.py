@@ -19,7 +19,7 @@ from msae_plugin.common.errors import InputError, RunFailure, in_one_line
 from msae_plugin.common.files import file_sha256
 from msae_plugin.hub.plan import SAEFolder, content_sha256, write_files
 from msae_plugin.models.hub_access import hub_errors
-from msae_plugin.saes.export import ACTIVATIONS_FILENAME, JUMPRELU_FOLDER, Agreement, compare
+from msae_plugin.saes.export import ACTIVATIONS_FILENAME, JUMPRELU_FOLDER, Agreement, compare, dense
 from msae_plugin.saes.find import LocatedSAE, StoredSAE
 from msae_plugin.saes.load import load_sae
 
@@ -88,8 +88,7 @@ def _compare(
     """Compare what `load` gives for a path in the repository with the local SAE."""
     activations, source = check_activations(folder.sae, local)
     with torch.no_grad():
-        latents = local.encode(activations)
-        latents = latents.to_dense() if latents.is_sparse else latents
+        latents = dense(local.encode(activations))
         reconstruction = local.decode(latents)
     if not (latents != 0).any():
         raise RunFailure(f"{folder.path}: no latent is on for {source}: nothing can be compared")

@@ -26,7 +26,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import folder_written_atomically, held_in
 from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.comparison.results import COMPARISON_FILE
-from msae_plugin.data.text import Window, iterate_windows
+from msae_plugin.data.text import first_windows
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.evaluation.heldout import HeldoutMetrics, evaluate_many
 from msae_plugin.models.loading import LanguageModel, load_language_model
@@ -211,15 +211,9 @@ class _Text:
     ) -> None:
         self.model, self.settings, self.texts, self.tokens = model, settings, texts, tokens
         self.context_size = settings.context_size
-        found = iterate_windows(
-            model.model, model.tokenizer, texts, self.context_size,
-            prepend_bos=settings.prepend_bos,
-        )  # fmt: skip
-        windows: list[Window] = list(islice(found, max(1, tokens // self.context_size)))
-        if not windows:
-            raise InputError(
-                f"held-out text: it holds no full window of {self.context_size} tokens: give --text"
-            )
+        windows = first_windows(
+            model, texts, self.context_size, tokens, prepend_bos=settings.prepend_bos
+        )
         self.ids = torch.cat([window.tokens for window in windows]).numpy()
         self.documents = torch.cat([window.documents for window in windows]).numpy()
         self._numbers: dict[int, int] = {}

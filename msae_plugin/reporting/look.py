@@ -20,6 +20,7 @@ from msae_plugin.models.forward_pass import activations_at, input_device
 from msae_plugin.models.loading import LanguageModel, load_language_model
 from msae_plugin.reporting.latent_browser import tokens_it_fires_on
 from msae_plugin.reporting.latents import logits, unembedding
+from msae_plugin.saes.export import dense
 from msae_plugin.saes.load import EvaluatedSAE, load_saes
 from msae_plugin.training.plans import default_device
 
@@ -57,11 +58,7 @@ class SAEInModel:
 
     @torch.no_grad()
     def look(self, text: str, top: int = 5) -> Look:
-        """Find the most active latents on each token; BOS, EOS and PAD are passed over.
-
-        Raises:
-            InputError: The text is empty or too long.
-        """
+        """Find the most active latents on each token; BOS, EOS and PAD are passed over."""
         host: Any = self.language_model.model
         tokenizer: Any = self.language_model.tokenizer
         tokens = self._tokens(text)
@@ -72,8 +69,7 @@ class SAEInModel:
             raise InputError("the text is empty", "give a few words")
         sae, hook = self.evaluated.sae, self.evaluated.hook_name
         activations = activations_at(host, tokens, [hook])[hook][0, kept]
-        latents: Any = sae.encode(activations.to(sae.device, sae.dtype))
-        latents = latents.to_dense() if latents.is_sparse else latents
+        latents = dense(sae.encode(activations.to(sae.device, sae.dtype)))
         strongest = latents.topk(min(top, latents.shape[1]), dim=1)
         shown = latents.gather(1, strongest.indices)
         distinct: list[int] = strongest.indices[shown != 0].unique().tolist()
@@ -105,14 +101,7 @@ class SAEInModel:
     def continue_text(self, text: str, new_tokens: int, latent: int = 0, added: float = 0.0) -> str:
         """Continue a text greedily, with a latent's decoder row added at the hook on every token.
 
-        Args:
-            text: The beginning.
-            new_tokens: Tokens to write, fewer where the model ends the text.
-            latent: The latent to steer with.
-            added: What its activation is raised by; 0 leaves the model alone.
-
-        Raises:
-            InputError: There is no such latent, or the text is empty or too long.
+        Its activation is raised by `added`; 0 leaves the model alone.
         """
         host: Any = self.language_model.model
         tokenizer: Any = self.language_model.tokenizer
@@ -160,11 +149,7 @@ def open_sae(
     language_model: LanguageModel | None = None,
     report: Report = warnings_alone,
 ) -> SAEInModel:
-    """Load one SAE and its language model.
-
-    Raises:
-        InputError: The SAE or its model cannot be used, or there are several SAEs.
-    """
+    """Load one SAE and its language model."""
     found = load_saes([reference], device=default_device("auto"), model_name=model)
     if len(found) > 1:
         names = ", ".join(str(each.folder or each.name) for each in found)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from itertools import chain
 from os.path import relpath
 from pathlib import Path
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import folder_written_atomically, held_in, versions
 from msae_plugin.common.progress import Report, warnings_alone
+from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.summary import standing
 from msae_plugin.reporting.analyses import SAEAnalysis, analyse
@@ -18,10 +21,12 @@ from msae_plugin.reporting.answer import answers, findings_of, health_section
 from msae_plugin.reporting.document import (
     Answer,
     Bullets,
+    Cohort,
     Document,
     Figure,
     Section,
     cohorts,
+    data_url,
     markdown,
     page,
 )
@@ -251,3 +256,61 @@ def _lead(measured: Sequence[Results], analyses: Sequence[SAEAnalysis], sources:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class Figures(list[Figure]):
+    """Figures, which a notebook shows one under another; each holds its PNG."""
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Write each as NAME.png."""
+        into = Path(folder)
+        into.mkdir(parents=True, exist_ok=True)
+        files = [into / f"{figure.name}.png" for figure in self]
+        for file, figure in zip(files, self, strict=True):
+            file.write_bytes(figure.png)
+        return files
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f'<figure><img alt="{escape(figure.alt)}" src="{data_url(figure)}" '
+            f'style="max-width: 640px"><figcaption>{escape(figure.caption)}</figcaption></figure>'
+            for figure in self
+        )
+
+
+def plot(folder: Path, metric: str | None = None) -> Figures:
+    """What was measured of a folder's SAEs, else their training; one metric or all of a report's.
+
+    A metric has its name of headlines.yaml (`f1`), its evaluation's, or the full one (`core/l0`).
+    """
+    sources = read_sources([folder])
+    trained = trained_saes(sources)
+    measured = results_of(sources, trained)
+    methods = [group.method for results in measured for group in results.groups]
+    styles = method_styles([*methods, *(sae.method for sae in trained)])
+    known: dict[str, None] = {}
+    found = Figures()
+    for results in measured:
+        headlines = results.headlines()
+        names = {key: (key, name.rpartition("/")[2], name) for key, name in headlines.items()}
+        known |= dict.fromkeys(chain(*names.values()))
+        chosen = results.headlines("front")
+        if metric is not None:
+            chosen = {key: name for key, name in headlines.items() if metric in names[key]}
+        found += result_sections.measured_figures(results, chosen, styles)
+    if not found and (metric is None or metric in training.CURVES):
+        section = training.curves_section(Cohort(), trained, styles)
+        known |= dict.fromkeys(training.CURVES)
+        found += [
+            block
+            for block in (section.blocks if section is not None else ())
+            if isinstance(block, Figure)
+            and (metric is None or block.name.startswith(f"training-{metric.replace('_', '-')}"))
+        ]
+    if metric is not None and metric not in {*known, *training.CURVES}:
+        raise InputError(f"{metric!r} was not measured: {did_you_mean(metric, known)}")
+    if not found:
+        raise InputError(
+            f"{str(folder)!r} holds nothing to draw: no two SAEs to compare, and no log"
+        )
+    return found

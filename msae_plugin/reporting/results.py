@@ -331,7 +331,6 @@ class PairedDifference:
     low: float | None  # Lower end of the interval; None for a single pair, which has none
     high: float | None
     n_pairs: int
-    confidence: float = CONFIDENCE
 
     @property
     def shown(self) -> bool:
@@ -350,10 +349,10 @@ def paired_difference(
         raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
     found = spread(differences)
     if found.std is None:
-        return PairedDifference(found.mean, None, None, 1, confidence)
+        return PairedDifference(found.mean, None, None, 1)
     quantile = float(stdtrit(found.n - 1, (1 + confidence) / 2))
     half = quantile * found.std / found.n**0.5
-    return PairedDifference(found.mean, found.mean - half, found.mean + half, found.n, confidence)
+    return PairedDifference(found.mean, found.mean - half, found.mean + half, found.n)
 
 
 Wording = Literal["better", "worse", "higher", "lower", "no difference shown", "one pair"]

@@ -88,11 +88,7 @@ def application(sae: SAEInModel) -> Starlette:
 
 
 def require_free(port: int) -> None:
-    """Refuse a port that is taken, before anything is loaded.
-
-    Raises:
-        InputError: It is, or this user may not open it.
-    """
+    """Refuse a port that is taken, or not this user's to open, before anything is loaded."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
         try:

@@ -88,6 +88,11 @@ def export_order(sae: TrainingSAE[Any]) -> torch.Tensor | None:
     return sae.export_order() if isinstance(sae, MultiScaleTrainingSAE) else None
 
 
+def dense(latents: torch.Tensor) -> torch.Tensor:
+    """Latents as a dense tensor: some of SAELens' classes encode into sparse ones."""
+    return latents.to_dense() if latents.is_sparse else latents
+
+
 def _decoder_norms(sae: MultiScaleTrainingSAE) -> torch.Tensor | float:
     """Factor of a training latent when its decoder row gets unit norm at export."""
     return 1.0 if sae.cfg.rescale_acts_by_decoder_norm else sae.get_W_dec_norm()
@@ -110,8 +115,7 @@ def trained_latents(sae: TrainingSAE[Any], activations: torch.Tensor) -> torch.T
     if isinstance(threshold, torch.Tensor):
         pre = sae.encode_with_hidden_pre(activations)[1]
         return pre.relu() * (pre > threshold.to(pre.dtype))
-    latents = sae.encode(activations)
-    return latents.to_dense() if latents.is_sparse else latents
+    return dense(sae.encode(activations))
 
 
 @torch.no_grad()
@@ -135,8 +139,8 @@ def compare(
     `latents` (n, d_sae) are from `trained_latents`, the reconstruction (n, d_in) is from
     `trained_reconstruction`; both are of these activations.
     """
-    other = exported.encode(activations.to(exported.device, exported.dtype))
-    other = (other.to_dense() if other.is_sparse else other).to(latents.device)
+    fed = activations.to(exported.device, exported.dtype)
+    other = dense(exported.encode(fed)).to(latents.device)
     other_reconstruction = exported.decode(other).to(latents.device)
     tolerance = max(TOLERANCE, 4 * torch.finfo(exported.dtype).eps)
     on, other_on = latents != 0, other != 0

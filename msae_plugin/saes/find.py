@@ -520,27 +520,25 @@ def find_saes(run: Path) -> list[StoredSAE]:
     """
     if not run.is_dir():
         raise InputError(f"{str(run)!r} is not a folder: give a run or an export")
-    if is_checkpoint(run):
-        in_run = run.name == SAE_FOLDER and (run.parent / REPORT_FILENAME).is_file()
-        root = run.parent if in_run else run
-        return [_publishable(root.resolve().name, root, run)]
-    if is_checkpoint(run / SAE_FOLDER):
-        return [_publishable(run.resolve().name, run, run / SAE_FOLDER)]
-    record = read_run_record(run)
+    export = next(filter(is_checkpoint, (run, run / SAE_FOLDER)), None)
+    if export is not None:
+        named = export.name == SAE_FOLDER and (export.parent / REPORT_FILENAME).is_file()
+        root = export.parent if named or export != run else run
+        return [_publishable(root.resolve().name, root, export)]
+    record, found = held(run)
     if record is None:
         raise other_format_error(run) or InputError(
             f"{str(run)!r} holds no exported SAE: expected {SAE_FOLDER}/ as `msae train` writes "
             f"it, or {SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}"
         )
-    roots = sae_roots(run, record)
-    missing = [name for name, root in roots.items() if not (root / REPORT_FILENAME).is_file()]
-    if missing or not roots:
+    missing = [n for n, path in found.items() if not (path.parent / REPORT_FILENAME).is_file()]
+    if missing or not found:
         raise InputError(
             f"the run {str(run)!r} is {record.get('status', 'not finished')} and has not exported "
             f"{', '.join(missing) or 'any SAE'}: finish it with --resume auto, or publish the "
             "folder of one SAE"
         )
-    return [_publishable(name, root, root / SAE_FOLDER) for name, root in roots.items()]
+    return [_publishable(name, path.parent, path) for name, path in found.items()]
 
 
 def _publishable(name: str, root: Path, export: Path) -> StoredSAE:

@@ -15,6 +15,7 @@ when killed, and its multi-SAE trainer reads no caches. Its activation store is.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,6 @@ from msae_plugin.common.stored import StoredCache, StoredProgress, checked, read
 from msae_plugin.models.loading import ModelShape, saelens_class_name
 from msae_plugin.models.transformer_lens import BRIDGE
 from msae_plugin.training.data_parallel import own_batch_size, states_of_all
-from msae_plugin.training.hashed_rows import ROWS_PER_HASH, HashedRows, mapped, row_hashes
 from msae_plugin.training.plans import SAEPlan
 from msae_plugin.training.recipe import RunConfig
 
@@ -48,6 +48,91 @@ from msae_plugin.training.recipe import RunConfig
 _SPARE_BYTES = 200 << 20
 PLACEHOLDER = {"architecture": "standard", "d_sae": 1}
 """The `sae` of a recipe whose activations are kept: a runner wants one, it is never trained."""
+
+
+ROWS_PER_HASH = 4096
+
+
+def mapped(
+    path: Path, rows: int, width: int, dtype: torch.dtype, *, writable: bool
+) -> torch.Tensor:
+    """(rows, width) tensor over a file, which is made when missing and writable."""
+    flat = torch.from_file(str(path), shared=writable, size=rows * width, dtype=dtype)
+    return flat.view(rows, width)
+
+
+def row_hashes(rows: torch.Tensor, known: Sequence[str] = ()) -> list[str]:
+    """The hash of each block of (n, width) rows, the last of which may be shorter.
+
+    `known` are those of the first blocks, which are not read again.
+    """
+    further = rows[len(known) * ROWS_PER_HASH :]
+    blocks = further.split(ROWS_PER_HASH) if len(further) else ()
+    return [*known, *(_sha256(block) for block in blocks)]
+
+
+def _sha256(block: torch.Tensor) -> str:
+    # numpy has no bfloat16: hash the bytes.
+    return hashlib.sha256(block.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+class HashedRows:
+    """Rows mapped from a file, checked block by block as they are read.
+
+    A block is checked when one of its rows is first asked for: the disk reads it then in any case.
+    Hashes are what `row_hashes` gave when the rows were written; None for a file of version 0.1,
+    which cannot be checked. `damaged` is the refusal.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        width: int,
+        dtype: torch.dtype,
+        hashes: Sequence[str] | None,
+        damaged: str,
+    ) -> None:
+        size = path.stat().st_size if path.is_file() else 0
+        blocks = -(-rows // ROWS_PER_HASH)
+        if size != rows * width * dtype.itemsize or len(hashes or range(blocks)) != blocks:
+            raise InputError(damaged)
+        self._rows = mapped(path, rows, width, dtype, writable=False)
+        self._unread = {} if hashes is None else dict(enumerate(hashes))
+        self._damaged = damaged
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, width)."""
+        return self._rows.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their precision."""
+        return self._rows.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Their size."""
+        return self._rows.nbytes
+
+    def __getitem__(self, chosen: slice | torch.Tensor) -> torch.Tensor:
+        """Rows by a slice or by their numbers, (n, width), if they are what was written."""
+        if self._unread:
+            self._check(chosen)
+        return self._rows[chosen]
+
+    def _check(self, chosen: slice | torch.Tensor) -> None:
+        if isinstance(chosen, slice):
+            start, stop, _ = chosen.indices(len(self._rows))
+            wanted = list(range(start // ROWS_PER_HASH, -(-stop // ROWS_PER_HASH)))
+        else:
+            wanted = (chosen // ROWS_PER_HASH).unique().tolist()
+        for block in filter(self._unread.__contains__, wanted):
+            start = block * ROWS_PER_HASH
+            if _sha256(self._rows[start : start + ROWS_PER_HASH]) != self._unread[block]:
+                raise InputError(self._damaged)
+            del self._unread[block]
 
 
 def read_activations(
@@ -261,7 +346,6 @@ class CachedBatches:
         self.position = int(state["position"])
 
     def __iter__(self) -> Self:
-        """Itself."""
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:

@@ -137,7 +137,6 @@ class ActivationStream:
         self._ready = 0
 
     def __iter__(self) -> Self:
-        """Itself."""
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:

@@ -27,7 +27,6 @@ from msae_plugin.common.recipes import (
 )
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.models.hook_names import parse_hook_name
-from msae_plugin.training.input_normalization import check_can_be_centred
 from msae_plugin.training.schedules import GradientRateConfig
 
 DEFAULT_ARCHITECTURE = "multiscale"
@@ -118,7 +117,7 @@ def plan_saes(
         for hook in hooks:
             config = _configure(dict(own), where, hook, d_model, training_steps)
             if centres_inputs:
-                check_can_be_centred(config, where)
+                _check_can_be_centred(config, where)
             plans.append(
                 SAEPlan(
                     name=base_name + labels[hook],
@@ -191,6 +190,19 @@ def _own_rates(section: dict[str, Any], where: str) -> dict[str, Any]:
         key: None if values.get(key) is None else coerce(values[key], kind, f"{where}.{key}")
         for key, kind in _RATES.items()
     }
+
+
+def _check_can_be_centred(cfg: Any, where: str) -> None:
+    """Refuse a configuration into whose weights the centre does not fold."""
+    if cfg.normalize_activations != "none":
+        raise InputError(
+            f"'{where}' sets input_normalization and normalize_activations: leave one out"
+        )
+    if not cfg.apply_b_dec_to_input:
+        raise InputError(
+            f"'{where}.input_normalization' folds into b_dec, which this SAE does not subtract: "
+            "set apply_b_dec_to_input to true"
+        )
 
 
 def _centres_inputs(section: dict[str, Any], where: str) -> bool:

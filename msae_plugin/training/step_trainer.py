@@ -15,22 +15,25 @@ from typing import Any, cast
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file, save_file
 from typing_extensions import override
 
 from msae_plugin.architecture.calibration import SupportsRevival
+from msae_plugin.architecture.input_units import estimate_units
 from msae_plugin.architecture.kernels.decoding import MachineSettings
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.seeding import RandomStream
 from msae_plugin.training.data_parallel import share_batches
-from msae_plugin.training.input_normalization import CentringScaler
 from msae_plugin.training.log import TrainingWindow, latent_statistics, scalar
 from msae_plugin.training.schedules import GradientRateConfig, LearningRateRule, build_optimiser
 
 RULES_FILE = "learning_rate_rule.pt"
+_CENTRE_FILE = "activation_centre.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,56 @@ class StepOptions:
     # Activations are centred and scaled by the first batch, for an SAE that does not do it itself
     centres_inputs: bool = False
     machine: MachineSettings = field(default_factory=MachineSettings)
+
+
+class CentringScaler(ActivationScaler):
+    """SAELens' scaler, which subtracts a centre (d_in,) first: (x - centre) * scaling_factor.
+
+    A multiscale SAE centres by itself (`architecture/input_units.py`). So that a comparison gives
+    every method the same help, this does it for any other, until `fold_centre` at the end.
+    """
+
+    centre: torch.Tensor | None = None  # (d_in,); None until it is estimated
+
+    @torch.no_grad()
+    def estimate(self, activations: torch.Tensor, ranks: Ranks) -> None:
+        """Take centre and factor from the first batch (n_tokens, d_in) of all ranks."""
+        if self.centre is None:
+            shift, scale = estimate_units(ranks.concatenated(activations)[0])
+            self.centre, self.scaling_factor = shift, 1 / float(scale)
+
+    @override
+    def scale(self, acts: torch.Tensor) -> torch.Tensor:
+        if self.centre is not None:
+            acts = (acts - self.centre.to(acts.device)).to(acts.dtype)
+        return super().scale(acts)
+
+    @override
+    def unscale(self, acts: torch.Tensor) -> torch.Tensor:
+        acts = super().unscale(acts)
+        if self.centre is None:
+            return acts
+        return (acts + self.centre.to(acts.device)).to(acts.dtype)
+
+    @override
+    def save(self, file_path: str) -> None:
+        super().save(file_path)
+        if self.centre is not None:
+            save_file({"centre": self.centre.contiguous()}, Path(file_path).parent / _CENTRE_FILE)
+
+    @override
+    def load(self, file_path: str | Path) -> None:
+        super().load(file_path)
+        centre = Path(file_path).parent / _CENTRE_FILE
+        self.centre = load_file(centre)["centre"] if centre.exists() else None
+
+
+@torch.no_grad()
+def fold_centre(sae: TrainingSAE[Any], scaler: ActivationScaler) -> None:
+    """Let the SAE take raw activations; its scaling factor is folded in already."""
+    if isinstance(scaler, CentringScaler) and scaler.centre is not None:
+        sae.b_dec.add_(scaler.centre.to(sae.b_dec))
+        scaler.centre = None
 
 
 class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):

@@ -26,8 +26,7 @@ from msae_plugin.training.data_parallel import (
     share_batches,
     stop_together,
 )
-from msae_plugin.training.input_normalization import fold_centre
-from msae_plugin.training.step_trainer import StepOptions, StepTrainer
+from msae_plugin.training.step_trainer import StepOptions, StepTrainer, fold_centre
 
 
 @runtime_checkable

@@ -17,8 +17,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from msae_plugin.common.errors import InputError
+from msae_plugin.hub.formats import FORMATS, ExportRequest, export_for
 from msae_plugin.hub.formats.lm_eval import COLUMNS
-from msae_plugin.hub.formats.table import FORMATS, ExportRequest, export_for
 from msae_plugin.models.forward_pass import activations_at
 from msae_plugin.saes.load import load_saes
 

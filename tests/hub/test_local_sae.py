@@ -11,6 +11,7 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig
 from safetensors.torch import load_file, save_file
 
+import msae_plugin
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import file_sha256
 from msae_plugin.hub.card_data import measured_of, read_evaluation
@@ -166,3 +167,10 @@ def test_files_published_as_they_are_are_searched_for_local_paths(run):
     assert private_content(build_folder("a/b", found, None)) == [
         "a/b/metrics.jsonl names /home/jane/notes"
     ]
+
+
+def test_a_folder_in_the_repository_can_be_named(run, tmp_path):
+    made = msae_plugin.publish(
+        run / "batchtopk", "ada/x", dry_run=True, output=tmp_path / "out", folder="mine/here"
+    )
+    assert made.details.folders == ("mine/here",)

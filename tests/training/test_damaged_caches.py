@@ -16,9 +16,13 @@ import torch
 from msae_plugin.common.errors import InputError
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
-from msae_plugin.training import activation_store, hashed_rows
-from msae_plugin.training.activation_store import CachedActivations, open_cache
-from msae_plugin.training.hashed_rows import HashedRows, row_hashes
+from msae_plugin.training import activation_store
+from msae_plugin.training.activation_store import (
+    CachedActivations,
+    HashedRows,
+    open_cache,
+    row_hashes,
+)
 from msae_plugin.training.passes import make_cache
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
@@ -39,8 +43,7 @@ def flip(path: Path, place: int) -> None:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks in few rows."""
-    for module in (hashed_rows, activation_store):
-        monkeypatch.setattr(module, "ROWS_PER_HASH", 200)
+    monkeypatch.setattr(activation_store, "ROWS_PER_HASH", 200)
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import package_folder
 from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.evaluation.preflight import EXTRA
+from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.registration import register
 
 _ALIASES = {"scr": "scr_and_tpp", "tpp": "scr_and_tpp"}
@@ -37,7 +37,7 @@ def run_saebench_script(evaluation: str, arguments: Sequence[str]) -> None:
         raise InputError(f"SAEBench has no evaluation {evaluation!r}", hint)
     register()
     module = f"sae_bench.evals.{name}.main"
-    with _arguments([f"msae saebench {evaluation}", *arguments]):
+    with replaced(sys, "argv", [f"msae saebench {evaluation}", *arguments]):
         try:
             runpy.run_module(module, run_name="__main__")
         except ModuleNotFoundError as error:
@@ -46,13 +46,3 @@ def run_saebench_script(evaluation: str, arguments: Sequence[str]) -> None:
             raise InputError(
                 f"SAEBench's {name} needs the package {error.name}: pip install {error.name}"
             ) from error
-
-
-@contextmanager
-def _arguments(words: list[str]) -> Generator[None, None, None]:
-    before = sys.argv
-    sys.argv = words
-    try:
-        yield
-    finally:
-        sys.argv = before

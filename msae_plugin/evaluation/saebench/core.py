@@ -42,6 +42,7 @@ from msae_plugin.evaluation.outcomes import (
 from msae_plugin.evaluation.saebench.adapter import Adapter
 from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens, ignored_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
+from msae_plugin.saes.export import dense
 from msae_plugin.saes.load import EvaluatedSAE
 
 logger = logging.getLogger(__name__)
@@ -326,8 +327,7 @@ class _Observed:
     def encode(self, activations: torch.Tensor) -> torch.Tensor:
         """(..., d_sae) latents."""
         self._read = activations
-        latents = self._sae.encode(activations)
-        return latents.to_dense() if latents.is_sparse else latents
+        return dense(self._sae.encode(activations))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """(..., d_in) reconstruction."""

@@ -29,6 +29,7 @@ from sae_lens import SAE
 
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.progress import bars_of_libraries_told, warnings_alone
+from msae_plugin.saes.export import dense
 
 
 @contextmanager
@@ -79,20 +80,13 @@ def without_jaxtyping() -> Generator[None, None, None]:
     one name stands for the sizes of two data sets ("train_dataset_size is 400 which does not equal
     the existing value of 200").
     """
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
+    with replaced(jaxtyping.config, "jaxtyping_disable", True):
         yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
 
 
-@contextmanager
-def quiet() -> Generator[io.StringIO, None, None]:
+def quiet() -> redirect_stdout[io.StringIO]:
     """Keep SAEBench's prints off standard output, which belongs to the command's own result."""
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        yield printed
+    return redirect_stdout(io.StringIO())
 
 
 @contextmanager
@@ -123,11 +117,7 @@ def scratch_working_directory() -> Generator[Path, None, None]:
 @contextmanager
 def evaluation_environment(seed: int) -> Generator[None, None, None]:
     """Run SAEBench seeded, quietly and without jaxtyping's checks."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(seeded(seed))
-        stack.enter_context(without_jaxtyping())
-        stack.enter_context(quiet())
-        stack.enter_context(without_noise())
+    with seeded(seed), without_jaxtyping(), quiet(), without_noise():
         yield
 
 
@@ -143,9 +133,7 @@ class CheckedLatents:
 
     def encode(self, activations: torch.Tensor) -> torch.Tensor:
         """(..., d_in) to (..., d_sae), dense."""
-        latents = self._encode(activations)
-        if latents.is_sparse:
-            latents = latents.to_dense()
+        latents = dense(self._encode(activations))
         if latents.numel() == 0:
             return latents
         # One pass without a copy; NaN is passed on.

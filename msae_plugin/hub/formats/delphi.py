@@ -9,7 +9,7 @@ read in eai-delphi 0.1.3. latents/MODULE/START_END.safetensors holds, of the lat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +19,12 @@ from safetensors.numpy import save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import write_json_atomic
-from msae_plugin.data.text import iterate_windows, load_text
+from msae_plugin.data.text import first_windows, load_text
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.hub.formats.request import ExportRequest, hf_module
 from msae_plugin.models.forward_pass import activations_at
 from msae_plugin.models.loading import LanguageModel, load_language_model
+from msae_plugin.saes.export import dense
 from msae_plugin.saes.load import EvaluatedSAE, load_saes
 
 SPLITS, BATCH = 5, 32
@@ -64,7 +65,7 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
 
 
 def _heldout_tokens(
-    evaluated: EvaluatedSAE, language_model: LanguageModel, data: Mapping[str, Any], windows: int
+    evaluated: EvaluatedSAE, model: LanguageModel, data: Mapping[str, Any], windows: int
 ) -> torch.Tensor:
     """(windows, context_size) tokens of the held-out text, laid out as in training."""
     text = load_text(
@@ -73,17 +74,11 @@ def _heldout_tokens(
         text_column=cast("str | None", data.get("text_column")),
         heldout_documents=int(data["heldout_documents"]),
     )
-    found = iterate_windows(
-        language_model.model,
-        language_model.tokenizer,
-        text.heldout_texts(language_model.tokenizer),
-        int(evaluated.sae.cfg.metadata.context_size or 128),
-        prepend_bos=bool(evaluated.sae.cfg.metadata.prepend_bos),
-    )
-    tokens = [window.tokens for window in islice(found, windows)]
-    if not tokens:
-        raise InputError(f"{data['source']}: its held-out text is shorter than a window")
-    return torch.stack(tokens)
+    metadata = evaluated.sae.cfg.metadata
+    size = int(metadata.context_size or 128)
+    texts, bos = text.heldout_texts(model.tokenizer), bool(metadata.prepend_bos)
+    found = first_windows(model, texts, size, windows * size, prepend_bos=bos)
+    return torch.stack([window.tokens for window in found])
 
 
 @torch.no_grad()
@@ -95,8 +90,7 @@ def _active(
     values: list[torch.Tensor] = []
     for number, batch in enumerate(tokens.split(BATCH)):
         read = activations_at(model.model, batch, [sae.hook_name])[sae.hook_name]
-        latents = sae.sae.encode(read)
-        latents = (latents.to_dense() if latents.is_sparse else latents).cpu()
+        latents = dense(sae.sae.encode(read)).cpu()
         active = (latents.abs() > SMALLEST).nonzero()
         values.append(latents[tuple(active.T)])
         places.append(active + torch.tensor([number * BATCH, 0, 0]))
