@@ -153,9 +153,7 @@ def test_prefix_widths_ascend_to_the_whole_dictionary(d_sae: int, shares: list[f
 def test_configs_survive_json(name: str) -> None:
     cfg = preset(name, **BASE, training_steps=100)
     again = TrainingSAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict())))
-    assert type(again) is MultiScaleTrainingSAEConfig
     assert again == cfg
-    assert not any(isinstance(value, tuple) for value in vars(again).values())
     exported = json.loads(json.dumps(cfg.get_inference_sae_cfg_dict()))
     inference = SAEConfig.from_dict(exported)
     assert isinstance(inference, MultiScaleSAEConfig)

@@ -6,6 +6,7 @@ Every preset is trained for a few steps, past several re-sorts of its rings, bef
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
-from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepOutput
+from sae_lens.registry import get_sae_class, get_sae_training_class
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAEConfig, TrainStepOutput
 from safetensors.torch import load_file
 from steps import activations, step_input, to_export_units, train
 from tolerance import rounding_tolerance
@@ -62,6 +64,22 @@ def trained(request: pytest.FixtureRequest) -> MultiScaleTrainingSAE:
 @pytest.fixture
 def batch() -> torch.Tensor:
     return activations(30, D_IN, 999)
+
+
+def test_the_registry_knows_both_classes() -> None:
+    assert get_sae_training_class("multiscale") == (
+        MultiScaleTrainingSAE,
+        MultiScaleTrainingSAEConfig,
+    )
+    assert get_sae_class("multiscale")[0] is MultiScaleSAE
+
+
+def test_the_config_survives_json(trained: MultiScaleTrainingSAE) -> None:
+    through_json = json.loads(json.dumps(trained.cfg.to_dict()))
+    again = TrainingSAEConfig.from_dict(through_json)
+    assert type(again) is MultiScaleTrainingSAEConfig
+    assert again.to_dict() == trained.cfg.to_dict()
+    assert not any(isinstance(value, tuple) for value in vars(again).values())
 
 
 def test_attributes_can_be_set_on_the_config(trained: MultiScaleTrainingSAE) -> None:
