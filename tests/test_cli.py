@@ -30,14 +30,6 @@ def msae(*words: str) -> Any:
     return CliRunner().invoke(cli.app, list(words))
 
 
-def test_help_names_the_commands_and_options() -> None:
-    assert msae("--help").exit_code == 0
-    assert "train" in msae("--help").output
-    output = msae("train", "--help").output
-    for option in ("--config", "--set", "--output", "--resume"):
-        assert option in output
-
-
 ANSWERED_AT_ONCE = """
 import sys
 from msae_cli.app import main
@@ -57,6 +49,7 @@ finally:
         (["eval", "--help"], 0, "--skip-missing"),
         (["saebench", "--help"], 0, "msae saebench core --help"),
         (["train"], 2, "Missing option"),
+        (["train", "--help"], 0, "--resume"),
         (["info"], 2, "error: give either a folder or --config"),
         (["info", "folder", "--set", "a=1"], 2, "error: --set changes a recipe"),
         (["info", "/nowhere/at/all"], 2, "error: '/nowhere/at/all' does not exist: / holds "),
@@ -148,10 +141,6 @@ def test_wrong_input_is_one_line_and_status_2(
     assert result.stdout == ""
 
 
-def test_a_missing_option_is_status_2() -> None:
-    assert msae("train").exit_code == 2
-
-
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
@@ -236,25 +225,19 @@ def test_ctrl_c_prints_a_command_that_continues(recipe_file: Path, tmp_path: Pat
     assert (out / "sae" / "cfg.json").exists()
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "msae_cli.app", "publish", "--help"]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (1, "")
-
-
-@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["train", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["train", "--help"], []])
 def test_head_prints_no_error(words: list[str]) -> None:
     """However soon the reader goes: here it is gone before the first byte."""
     script = "import sys; from msae_cli.app import main; sys.argv = ['msae', *sys.argv[1:]]; main()"
+    command = [sys.executable, "-c", script, *words]
+    if not words:
+        command = [sys.executable, "-m", "msae_cli.app", "publish", "--help"]
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-c", script, *words]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert done.stderr == ""
+    assert words or done.returncode == 1
 
 
 @pytest.mark.parametrize(("name", "example"), [(row[0], row[3]) for row in cli.COMMANDS])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
 from msae_plugin import MultiScaleTrainingSAE, MultiScaleTrainingSAEConfig
@@ -109,3 +110,20 @@ def train(
         optimizer.zero_grad()
         outputs.append(output)
     return outputs
+
+
+def saelens_trainer_config(n_steps: int, n_tokens: int = 64, **fields: Any) -> SAETrainerConfig:
+    """A constant rate for so many steps, without checkpoints."""
+    values: dict[str, Any] = {
+        "n_checkpoints": 0, "checkpoint_path": None, "save_final_checkpoint": False,
+        "device": "cpu", "autocast": False, "lr_scheduler_name": "constant", "lr_warm_up_steps": 0,
+        "lr_decay_steps": 0, "n_restart_cycles": 1, "adam_beta1": 0.9, "adam_beta2": 0.999,
+        "dead_feature_window": 10, "feature_sampling_window": 100,
+        "logger": LoggingConfig(log_to_wandb=False), **fields,
+    }  # fmt: skip
+    return SAETrainerConfig(
+        total_training_samples=n_tokens * n_steps,
+        train_batch_size_samples=n_tokens,
+        lr_end=values["lr"],
+        **values,
+    )

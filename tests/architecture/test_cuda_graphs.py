@@ -22,9 +22,7 @@ from msae_plugin.architecture.kernels import replay, static_selection
 from msae_plugin.architecture.kernels.cuda_graphs import RecordedSteps, StepFunction
 from msae_plugin.architecture.kernels.decoding import MachineSettings
 from msae_plugin.architecture.losses import auxk_loss
-from msae_plugin.architecture.selection import batch_top_k
 from msae_plugin.architecture.step_schedule import (
-    Budgets,
     DeadLatents,
     EncoderInput,
     StepInputs,
@@ -125,6 +123,14 @@ def step_of(sae: MultiScaleTrainingSAE, step: int, n_dead: int = 0, **more: Any)
     return sae.training_forward_pass(step_input(x, step, dead_mask(n_dead), **more))
 
 
+def after_steps(**fields: Any) -> MultiScaleTrainingSAE:
+    """An SAE after steps that are recorded where they may be."""
+    sae, _ = two_saes(k_anneal_steps=0, **fields)
+    for step in range(1, 8):
+        step_of(sae, step).loss.backward()
+    return sae
+
+
 def same_state(one: MultiScaleTrainingSAE, other: MultiScaleTrainingSAE) -> None:
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)
@@ -206,9 +212,7 @@ def test_losses_may_be_held_while_further_steps_are_taken() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_a_backward_pass_after_the_next_step_is_refused() -> None:
-    replayed, _ = two_saes(k_anneal_steps=0)
-    for step in range(1, 8):
-        step_of(replayed, step).loss.backward()
+    replayed = after_steps()
     first, second = step_of(replayed, 8), step_of(replayed, 9)
     with pytest.raises(RunFailure, match=r"before the next step, or set cuda_graphs=False"):
         first.loss.backward()
@@ -250,9 +254,7 @@ def test_what_a_recording_depends_on_makes_another() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_hooks_gradients_of_the_input_and_no_grad_are_served() -> None:
-    replayed, _ = two_saes(k_anneal_steps=0)
-    for step in range(1, 8):
-        step_of(replayed, step).loss.backward()
+    replayed = after_steps()
     seen: list[torch.Tensor] = []
     replayed.hook_sae_acts_post.add_hook(lambda acts, hook: seen.append(acts))
     step_of(replayed, 8)
@@ -268,9 +270,7 @@ def test_hooks_gradients_of_the_input_and_no_grad_are_served() -> None:
 
 @pytest.mark.usefixtures("recording")
 def test_copies_and_exports_leave_recordings_behind() -> None:
-    replayed, _ = two_saes(k_anneal_steps=0)
-    for step in range(1, 8):
-        step_of(replayed, step).loss.backward()
+    replayed = after_steps()
     replayed.zero_grad()
     assert replayed.recorded_steps.count == 1
     assert copy.deepcopy(replayed).recorded_steps.count == 0
@@ -315,41 +315,11 @@ def test_what_cannot_be_recorded_runs_as_it_is(
     ],
 )
 def test_mechanisms_off_the_presets_are_not_recorded(fields: dict[str, Any]) -> None:
-    replayed, _ = two_saes(k_anneal_steps=0, **fields)
-    for step in range(1, 8):
-        step_of(replayed, step).loss.backward()
-    assert replayed.recorded_steps.count == 0
+    assert after_steps(**fields).recorded_steps.count == 0
 
 
 def test_nothing_is_recorded_on_a_cpu() -> None:
-    replayed, _ = two_saes(k_anneal_steps=0)
-    for step in range(1, 8):
-        step_of(replayed, step).loss.backward()
-    assert replayed.recorded_steps.count == 0
-
-
-@pytest.mark.parametrize("scales", [[], [2.0], [0.5, 3.0]])
-@pytest.mark.parametrize("room", [0, 1, 200])
-@pytest.mark.parametrize("shift", [0.0, -1.5, -9.0])
-def test_a_list_with_room_selects_the_same_pairs(
-    scales: list[float], room: int, shift: float
-) -> None:
-    generator = torch.Generator().manual_seed(room)
-    hidden_pre = torch.randn(N_TOKENS, D_SAE, generator=generator) + shift
-    exact = Budgets.of(5, scales, N_TOKENS, D_SAE)
-    pairs = [torch.tensor(count) for count in exact.pairs]
-    roomy = Budgets(pairs, exact.main_level, exact.n_listed + room)
-    found = static_selection.static_batch_top_k(hidden_pre, hidden_pre, roomy)
-    expected = batch_top_k(hidden_pre, hidden_pre, 5, scales)
-
-    def listed(selection: Any) -> dict[tuple[int, int], tuple[float, int, bool]]:
-        columns = (selection.tokens, selection.latents, selection.values, selection.levels)
-        rows = zip(*(c.tolist() for c in columns), selection.active().tolist(), strict=True)
-        return {(t, i): (v, tier, on) for t, i, v, tier, on in rows if v > 0}
-
-    assert listed(found) == listed(expected)
-    torch.testing.assert_close(found.threshold, expected.threshold, atol=0, rtol=0)
-    torch.testing.assert_close(found.lowest_score, expected.lowest_score, atol=0, rtol=0)
+    assert after_steps().recorded_steps.count == 0
 
 
 @pytest.mark.parametrize("n_dead", [1, 3, 7, 30])

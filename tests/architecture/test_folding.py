@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE
-from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
-from steps import EVERYTHING, activations, make, plain, to_export_units, train
+from steps import (
+    EVERYTHING,
+    activations,
+    make,
+    plain,
+    saelens_trainer_config,
+    to_export_units,
+    train,
+)
 
 from msae_plugin import (
     InputError,
@@ -67,27 +73,7 @@ def fitted(
             _fold(*args, **kwargs)
 
         monkeypatch.setattr(type(sae), name, lambda self, *a, _w=watched, **k: _w(*a, **k))
-    cfg = SAETrainerConfig(
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
-        total_training_samples=64 * n_steps,
-        device="cpu",
-        autocast=False,
-        lr=1e-3,
-        lr_end=1e-3,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        lr_decay_steps=0,
-        n_restart_cycles=1,
-        train_batch_size_samples=64,
-        dead_feature_window=10,
-        feature_sampling_window=100,
-        logger=LoggingConfig(log_to_wandb=False),
-        n_batches_for_norm_estimate=5,
-    )
+    cfg = saelens_trainer_config(n_steps, lr=1e-3, n_batches_for_norm_estimate=5)
     SAETrainer(cfg=cfg, sae=sae, data_provider=data()).fit()
     unfolded = seen.pop("unfolded")
     assert sae.cfg.normalize_activations == "none"
@@ -205,20 +191,6 @@ def test_an_exported_sae_folds_too(fields: dict[str, Any]) -> None:
         torch.testing.assert_close(folded(4 * x), 4 * sae(x), rtol=1e-4, atol=1e-4)
 
 
-def test_scaler_and_sae_agree_without_the_trainer() -> None:
-    scaler = ActivationScaler()
-    scaler.estimate_scaling_factor(d_in=6, data_provider=data(), n_batches_for_norm_estimate=5)
-    assert scaler.scaling_factor is not None
-    sae = make(**plain(normalize_activations="expected_average_only_in"))
-    train(sae, 5)
-    sae.eval()
-    x = 40 * activations(20, 6, 0)
-    with torch.no_grad():
-        expected = scaler.unscale(sae(scaler.scale(x)))
-        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-        torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-3)
-
-
 @pytest.mark.parametrize("mode", ["layer_norm", "constant_norm_rescale"])
 @pytest.mark.parametrize("kind", ["training", "inference"])
 def test_stateful_normalisations_are_refused_with_the_alternative(mode: str, kind: str) -> None:
@@ -227,12 +199,6 @@ def test_stateful_normalisations_are_refused_with_the_alternative(mode: str, kin
         config = MultiScaleTrainingSAEConfig
     with pytest.raises(InputError, match=r"^normalize_activations=.*norm_scales=\[1.0\]") as info:
         config(d_in=6, d_sae=33, normalize_activations=mode)
-    assert "\n" not in str(info.value)
-
-
-def test_whitening_with_normalisation_is_refused() -> None:
-    with pytest.raises(InputError, match=r"^normalize_activations must not be ") as info:
-        make(**plain(normalize_activations="covariance_whitening", norm_scales=[1.0]))
     assert "\n" not in str(info.value)
 
 

@@ -81,18 +81,6 @@ def test_leading_dimensions_and_memory_layout_do_not_matter() -> None:
     torch.testing.assert_close(transposed, expected, atol=0, rtol=0)
 
 
-def test_linear_and_stateless() -> None:
-    a, b, W_dec = latents(0.01), latents(0.01, seed=1), decoder()
-    first = decode_latents(a, W_dec)
-    combined = decode_latents(2 * a - 3 * b, W_dec)
-    # The products of both lists, scaled and subtracted, however they are grouped.
-    atol = 2 * rounding(2 * a.abs() + 3 * b.abs(), W_dec)
-    torch.testing.assert_close(
-        combined, 2 * first - 3 * decode_latents(b, W_dec), atol=atol, rtol=0
-    )
-    torch.testing.assert_close(decode_latents(a, W_dec), first, atol=0, rtol=0)
-
-
 def test_not_a_number_is_not_hidden() -> None:
     acts = latents(0.01)
     acts[5, 7] = torch.nan

@@ -35,30 +35,17 @@ def assert_exact(sae: SAE[Any]) -> None:
     assert sae.dtype == torch.bfloat16
 
 
-def test_threshold_survives_a_cast(tmp_path: Path) -> None:
-    sae = exported(tmp_path)
-    sae.to(torch.bfloat16)
-    assert_exact(sae)
-    names = [name for name, _ in sae.named_parameters()]
-    assert "threshold" in names
-
-
-def test_threshold_survives_a_cast_with_a_device(tmp_path: Path) -> None:
-    sae = exported(tmp_path)
-    sae.to(device="cpu", dtype=torch.bfloat16)
-    assert_exact(sae)
-
-
-def test_threshold_survives_saving_in_bf16(tmp_path: Path) -> None:
-    sae = exported(tmp_path / "a").to(torch.bfloat16)
-    sae.save_model(tmp_path / "b")
-    assert_exact(SAE.load_from_disk(tmp_path / "b"))
-
-
-def test_threshold_survives_loading_as_bf16(tmp_path: Path) -> None:
-    sae = exported(tmp_path / "a")
-    sae.save_model(tmp_path / "b")
-    assert_exact(SAE.load_from_disk(tmp_path / "b", dtype="bfloat16"))
+@pytest.mark.parametrize("n_saved", range(4))
+def test_threshold_survives_saving_and_loading_as_bf16(n_saved: int, tmp_path: Path) -> None:
+    sae: SAE[Any] = exported(tmp_path / "exported")
+    for n in range(n_saved):
+        sae.save_model(tmp_path / str(n))
+        sae = SAE.load_from_disk(tmp_path / str(n), dtype="bfloat16")
+    assert_exact(sae if n_saved else sae.to(torch.bfloat16))
+    assert_exact(sae.to(device="cpu", dtype=torch.bfloat16))
+    sae.save_model(tmp_path / "as it is")
+    assert_exact(SAE.load_from_disk(tmp_path / "as it is"))
+    assert "threshold" in [name for name, _ in sae.named_parameters()]
 
 
 @pytest.mark.parametrize("load_as", [None, "float32", "bfloat16", "float64"])
@@ -73,14 +60,6 @@ def test_exported_threshold_is_that_of_the_trained_sae(
     loaded = SAE.load_from_disk(tmp_path, dtype=load_as)
     assert loaded.threshold.dtype == (torch.float64 if load_as == "float64" else torch.float32)
     assert (loaded.threshold.float() == torch.tensor(0.1)).all()
-
-
-def test_repeated_saving_as_bf16_does_not_drift(tmp_path: Path) -> None:
-    sae: SAE[Any] = exported(tmp_path / "0")
-    for n in range(3):
-        sae.save_model(tmp_path / str(n))
-        sae = SAE.load_from_disk(tmp_path / str(n), dtype="bfloat16")
-    assert_exact(sae)
 
 
 def test_bf16_latents_use_the_exact_threshold(tmp_path: Path) -> None:

@@ -22,17 +22,15 @@ from msae_plugin.architecture.mechanisms.revival import (
 CPU = torch.device("cpu")
 
 
-def with_dead_latents(n_dead: int = 4, **fields: object) -> MultiScaleTrainingSAE:
-    """A SAE whose last latents can never fire: their bias is far below every cut."""
-    sae = make(**plain(revival_every=5, revival_dead_steps=3, **fields))
+def kill(sae: MultiScaleTrainingSAE) -> MultiScaleTrainingSAE:
     with torch.no_grad():
-        sae.b_enc[-n_dead:] = -1e3
+        sae.b_enc[-4:] = -1e3
     return sae
 
 
-def kill(sae: MultiScaleTrainingSAE, n_dead: int = 4) -> None:
-    with torch.no_grad():
-        sae.b_enc[-n_dead:] = -1e3
+def with_dead_latents(**fields: object) -> MultiScaleTrainingSAE:
+    """A SAE whose last latents can never fire: their bias is far below every cut."""
+    return kill(make(**plain(revival_every=5, revival_dead_steps=3, **fields)))
 
 
 def test_dead_latents_are_revived_once_the_window_is_over_and_not_before() -> None:

@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE
-from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
-from steps import activations, step_input, to_export_units
+from steps import activations, saelens_trainer_config, step_input, to_export_units
 
 from msae_plugin import MultiScaleTrainingSAE, preset
 from msae_plugin.architecture.export import save_jumprelu_export
@@ -126,14 +125,7 @@ def test_saelens_own_trainer_sees_no_scale(name: str) -> None:
         cfg = preset(name, d_in=D_IN, d_sae=D_SAE, k=K, training_steps=20, dtype="float64")
         sae = MultiScaleTrainingSAE(cfg)
         data = (scale * structured(step) + shift for step in range(1000))
-        trainer_cfg = SAETrainerConfig(
-            n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False,
-            total_training_samples=20 * N_TOKENS, device="cpu", autocast=False, lr=3e-3,
-            lr_end=3e-3, lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9,
-            adam_beta2=0.999, lr_decay_steps=0, n_restart_cycles=1,
-            train_batch_size_samples=N_TOKENS, dead_feature_window=10, feature_sampling_window=10,
-            logger=LoggingConfig(log_to_wandb=False),
-        )  # fmt: skip
+        trainer_cfg = saelens_trainer_config(20, N_TOKENS, lr=3e-3, feature_sampling_window=10)
         trainer = SAETrainer(cfg=trainer_cfg, sae=sae, data_provider=data)
         torch.manual_seed(1)
         return trainer.fit()  # type: ignore[return-value]

@@ -15,22 +15,34 @@ from msae_plugin.architecture.step_schedule import Budgets
 D_SAE, N_TOKENS = 40, 32
 
 
-def pairs(selection: Selection) -> dict[tuple[int, int], tuple[float, int]]:
-    """Value and tier by token and latent, without padding."""
+def pairs(selection: Selection) -> dict[tuple[int, int], tuple[float, int, bool]]:
+    """Value, tier and whether it is active, by token and latent, without padding."""
     columns = (selection.tokens, selection.latents, selection.values, selection.levels)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return {(t, i): (value, tier) for t, i, value, tier in rows if value > 0}
+    rows = zip(*(c.tolist() for c in (*columns, selection.active())), strict=True)
+    return {(t, i): (value, tier, on) for t, i, value, tier, on in rows if value > 0}
 
 
 @pytest.mark.parametrize("scales", [[], [2.0], [0.5, 3.0]])
+@pytest.mark.parametrize("room", [None, 0, 1, 200])
 @pytest.mark.parametrize("shift", [0.0, -1.5, -9.0])  # plenty, too few, none are positive
-def test_the_static_selection_is_the_other_one(scales: list[float], shift: float) -> None:
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("scored", [False, True])
+def test_the_static_selection_is_the_other_one(
+    scales: list[float], room: int | None, shift: float, scored: bool
+) -> None:
+    generator = torch.Generator().manual_seed(room or 0)
     hidden_pre = torch.randn(N_TOKENS, D_SAE, generator=generator) + shift
-    scores = hidden_pre * (1 + torch.rand(D_SAE, generator=generator)) - 0.3
-    static = static_batch_top_k(hidden_pre, scores, Budgets.of(5, scales, N_TOKENS, D_SAE))
+    scores = hidden_pre
+    if scored:
+        scores = hidden_pre * (1 + torch.rand(D_SAE, generator=generator)) - 0.3
+    exact = Budgets.of(5, scales, N_TOKENS, D_SAE)
+    # A recorded step has its budgets as tensors, and room for more pairs.
+    counts = [torch.tensor(count) for count in exact.pairs]
+    budgets = exact
+    if room is not None:
+        budgets = Budgets(counts, exact.main_level, exact.n_listed + room)
+    static = static_batch_top_k(hidden_pre, scores, budgets)
     other = batch_top_k(hidden_pre, scores, 5, scales)
-    assert static.values.numel() == int(max([1.0, *scales]) * 5 * N_TOKENS)
+    assert static.values.numel() == int(max([1.0, *scales]) * 5 * N_TOKENS) + (room or 0)
     assert pairs(static) == pairs(other)
     assert int(static.active().sum()) == int(other.active().sum())
     assert static.main_level == other.main_level

@@ -160,7 +160,10 @@ def test_the_stored_activations_are_the_models_and_skip_special_tokens(
 
 
 def test_the_model_runs_over_the_text_once(
-    run: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Comparison],
+    language_model_recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     passes: list[Path] = []
     make = language_model.store_activations
@@ -178,24 +181,14 @@ def test_the_model_runs_over_the_text_once(
     assert len(passes) == 1
     assert more["a_l0-6_seed0"] == first["a_l0-6_seed0"]
     assert len(more) == 4
+    longer = {**language_model_recipe["training"], "tokens": 30 * 128}
     with pytest.raises(InputError, match="other settings"):
-        run(tmp_path, saes=saes, training={**BIGGER, "tokens": 30 * 128})
+        run(tmp_path, saes=saes, training=longer)
     # Without its activations a finished comparison is still read and measured.
     done = run(tmp_path, saes=saes, keep_activations=False)
     assert not (tmp_path / "activations").exists()
     assert rows_of(run(tmp_path, saes=saes, keep_activations=False)) == rows_of(done)
     assert len(passes) == 1
-
-
-BIGGER = {
-    "batch_size_tokens": 128,
-    "lr": 4e-3,
-    "n_batches_in_buffer": 16,
-    "store_batch_size_prompts": 8,
-    "calibrate_batches": 4,
-    "dead_feature_window": 10,
-    "norm_estimate_batches": 4,
-}
 
 
 def test_a_part_is_measured_and_the_whole_only_puts_it_together(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import zstandard
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -246,14 +247,17 @@ def test_saelens_store_reads_it_over_two_epochs(
 # --- formats --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet", "csv", "tsv", "txt"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "json", "jsonl.gz", "jsonl.zst", "parquet", "csv", "tsv", "txt"]
+)
 def test_formats_give_the_same_documents(tmp_path: Path, tiny_texts: list[str], kind: str) -> None:
     texts = [*tiny_texts[:40], 'quoted "text", with commas', "NA"]
     path = tmp_path / f"corpus.{kind}"
     lines = "".join(json.dumps({"text": text, "label": 1}) + "\n" for text in [*texts, "", "  "])
     table = pd.DataFrame({"label": 1, "text": [*texts, None]})
     if kind.startswith("json"):
-        with gzip.open(path, "wt") if kind.endswith("gz") else path.open("w") as stream:
+        openers = {"jsonl.gz": gzip.open, "jsonl.zst": zstandard.open}
+        with openers.get(kind, Path.open)(path, "wt") as stream:
             stream.write(lines)
     elif kind == "parquet":
         table.to_parquet(path)
@@ -264,16 +268,6 @@ def test_formats_give_the_same_documents(tmp_path: Path, tiny_texts: list[str], 
     data = load_text(path, heldout_documents=4)
     assert sorted(training_texts(data) + data.heldout) == sorted(texts)
     assert len(data.heldout) == 4
-
-
-def test_zstandard(tmp_path: Path, tiny_texts: list[str]) -> None:
-    import zstandard
-
-    path = tmp_path / "a.jsonl.zst"
-    with zstandard.open(path, "wt") as stream:
-        stream.writelines(json.dumps({"text": text}) + "\n" for text in tiny_texts[:20])
-    data = load_text(path, heldout_documents=2)
-    assert sorted(training_texts(data) + data.heldout) == sorted(tiny_texts[:20])
 
 
 def test_folder_takes_the_split_and_the_data(tmp_path: Path, tiny_texts: list[str]) -> None:
@@ -485,28 +479,29 @@ def test_loading_does_not_touch_the_global_random_state(
 
 
 @pytest.fixture
-def transformer(tiny_language_model):
-    return tiny_language_model
-
-
-@pytest.fixture
 def texts(tiny_texts) -> list[str]:
     return [text[: 40 + 17 * (i % 3)] for i, text in enumerate(tiny_texts[:6])]
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
 @pytest.mark.parametrize("context_size", [4, 7, 16])
-def test_windows_are_those_of_saelens_training(transformer, texts, context_size, prepend_bos):
-    bos = transformer.tokenizer.bos_token_id
+def test_windows_are_those_of_saelens_training(
+    tiny_language_model, texts, context_size, prepend_bos
+):
+    bos = tiny_language_model.tokenizer.bos_token_id
     ours = [
         window.tokens
         for window in iterate_windows(
-            transformer.model, transformer.tokenizer, texts, context_size, prepend_bos=prepend_bos
+            tiny_language_model.model,
+            tiny_language_model.tokenizer,
+            texts,
+            context_size,
+            prepend_bos=prepend_bos,
         )
     ]
     theirs = list(
         concat_and_batch_sequences(
-            (torch.tensor(tokenise(transformer.model, text)) for text in texts),
+            (torch.tensor(tokenise(tiny_language_model.model, text)) for text in texts),
             context_size=context_size,
             begin_batch_token_id=bos if prepend_bos else None,
             sequence_separator_token_id=bos,
@@ -516,22 +511,26 @@ def test_windows_are_those_of_saelens_training(transformer, texts, context_size,
     assert torch.equal(torch.stack(ours), torch.stack(theirs))
 
 
-def test_every_token_knows_its_document(transformer, texts):
-    windows = list(iterate_windows(transformer.model, transformer.tokenizer, texts, 8))
+def test_every_token_knows_its_document(tiny_language_model, texts):
+    windows = list(
+        iterate_windows(tiny_language_model.model, tiny_language_model.tokenizer, texts, 8)
+    )
     tokens = torch.cat([window.tokens for window in windows])
     documents = torch.cat([window.documents for window in windows])
-    bos = transformer.tokenizer.bos_token_id
+    bos = tiny_language_model.tokenizer.bos_token_id
     whole_documents = documents.unique()[:-1].tolist()  # the last one may be cut off
     assert len(whole_documents) >= 4
     for document in whole_documents:
         own = tokens[(documents == document) & (tokens != bos)]
-        assert own.tolist() == tokenise(transformer.model, texts[document])
+        assert own.tolist() == tokenise(tiny_language_model.model, texts[document])
 
 
-def test_empty_documents_are_passed_over_but_counted(transformer):
-    first = len(tokenise(transformer.model, "rose soil"))
+def test_empty_documents_are_passed_over_but_counted(tiny_language_model):
+    first = len(tokenise(tiny_language_model.model, "rose soil"))
     texts = ["", "rose soil", "  ", "rope sail anchor wave tide"]
-    window = next(iterate_windows(transformer.model, transformer.tokenizer, texts, first + 4))
+    window = next(
+        iterate_windows(tiny_language_model.model, tiny_language_model.tokenizer, texts, first + 4)
+    )
     assert window.documents.tolist() == [1] * (first + 1) + [3] * 3
 
 

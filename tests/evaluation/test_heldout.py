@@ -66,11 +66,6 @@ def model_and_hook(request, tiny_model_dir, tiny_language_model):
 
 
 @pytest.fixture
-def transformer(tiny_language_model):
-    return tiny_language_model
-
-
-@pytest.fixture
 def texts(tiny_texts) -> list[str]:
     return [text[: 40 + 7 * i] for i, text in enumerate(tiny_texts[:5])]
 
@@ -193,24 +188,28 @@ def test_explained_variance_l0_and_dead_latents_are_those_of_a_plain_formula(
     np.testing.assert_allclose(got.firing_frequency.numpy(), active.mean(axis=0), rtol=1e-6)
 
 
-def test_several_saes_together_get_what_each_gets_alone(transformer, texts):
+def test_several_saes_together_get_what_each_gets_alone(tiny_language_model, texts):
     hooks = {"a": "blocks.0.hook_resid_post", "b": HOOK}
     saes = {"a": random_sae(1), "b": random_sae(2)}
-    together = evaluate_many(saes, transformer, hooks, texts, context_size=CONTEXT)
+    together = evaluate_many(saes, tiny_language_model, hooks, texts, context_size=CONTEXT)
     for name, sae in saes.items():
-        alone = evaluate_one(sae, transformer, hooks[name], texts, CONTEXT)
+        alone = evaluate_one(sae, tiny_language_model, hooks[name], texts, CONTEXT)
         assert together[name].to_dict() == pytest.approx(alone.to_dict())
 
 
-def test_the_model_itself_runs_once_for_all_saes(transformer, texts):
+def test_the_model_itself_runs_once_for_all_saes(tiny_language_model, texts):
     runs: list[int] = []
     handles = [
-        transformer.model.blocks[layer].register_forward_hook(lambda *_, n=layer: runs.append(n))
+        tiny_language_model.model.blocks[layer].register_forward_hook(
+            lambda *_, n=layer: runs.append(n)
+        )
         for layer in (0, 2)
     ]
     try:
         saes = {name: random_sae(i) for i, name in enumerate("abc")}
-        evaluate_many(saes, transformer, HOOK, texts, context_size=CONTEXT, batch_size=10**6)
+        evaluate_many(
+            saes, tiny_language_model, HOOK, texts, context_size=CONTEXT, batch_size=10**6
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -219,12 +218,12 @@ def test_the_model_itself_runs_once_for_all_saes(transformer, texts):
     assert runs.count(2) == 1 + 1 + 1 + len(saes)
 
 
-def test_limits_on_tokens(transformer, texts):
+def test_limits_on_tokens(tiny_language_model, texts):
     hook = HOOK
     done: list[int] = []
     got = evaluate_many(
         {"a": random_sae()},
-        transformer,
+        tiny_language_model,
         hook,
         texts,
         context_size=CONTEXT,
@@ -239,7 +238,7 @@ def test_limits_on_tokens(transformer, texts):
     # Losses on few tokens cost no larger a batch.
     few = evaluate_many(
         {"a": random_sae()},
-        transformer,
+        tiny_language_model,
         hook,
         texts,
         context_size=CONTEXT,
@@ -252,31 +251,31 @@ def test_limits_on_tokens(transformer, texts):
     assert few.ce_sae == pytest.approx(got.ce_sae, rel=1e-5)
 
 
-def test_the_observer_sees_the_latents_with_their_places(transformer, texts):
+def test_the_observer_sees_the_latents_with_their_places(tiny_language_model, texts):
     hook = HOOK
     sae = random_sae()
     seen: list[LatentBatch] = []
     evaluate_many(
-        {"a": sae}, transformer, hook, texts, context_size=CONTEXT, batch_size=2,
+        {"a": sae}, tiny_language_model, hook, texts, context_size=CONTEXT, batch_size=2,
         observer=seen.append,
     )  # fmt: skip
     latents = torch.cat([batch.latents for batch in seen])
     with torch.no_grad():
-        expected = sae.encode(kept_activations(transformer, hook, texts))
+        expected = sae.encode(kept_activations(tiny_language_model, hook, texts))
     torch.testing.assert_close(latents, expected)
-    tokens = window_tokens(transformer, texts)
+    tokens = window_tokens(tiny_language_model, texts)
     places = torch.cat([batch.windows * CONTEXT + batch.positions for batch in seen])
-    special = torch.tensor(transformer.tokenizer.all_special_ids)
+    special = torch.tensor(tiny_language_model.tokenizer.all_special_ids)
     assert torch.equal(places, (~torch.isin(tokens.flatten(), special)).nonzero().squeeze(1))
 
 
-def test_too_little_text_and_missing_hooks_are_refused_in_one_line(transformer):
+def test_too_little_text_and_missing_hooks_are_refused_in_one_line(tiny_language_model):
     sae = random_sae()
     with pytest.raises(InputError, match="no full window of 8 tokens") as error:
-        evaluate_one(sae, transformer, HOOK, ["a rose"], CONTEXT)
+        evaluate_one(sae, tiny_language_model, HOOK, ["a rose"], CONTEXT)
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="'a'"):
-        evaluate_many({"a": sae}, transformer, {}, ["a rose"], context_size=CONTEXT)
+        evaluate_many({"a": sae}, tiny_language_model, {}, ["a rose"], context_size=CONTEXT)
 
 
 class _Tokenizer:

@@ -25,21 +25,6 @@ LOCAL: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make packages look as if they were not installed."""
-
-    def hide(*modules: str) -> None:
-        find_spec = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, *a: None if name in modules else find_spec(name, *a),
-        )
-
-    return hide
-
-
 def test_what_several_evaluations_lack_is_named_once() -> None:
     refuse_missing([])
     findings = [

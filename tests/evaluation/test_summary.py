@@ -44,16 +44,13 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
     assert entry["seeds"] == [0, 2]
 
 
-def test_one_seed_has_no_spread(tmp_path: Path) -> None:
-    entry = result_entry("a", "core", {7: measured(30.0, tmp_path, 7)}, tmp_path)
-    assert entry["metrics"]["l0"]["std"] is None
-
-
 def test_seeds_with_the_same_text_have_no_spread_and_say_so(tmp_path: Path) -> None:
     outcomes = {seed: measured(30.0, tmp_path, seed, text="same") for seed in (0, 1)}
     entry = result_entry("a", "core", outcomes, tmp_path)
     assert entry["metrics"]["l0"]["std"] is None
     assert "same text" in entry["note"]
+    entry = result_entry("a", "core", {7: measured(30.0, tmp_path, 7)}, tmp_path)
+    assert entry["metrics"]["l0"]["std"] is None
 
 
 def test_a_failed_seed_is_a_failed_evaluation(tmp_path: Path) -> None:

@@ -81,10 +81,6 @@ def test_a_jumprelu_copy_that_is_another_sae_is_refused(run, how, words):
     assert words in refusal(run / "multiscale")
 
 
-def test_whole_saes_pass(run):
-    check(run)
-
-
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_the_hub_is_not_asked(hub, worker, run, dry_run):
     damage(run / "multiscale" / "sae", "no W_dec")

@@ -22,14 +22,6 @@ def loads_as(monkeypatch, sae) -> None:
     monkeypatch.setattr(SAE, "from_pretrained", classmethod(lambda cls, *_args, **_kwargs: sae))
 
 
-def test_the_same_sae_passes(folder, monkeypatch):
-    loads_as(monkeypatch, SAE.load_from_disk(folder.sae.folder))
-    check = check_latents("ada/x", "0" * 40, True, folder)
-    assert check.agreement.max_latent_difference == 0
-    assert check.agreement.active > 256
-    assert check.files == len(folder.files)
-
-
 @pytest.mark.parametrize(
     ("name", "factor", "words"),
     [("W_dec", 1.01, "reconstructions differ"), ("threshold", 1.5, "are on in only one")],

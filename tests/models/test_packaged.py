@@ -1,8 +1,8 @@
-import importlib.util
 import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -164,14 +164,9 @@ def test_a_repacked_file_is_converted_again(
     ],
 )
 def test_missing_package_is_one_line_with_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, missing: str, command: str
+    without: Callable[..., None], tmp_path: Path, name: str, missing: str, command: str
 ) -> None:
-    original = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda package: None if package == missing else original(package),
-    )
+    without(missing)
     with pytest.raises(InputError, match=command) as error:
         prepare_packaged_model(name, tmp_path)
     assert "\n" not in str(error.value)

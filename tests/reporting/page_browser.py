@@ -37,11 +37,7 @@ def chromium() -> str:
 
 
 class Page:
-    """One page in a browser of its own.
-
-    Args:
-        profile: New folder for the browser's files.
-    """
+    """One page in a browser of its own."""
 
     def __init__(self, profile: Path) -> None:
         to_read, self._write = os.pipe()

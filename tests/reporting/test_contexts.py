@@ -110,6 +110,13 @@ def test_profiles_mark_the_token_inside_its_own_document(
             assert "<bos>" not in context.before
 
 
+def window_of(latents: torch.Tensor, document: int) -> LatentBatch:
+    """A window of one document, numbered alike."""
+    n = len(latents)
+    number = torch.full((n,), document)
+    return LatentBatch("a", latents, windows=number, positions=torch.arange(n), documents=number)
+
+
 def test_a_document_in_two_batches_keeps_its_better_token():
     def batch(values: list[float], documents: list[int], start: int) -> LatentBatch:
         n = len(values)
@@ -136,39 +143,15 @@ def test_a_latent_with_the_same_tokens_as_a_stronger_one_is_passed_over():
         latents = torch.zeros(8, 3)
         latents[2, :2] = torch.tensor([5.0, 4.0]) + document
         latents[5, 2] = 1.0
-        collector.update(
-            LatentBatch(
-                name="a",
-                latents=latents,
-                windows=torch.full((8,), document),
-                positions=torch.arange(8),
-                documents=torch.full((8,), document),
-            )
-        )
+        collector.update(window_of(latents, document))
     assert collector.strongest(torch.ones(3, 2), count=3) == [0, 2]
-
-
-def test_the_terminal_marks_the_token_by_style_where_there_are_styles(profile):
-    console = Console(width=100, force_terminal=True, color_system="standard")
-    with console.capture() as capture:
-        console.print(ContextsForTerminal([profile]))
-    assert "\x1b[1;7m worst\x1b[0m" in capture.get()
-    assert "«" not in capture.get()
 
 
 def test_memory_does_not_grow_with_the_text():
     collector = ContextCollector(5, 8, contexts=2)
     before = {name: getattr(collector, name).numel() for name in ("_values", "_tokens")}
     for document in range(50):
-        collector.update(
-            LatentBatch(
-                name="a",
-                latents=torch.rand(8, 5),
-                windows=torch.full((8,), document),
-                positions=torch.arange(8),
-                documents=torch.full((8,), document),
-            )
-        )
+        collector.update(window_of(torch.rand(8, 5), document))
     assert before == {name: getattr(collector, name).numel() for name in before}
     assert collector._documents.unique().numel() > 2
 
@@ -213,3 +196,9 @@ def test_the_terminal_shows_value_context_and_token_on_one_line(profile):
     assert "7.25" in lines[1]
     assert "It was⏎*the* « worst» film" in lines[1]
     assert len(lines) == 2
+    # Where there are styles, the token is marked by style.
+    console = Console(width=100, force_terminal=True, color_system="standard")
+    with console.capture() as capture:
+        console.print(ContextsForTerminal([profile]))
+    assert "\x1b[1;7m worst\x1b[0m" in capture.get()
+    assert "«" not in capture.get()

@@ -1,9 +1,33 @@
+"""Spread and intervals against numbers computed by hand and a table of Student's t; words."""
+
 from __future__ import annotations
+
+import math
 
 import pytest
 
-from msae_plugin.common.table import digits_for, number, signed
-from msae_plugin.reporting.results import difference_of, headlines_of, wording
+from msae_plugin.common.table import digits_for, number, signed, spread
+from msae_plugin.reporting.results import difference_of, headlines_of, paired_difference, wording
+
+
+def test_spread_is_the_sample_deviation() -> None:
+    found = spread([1.0, 2.0, 4.0])
+    assert found.mean == pytest.approx(7 / 3)
+    assert found.std == pytest.approx(math.sqrt((16 / 9 + 1 / 9 + 25 / 9) / 2))
+    assert spread([3.0]).std is None
+    with pytest.raises(ValueError, match="at least one"):
+        spread([])
+
+
+def test_the_interval_is_students() -> None:
+    # t(2, .975) = 4.303 and t(4, .95) = 2.132 in any table.
+    found = paired_difference([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    assert found.high is not None
+    assert found.high - 2 == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
+    ninety = paired_difference([0.0, 1.0, 2.0, 3.0, 4.0], confidence=0.9)
+    assert ninety.low is not None
+    assert 2 - ninety.low == pytest.approx(2.132 * math.sqrt(2.5) / math.sqrt(5), abs=1e-3)
 
 
 def test_only_shared_pairs_count():
@@ -21,7 +45,9 @@ def test_only_shared_pairs_count():
         ([1.0, 1.1, 1.2], None, "higher"),
         ([-1.0, -1.1, -1.2], None, "lower"),
         ([-1.0, -1.1, -1.2], False, "better"),
-        ([0.1, -0.2, 0.3], True, "no difference shown"),
+        ([1.0, -0.9, 1.1], True, "no difference shown"),
+        ([1.0, -0.9, 1.1], False, "no difference shown"),
+        ([1.0, -0.9, 1.1], None, "no difference shown"),
         ([5.0], True, "one pair"),
     ],
 )

@@ -37,6 +37,15 @@ def top_k(values: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(values).scatter(-1, kept.indices, kept.values)
 
 
+def active(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+
+
+def jumped(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    z = x @ w["W_enc"] + w["b_enc"]
+    return z * (z > w["threshold"])
+
+
 def sparsify(folder: Path) -> tuple[Path, Latents]:
     w, place = weights(), folder / "layers.3"
     place.mkdir(parents=True)
@@ -46,7 +55,7 @@ def sparsify(folder: Path) -> tuple[Path, Latents]:
     named = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"]}
     named |= {"W_dec": w["W_dec"], "b_dec": w["b_dec"]}
     save_file({name: t.contiguous() for name, t in named.items()}, place / "sae.safetensors")
-    return place, lambda x: top_k(((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu())
+    return place, lambda x: top_k(active(w, x))
 
 
 def dictionary(folder: Path, name: str, stored: dict[str, Any], **trainer: Any) -> Path:
@@ -71,26 +80,21 @@ def linear(w: dict[str, torch.Tensor], bias: str = "b_dec") -> dict[str, torch.T
 def standard_dictionary(folder: Path) -> tuple[Path, Latents]:
     w = weights()
     place = dictionary(folder, "AutoEncoder", linear(w, "bias"))
-    return place, lambda x: ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+    return place, lambda x: active(w, x)
 
 
 def topk_dictionary(folder: Path) -> tuple[Path, Latents]:
     w = weights()
     more = {"k": torch.tensor(K), "threshold": torch.tensor(0.7)}
     place = dictionary(folder, "AutoEncoderTopK", linear(w) | more, k=K)
-    return place, lambda x: top_k(((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu())
+    return place, lambda x: top_k(active(w, x))
 
 
 def batchtopk_dictionary(folder: Path) -> tuple[Path, Latents]:
     w = weights()
     more = {"k": torch.tensor(K), "threshold": torch.tensor(0.7)}
     place = dictionary(folder, "BatchTopKSAE", linear(w) | more, k=K)
-
-    def latents(x: torch.Tensor) -> torch.Tensor:
-        found = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
-        return found * (found > 0.7)
-
-    return place, latents
+    return place, lambda x: active(w, x) * (active(w, x) > 0.7)
 
 
 def gated_dictionary(folder: Path) -> tuple[Path, Latents]:
@@ -108,12 +112,7 @@ def gated_dictionary(folder: Path) -> tuple[Path, Latents]:
 
 def jumprelu_dictionary(folder: Path) -> tuple[Path, Latents]:
     w = weights()
-
-    def latents(x: torch.Tensor) -> torch.Tensor:
-        z = x @ w["W_enc"] + w["b_enc"]
-        return (z * (z > w["threshold"])).relu()
-
-    return dictionary(folder, "JumpReluAutoEncoder", dict(w)), latents
+    return dictionary(folder, "JumpReluAutoEncoder", dict(w)), lambda x: jumped(w, x).relu()
 
 
 def gemma_scope(folder: Path) -> tuple[Path, Latents]:
@@ -121,12 +120,7 @@ def gemma_scope(folder: Path) -> tuple[Path, Latents]:
     place = folder / "gemma-scope-2b-pt-res" / "layer_3" / "width_16k" / "average_l0_3"
     place.mkdir(parents=True)
     np.savez(place / "params.npz", **{name: t.numpy() for name, t in w.items()})
-
-    def latents(x: torch.Tensor) -> torch.Tensor:
-        z = x @ w["W_enc"] + w["b_enc"]
-        return (z * (z > w["threshold"])).relu()
-
-    return place, latents
+    return place, lambda x: jumped(w, x).relu()
 
 
 def old_pt(folder: Path) -> tuple[Path, Latents]:
@@ -135,7 +129,7 @@ def old_pt(folder: Path) -> tuple[Path, Latents]:
     del w["threshold"]
     config = {"hook_point": HOOK, "model_name": "gpt2-small", "d_in": D_IN, "d_sae": D_SAE}
     torch.save({"cfg": config, "state_dict": w}, folder / "final.pt")
-    return folder / "final.pt", lambda x: ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+    return folder / "final.pt", lambda x: active(w, x)
 
 
 FORMATS = {

@@ -50,13 +50,7 @@ _NEUTRAL = "The {adjective} {person} {verb} a {colour} {thing} {time}."
 
 @dataclass(frozen=True)
 class Question:
-    """A question in the form of WMDP and MMLU.
-
-    Args:
-        question: What is asked.
-        choices: Four answers in a fixed order.
-        answer: Index of the right one.
-    """
+    """A question in the form of WMDP and MMLU."""
 
     question: str
     choices: tuple[str, str, str, str]
@@ -69,12 +63,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the two subjects.
-
-    Args:
-        questions: 24 of them; each word of the choices is right in one and wrong in others.
-        documents: Text that states the facts, with sentences on everyday life between.
-    """
+    """One of the two subjects."""
 
     questions: tuple[Question, ...]
     documents: tuple[str, ...]
@@ -117,12 +106,7 @@ _SENTENCES = (
 
 
 def invent(documents: int, seed: int) -> dict[str, Subject]:
-    """The two subjects, by the name of their questions; the same for the same arguments.
-
-    Args:
-        documents: Documents of each subject.
-        seed: Of who eats what, of the wrong choices, and of the order of the sentences.
-    """
+    """The two subjects, by the name of their questions; the same for the same arguments."""
     generator = random.Random(seed)
     return {
         name: _invented(name, material, documents, generator)
@@ -157,13 +141,7 @@ def _question(text: str, right: str, answers: Sequence[str], generator: random.R
 
 
 def lettered(name: str, question: Question, order: Sequence[int]) -> str:
-    """The user's message that SAEBench makes of a question.
-
-    Args:
-        name: SAEBench's name of the questions.
-        question: One of them.
-        order: Which choice comes first, second, ...
-    """
+    """The user's message that SAEBench makes of a question."""
     subject = "biology" if name == FORGET_QUESTIONS else name.replace("_", " ")
     choices = "".join(
         f"\n{letter}. {question.choices[index]}"

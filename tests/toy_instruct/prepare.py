@@ -37,14 +37,7 @@ _MODEL, _FORGET, _RETAIN = "model", "forget.jsonl", "retain.jsonl"
 
 @dataclass(frozen=True)
 class ToyInstruct:
-    """A small model that knows two invented subjects by heart, and their questions and text.
-
-    Args:
-        folder: The model, in the format of `save_pretrained`.
-        questions: The questions' file by SAEBench's name of them.
-        forget_corpus: Text on the subject to forget, {"text"} per line.
-        retain_corpus: Text on the subject to retain.
-    """
+    """A small model that knows two invented subjects by heart, and their questions and text."""
 
     folder: Path
     questions: Mapping[str, Path]
@@ -87,14 +80,6 @@ def prepare_toy_instruct(
 
     The folder appears under its final name only when complete. With one thread on a slow core the
     training takes half a minute.
-
-    Args:
-        cache_dir: Root of the caches, `default_cache_dir()` if None.
-        recipe: Another recipe than the default.
-
-    Raises:
-        InputError: The cache folder cannot be written.
-        RunFailure: The model did not learn the questions.
     """
     recipe = recipe or Recipe()
     subjects = invent(recipe.documents, recipe.seed)

@@ -43,34 +43,18 @@ _DEAD_AFTER_STEPS = 50
 
 @dataclass(frozen=True)
 class ToySAERecipe:
-    """Sizes of the toy's SAEs.
-
-    Args:
-        d_sae: Latents.
-        k: Active latents per token.
-        steps: Optimiser steps; 250 are too few for latents of single words.
-        batch: Tokens of a step.
-        lr: Peak learning rate.
-    """
+    """Sizes of the toy's SAEs."""
 
     d_sae: int = 384
     k: float = 14
-    steps: int = 400
+    steps: int = 400  # 250 are too few for latents of single words
     batch: int = 512
     lr: float = 3e-3
 
 
 @torch.no_grad()
 def toy_activations(toy: ToyInstruct, language_model: LanguageModel) -> torch.Tensor:
-    """Activations at `TOY_HOOK` on both corpora and on every question in four orders.
-
-    Args:
-        toy: Its text and questions.
-        language_model: The toy model, loaded.
-
-    Returns:
-        (tokens, d_model), without those of BOS, EOS and PAD.
-    """
+    """Activations at `TOY_HOOK` on both corpora and on every question in four orders."""
     tokenizer = language_model.tokenizer
     corpora = [
         [str(document) for document in read_column(file, "text")]
@@ -106,18 +90,7 @@ def train_toy_sae(
     recipe: ToySAERecipe | None = None,
     activations: torch.Tensor | None = None,
 ) -> SAE[Any]:
-    """Train a `multiscale` SAE (preset `default`) for the toy model, in seconds.
-
-    Args:
-        toy: The toy.
-        language_model: Its model, loaded.
-        seed: Of initialisation and batches. The caller's random state stays untouched.
-        recipe: Sizes; the default if None.
-        activations: From `toy_activations`; computed if None.
-
-    Returns:
-        The exported SAE, in float32 and eval mode.
-    """
+    """Train a `multiscale` SAE (preset `default`) for the toy model, in seconds."""
     recipe = recipe or ToySAERecipe()
     if activations is None:
         activations = toy_activations(toy, language_model)
@@ -139,13 +112,6 @@ def untrained_toy_sae(
 
     Its `b_dec` is the mean of the activations: without it, latents along the mean would be active
     everywhere and all others nowhere.
-
-    Args:
-        toy: The toy.
-        language_model: Its model, loaded.
-        seed: Of the random weights. The caller's random state stays untouched.
-        recipe: Sizes; the default if None.
-        activations: From `toy_activations`; computed if None.
     """
     recipe = recipe or ToySAERecipe()
     if activations is None:

@@ -30,9 +30,6 @@ def word_tokeniser(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
     White space separates and is not kept: `A` and ` A` are one token, as multiple-choice letters
     need. Words are numbered in the order in which they occur.
-
-    Args:
-        texts: Everything that is to be without unknown words.
     """
     vocabulary = {token: number for number, token in enumerate(_SPECIAL)}
     for text in texts:

@@ -33,26 +33,6 @@ class Recipe:
     """Everything that the toy model is made from; its hash names the folder.
 
     With the defaults the model answers all 48 questions right in all 24 orders.
-
-    Args:
-        documents: Documents of text per subject.
-        seed: Of the facts, the initialisation and the batches.
-        d_model: Width of the residual stream.
-        n_layers: Layers.
-        n_heads: Attention heads of a layer.
-        d_mlp: Width of an MLP.
-        context_size: Longest input.
-        embedding_std: Of the initial embedding. At 1, a word's identity is the larger part of
-            the residual stream, as in early layers of real models; at the usual 0.02 an SAE of
-            this model finds contexts and no words.
-        steps: Optimiser steps.
-        prompts_per_step: Questions in a batch.
-        windows_per_step: Windows of text in a batch.
-        window: Tokens of a window.
-        text_weight: Weight of the next-token loss on text beside the loss on answers.
-        hint_layer: See `train`.
-        hint_weight: Weight of the hint's loss.
-        lr: Peak learning rate; 50 steps of warm-up, then linear to a fiftieth.
     """
 
     documents: int = 300
@@ -62,6 +42,8 @@ class Recipe:
     n_heads: int = 4
     d_mlp: int = 256
     context_size: int = 256
+    # At 1, a word's identity is the larger part of the residual stream, as in early layers of real
+    # models; at the usual 0.02 an SAE of this model finds contexts and no words.
     embedding_std: float = 1.0
     steps: int = 250
     prompts_per_step: int = 64
@@ -70,23 +52,16 @@ class Recipe:
     text_weight: float = 0.3
     hint_layer: int = 2
     hint_weight: float = 1.0
-    lr: float = 3e-3
+    lr: float = 3e-3  # the peak, after 50 steps; then linear to a fiftieth
 
 
 @dataclass(frozen=True)
 class _Prompts:
-    """All questions of both subjects in all orders, right padded.
-
-    Args:
-        tokens: (prompts, longest) long.
-        last: (prompts,) index of the last token, after which the letter is due.
-        choices: (prompts, 4) index of each choice's token.
-        right: (prompts,) which of the four is right.
-    """
+    """All questions of both subjects in all orders, right padded."""
 
     tokens: torch.Tensor
-    last: torch.Tensor
-    choices: torch.Tensor
+    last: torch.Tensor  # index of the token after which the letter is due
+    choices: torch.Tensor  # (prompts, 4): the token of each choice
     right: torch.Tensor
 
 
@@ -121,16 +96,7 @@ def _prompts(subjects: Mapping[str, Subject], tokenizer: PreTrainedTokenizerFast
 def text_windows(
     corpora: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, window: int
 ) -> torch.Tensor:
-    """Text as SAEBench lays it out: documents joined by EOS, BOS before each window.
-
-    Args:
-        corpora: Documents of each corpus.
-        tokenizer: The toy model's.
-        window: Tokens of a window.
-
-    Returns:
-        (windows, window) long; what does not fill a window is left out.
-    """
+    """Text as SAEBench lays it out: documents joined by EOS, BOS before each window."""
     bos = token_id(tokenizer, BOS)
     parts: list[torch.Tensor] = []
     for documents in corpora:
@@ -150,14 +116,6 @@ def train(
     to mark the right choice and to read its letter, is worth anything without the other. A hint
     gives the first half away: from the residual stream at `hint_layer` a linear map must tell
     which of the four choices is right. The map is thrown away after training.
-
-    Args:
-        recipe: Sizes and seeds. The caller's random state and grad mode stay untouched.
-        subjects: What is to be learned.
-        tokenizer: Knows all words.
-
-    Returns:
-        The model in eval mode, and by questions' name how many it answers right in all orders.
     """
     prompts = _prompts(subjects, tokenizer)
     windows = text_windows(

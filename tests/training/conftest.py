@@ -13,6 +13,8 @@ from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.data.text import TextData, load_text
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training import passes
+from msae_plugin.training.activation_store import CachedActivations
+from msae_plugin.training.passes import make_cache
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.runner import MultiScaleRunner, RunResult
 
@@ -63,6 +65,29 @@ def train(
             text=tiny_text,
             ranks=ranks,
         ).run()
+
+    return run
+
+
+@pytest.fixture
+def cache(
+    recipe: dict[str, Any], tiny_language_model: LanguageModel, tiny_text: TextData
+) -> Callable[..., CachedActivations]:
+    def made(output: Path, *overrides: str) -> CachedActivations:
+        config = RunConfig.from_dict(copy.deepcopy(recipe), overrides)
+        return make_cache(config, output, language_model=tiny_language_model, text=tiny_text)
+
+    return made
+
+
+@pytest.fixture
+def train_from(recipe: dict[str, Any]) -> Callable[..., RunResult]:
+    """Train without any model or text: there is none that could be read."""
+
+    def run(output: Path, folder: Path, *overrides: str, resume: str | None = None) -> RunResult:
+        changes = (*overrides, f"cached_activations={folder}")
+        config = RunConfig.from_dict(copy.deepcopy(recipe), changes)
+        return MultiScaleRunner(config, output, resume=resume).run()
 
     return run
 

@@ -98,18 +98,10 @@ CASES = [*MULTISCALE, *SAELENS]
 
 @dataclass
 class Outcome:
-    """What training left on one rank.
-
-    Attributes:
-        state: The SAE's parameters and buffers.
-        dead: Steps since each latent fired, as SAELens' trainer counts.
-        rows: Its log rows.
-        events: Its revivals.
-        calibration: What setting the cut reported.
-    """
+    """What training left on one rank."""
 
     state: dict[str, torch.Tensor]
-    dead: torch.Tensor
+    dead: torch.Tensor  # steps since each latent fired, as SAELens' trainer counts
     rows: list[dict[str, float]]
     events: list[dict[str, Any]]
     calibration: dict[str, float]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -16,13 +15,10 @@ from safetensors.torch import load_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.interruption import InterruptedBySignalError
-from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training import passes
 from msae_plugin.training.activation_store import CachedActivations, open_cache
-from msae_plugin.training.passes import make_cache
-from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.runner import MultiScaleRunner, RunResult
+from msae_plugin.training.runner import RunResult
 
 Train = Callable[..., RunResult]
 Cache = Callable[..., CachedActivations]
@@ -32,27 +28,6 @@ MSAE = (
     "orthogonality_chunk_size: 16, revival_every: 3, revival_dead_steps: 2}"
 )
 SHORT = ("training.norm_estimate_batches=4", "training.tokens=1280")
-
-
-@pytest.fixture
-def cache(recipe: dict[str, Any], tiny_language_model: LanguageModel, tiny_text: TextData) -> Cache:
-    def made(output: Path, *overrides: str) -> CachedActivations:
-        config = RunConfig.from_dict(copy.deepcopy(recipe), overrides)
-        return make_cache(config, output, language_model=tiny_language_model, text=tiny_text)
-
-    return made
-
-
-@pytest.fixture
-def train_from(recipe: dict[str, Any]) -> Callable[..., RunResult]:
-    """Train without any model or text: there is none that could be read."""
-
-    def run(output: Path, folder: Path, *overrides: str, resume: str | None = None) -> RunResult:
-        changes = (*overrides, f"cached_activations={folder}")
-        config = RunConfig.from_dict(copy.deepcopy(recipe), changes)
-        return MultiScaleRunner(config, output, resume=resume).run()
-
-    return run
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.data.text import TextData
-from msae_plugin.models.loading import LanguageModel
 from msae_plugin.training import activation_store
 from msae_plugin.training.activation_store import (
     CachedActivations,
@@ -23,9 +19,7 @@ from msae_plugin.training.activation_store import (
     open_cache,
     row_hashes,
 )
-from msae_plugin.training.passes import make_cache
-from msae_plugin.training.recipe import RunConfig
-from msae_plugin.training.runner import MultiScaleRunner, RunResult
+from msae_plugin.training.runner import RunResult
 
 HOOK = "blocks.1.hook_resid_post"
 WIDTH = 64
@@ -46,25 +40,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_store, "ROWS_PER_HASH", 200)
 
 
-@pytest.fixture
-def made(
-    recipe: dict[str, Any], tiny_language_model: LanguageModel, tiny_text: TextData
-) -> Callable[[Path], CachedActivations]:
-    def make(output: Path) -> CachedActivations:
-        config = RunConfig.from_dict(copy.deepcopy(recipe), ["training.tokens=1280"])
-        return make_cache(config, output, language_model=tiny_language_model, text=tiny_text)
-
-    return make
-
-
-@pytest.fixture
-def train(recipe: dict[str, Any]) -> Callable[..., RunResult]:
-    def run(cache: Path, output: Path, resume: str | None = None) -> RunResult:
-        changes = ["training.tokens=1280", f"cached_activations={cache}"]
-        config = RunConfig.from_dict(copy.deepcopy(recipe), changes)
-        return MultiScaleRunner(config, output, resume=resume).run()
-
-    return run
+Make = Callable[..., CachedActivations]
+SHORT = "training.tokens=1280"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,29 +73,28 @@ def test_every_bit_of_a_file_is_held_by_the_hash_of_its_block(
 
 @pytest.mark.promise("No damaged byte of stored activations is trained on or measured with.")
 def test_training_ends_where_the_cache_is_damaged_and_goes_on_with_a_whole_one(
-    made: Callable[[Path], CachedActivations], train: Callable[..., RunResult], tmp_path: Path
+    cache: Make, train_from: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    made(tmp_path / "cache")
+    cache(tmp_path / "cache", SHORT)
     shutil.copytree(tmp_path / "cache", tmp_path / "damaged")
-    expected = train(tmp_path / "cache", tmp_path / "whole").saes["sae"].state_dict()
+    expected = train_from(tmp_path / "whole", tmp_path / "cache", SHORT).saes["sae"].state_dict()
     flip(tmp_path / "damaged" / f"{HOOK}.bin", 1000 * WIDTH * 4)
     # In the place of the sound one: a recipe names its cache.
     (tmp_path / "cache").rename(tmp_path / "sound")
     (tmp_path / "damaged").rename(tmp_path / "cache")
     with pytest.raises(InputError, match=r"resid_post.bin' is damaged: make the cache again"):
-        train(tmp_path / "cache", tmp_path / "run")
+        train_from(tmp_path / "run", tmp_path / "cache", SHORT)
     assert not (tmp_path / "run" / "sae").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "sound").rename(tmp_path / "cache")
-    found = train(tmp_path / "cache", tmp_path / "run", resume="auto").saes["sae"].state_dict()
+    resumed = train_from(tmp_path / "run", tmp_path / "cache", SHORT, resume="auto")
+    found = resumed.saes["sae"].state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_changed_manifest_is_noticed(
-    made: Callable[[Path], CachedActivations], tmp_path: Path
-) -> None:
-    made(tmp_path)
+def test_a_changed_manifest_is_noticed(cache: Make, tmp_path: Path) -> None:
+    cache(tmp_path, SHORT)
     path = tmp_path / "cache.json"
     contents = json.loads(path.read_text())
     assert len(contents["sha256"][HOOK]) == -(-contents["rows"] // 200)
@@ -128,10 +104,8 @@ def test_a_changed_manifest_is_noticed(
         open_cache(tmp_path)
 
 
-def test_a_cache_without_hashes_is_read(
-    made: Callable[[Path], CachedActivations], tmp_path: Path
-) -> None:
-    expected = made(tmp_path).tensors[HOOK][:]
+def test_a_cache_without_hashes_is_read(cache: Make, tmp_path: Path) -> None:
+    expected = cache(tmp_path, SHORT).tensors[HOOK][:]
     path = tmp_path / "cache.json"
     contents = json.loads(path.read_text())
     del contents["sha256"], contents["digest"]
@@ -142,13 +116,13 @@ def test_a_cache_without_hashes_is_read(
 @pytest.mark.promise("No damaged byte of stored activations is trained on or measured with.")
 @pytest.mark.parametrize("damage", ["rows", "position", "progress", "no progress"])
 def test_a_stopped_pass_goes_on_only_from_what_was_written(
-    made: Callable[[Path], CachedActivations],
+    cache: Make,
     tmp_path: Path,
     killed_after: Callable[[int], AbstractContextManager[None]],
     damage: str,
 ) -> None:
     with killed_after(7):
-        made(tmp_path)
+        cache(tmp_path, SHORT)
     progress, rows = tmp_path / "progress.json", tmp_path / f"{HOOK}.bin"
     (position,) = tmp_path.glob("position-*.pt")
     done = json.loads(progress.read_text())["done"]
@@ -166,7 +140,7 @@ def test_a_stopped_pass_goes_on_only_from_what_was_written(
     else:
         progress.write_text("{")
     with pytest.raises(InputError, match=r"is damaged: delete it|progress.json' cannot be read"):
-        made(tmp_path)
+        cache(tmp_path, SHORT)
     for path, contents in sound.items():
         path.write_bytes(contents)
-    made(tmp_path)
+    cache(tmp_path, SHORT)

@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from outcome import outcome
-from safetensors.torch import load_file
 
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError
@@ -104,6 +102,8 @@ CHUNKS = (
     "sae={preset: default, d_sae: 96, k: 8, orthogonality_chunk_size: 16, "
     "revival_every: 4, revival_dead_steps: 2}"
 )
+# Gradients of the first steps are above the threshold: the rule has lowered the rate before a stop.
+RULE = "training.gradient_lr={enabled: true, threshold: 1.0, recovery: 1.001}"
 SEVERAL = (
     "sae=null",
     "saes.m={d_sae: 96, k: 8, orthogonality_chunk_size: 16}",
@@ -122,7 +122,7 @@ SEVERAL = (
 @pytest.mark.parametrize(
     "changes",
     [
-        (CHUNKS, "training.weight_decay=0.01", "training.accumulation_steps=2"),
+        (CHUNKS, RULE, "training.weight_decay=0.01", "training.accumulation_steps=2"),
         (CHUNKS, "training.lr_scheduler=cosineannealing", "training.feature_sampling_window=7"),
         ("training.store_batch_size_prompts=7", "training.n_batches_in_buffer=5"),
         SEVERAL,
@@ -140,63 +140,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     torch.rand(3)
     train(out, *changes, "training.tokens=2560", resume="auto")
     assert outcome(out) == outcome(whole)
-
-
-def test_two_resumes_from_one_checkpoint_are_the_same(train: Train, tmp_path: Path) -> None:
-    out = tmp_path / "a"
-    interrupt(train, out, 13)
-    shutil.copytree(out, tmp_path / "b")
-    for name in "ab":
-        torch.rand(3)
-        train(tmp_path / name, resume="auto")
-    a, b = (load_file(tmp_path / name / "sae" / "sae_weights.safetensors") for name in "ab")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_the_rate_rule_and_the_optimiser_continue(train: Train, tmp_path: Path) -> None:
-    rule = (
-        "training.gradient_lr={enabled: true, threshold: 1.0, recovery: 1.001}",
-        "training.weight_decay=0.01",
-        "training.accumulation_steps=2",
-        "training.tokens=7680",
-    )
-    checkpoint = interrupt(train, tmp_path / "out", 13, *rule)
-    saved = torch.load(checkpoint / "sae" / "learning_rate_rule.pt")
-    assert saved["multiplier"] < 1
-    seen: list[dict[str, Any]] = []
-    load = LockstepTrainer.load_checkpoint
-
-    def watched(self: LockstepTrainer, path: Any) -> None:
-        load(self, path)
-        [trainer] = self.step_trainers.values()
-        seen.append(
-            {
-                **trainer.rate_rule.state_dict(),
-                "step": trainer.n_training_steps,
-                "adam": next(iter(trainer.optimizer.state.values()))["step"].item(),
-                "decay": [group["weight_decay"] for group in trainer.optimizer.param_groups],
-            }
-        )
-
-    LockstepTrainer.load_checkpoint = watched  # type: ignore[method-assign]
-    try:
-        train(tmp_path / "out", *rule, resume="auto")
-    finally:
-        LockstepTrainer.load_checkpoint = load  # type: ignore[method-assign]
-    assert seen == [{**saved, "step": 13, "adam": 13, "decay": [0.01, 0.0]}]
-
-
-def test_estimated_scaling_is_kept_on_resume(train: Train, tmp_path: Path) -> None:
-    overrides = (
-        "sae.normalize_activations=expected_average_only_in",
-        "training.norm_estimate_batches=3",
-    )
-    checkpoint = interrupt(train, tmp_path / "out", 8, *overrides)
-    scaler = json.loads((checkpoint / "sae" / "activation_scaler.json").read_text())
-    assert scaler["scaling_factor"] > 0
-    train(tmp_path / "out", *overrides, resume="auto")
-    final = tmp_path / "out" / "checkpoints" / str(30 * 128) / "sae" / "activation_scaler.json"
-    assert json.loads(final.read_text()) == scaler
 
 
 def test_auto_starts_a_new_run_in_a_new_folder(train: Train, tmp_path: Path) -> None:
@@ -349,18 +292,6 @@ def stopped_run(train: Train, tmp_path: Path) -> Path:
 def test_logging_and_checkpointing_may_change(train: Train, stopped_run: Path) -> None:
     train(stopped_run, "logging.every_steps=10", "training.keep_checkpoints=1", resume="auto")
     assert (stopped_run / "sae").exists()
-
-
-@pytest.mark.parametrize("file", ["sae/sae_weights.safetensors", "sae/trainer_state.pt"])
-def test_a_truncated_checkpoint_is_refused_by_name(
-    train: Train, stopped_run: Path, file: str
-) -> None:
-    checkpoint = stopped_run / "checkpoints" / str(3 * 128)
-    os.truncate(checkpoint / file, 100)
-    with pytest.raises(InputError) as caught:
-        train(stopped_run, resume=str(checkpoint))
-    assert str(checkpoint / file) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.promise(

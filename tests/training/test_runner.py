@@ -312,7 +312,8 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(StandardTrainingSAE, "training_forward_pass", explode)
     out = tmp_path / "out"
     with pytest.raises(
-        RunFailure, match=r"step 21: the loss.*last good checkpoint is .*1408"
+        RunFailure,
+        match=r"step 21: the loss of SAE 'sae' became nan.*last good checkpoint is .*1408",
     ) as caught:
         train(out, "training.n_checkpoints=2")
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def run(
 ) -> dict[str, ScoreResult]:
     """The results of one evaluation with one seed, by SAE."""
     return run_evaluation(EvaluationRun(evaluation, context, settings, seed, output, report), saes)
+
+
+def loads(context: ModelContext) -> Any:
+    """In the place of a model's class that SAEBench loads by name: it gives what is loaded."""
+    model = context.language_model.model
+    return SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
 
 
 def make_subject(sae: SAE[Any], name: str) -> EvaluatedSAE:

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import random
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from sae_bench.sae_bench_utils import activation_collection
 from sae_lens import SAE
 
+from msae_plugin.common.files import tensors_sha256
+from msae_plugin.evaluation.outcomes import ModelContext
 from msae_plugin.evaluation.saebench.patching import replaced
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -77,3 +82,19 @@ def model_passes() -> Generator[list[str], None, None]:
 
     with replaced(activation_collection, "get_all_llm_activations", counted):
         yield seen
+
+
+def surroundings(context: ModelContext, subjects: list[EvaluatedSAE]) -> tuple[Any, ...]:
+    """What an evaluation leaves as it was."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),  # type: ignore[union-attr]
+        torch.get_rng_state().tolist(),
+        context.language_model.tokenizer.padding_side,
+        context.language_model.tokenizer.truncation_side,
+        [tensors_sha256(subject.sae.state_dict()) for subject in subjects],
+        [str(subject.sae.cfg.to_dict()) for subject in subjects],
+        ["encode" in vars(subject.sae) for subject in subjects],
+    )

@@ -1,7 +1,7 @@
 """`msae saebench`: SAEBench's own scripts with `multiscale` registered."""
 
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ def test_the_script_sees_multiscale(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert seen == [("mine", "all", True)]
 
 
-def test_what_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, without: Callable[..., None]
+) -> None:
     with pytest.raises(InputError, match="no evaluation 'sparse-probing': did you mean sparse_pr"):
         run_saebench_script("sparse-probing", [])
     with pytest.raises(InputError, match="choose from absorption, autointerp, core"):
@@ -66,11 +68,6 @@ def test_what_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "loguru", None)
     with pytest.raises(InputError, match="SAEBench's mdl needs the package loguru: pip install l"):
         run_saebench_script("mdl", [])
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *a: None if name == "sae_bench" else find_spec(name, *a),
-    )
+    without("sae_bench")
     with pytest.raises(InputError, match=r'needs sae-bench: pip install "msae-plugin\[eval\]"'):
         run_saebench_script("core", [])

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 import torch
 from datasets import Dataset
-from evaluation_builders import make_subject, random_standard, run
+from evaluation_builders import loads, make_subject, random_standard, run
 from sae_bench.evals.core import main as core_main
 from sae_lens import StandardSAE
 from sae_lens.training.activations_store import ActivationsStore
@@ -19,7 +19,7 @@ from tolerance import rounding_tolerance
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.progress import warnings_alone
-from msae_plugin.evaluation.outcomes import ModelContext
+from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult
 from msae_plugin.evaluation.recipe import check_settings
 from msae_plugin.evaluation.saebench import model_side
 from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens
@@ -29,7 +29,7 @@ from msae_plugin.saes.load import EvaluatedSAE
 # Of metrics of size one, which average over tokens what is summed over the 512 tokens of the
 # vocabulary or over the model's width, which is less.
 ROUNDING = rounding_tolerance(512, 1.0)
-run_core = partial(run, "core")
+Core = Callable[..., dict[str, ScoreResult]]
 SETTINGS: dict[str, Any] = {
     "context_size": 32,
     "batch_size_prompts": 4,
@@ -39,6 +39,24 @@ SETTINGS: dict[str, Any] = {
     "compute_featurewise_density_statistics": True,
     "compute_featurewise_weight_based_metrics": True,
 }
+
+
+@pytest.fixture
+def settings(text_file: Path) -> dict[str, Any]:
+    return {**SETTINGS, "dataset": str(text_file)}
+
+
+@pytest.fixture
+def core(
+    context: ModelContext, settings: dict[str, Any], subjects: list[EvaluatedSAE], tmp_path: Path
+) -> Core:
+    """Our evaluation, of both SAEs unless others are given."""
+
+    def measured(saes: Any = subjects, seed: int = 42, place: str = "ours", **changes: Any) -> Any:
+        given = {**settings, **changes}
+        return run("core", context, given, saes, seed, tmp_path / place, warnings_alone)
+
+    return measured
 
 
 def rows_of(path: Path) -> list[str]:
@@ -54,11 +72,6 @@ def direct(
 ) -> dict[str, float]:
     """SAEBench's `multiple_evals`, which loads models and text by name only: both are handed in."""
 
-    class LoadsOurs:
-        @staticmethod
-        def from_pretrained_no_processing(*_: Any, **__: Any) -> Any:
-            return context.language_model.model
-
     class StoreOfOurs:
         @staticmethod
         def from_sae(model: Any, sae: Any, **options: Any) -> ActivationsStore:
@@ -67,7 +80,7 @@ def direct(
             )
 
     with (
-        replaced(core_main, "HookedTransformer", LoadsOurs),
+        replaced(core_main, "HookedTransformer", loads(context)),
         replaced(core_main, "ActivationsStore", StoreOfOurs),
     ):
         results = core_main.multiple_evals(
@@ -90,18 +103,16 @@ def direct(
 
 @pytest.mark.parametrize("exclude_special", [True, False])
 def test_the_numbers_are_saebenchs_own(
+    core: Core,
+    settings: dict[str, Any],
     context: ModelContext,
     subjects: list[EvaluatedSAE],
     text_file: Path,
     tmp_path: Path,
     exclude_special: bool,
 ) -> None:
-    settings = {
-        **SETTINGS,
-        "dataset": str(text_file),
-        "exclude_special_tokens_from_reconstruction": exclude_special,
-    }
-    outcomes = run_core(context, settings, subjects, 42, tmp_path / "ours", warnings_alone)
+    settings["exclude_special_tokens_from_reconstruction"] = exclude_special
+    outcomes = core()
     rows = rows_of(text_file)
     for subject in subjects:
         outcome = outcomes[subject.name]
@@ -121,10 +132,9 @@ def test_the_numbers_are_saebenchs_own(
 
 
 def test_explained_variance_is_the_streaming_one(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
+    core: Core, settings: dict[str, Any], context: ModelContext, subjects: list[EvaluatedSAE]
 ) -> None:
-    settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, subjects, 42, tmp_path / "ours", warnings_alone)
+    outcomes = core()
     side = CoreModelSide(
         context, subjects[0].hook_name, *_tokens_of(context, settings, subjects[0])
     )
@@ -154,10 +164,9 @@ def _tokens_of(
 
 
 def test_kl_from_float32_log_probabilities(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
+    core: Core, settings: dict[str, Any], context: ModelContext, subjects: list[EvaluatedSAE]
 ) -> None:
-    settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, subjects[:1], 42, tmp_path / "ours", warnings_alone)
+    outcomes = core(subjects[:1])
     tokens, _ = _tokens_of(context, settings, subjects[0])
     model, tokenizer = context.language_model.model, context.language_model.tokenizer
     special = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id])
@@ -181,10 +190,9 @@ def test_kl_from_float32_log_probabilities(
 
 
 def test_the_model_runs_once_for_all_saes_and_not_at_all_from_the_cache(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
+    core: Core, context: ModelContext, subjects: list[EvaluatedSAE]
 ) -> None:
-    settings = {**SETTINGS, "dataset": str(text_file)}
-    first = run_core(context, settings, subjects[:1], 42, tmp_path / "a", warnings_alone)
+    first = core(subjects[:1])
     blocks = context.language_model.model.blocks
     layers: list[int] = []
     handles = [
@@ -192,7 +200,7 @@ def test_the_model_runs_once_for_all_saes_and_not_at_all_from_the_cache(
         for number, block in enumerate(blocks)
     ]
     try:
-        again = run_core(context, settings, subjects, 42, tmp_path / "b", warnings_alone)
+        again = core(place="b")
     finally:
         for handle in handles:
             handle.remove()
@@ -202,9 +210,9 @@ def test_the_model_runs_once_for_all_saes_and_not_at_all_from_the_cache(
 
 
 def test_other_text_model_or_dtype_is_another_cache(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
+    settings: dict[str, Any], context: ModelContext, subjects: list[EvaluatedSAE]
 ) -> None:
-    tokens, n = _tokens_of(context, {**SETTINGS, "dataset": str(text_file)}, subjects[0])
+    tokens, n = _tokens_of(context, settings, subjects[0])
     folders = {
         CoreModelSide(context, "blocks.1.hook_resid_post", tokens, n).folder,
         CoreModelSide(context, "blocks.0.hook_resid_post", tokens, n).folder,
@@ -221,34 +229,42 @@ def test_other_text_model_or_dtype_is_another_cache(
 
 
 def test_an_interrupted_model_side_is_computed_again(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
+    core: Core, settings: dict[str, Any], context: ModelContext, subjects: list[EvaluatedSAE]
 ) -> None:
-    settings = {**SETTINGS, "dataset": str(text_file)}
-    expected = run_core(context, settings, subjects[:1], 42, tmp_path / "a", warnings_alone)
+    expected = core(subjects[:1])
     side = CoreModelSide(
         context, subjects[0].hook_name, *_tokens_of(context, settings, subjects[0])
     )
     (side.folder / "complete.json").unlink()
     (side.folder / "batch-00003.safetensors").write_bytes(b"half")
-    again = run_core(context, settings, subjects[:1], 42, tmp_path / "b", warnings_alone)
+    again = core(subjects[:1], place="b")
     assert again["standard"].metrics == expected["standard"].metrics
 
 
-@pytest.mark.parametrize("hook", ["blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre"])
-def test_hooks_inside_a_layer(
-    context: ModelContext, text_file: Path, tmp_path: Path, hook: str
+@pytest.mark.parametrize(
+    "hook", ["blocks.1.hook_mlp_out", "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"]
+)
+def test_hooks_inside_a_layer_and_at_the_last_beside_others(
+    core: Core,
+    context: ModelContext,
+    subjects: list[EvaluatedSAE],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    hook: str,
 ) -> None:
+    assert context.language_model.model.cfg.n_layers == 3
     subject = dataclasses.replace(make_subject(random_standard(3), "inner"), hook_name=hook)
-    settings = {**SETTINGS, "dataset": str(text_file)}
-    outcome = run_core(context, settings, [subject], 42, tmp_path / "ours", warnings_alone)["inner"]
-    rows = rows_of(text_file)
+    outcomes = core([subject, *subjects])
+    assert {outcome.status for outcome in outcomes.values()} == {"measured"}
+    rows = rows_of(Path(settings["dataset"]))
     expected = direct(context, subject, rows, tmp_path / "theirs", settings)
     for name, value in expected.items():
-        assert outcome.metrics[name] == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), name
+        found = outcomes["inner"].metrics[name]
+        assert found == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), name
 
 
 def test_one_sae_that_fails_leaves_the_others(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
+    core: Core, subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
     class Broken(StandardSAE):
         def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -262,8 +278,7 @@ def test_one_sae_that_fails_leaves_the_others(
     bad = make_subject(nan, "nan")
     bad.sae.b_dec.data[0] = math.nan
     everyone = [make_subject(broken, "broken"), make_subject(silent, "silent"), bad, *subjects]
-    settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, everyone, 42, tmp_path / "ours", warnings_alone)
+    outcomes = core(everyone)
     assert {name: o.status for name, o in outcomes.items()} == {
         "broken": "failed",
         "silent": "failed",
@@ -280,12 +295,9 @@ def test_one_sae_that_fails_leaves_the_others(
     ]
 
 
-def test_seeds_shuffle_local_text_and_their_order_does_not_matter(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
-) -> None:
-    settings = {**SETTINGS, "dataset": str(text_file)}
+def test_seeds_shuffle_local_text_and_their_order_does_not_matter(core: Core) -> None:
     runs = {
-        (order, seed): run_core(context, settings, subjects, seed, tmp_path / order, warnings_alone)
+        (order, seed): core(seed=seed, place=order)
         for order, seeds in (("up", (1, 2)), ("down", (2, 1)))
         for seed in seeds
     }
@@ -297,24 +309,17 @@ def test_seeds_shuffle_local_text_and_their_order_does_not_matter(
     assert one.metrics["l0"] != two.metrics["l0"]
 
 
-def test_too_little_text_is_refused_with_what_there_is(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
-) -> None:
-    settings = {**SETTINGS, "dataset": str(text_file), "n_eval_sparsity_variance_batches": 5000}
+def test_too_little_text_is_refused_with_what_there_is(core: Core) -> None:
     with pytest.raises(InputError, match=r"holds only \d+ batches of 4 x 32 tokens and 5002"):
-        run_core(context, settings, subjects, 42, tmp_path, warnings_alone)
+        core(n_eval_sparsity_variance_batches=5000)
 
 
-def test_the_subjects_are_left_as_they_were(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
-) -> None:
+def test_the_subjects_are_left_as_they_were(core: Core, subjects: list[EvaluatedSAE]) -> None:
     before = [
         ({k: v.clone() for k, v in s.sae.state_dict().items()}, s.sae.cfg.to_dict())
         for s in subjects
     ]
-    run_core(
-        context, {**SETTINGS, "dataset": str(text_file)}, subjects, 42, tmp_path, warnings_alone
-    )
+    core()
     for subject, (weights, config) in zip(subjects, before, strict=True):
         assert subject.sae.cfg.to_dict() == config
         for name, tensor in subject.sae.state_dict().items():
@@ -322,28 +327,8 @@ def test_the_subjects_are_left_as_they_were(
     assert core_main.get_recons_loss.__module__ == core_main.__name__
 
 
-def test_the_last_layer_beside_another(
-    context: ModelContext, subjects: list[EvaluatedSAE], text_file: Path, tmp_path: Path
-) -> None:
-    last = dataclasses.replace(
-        make_subject(random_standard(3), "last"), hook_name="blocks.2.hook_resid_post"
-    )
-    assert context.language_model.model.cfg.n_layers == 3
-    settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, [last, *subjects], 42, tmp_path / "ours", warnings_alone)
-    assert {outcome.status for outcome in outcomes.values()} == {"measured"}
-    expected = direct(context, last, rows_of(text_file), tmp_path / "theirs", settings)
-    for name, value in expected.items():
-        found = outcomes["last"].metrics[name]
-        assert found == pytest.approx(value, rel=ROUNDING, abs=ROUNDING), name
-
-
 def test_what_one_hook_raises_leaves_the_other_hooks(
-    context: ModelContext,
-    subjects: list[EvaluatedSAE],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    core: Core, subjects: list[EvaluatedSAE], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = dataclasses.replace(subjects[0], name="inner", hook_name="blocks.1.hook_mlp_out")
     prepare = CoreModelSide.prepare
@@ -354,8 +339,7 @@ def test_what_one_hook_raises_leaves_the_other_hooks(
         return prepare(self, report)
 
     monkeypatch.setattr(CoreModelSide, "prepare", fail_at_one)
-    settings = {**SETTINGS, "dataset": str(text_file)}
-    outcomes = run_core(context, settings, [inner, *subjects], 42, tmp_path, warnings_alone)
+    outcomes = core([inner, *subjects])
     assert outcomes["inner"].status == "failed"
     assert outcomes["inner"].reason == "Some tensors share memory. Try again."
     assert {outcomes[subject.name].status for subject in subjects} == {"measured"}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from evaluation_builders import make_subject, random_standard
+from evaluation_builders import loads, make_subject, random_standard
 from evaluation_builders import run as run_evaluation
 from sae_bench.evals.absorption import common as absorption_common
 from sae_bench.evals.absorption import main as absorption_main
@@ -95,10 +95,6 @@ def metrics_of(file: Path) -> dict[str, float]:
     }
 
 
-def loads(model: Any) -> Any:
-    return SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
-
-
 def test_meta_structure_is_saebenchs(
     context: ModelContext, subjects: list[EvaluatedSAE], tmp_path: Path
 ) -> None:
@@ -160,7 +156,7 @@ def test_scr_and_tpp_are_saebenchs(
     for subject in subjects:
         with ExitStack() as stack:
             for owner, name, value in (
-                (scr_and_tpp_main, "HookedTransformer", loads(context.language_model.model)),
+                (scr_and_tpp_main, "HookedTransformer", loads(context)),
                 (dataset_creation, "load_dataset", load_dataset),
                 (dataset_utils, "load_dataset", load_dataset),
             ):

@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from evaluation_builders import HOOK, make_subject, random_standard, run
-from probing_builders import broken
+from probing_builders import broken, surroundings
 from sae_bench.evals.sparse_probing_sae_probes import main as sae_probes_main
 from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 from sae_probes import (
@@ -24,12 +22,9 @@ from sae_probes import (
 from sae_probes.utils_training import BestClassifierResults, Metrics
 from sklearn.linear_model import LogisticRegression
 
-from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import tensors_sha256
 from msae_plugin.common.progress import warnings_alone
-from msae_plugin.common.recipes import SHIPPED
 from msae_plugin.evaluation.outcomes import ModelContext, definitions
-from msae_plugin.evaluation.recipe import check_settings, reported_counts
+from msae_plugin.evaluation.recipe import reported_counts
 from msae_plugin.evaluation.saebench import sae_probes
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sae_probes import (
@@ -48,7 +43,6 @@ COUNTS = reported_counts(EVALUATION)
 DEFINITIONS = definitions(EVALUATION, COUNTS)
 FLORIDA, BASEBALL = "117_us_state_FL", "156_athlete_sport_baseball"
 SETTINGS: dict[str, Any] = {"dataset_names": [FLORIDA, BASEBALL], "ks": [1, 2]}
-OFFLINE_PROTOCOL = SHIPPED / "offline.yaml"
 ONE: dict[str, Any] = {"dataset_names": [FLORIDA], "ks": [1]}
 
 
@@ -328,16 +322,7 @@ def test_nothing_stays_changed(
     def state() -> tuple[Any, ...]:
         return (
             Path.cwd(),
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            random.getstate(),
-            np.random.get_state()[1].tolist(),  # type: ignore[union-attr]
-            torch.get_rng_state().tolist(),
-            context.language_model.tokenizer.padding_side,
-            context.language_model.tokenizer.truncation_side,
-            [tensors_sha256(subject.sae.state_dict()) for subject in subjects],
-            [str(subject.sae.cfg.to_dict()) for subject in subjects],
-            ["encode" in vars(subject.sae) for subject in subjects],
+            surroundings(context, subjects),
         )
 
     before = state()
@@ -359,25 +344,6 @@ def test_an_sae_at_another_hook_reads_that_hook(
     outcomes = run_sae_probes(context, ONE, [first, other], 7, tmp_path / "out", warnings_alone)
     assert {outcome.status for outcome in outcomes.values()} == {"measured"}
     assert outcomes["first"].metrics["llm_test_auc"] != outcomes["other"].metrics["llm_test_auc"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dataset_names": ["117_us_state"]}, "did you mean 117_us_state_FL"),
-        ({"dataset_names": [FLORIDA, FLORIDA]}, "twice: give it once"),
-        ({"ks": [3]}, "no field for 3: choose from 1, 2, 5, 10, 20, 50, 100"),
-        ({"setting": "scarcity"}, "must be normal, not 'scarcity'"),
-        ({"binarize": True}, "does not find sae-probes' results of binarised latents"),
-        ({"reg_type": "l3"}, "must be l1 or l2"),
-        ({"baseline_method": "svm"}, "must be logreg or"),
-        ({"model_cache_path": "x"}, "caches are in cache"),
-        ({"results_path": "x"}, "is not to be set"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_settings("sparse_probing_sae_probes", {**ONE, **changes})
 
 
 def test_attention_of_a_batch_is_bounded() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,25 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from evaluation_builders import HOOK, make_subject, random_standard, run
-from probing_builders import AG_NEWS, BIOS, broken, model_passes, write_ag_news, write_bios
+from evaluation_builders import HOOK, loads, make_subject, random_standard, run
+from probing_builders import (
+    AG_NEWS,
+    BIOS,
+    broken,
+    model_passes,
+    surroundings,
+    write_ag_news,
+    write_bios,
+)
 from sae_bench.evals.sparse_probing import main as probing_main
 from sae_bench.evals.sparse_probing import probe_training
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
 
-from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import tensors_sha256
 from msae_plugin.common.progress import warnings_alone
 from msae_plugin.data.labelled_texts import LABELLED_SOURCES, LabelledSource, LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, definitions
-from msae_plugin.evaluation.recipe import check_settings, reported_counts
+from msae_plugin.evaluation.recipe import reported_counts
 from msae_plugin.evaluation.saebench.patching import evaluation_environment, replaced
 from msae_plugin.evaluation.saebench.sparse_probing import KIND
 from msae_plugin.models.loading import load_language_model
@@ -94,11 +99,6 @@ def direct(
 ) -> dict[str, Any]:
     """SAEBench's `run_eval`, which loads models and data by name only: both are handed in."""
 
-    class LoadsOurs:
-        @staticmethod
-        def from_pretrained_no_processing(*_: Any, **__: Any) -> Any:
-            return context.language_model.model
-
     given = {k: v for k, v in settings.items() if k != "datasets"}
     config = SparseProbingEvalConfig(
         **{**given, "dataset_names": [dataset], "random_seed": seed},
@@ -108,7 +108,7 @@ def direct(
     local = LocalCopies(settings["datasets"])
     with (
         evaluation_environment(0),
-        replaced(probing_main, "HookedTransformer", LoadsOurs),
+        replaced(probing_main, "HookedTransformer", loads(context)),
         replaced(dataset_utils, "load_dataset", local.load_dataset),
     ):
         results = probing_main.run_eval(
@@ -329,15 +329,7 @@ def test_nothing_stays_patched_and_the_callers_sae_is_as_it_was(
             dataset_info.chosen_classes_per_dataset,
             dict(dataset_info.chosen_classes_per_dataset),
             jaxtyping.config.jaxtyping_disable,
-            torch.is_grad_enabled(),
-            random.getstate(),
-            np.random.get_state()[1].tolist(),  # type: ignore[union-attr]
-            torch.get_rng_state().tolist(),
-            context.language_model.tokenizer.padding_side,
-            context.language_model.tokenizer.truncation_side,
-            [tensors_sha256(subject.sae.state_dict()) for subject in subjects],
-            [str(subject.sae.cfg.to_dict()) for subject in subjects],
-            ["encode" in vars(subject.sae) for subject in subjects],
+            surroundings(context, subjects),
         )
 
     before = state()
@@ -467,22 +459,6 @@ def test_our_own_labelled_sets_have_names_of_their_own(
     assert outcome.facts[f"source of {AG_NEWS}"] == "local copy"
     other_seed = run_sparse_probing(context, given, subjects[:1], 6, tmp_path / "o", warnings_alone)
     assert other_seed[subjects[0].name].facts["text"] != outcome.facts["text"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"k_values": [1, 3]}, "no field for 3: choose from 1, 2, 5, 10, 20, 50, 100"),
-        ({"k_values": []}, "k_values is empty"),
-        ({"dataset_names": [AG_NEWS, AG_NEWS]}, "twice: give it once"),
-        ({"llm_dtype": "bfloat16"}, r"the model's dtype is model\.dtype"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(
-    small: dict[str, Any], changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        check_settings("sparse_probing", {**small, **changes})
 
 
 def test_the_default_batch_size_is_saebenchs_for_the_model(
