@@ -109,8 +109,8 @@ def is_complete(output: Path, config: RunConfig) -> bool:
 
 def check_same_run(path: Path, earlier: Mapping[str, Any], config: RunConfig) -> None:
     """Refuse to continue a run or checkpoint with a recipe that would train something else."""
-    # A run of before the key had what `auto` stands for.
-    then = {"model.loader": "auto", **dict(_flatten(earlier))}
+    # A setting that is younger than the run had what is now its default.
+    then = dict(_flatten(RunConfig().to_dict())) | dict(_flatten(earlier))
     now = dict(_flatten(config.to_dict()))
     for key in sorted(then.keys() | now.keys()):
         may_change = key.startswith(_MAY_CHANGE) or key.endswith(_OF_THE_MACHINE)
