@@ -24,7 +24,7 @@ from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import disk_errors_told, held_in, remove_leftovers
+from msae_plugin.common.files import disk_errors_told, held_in, human_bytes, remove_leftovers
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import seed_everything
@@ -297,8 +297,8 @@ class MultiScaleRunner:
         free = shutil.disk_usage(self.output).free if self._leads else needed
         if needed > free:
             raise InputError(
-                f"--output {str(self.output)!r}: a checkpoint takes {needed / 1e6:,.0f} MB and "
-                f"{free / 1e6:,.0f} MB are free there: choose another --output"
+                f"--output {str(self.output)!r}: a checkpoint takes {human_bytes(needed)} and "
+                f"{human_bytes(free)} are free there: choose another --output"
             )
 
     def _begin(
