@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from msae_plugin.common.claims import folders_to_make
 from msae_plugin.common.errors import InputError
 
 RecipeOption = Annotated[
@@ -73,8 +74,8 @@ def check_output(output: Path) -> None:
     place = output.expanduser()
     if place.is_file():
         raise InputError(f"--output {output} is a file: give a folder")
-    while not place.exists():
-        place = place.absolute().parent
+    missing = folders_to_make(place.absolute())
+    place = missing[-1].parent if missing else place
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise InputError(f"--output {output}: cannot write in {place}")
 

@@ -31,6 +31,7 @@ import promises
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,6 +39,15 @@ from msae_plugin.models.loading import LanguageModel, load_language_model
 
 # CPython 3.13 has no sae-bench (pyproject.toml): what evaluates with it cannot be tested there.
 collect_ignore_glob = [] if importlib.util.find_spec("sae_bench") else ["evaluation/*"]
+
+# How fast a machine is decides no test.
+settings.register_profile(
+    "any machine",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("any machine")
 
 # A plugin may have imported torch before the variable was set.
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

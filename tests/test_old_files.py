@@ -13,6 +13,13 @@ from typer.testing import CliRunner
 
 import msae_plugin  # noqa: F401 - registers the architecture
 from msae_cli import app as cli
+from msae_plugin.common.errors import InputError
+from msae_plugin.comparison.activations import activations_key
+from msae_plugin.comparison.methods import expand
+from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.comparison.training_schedule import entry_keys, finished_record
+from msae_plugin.training.recipe import RunConfig
+from msae_plugin.training.runner import check_same_run
 
 OLD = Path(__file__).parent / "fixtures" / "v0_1"
 CHECKPOINTS = {"finished": "10240", "interrupted": "2560"}
@@ -114,6 +121,47 @@ def test_an_old_comparison_is_taken_up(old: Path) -> None:
     assert [row["name"] for row in after] == [row["name"] for row in before]
     for mine, theirs in zip(after, before, strict=True):
         assert mine["metrics"]["ground_truth/f1"] == theirs["metrics"]["ground_truth/f1"]
+
+
+def test_saes_of_earlier_versions_are_recognised(tmp_path: Path) -> None:
+    """Digests that commits ff7a867, before there was model.loader, and 9469956 gave.
+
+    A setting that is added must not change them: see `_YOUNGER`.
+    """
+    hook = "blocks.1.hook_resid_post"
+    values: dict[str, Any] = {
+        "model": {"name": "tiny"},
+        "data": {"source": "notes.jsonl"},
+        "hooks": [hook],
+        "common": {"d_sae": 96},
+        "l0": [8],
+        "saes": {"default": {"preset": "default"}},
+    }
+    keys = {}
+    for loader in ("auto", "TransformerBridge"):
+        config = CompareConfig.from_dict(values, [f"model.loader={loader}"])
+        (entry,) = expand(config, {hook: 64}).entries
+        keys[loader] = entry_keys(entry, config)
+        if loader == "auto":
+            assert activations_key(config) == "c5794935c57911b06b602f78"
+    assert keys["auto"] == ["4fe13222dd188362b508cac1", "2ab15484e5c885b5fa86ce6b"]
+    assert len(keys["TransformerBridge"]) == 1
+    assert not set(keys["TransformerBridge"]) & set(keys["auto"])
+    record = {"status": "complete", "comparison": {"key": keys["auto"][1]}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert finished_record(tmp_path, keys["auto"]) is not None
+    with pytest.raises(InputError, match="other settings, or by an earlier version"):
+        finished_record(tmp_path, keys["TransformerBridge"])
+
+
+def test_a_run_of_before_a_setting_goes_on() -> None:
+    config = RunConfig.from_dict({"hooks": ["blocks.1.hook_resid_post"], "sae": {"d_sae": 8}})
+    before = config.to_dict()
+    del before["model"]["loader"], before["training"]["adam_beta2"], before["logging"]["trackio"]
+    check_same_run(Path("run"), before, config)
+    other = RunConfig.from_dict(config.to_dict(), ["training.adam_beta2=0.9"])
+    with pytest.raises(InputError, match=r"'training\.adam_beta2' was 0\.999 and is now 0\.9"):
+        check_same_run(Path("run"), before, other)
 
 
 def test_old_folders_are_reported_together(old: Path) -> None:

@@ -29,6 +29,8 @@ CLAIM = ".claim"
 # A process may be between making its claim and writing into it.
 _EMPTY_FOR_SECONDS = 10
 _POLL_SECONDS = 0.5
+# Python makes folders one inside the other by recursion.
+_DEEPEST = 100
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def claimed_output(folder: Path, share: str | None = None) -> Generator[None]:
     A folder that was made and that nothing was written into is gone afterwards. `share` is which of
     several processes that divide the work this is.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = folders_to_make(folder)
     claim = folder / (CLAIM if share is None else f"{CLAIM}-{share}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,17 @@ def claimed_output(folder: Path, share: str | None = None) -> Generator[None]:
     finally:
         claim.unlink(missing_ok=True)
         _remove_empty(made)
+
+
+def folders_to_make(output: Path) -> list[Path]:
+    """The folder for results and those above it that are not there, the innermost first."""
+    missing = [path for path in (output, *output.parents) if not path.exists()]
+    if len(missing) > _DEEPEST:
+        raise InputError(
+            f"--output {str(output)[:100]!r}... lies {len(missing)} folders below any that exists",
+            f"give one that is at most {_DEEPEST} deep",
+        )
+    return missing
 
 
 def is_held(folder: Path) -> bool:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+
+_SHOWN_DIGITS, _SHOWN_CHARACTERS = 20, 200
 
 
 class InputError(ValueError):
@@ -46,6 +49,14 @@ class MissingInputError(InputError):
 
 class RunFailure(RuntimeError):
     """The input was fine, yet the run could not finish or its result is not valid."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: in short form where its own is long."""
+    if isinstance(value, int) and abs(value) >= 10**_SHOWN_DIGITS:
+        return f"{Decimal(value):.3e}"
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def first_line(error: BaseException) -> str:

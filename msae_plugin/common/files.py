@@ -86,7 +86,16 @@ def _not_written(target: Path, reason: str) -> str:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    return f"{target} cannot be written ({reason}); {free / 1e6:,.0f} MB are free there"
+    return f"{target} cannot be written ({reason}); {human_bytes(free)} are free there"
+
+
+def human_bytes(size: float) -> str:
+    """A size in B, KiB, MiB, GiB or TiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
 
 
 def write_text_atomic(path: Path, text: str) -> None:

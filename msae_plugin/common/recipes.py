@@ -32,7 +32,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from typing_extensions import get_type_hints, is_typeddict
 
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, shown
 
 RECIPE = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 """Of every pydantic dataclass of a recipe; the text below a field is its description."""
@@ -312,7 +312,7 @@ def _one_line(error: ValidationError, annotation: Any, where: str) -> InputError
         where = f"{where}[{step}]" if isinstance(step, int) else f"{where}.{step}".lstrip(".")
     if bad_key:
         wanted_keys = "whole numbers" if first["type"] == "string_pattern_mismatch" else "text"
-        return InputError(f"{where!r} has the key {value!r}: keys must be {wanted_keys}")
+        return InputError(f"{where!r} has the key {shown(value)}: keys must be {wanted_keys}")
     out_of_limits = first["type"].startswith(("greater_than", "less_than", "finite_number"))
     if out_of_limits:
         value = _whole(value) if wanted is int else _number(value)
@@ -321,7 +321,7 @@ def _one_line(error: ValidationError, annotation: Any, where: str) -> InputError
     allowed = str(cause) if cause else _spoken(wanted)
     if out_of_limits:
         allowed = _spoken_limits(limits)
-    return InputError(f"{where!r} must be {allowed}, not {value!r}")
+    return InputError(f"{where!r} must be {allowed}, not {shown(value)}")
 
 
 def _bare(annotation: Any) -> tuple[Any, list[Any]]:

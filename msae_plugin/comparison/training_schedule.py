@@ -122,8 +122,24 @@ _NOT_OF_TRAINING = (
 )  # fmt: skip
 
 
-def entry_key(entry: Entry, config: CompareConfig) -> str:
-    """A digest of everything that an SAE depends on."""
+# Settings that are younger than the first folders, oldest first, with what SAEs were trained with
+# before; a new one that changes SAEs belongs here.
+_YOUNGER = (("model", "loader", "auto"),)
+
+
+def entry_keys(entry: Entry, config: CompareConfig) -> list[str]:
+    """Digests of everything that an SAE depends on: today's, then those of earlier versions."""
+    shared, own = _settings(entry, config)
+    found = [key_digest({"format": _FORMAT, "shared": shared, "own": own})]
+    for section, name, before in reversed(_YOUNGER):
+        if shared.get(section, {}).pop(name, before) != before:
+            break
+        found.append(key_digest({"format": _FORMAT, "shared": shared, "own": own}))
+    return list(dict.fromkeys(found))
+
+
+def _settings(entry: Entry, config: CompareConfig) -> tuple[dict[str, Any], list[Any]]:
+    """What an SAE depends on of the recipe that all share, and of its own."""
     values = config.to_dict()
     shared = {key: value for key, value in values.items() if key not in _NOT_OF_AN_SAE}
     training = cast("dict[str, Any]", dict(shared["training"]))
@@ -141,10 +157,10 @@ def entry_key(entry: Entry, config: CompareConfig) -> str:
         json_safe(dict(method.section)), method.accumulation_steps, method.frozen_decoder,
         entry.hook, entry.l0, entry.seed,
     ]  # fmt: skip
-    return key_digest({"format": _FORMAT, "shared": json_safe(shared), "own": own})
+    return json_safe(shared), own
 
 
-def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
+def finished_record(folder: Path, keys: Sequence[str]) -> Mapping[str, Any] | None:
     """The `run.json` of an SAE that is complete; None for one to train.
 
     Refuses an SAE of this name that was trained otherwise.
@@ -153,10 +169,11 @@ def finished_record(folder: Path, key: str) -> Mapping[str, Any] | None:
     if record is None or record.get("status") != "complete":
         return None
     stored = cast("Mapping[str, Any]", record.get("comparison") or {})
-    if stored.get("key") != key:
+    if stored.get("key") not in keys:
         raise InputError(
-            f"{folder} holds an SAE that was trained with other settings: give another --output, "
-            "rename the method, or delete the folder to train it again"
+            f"{folder} holds an SAE that was trained with other settings, or by an earlier "
+            "version: give another --output, rename the method, or delete the folder to train it "
+            "again"
         )
     return record
 
@@ -166,7 +183,7 @@ def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Pat
     return [
         entry
         for entry in entries
-        if finished_record(sae_folder(output, entry.name), entry_key(entry, config)) is None
+        if finished_record(sae_folder(output, entry.name), entry_keys(entry, config)) is None
     ]
 
 
@@ -198,21 +215,23 @@ class Tuner:
         self._run = run
         self._folder = run.output / FOLDER
 
-    def load(self, entry: Entry, key: str) -> Search:
+    def load(self, entry: Entry, keys: Sequence[str]) -> Search:
         """The search of an entry's method and L0 as far as it is."""
         path = self._path(entry)
         if not path.is_file():
-            return Search(key, entry.l0)
+            return Search(keys[0], entry.l0)
         try:
             stored = read_json_object(path, StoredSearch)
         except InputError as error:
             raise InputError(f"{path} is damaged ({error}): delete it") from error
-        if stored["key"] != key:
+        if stored["key"] not in keys:
             raise InputError(
-                f"{path} is a search with other settings: give another --output, or delete it"
+                f"{path} is a search with other settings, or of an earlier version: give another "
+                "--output, or delete it"
             )
         trials = [Trial(**trial) for trial in stored["trials"]]
-        return Search(key, stored["target"], trials, stored["coefficient"], stored["settled"])
+        coefficient, settled = stored["coefficient"], stored["settled"]
+        return Search(stored["key"], stored["target"], trials, coefficient, settled)
 
     def short_trials(self, entry: Entry, search: Search) -> float:
         """Run short trials until one matches or there may be no more; the best coefficient."""
@@ -307,7 +326,7 @@ class _Schedule:
     def __init__(self, run: ComparisonRun, entries: Sequence[Entry]) -> None:
         self._run = run
         self._entries = entries
-        self._keys = {entry.name: entry_key(entry, run.config) for entry in entries}
+        self._keys = {entry.name: entry_keys(entry, run.config) for entry in entries}
         self._first: dict[str, Entry] = {}
         for entry in entries:
             self._first.setdefault(entry.seed_group, entry)
@@ -361,7 +380,7 @@ class _Schedule:
 
     def _search(self, entry: Entry) -> Search:
         # All seeds of a method at an L0 share it.
-        return self._tuner.load(entry, entry_key(replace(entry, seed=0), self._run.config))
+        return self._tuner.load(entry, entry_keys(replace(entry, seed=0), self._run.config))
 
     def _tune(self, entry: Entry) -> None:
         """Search the coefficient, and train the first seed with it."""
@@ -389,7 +408,7 @@ class _Schedule:
         group = replace(group, entries=[e for e in group.entries if self._record(e) is None])
         if not group.entries:
             return
-        keys = {entry.name: self._keys[entry.name] for entry in group.entries}
+        keys = {entry.name: self._keys[entry.name][0] for entry in group.entries}
         if store is None:
             store = self._store(sorted(keys.values()))
         if checkpoint is None:
@@ -434,7 +453,7 @@ class _Schedule:
             if newest is None:
                 continue
             stored = cast("dict[str, str]", newest.config["entries"])
-            names = [name for name in stored if stored[name] == self._keys.get(name)]
+            names = [name for name in stored if stored[name] in self._keys.get(name, ())]
             members = [open_.pop(name) for name in names if name in open_]
             if members:
                 store = CheckpointStore(folder, self._run.config.training.keep_checkpoints)

@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from msae_plugin.common.errors import InputError, MissingInputError, Problem
-from msae_plugin.common.files import default_cache, default_cache_dir, versions
+from msae_plugin.common.files import default_cache, default_cache_dir, human_bytes, versions
 from msae_plugin.data.labelled_texts import (
     HUB_DATASETS,
     LABELLED_SOURCES,
@@ -405,7 +405,7 @@ def missing_disk(
         return []
     return [
         Problem(
-            f"{needed / 1e9:.1f} GB of disk for activations in {cache}, where {free / 1e9:.1f} GB "
+            f"{human_bytes(needed)} of disk for activations in {cache}, where {human_bytes(free)} "
             "are free",
             f"choose another folder with cache:, {otherwise}",
         )

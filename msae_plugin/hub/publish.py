@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from msae_plugin.common.errors import InputError, RunFailure, in_one_line
-from msae_plugin.common.files import folder_written_atomically, require_empty
+from msae_plugin.common.files import folder_written_atomically, human_bytes, require_empty
 from msae_plugin.hub.card_data import CardEntry, hub_model
 from msae_plugin.hub.plan import (
     PublishOptions,
@@ -35,7 +35,6 @@ from msae_plugin.hub.verification import (
     describe,
 )
 from msae_plugin.models.hub_access import explained, hub_errors, require_token, status_of
-from msae_plugin.reporting.info import human_bytes
 from msae_plugin.saes.download import RepositoryState, read_state, require_repo_name
 from msae_plugin.saes.export import JUMPRELU_FOLDER
 

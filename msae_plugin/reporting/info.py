@@ -43,17 +43,18 @@ from sae_lens.util import str_to_dtype
 
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
+from msae_plugin.common.errors import InputError
+from msae_plugin.common.files import human_bytes
 from msae_plugin.models.loading import ModelShape, describe_model
 from msae_plugin.saes.find import StoredSAE, mechanisms_on, read_folder
 from msae_plugin.saes.load import check_evaluable
-from msae_plugin.training.plans import SAEPlan
+from msae_plugin.training.plans import SAEPlan, buffer_bytes
 from msae_plugin.training.recipe import RunConfig
 
 STEP_TENSORS = 10
 LAYER_TENSORS = 16
 HEAD_WIDTH = 64
 LOADED_MODEL_FACTOR = 1.7
-FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,6 @@ def sae_cost(
     )
 
 
-def buffer_bytes(rows: int, llm_batch_rows: int, d_ins: Sequence[int]) -> int:
-    """Peak of the mixing buffer: its rows, overfilled by one LLM batch, and a shuffled copy."""
-    return 2 * FLOAT32_BYTES * (rows + llm_batch_rows) * sum(d_ins)
-
-
 def model_parameters(shape: ModelShape) -> int:
     """Estimated number of weights of a language model."""
     layers = 12 * shape.n_layers * shape.d_model**2
@@ -180,15 +176,6 @@ def run_cost(config: RunConfig, plans: Sequence[SAEPlan], shape: ModelShape) -> 
     )
 
 
-def human_bytes(size: float) -> str:
-    """A size in B, KiB, MiB, GiB or TiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def _facts(title: str, rows: Sequence[tuple[str, str | None]]) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
@@ -219,6 +206,11 @@ def describe_checkpoint(name: str, info: StoredSAE) -> RenderableType:
     if info.report:
         obstacle = cast("str | None", info.report.get("jumprelu_obstacle"))
         jumprelu = "yes" if obstacle is None else f"no: {obstacle}"
+    warnings = info.warnings
+    try:
+        _ = info.weights_sha256, info.jumprelu_sha256
+    except InputError as damage:
+        warnings = [str(damage), *warnings]
     return _facts(
         f"{name}: {info.kind}",
         [
@@ -236,7 +228,7 @@ def describe_checkpoint(name: str, info: StoredSAE) -> RenderableType:
             ("mechanisms", "\n".join(info.mechanisms) or None),
             ("L0", l0),
             ("jumprelu copy", jumprelu),
-            ("WARNING", "\n".join(info.warnings) or None),
+            ("WARNING", "\n".join(warnings) or None),
         ],
     )
 

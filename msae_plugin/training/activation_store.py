@@ -32,6 +32,7 @@ from msae_plugin.common.files import (
     file_sha256,
     file_written_atomically,
     held_in,
+    human_bytes,
     is_as_written,
     json_safe,
     with_digest,
@@ -163,7 +164,7 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + _SPARE_BYTES:
         raise InputError(
-            f"the activations need {needed / 2**30:.1f} GiB in {folder} and {free / 2**30:.1f} GiB "
+            f"the activations need {human_bytes(needed)} in {folder} and {human_bytes(free)} "
             "are free: lower training.tokens, or give --output on a larger disk"
         )
 

@@ -16,7 +16,8 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from msae_plugin.architecture.config import InputNormalization
 from msae_plugin.architecture.presets import PRESETS
 from msae_plugin.architecture.presets import preset as build_preset
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, shown
+from msae_plugin.common.files import human_bytes
 from msae_plugin.common.recipes import (
     Count,
     Positive,
@@ -255,10 +256,10 @@ def _check_sizes(values: Mapping[str, Any], where: str, architecture: str) -> No
     coerce(values["d_sae"], Count, f"{where}.d_sae")
     k = values.get("k")
     if k is not None and not k > 0:
-        raise InputError(f"'{where}.k' must be positive, not {k}")
+        raise InputError(f"'{where}.k' must be positive, not {shown(k)}")
     if k is not None and k > values["d_sae"]:
         raise InputError(
-            f"'{where}.k' is {k} but there are only {values['d_sae']} latents "
+            f"'{where}.k' is {shown(k)} but there are only {values['d_sae']} latents "
             f"(architecture {architecture}): lower k or raise d_sae"
         )
 
@@ -279,18 +280,42 @@ def require_memory(plans: Sequence[SAEPlan], device: str) -> None:
         own = plan.config
         return 4 * 2 * own.d_in * own.d_sae * getattr(torch, own.dtype).itemsize
 
-    needed = sum(map(size, plans))
-    if torch.device(device).type == "cuda":
-        present = torch.cuda.mem_get_info(torch.device(device))[1]
-    else:
-        present = psutil.virtual_memory().total
+    needed, present = sum(map(size, plans)), _memory(device)
     if needed > present:
         largest = max(plans, key=size)
         raise InputError(
-            f"SAE {largest.name!r} with d_sae {largest.config.d_sae} takes "
-            f"{size(largest) / 1e9:,.0f} GB to train, all SAEs {needed / 1e9:,.0f} GB, and this "
-            f"machine has {present / 1e9:,.0f} GB: lower d_sae"
+            f"SAE {largest.name!r} with d_sae {shown(largest.config.d_sae)} takes "
+            f"{human_bytes(size(largest))} to train, all SAEs {human_bytes(needed)}, and this "
+            f"machine has {human_bytes(present)}: lower d_sae"
         )
+
+
+def buffer_bytes(rows: int, llm_batch_rows: int, d_ins: Sequence[int]) -> int:
+    """Peak of the mixing buffer: its rows, overfilled by one LLM batch, and a shuffled copy."""
+    return 2 * torch.float32.itemsize * (rows + llm_batch_rows) * sum(d_ins)
+
+
+def require_buffer(
+    buffer_sequences: int, llm_sequences: int, context: int, d_ins: Sequence[int], device: str
+) -> None:
+    """Refuse a mixing buffer that this machine cannot hold, whose text is read without an end."""
+    needed = buffer_bytes(buffer_sequences * context, llm_sequences * context, d_ins)
+    present = _memory(device)
+    if needed > present:
+        larger = llm_sequences > buffer_sequences
+        name = "store_batch_size_prompts" if larger else "n_batches_in_buffer"
+        raise InputError(
+            f"training.{name} = {shown(max(llm_sequences, buffer_sequences))} sequences of "
+            f"{context} tokens take {human_bytes(needed)} while they are mixed, and this machine "
+            f"has {human_bytes(present)}: lower training.{name}"
+        )
+
+
+def _memory(device: str) -> int:
+    """Bytes of memory that a device has, used ones included."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(torch.device(device))[1]
+    return psutil.virtual_memory().total
 
 
 def build_sae(plan: SAEPlan, seed: int, device: str) -> TrainingSAE[Any]:

@@ -38,7 +38,13 @@ from msae_plugin.common.recipes import (
 from msae_plugin.models.hook_names import common_style, parse_hook_name, validate_hook
 from msae_plugin.models.loading import ModelShape, describe_model
 from msae_plugin.models.transformer_lens import TransformerLensLoader
-from msae_plugin.training.plans import SAEPlan, plan_saes, preset_training
+from msae_plugin.training.plans import (
+    SAEPlan,
+    default_device,
+    plan_saes,
+    preset_training,
+    require_buffer,
+)
 from msae_plugin.training.schedules import GradientRateConfig
 
 logger = logging.getLogger(__name__)
@@ -336,6 +342,14 @@ class RunConfig:
         model.require_positions(self.data.context_size, "data.context_size")
         for hook in self.hooks:
             validate_hook(hook, model.n_layers)
+        if self.cached_activations is None:
+            require_buffer(
+                self.training.n_batches_in_buffer,
+                self.training.store_batch_size_prompts,
+                self.data.context_size,
+                [model.d_model] * len(self.hooks),
+                default_device(self.model.device),
+            )
         return plan_saes(
             saes,
             self.hooks,

@@ -24,7 +24,7 @@ from msae_plugin.architecture.calibration import calibrate, needs_calibration
 from msae_plugin.architecture.ranks import ALONE, Ranks
 from msae_plugin.common.claims import claimed_output
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import disk_errors_told, held_in, remove_leftovers
+from msae_plugin.common.files import disk_errors_told, held_in, human_bytes, remove_leftovers
 from msae_plugin.common.interruption import InterruptedBySignalError, InterruptionGuard
 from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import seed_everything
@@ -109,8 +109,8 @@ def is_complete(output: Path, config: RunConfig) -> bool:
 
 def check_same_run(path: Path, earlier: Mapping[str, Any], config: RunConfig) -> None:
     """Refuse to continue a run or checkpoint with a recipe that would train something else."""
-    # A run of before the key had what `auto` stands for.
-    then = {"model.loader": "auto", **dict(_flatten(earlier))}
+    # A setting that is younger than the run had what is now its default.
+    then = dict(_flatten(RunConfig().to_dict())) | dict(_flatten(earlier))
     now = dict(_flatten(config.to_dict()))
     for key in sorted(then.keys() | now.keys()):
         may_change = key.startswith(_MAY_CHANGE) or key.endswith(_OF_THE_MACHINE)
@@ -297,8 +297,8 @@ class MultiScaleRunner:
         free = shutil.disk_usage(self.output).free if self._leads else needed
         if needed > free:
             raise InputError(
-                f"--output {str(self.output)!r}: a checkpoint takes {needed / 1e6:,.0f} MB and "
-                f"{free / 1e6:,.0f} MB are free there: choose another --output"
+                f"--output {str(self.output)!r}: a checkpoint takes {human_bytes(needed)} and "
+                f"{human_bytes(free)} are free there: choose another --output"
             )
 
     def _begin(

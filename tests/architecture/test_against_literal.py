@@ -260,7 +260,7 @@ def random_fields(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.promise("The SAE computes the equations of docs/method.md.")
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(random_fields(), st.integers(0, 3), st.booleans())
 def test_any_combination_matches_the_equations(
     fields: dict[str, Any], seed: int, with_dead: bool

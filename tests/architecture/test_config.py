@@ -136,7 +136,7 @@ def test_lists_are_not_shared_between_configs() -> None:
     assert preset("nested", **BASE, training_steps=10).prefix_fractions
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     st.integers(1, 500),
     st.lists(st.floats(0.001, 0.999), max_size=6),

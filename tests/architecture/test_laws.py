@@ -158,7 +158,7 @@ def test_annealed_threshold_forgets_the_annealing() -> None:
     assert sum(cuts[:20]) / 20 < 0.7 * sum(since) / len(since)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(st.floats(0.0, 3.0), st.floats(0.2, 6), st.integers(1, 20), st.integers(0, 99))
 def test_a_guess_of_the_cut_never_changes_the_ranking(
     guess: float, k: float, n_tokens: int, seed: int
@@ -277,7 +277,7 @@ def test_z_of_two_fires_a_fixed_share() -> None:
     assert float((output.feature_acts > 0).float().mean()) == pytest.approx(0.0228, rel=0.05)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     st.lists(st.sampled_from([0.1, 0.5, 1.0, 2.0]), min_size=1, max_size=4),
     st.booleans(),

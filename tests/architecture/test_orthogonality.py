@@ -39,7 +39,7 @@ def compare(mine: torch.Tensor, reference: torch.Tensor, W_dec: torch.Tensor) ->
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.integers(2, 12), st.integers(2, 6), st.integers(1, 12), st.integers(0, 99))
 def test_weighted_chunks_match_the_naive_sum(
     d_sae: int, d_in: int, chunk_size: int, seed: int
@@ -63,7 +63,7 @@ def test_weighted_chunks_match_the_naive_sum(
     compare(mine, total / d_sae / share_of_pairs, W_dec)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.integers(2, 12), st.integers(2, 6), st.integers(2, 12), st.integers(0, 99))
 def test_unweighted_chunks_match_ortsae(d_sae: int, d_in: int, chunk_size: int, seed: int) -> None:
     W_dec = decoder(d_sae, d_in, seed)
@@ -96,7 +96,7 @@ def test_chunks_estimate_the_whole_sum_without_bias() -> None:
     assert standard_error < 0.05 * whole
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.integers(2, 12), st.integers(1, 40), st.integers(0, 99))
 def test_listed_pairs_match_the_naive_sum(d_sae: int, n_pairs: int, seed: int) -> None:
     W_dec = decoder(d_sae, 4, seed)
@@ -137,7 +137,7 @@ def test_zero_rows_give_no_nan(kind: str) -> None:
     assert torch.isfinite(W_dec.grad).all()
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(st.integers(2, 20), st.integers(1, 25), st.integers(1, 25), st.integers(0, 9))
 def test_neighbours_are_the_nearest_whatever_the_block(
     d_sae: int, count: int, rows_at_a_time: int, seed: int

@@ -61,7 +61,7 @@ def trained(
     log_shift=st.floats(-2, 2),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_training_is_equivariant(name: str, log_scale: float, log_shift: float, seed: int) -> None:
     """a * x + c gives the same weights and losses up to the unit, c up to 100 deviations."""
     scale = 10.0**log_scale

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from msae_cli.arguments import check_output
 from msae_plugin.common.claims import CLAIM, claim_when_free, claimed_output, release
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import kept_folder
@@ -24,6 +25,16 @@ def hold(folder: Path, share: str | None, held: Connection) -> None:
     with claimed_output(folder, share):
         held.send(True)
         time.sleep(600)
+
+
+def test_an_output_below_a_thousand_folders_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["d"] * 1500)
+    refusal = f"^--output '{tmp_path.parts[0]}.* lies 1500 folders below any that exists: give .*$"
+    for refused in (check_output, lambda output: claimed_output(output).__enter__()):
+        with pytest.raises(InputError, match=refusal) as error:
+            refused(deep)
+        assert len(str(error.value)) < 300
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.fixture

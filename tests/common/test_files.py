@@ -83,7 +83,8 @@ def test_a_full_disk_is_told_with_the_folder_that_it_is(tmp_path: Path) -> None:
     def compute(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RunFailure, match=r"kind/\w+ cannot be written .*MB are free there"):
+    told = r"kind/\w+ cannot be written .*; [1-9]\S* [KMGT]iB are free there"
+    with pytest.raises(RunFailure, match=told):
         kept_folder(tmp_path, "kind", {"a": 1}, compute)
 
 

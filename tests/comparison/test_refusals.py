@@ -31,5 +31,7 @@ def test_a_full_disk(
     monkeypatch.setattr(module, "_compare", full)
     saes = {"batchtopk": {"architecture": "batchtopk"}}
     config = CompareConfig.from_dict(ground_truth_recipe | {"saes": saes})
-    with pytest.raises(RunFailure, match=r"out cannot be written .*MB are free there"):
+    with pytest.raises(
+        RunFailure, match=r"out cannot be written .*; [1-9]\S* [KMGT]iB are free there"
+    ):
         compare(config, tmp_path / "out")

@@ -271,5 +271,5 @@ def test_disk_for_the_activations_is_checked(tmp_path, monkeypatch):
     cache = tmp_path / "not" / "yet"
     assert missing_for_probing(settings, cache=cache, bytes_per_token=576 * 4, runs=3) == []
     (disk,) = missing_for_probing(settings, cache=cache, bytes_per_token=576 * 4, runs=4)
-    assert "0.4 GB of disk" in disk.what
+    assert "337.5 MiB of disk" in disk.what
     assert "cache:" in disk.how

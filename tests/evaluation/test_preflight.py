@@ -14,6 +14,7 @@ from preflight_builders import find, subject
 from toy_instruct.tokeniser import word_tokeniser
 
 from msae_plugin.common.errors import InputError, MissingInputError, Problem
+from msae_plugin.common.files import human_bytes
 from msae_plugin.evaluation import preflight as preflight_module
 from msae_plugin.evaluation.preflight import core_bytes, preflight, refuse_missing
 from msae_plugin.evaluation.recipe import EvalConfig
@@ -372,7 +373,10 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache = tmp_path / "not" / "there" / "yet"
     assert find({"core": settings}, None, cache=str(cache)) == []
     (finding,) = find({"core": settings}, None, cache=str(cache), seeds=[1, 2])
-    assert finding.what == (f"0.0 GB of disk for activations in {cache}, where 0.0 GB are free")
+    assert finding.what == (
+        f"{human_bytes(2 * free)} of disk for activations in {cache}, where {human_bytes(free)} "
+        "are free"
+    )
     assert "choose another folder with cache:" in finding.how
     # What an earlier evaluation left may serve again.
     (cache / "core" / "key").mkdir(parents=True)

@@ -11,7 +11,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 import msae_plugin
 from msae_plugin import MultiScaleTrainingSAEConfig
 from msae_plugin.models.loading import ModelShape, describe_model
-from msae_plugin.reporting.info import buffer_bytes, model_parameters, run_cost, sae_cost
+from msae_plugin.reporting.info import model_parameters, run_cost, sae_cost
+from msae_plugin.training.plans import buffer_bytes
 from msae_plugin.training.recipe import RunConfig
 
 

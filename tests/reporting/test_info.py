@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 import msae_plugin
 from msae_cli.app import app
 from msae_plugin.common.errors import InputError
-from msae_plugin.reporting.info import describe_config, describe_folder, human_bytes
+from msae_plugin.common.files import human_bytes
+from msae_plugin.reporting.info import describe_config, describe_folder
 from msae_plugin.saes.export import export_sae
 from msae_plugin.saes.find import mechanisms_on, read_folder
 
@@ -163,6 +164,16 @@ def test_the_command(recipe, exported):
     assert "48 steps" in run(app, ["info", "--config", str(recipe)]).stdout
     assert run(app, ["info"]).exit_code == 2
     assert run(app, ["info", str(exported / "sae"), "--set", "a=1"]).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["sae", "jumprelu"])
+def test_damaged_weights_are_said(exported: Path, name: str) -> None:
+    weights = exported / name / "sae_weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-20] ^= 1
+    weights.write_bytes(content)
+    told = "".join(shown(describe_folder(exported)).split())
+    assert f"{name}/sae_weights.safetensors'wasdamagedorchanged" in told
 
 
 @pytest.mark.parametrize(
