@@ -158,3 +158,14 @@ def test_every_imported_package_is_declared(lazy: bool) -> None:
                 if not found & (required | extra if optional else required):
                     missing.setdefault(top, set()).add(name)
     assert missing == {}
+
+
+def test_where_numpy_1_comes_in_pyarrow_imports_beside_it() -> None:
+    """Sae-bench asks for numpy 1; pyarrow 26 needs numpy 2 and does not declare it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [Requirement(line) for line in project["optional-dependencies"]["eval"]]
+    [pyarrow] = [each for each in asked if each.name == "pyarrow"]
+    [bench] = [each for each in asked if each.name == "sae-bench"]
+    assert not pyarrow.specifier.contains("26.0.0")
+    assert pyarrow.specifier.contains("25.0.1")
+    assert pyarrow.marker == bench.marker

@@ -2,6 +2,7 @@
 
 Schema: the options of `neuronpedia-runner` (`sae_dashboard.neuronpedia.neuronpedia_runner`), read
 in sae-dashboard 0.8.0. It declares transformer-lens<3 and datasets<4: an environment of its own.
+It brings numpy 1, beside which pyarrow 26 does not import; pip does not know.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _BEGINNING = """#!/bin/sh
 set -eu
 cd "$(dirname "$0")"
 python3 -m venv environment
-environment/bin/pip install sae-dashboard==0.8.0
+environment/bin/pip install sae-dashboard==0.8.0 'pyarrow<26'
 """
 
 
