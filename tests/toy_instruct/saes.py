@@ -90,7 +90,7 @@ def train_toy_sae(
     recipe: ToySAERecipe | None = None,
     activations: torch.Tensor | None = None,
 ) -> SAE[Any]:
-    """Train a `multiscale` SAE (preset `default`) for the toy model, in seconds."""
+    """Train a `multiscale` SAE (preset `features`) for the toy model, in seconds."""
     recipe = recipe or ToySAERecipe()
     if activations is None:
         activations = toy_activations(toy, language_model)
@@ -132,7 +132,7 @@ def _initial(activations: torch.Tensor, seed: int, recipe: ToySAERecipe) -> Mult
     torch.manual_seed(seed)
     return MultiScaleTrainingSAE(
         preset(
-            "default",
+            "features",
             d_in=activations.shape[1],
             d_sae=recipe.d_sae,
             k=recipe.k,
