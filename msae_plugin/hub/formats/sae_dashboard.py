@@ -17,7 +17,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.hub.card_data import hub_dataset
 from msae_plugin.hub.formats.request import ExportRequest, plain_folder
 from msae_plugin.saes.find import read_checkpoint
-from msae_plugin.upstream import official_transformer_lens_name
+from msae_plugin.upstream import shipped_with_transformer_lens
 
 SCRIPT = "make_dashboards.sh"
 # What SAEDashboard 0.8 can take one latent out of.
@@ -55,7 +55,7 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
                 "name a dataset of the Hub, --text monology/pile-uncopyrighted",
             )
         model = str(sae.metadata.get("model_name"))
-        if official_transformer_lens_name(model) is None:
+        if not shipped_with_transformer_lens(model):
             unknown[model] = None
         (folder / sae.name).mkdir()
         for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
