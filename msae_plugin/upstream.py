@@ -19,6 +19,13 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
+_SHIPPED = frozenset(OFFICIAL_MODEL_NAMES)
+
+
+def shipped_with_transformer_lens(name: str) -> bool:
+    """Whether HookedTransformer loads a model by this name or alias, nothing registered before."""
+    return official_transformer_lens_name(name) in _SHIPPED
+
 
 def known_transformer_lens_names() -> list[str]:
     """The hub names that TransformerLens loads, as it lists them at this moment."""

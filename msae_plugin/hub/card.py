@@ -27,6 +27,7 @@ from msae_plugin.hub.card_data import (
     hub_model,
     sources_of,
 )
+from msae_plugin.upstream import shipped_with_transformer_lens
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 # What Markdown reads inside a line; an underscore inside a word and a pipe outside a table (see
@@ -63,6 +64,7 @@ def render(repo: str, entries: Sequence[CardEntry], shown: CardEntry, licence: s
         model=model,
         hook=hook,
         readable=readable,
+        named_by_transformer_lens=model is not None and shipped_with_transformer_lens(model),
         evaluations=[_evaluation(*group, named) for group in _protocols(entries)],
         unmeasured=[
             named[e.folder] for e in entries if not e.evaluations() and not e.not_measured()

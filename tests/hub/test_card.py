@@ -17,6 +17,7 @@ from msae_plugin.hub.card import BEGIN, END, labels, make_card
 from msae_plugin.hub.card_data import CardEntry, base_terms, hub_dataset, hub_model
 from msae_plugin.hub.publish import pretrained_saes_stanza
 from msae_plugin.models.loading import load_language_model
+from msae_plugin.upstream import transformer_lens_name_registered
 
 DETAILS = {
     "k": 32.0,
@@ -260,6 +261,20 @@ def test_the_snippet_that_makes_activations(
     exec(snippet, namespace)
     assert asked == ["google/gemma-2-2b"]
     assert namespace["activations"].shape[-1] == tiny_language_model.d_model
+
+
+def test_a_model_that_transformer_lens_has_no_name_for_is_read_through_its_bridge():
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    hook = {"hook_name": "blocks.9.hook_resid_post"}
+    with transformer_lens_name_registered(name):  # as the packaged model does
+        card = card_of(entry(metadata={"model_name": name, **hook}))
+    snippet = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)[0]
+    assert snippet.splitlines()[:3] == [
+        "from transformer_lens.model_bridge import TransformerBridge",
+        "",
+        f'model = TransformerBridge.boot_transformers("{name}")',
+    ]
+    assert "HookedTransformer" not in card
 
 
 def test_an_sae_of_saelens_needs_no_plugin():

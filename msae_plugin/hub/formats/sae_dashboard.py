@@ -17,6 +17,7 @@ from msae_plugin.common.errors import InputError
 from msae_plugin.hub.card_data import hub_dataset
 from msae_plugin.hub.formats.request import ExportRequest, plain_folder
 from msae_plugin.saes.find import read_checkpoint
+from msae_plugin.upstream import shipped_with_transformer_lens
 
 SCRIPT = "make_dashboards.sh"
 # What SAEDashboard 0.8 can take one latent out of.
@@ -41,7 +42,7 @@ def runner_options(
 def write(request: ExportRequest, folder: Path) -> list[str]:
     """Write a folder per SAE and the script."""
     name = (request.repo or request.run.resolve().name).rsplit("/", 1)[-1]
-    script = _BEGINNING
+    script, unknown = _BEGINNING, dict[str, None]()
     for sae in request.saes:
         source = plain_folder(sae, "SAEDashboard")
         if (architecture := read_checkpoint(source).architecture) not in ARCHITECTURES:
@@ -53,6 +54,9 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
                 f"SAEDashboard reads text from the Hub, and {text} is not there",
                 "name a dataset of the Hub, --text monology/pile-uncopyrighted",
             )
+        model = str(sae.metadata.get("model_name"))
+        if not shipped_with_transformer_lens(model):
+            unknown[model] = None
         (folder / sae.name).mkdir()
         for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
             shutil.copyfile(source / file, folder / sae.name / file)
@@ -60,4 +64,5 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
         options += ["--from-local-sae", "--n-prompts", str(request.windows)]
         script += f"environment/bin/neuronpedia-runner {shlex.join(options)}\n"
     (folder / SCRIPT).write_text(script, encoding="utf-8")
-    return [f"sh {SCRIPT}"]
+    told = (f"SAEDashboard's transformer-lens does not know {m} and will stop" for m in unknown)
+    return [f"sh {SCRIPT}", *told]
