@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 CLAIM = ".claim"
 """The file's name, in the claimed folder."""
 
-# A process may be between making its claim and writing into it.
-_EMPTY_FOR_SECONDS = 10
+# A process may be between making its claim and writing into it; killed there, it leaves an empty one.
+_EMPTY_FOR_SECONDS = 2
+_STARTING = "a process that is just starting"
 _POLL_SECONDS = 0.5
 # Python makes folders one inside the other by recursion.
 _DEEPEST = 100
@@ -112,17 +113,23 @@ def _beside(folder: Path) -> Path:
 
 def _taken(claim: Path) -> str | None:
     """Make a claim file; who holds it where another process does."""
+    own = json.dumps(_own()).encode()
     while True:
         try:
             descriptor = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             holder = _living(claim)
-            if holder is not None:
+            if holder == _STARTING:
+                time.sleep(_POLL_SECONDS)
+            elif holder is not None:
                 return holder
-            _remove_stale(claim)
+            else:
+                _remove_stale(claim)
             continue
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(_own(), stream)
+        try:
+            os.write(descriptor, own)
+        finally:
+            os.close(descriptor)
         return None
 
 
@@ -141,7 +148,7 @@ def _living(claim: Path) -> str | None:
         held = cast("dict[str, Any]", json.loads(text))
         pid, host, started = int(held["pid"]), str(held["host"]), held["started"]
     except (ValueError, KeyError, TypeError):
-        return "a process that is just starting" if age < _EMPTY_FOR_SECONDS else None
+        return _STARTING if abs(age) < _EMPTY_FOR_SECONDS else None
     if host != socket.gethostname():
         return f"process {pid} on {host} (if it has ended, delete {claim})"
     if pid == os.getpid() or not _runs(pid) or started != _start_of(pid):
