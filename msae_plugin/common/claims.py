@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 CLAIM = ".claim"
 """The file's name, in the claimed folder."""
 
-# A process may be between making its claim and writing into it; killed there, it leaves an empty one.
+# Between making its claim and writing into it a process may be killed, and leaves an empty one.
 _EMPTY_FOR_SECONDS = 2
 _STARTING = "a process that is just starting"
 _POLL_SECONDS = 0.5

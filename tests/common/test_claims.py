@@ -94,7 +94,7 @@ def test_shares_of_the_work_go_together_and_all_of_it_with_none(
             {"pid": 1, "host": "elsewhere", "started": None},
             r"process 1 on elsewhere .*delete",
         ),
-        # Left by a process that was killed before it could write into it: waited for, then taken over.
+        # Left by a process that was killed before it wrote into it: taken over after a wait.
         ("", None),
     ],
 )
