@@ -107,6 +107,8 @@ def test_neuronpedia_gets_its_rows_and_saebench_its_own_json(
     assert source["id"] == place.name
     assert source["setName"] == source_set["name"]
     assert source["hfFolderId"] == listed["path"]
+    assert listed["path"].endswith("/jumprelu")
+    assert source["saelensConfig"]["architecture"] == "jumprelu"
     # In Neuronpedia's tables these have no default, but for the creator, whom it knows.
     for row, needed in (
         (source, {"id", "modelId", "setName"}),

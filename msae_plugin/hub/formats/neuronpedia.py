@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sae_lens.constants import SAE_CFG_FILENAME
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.hub.card_data import CardEntry, hub_dataset
@@ -50,8 +51,10 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
         set_row = {"name": _id(name), "description": description, "type": entry.trained_as}
         set_row |= {"creatorName": user, "urls": [f"https://huggingface.co/{repo}"], **shared}
         text = hub_dataset(str(entry.metadata.get("dataset_path")))
+        # Of the folder that is named, which may be the jumprelu copy.
+        config = sae.json_file(f"{path}/{SAE_CFG_FILENAME}".removeprefix(f"{entry.folder}/"))
         row = {"id": source, "setName": _id(name), "hfRepoId": repo, "hfFolderId": path, **shared}
-        row |= {"saelensRelease": repo, "saelensSaeId": path, "saelensConfig": dict(entry.config)}
+        row |= {"saelensRelease": repo, "saelensSaeId": path, "saelensConfig": config}
         row |= {"dataset": text, "num_tokens_in_prompt": entry.metadata.get("context_size")}
         place = folder / model / source
         place.mkdir(parents=True)
