@@ -110,6 +110,39 @@ def test_an_old_run_goes_on(old: Path) -> None:
 
 
 @pytest.mark.promise("Files of earlier versions still load, resume, report and get published.")
+def test_an_old_run_goes_on_with_the_settings_that_it_began_with(old: Path) -> None:
+    """The recipe names a preset, which annealed k and penalised cosines when the run began."""
+    began = json.loads((OLD / "interrupted/checkpoints/2560/sae/cfg.json").read_text())
+    result = msae("train", "-c", "interrupted.yaml", "-o", "interrupted", "--resume", "auto")
+    assert result.exit_code == 0, result.output
+    assert "k_anneal_steps 80 (now 0)" in " ".join(result.output.split())
+    ended = json.loads((old / "interrupted/sae/cfg.json").read_text())
+    details = ended["metadata"]["training_architecture_details"]
+    shared = details.keys() & began.keys()
+    assert {name: details[name] for name in shared} == {name: began[name] for name in shared}
+    assert {"k_anneal_steps", "prefix_fractions", "orthogonality_coefficient"} <= shared
+    # Neither was there when the run began.
+    assert (details["input_normalization"], details["dense_share_limit"]) == ("none", 1.0)
+
+
+def test_a_method_is_not_trained_with_two_meanings_of_its_preset(old: Path) -> None:
+    command = ("compare", "-c", "comparison.yaml", "-o", "comparison", "--no-page")
+    shutil.rmtree(old / "comparison/saes/default_l0-3_seed1")
+    kept = (old / "comparison/comparison.json").read_bytes()
+    result = msae(*command)
+    assert result.exit_code == 2, result.output
+    said = " ".join(result.output.split())
+    assert "'saes.default' would be trained with other settings" in said
+    assert "k_anneal_steps 8 (now 0)" in said
+    assert (old / "comparison/comparison.json").read_bytes() == kept
+    # What BatchTopK stands for has not changed.
+    shutil.rmtree(old / "comparison/saes/batchtopk_l0-3_seed1")
+    result = msae(*command, "--set", "saes.default=null")
+    assert result.exit_code == 0, result.output
+    assert (old / "comparison/saes/batchtopk_l0-3_seed1/sae/cfg.json").is_file()
+
+
+@pytest.mark.promise("Files of earlier versions still load, resume, report and get published.")
 def test_an_old_comparison_is_taken_up(old: Path) -> None:
     before = json.loads((old / "comparison/comparison.json").read_text())["rows"]
     weights = "comparison/saes/default_l0-3_seed0/sae/sae_weights.safetensors"

@@ -48,7 +48,7 @@ def claimed_output(folder: Path, share: str | None = None) -> Generator[None]:
         holder = _taken(claim)
         others = folder.glob(f"{CLAIM}*") if share is None else (folder / CLAIM,)
         for other in others:
-            if holder is None and other != claim and (holder := _living(other)) is not None:
+            if holder is None and other != claim and (holder := _holder(other)) is not None:
                 claim.unlink(missing_ok=True)
     except OSError as error:
         _remove_empty(made)
@@ -118,13 +118,9 @@ def _taken(claim: Path) -> str | None:
         try:
             descriptor = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
-            holder = _living(claim)
-            if holder == _STARTING:
-                time.sleep(_POLL_SECONDS)
-            elif holder is not None:
+            if (holder := _holder(claim)) is not None:
                 return holder
-            else:
-                _remove_stale(claim)
+            _remove_stale(claim)
             continue
         try:
             os.write(descriptor, own)
@@ -136,6 +132,13 @@ def _taken(claim: Path) -> str | None:
 def _own() -> dict[str, Any]:
     pid = os.getpid()
     return {"pid": pid, "host": socket.gethostname(), "started": _start_of(pid)}
+
+
+def _holder(claim: Path) -> str | None:
+    """As `_living`, once a process that is just starting has said who it is."""
+    while (holder := _living(claim)) == _STARTING:
+        time.sleep(_POLL_SECONDS)
+    return holder
 
 
 def _living(claim: Path) -> str | None:

@@ -35,7 +35,13 @@ from msae_plugin.comparison.results import (
     control_row,
     training_metrics,
 )
-from msae_plugin.comparison.training_schedule import Shard, missing_entries, share_of, train_all
+from msae_plugin.comparison.training_schedule import (
+    Shard,
+    missing_entries,
+    refuse_mixtures,
+    share_of,
+    train_all,
+)
 from msae_plugin.models.loading import LanguageModel
 from msae_plugin.saes.run_record import read_run_record
 from msae_plugin.training.plans import default_device, require_memory
@@ -120,6 +126,7 @@ def _compare(
         plan = plan_entry(entry, config, widths[entry.hook], coefficient=None)
         require_memory([plan], device)
     missing = missing_entries(expansion.entries, config, output)
+    refuse_mixtures(expansion.entries, missing, config, output, widths)
     _require_activations(config, output, shard, missing)
     write_json_atomic(output / RECIPE_FILE, {"kind": config.kind, "config": config.to_dict()})
     record, failures = None, dict[str, str]()

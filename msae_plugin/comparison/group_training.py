@@ -32,7 +32,7 @@ from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.saes.run_record import RunRecord, describe_device, software_versions
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.log import JsonLinesSink, MetricsLog
-from msae_plugin.training.plans import SAEPlan, build_sae, require_memory
+from msae_plugin.training.plans import SAEPlan, build_sae, plans_as_begun, require_memory
 from msae_plugin.training.session import SessionSettings, TrainingSession, sae_record
 
 # An L0 of zero has no logarithm.
@@ -158,6 +158,8 @@ def train_group(
         )
         for entry in group.entries
     }
+    if checkpoint is not None:
+        plans = {plan.name: plan for plan in plans_as_begun(list(plans.values()), checkpoint.path)}
     require_memory(list(plans.values()), run.device)
     saes = {
         entry.name: build_sae(plans[entry.name], entry.seed, run.device) for entry in group.entries

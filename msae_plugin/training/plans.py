@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import psutil
 import torch
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
@@ -17,7 +18,7 @@ from msae_plugin.architecture.config import InputNormalization
 from msae_plugin.architecture.presets import PRESETS
 from msae_plugin.architecture.presets import preset as build_preset
 from msae_plugin.common.errors import InputError, shown
-from msae_plugin.common.files import human_bytes
+from msae_plugin.common.files import human_bytes, json_safe
 from msae_plugin.common.recipes import (
     Count,
     Positive,
@@ -27,6 +28,7 @@ from msae_plugin.common.recipes import (
     unknown_key_message,
 )
 from msae_plugin.common.seeding import RandomStream, derive_seed
+from msae_plugin.common.stored import read_json_object
 from msae_plugin.models.hook_names import parse_hook_name
 from msae_plugin.training.schedules import GradientRateConfig
 
@@ -328,6 +330,43 @@ def build_sae(plan: SAEPlan, seed: int, device: str) -> TrainingSAE[Any]:
             return sae_class(config)
     except (ValueError, TypeError) as error:
         raise InputError(f"SAE {plan.name!r}: {error}") from error
+
+
+def as_begun(plan: SAEPlan, stored: Mapping[str, Any]) -> SAEPlan:
+    """The plan with the settings of the SAE whose checkpoint or export has this `cfg.json`.
+
+    A recipe names presets, and what a preset stands for may differ between versions: an SAE goes on
+    with what it was begun with.
+    """
+    values = plan.config.to_dict()
+    if "decoder_init_norm" not in stored:  # An export: what concerns training is in its metadata.
+        for name in plan.config.get_training_architecture_details():
+            values.pop(name)
+        details = (stored.get("metadata") or {}).get("training_architecture_details") or {}
+        stored = {**values, **details}
+    ours = {"metadata": plan.config.metadata.to_dict(), "device": plan.config.device}
+    config = type(plan.config).from_dict({**stored, **ours})
+    return dataclasses.replace(plan, config=config)
+
+
+def plans_as_begun(plans: Sequence[SAEPlan], checkpoint: Path) -> list[SAEPlan]:
+    """The plans with the settings of the SAEs in a checkpoint's folder."""
+    files = {plan.name: checkpoint / plan.name / SAE_CFG_FILENAME for plan in plans}
+    return [
+        # Of an SAE that is not there, loading its weights says so.
+        as_begun(plan, read_json_object(file)) if (file := files[plan.name]).is_file() else plan
+        for plan in plans
+    ]
+
+
+def changed_settings(begun: SAEPlan, plan: SAEPlan) -> dict[str, str]:
+    """What differs between an SAE as it was begun and the plan for it, in words by field."""
+    then, now = (json_safe(item.config.to_dict()) for item in (begun, plan))
+    return {
+        name: f"{name} {shown(then[name])} (now {shown(now[name])})"
+        for name in then
+        if name != "metadata" and then[name] != now[name]
+    }
 
 
 def default_device(setting: str) -> str:

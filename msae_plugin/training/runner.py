@@ -58,7 +58,14 @@ from msae_plugin.training.log import (
     tensorboard_wanted,
 )
 from msae_plugin.training.passes import CachedPass, RecipeSession, SharedPassRunner
-from msae_plugin.training.plans import SAEPlan, build_sae, default_device, require_memory
+from msae_plugin.training.plans import (
+    SAEPlan,
+    build_sae,
+    changed_settings,
+    default_device,
+    plans_as_begun,
+    require_memory,
+)
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import FinishedSAE, SessionSettings, sae_record
 
@@ -211,7 +218,18 @@ class MultiScaleRunner:
             self.checkpoint = self._store.resolve(resume)
         if self.checkpoint is not None:
             check_same_run(self.checkpoint.path, self.checkpoint.config, config)
+            recipe = self.plans
+            self.plans = plans_as_begun(recipe, self.checkpoint.path)
+            self._tell_of_changes(recipe)
         self.folders = {plan.name: plan.folder(output) for plan in self.plans}
+
+    def _tell_of_changes(self, recipe: Sequence[SAEPlan]) -> None:
+        for begun, plan in zip(self.plans, recipe, strict=True):
+            if changed := changed_settings(begun, plan):
+                self._progress.message(
+                    f"{plan.name} goes on with the settings that it was begun with, where its "
+                    f"preset or this version has others: {', '.join(changed.values())}"
+                )
 
     def _checkpoints(self, *, writes: bool) -> CheckpointStore:
         folder = self.output / CHECKPOINTS_FOLDER

@@ -123,6 +123,16 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         assert not place.exists()
 
 
+@pytest.mark.parametrize(("share", "left"), [(None, "part-1-of-2"), ("part-1-of-2", None)])
+def test_the_empty_claim_of_a_killed_process_is_waited_for(
+    tmp_path: Path, share: str | None, left: str | None
+) -> None:
+    """A process may be killed between making its claim and writing into it."""
+    (tmp_path / (CLAIM if left is None else f"{CLAIM}-{left}")).touch()
+    with claimed_output(tmp_path, share):
+        assert (tmp_path / (CLAIM if share is None else f"{CLAIM}-{share}")).read_text()
+
+
 def test_a_folder_that_stays_empty_is_gone_with_its_parents(tmp_path: Path) -> None:
     with claimed_output(tmp_path / "a" / "b"):
         pass
