@@ -30,7 +30,7 @@ from sae_lens.synthetic import (
 )
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.common.files import key_digest, tensors_sha256
+from msae_plugin.common.files import human_bytes, key_digest, tensors_sha256
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.common.progress import Report
 from msae_plugin.common.recipes import unknown_key_message
@@ -43,7 +43,7 @@ from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
 from msae_plugin.evaluation.outcomes import require_real
 from msae_plugin.saes.export import SAE_FOLDER
 from msae_plugin.saes.health import dense_share, encoder_decoder_alignment
-from msae_plugin.training.plans import default_device
+from msae_plugin.training.plans import default_device, memory_of
 
 
 def model_config(section: SyntheticSettings) -> SyntheticModelConfig:
@@ -182,6 +182,7 @@ class RecordedSamples:
 
 
 FOLDER = "ground_truth"
+_SPARSE_ENTRY_BYTES = 2 * torch.int64.itemsize + torch.float32.itemsize
 _BATCHES_FOR_DENSE_SHARE = 4
 
 
@@ -208,7 +209,25 @@ class GroundTruthTestbed:
         self.device = self._source.device
 
     def check(self) -> None:
-        """Nothing is left to refuse: the constructor has read the configuration."""
+        """Refuse features and batches of samples that this machine cannot hold."""
+        model, section = self._source.config, self._section
+        row = torch.float32.itemsize * (model.num_features + model.hidden_dim)
+        sizes = {
+            "synthetic.model.num_features": torch.float32.itemsize
+            * model.num_features
+            * model.hidden_dim,
+            "training.batch_size_tokens": self.config.training.batch_size_tokens * row,
+            "synthetic.eval_batch_size": min(section.eval_batch_size, section.eval_samples) * row,
+            # Of every one at least a feature is kept: two int64 indices and a value.
+            "synthetic.eval_samples": section.eval_samples * _SPARSE_ENTRY_BYTES,
+        }
+        present = memory_of(self.device)
+        for name, needed in sizes.items():
+            if needed > present:
+                raise InputError(
+                    f"{name} takes {human_bytes(needed)} at once, and this machine has "
+                    f"{human_bytes(present)}: lower {name}"
+                )
 
     def widths(self) -> dict[str, int]:
         """Width of the samples."""

@@ -282,7 +282,7 @@ def require_memory(plans: Sequence[SAEPlan], device: str) -> None:
         own = plan.config
         return 4 * 2 * own.d_in * own.d_sae * getattr(torch, own.dtype).itemsize
 
-    needed, present = sum(map(size, plans)), _memory(device)
+    needed, present = sum(map(size, plans)), memory_of(device)
     if needed > present:
         largest = max(plans, key=size)
         raise InputError(
@@ -302,7 +302,7 @@ def require_buffer(
 ) -> None:
     """Refuse a mixing buffer that this machine cannot hold, whose text is read without an end."""
     needed = buffer_bytes(buffer_sequences * context, llm_sequences * context, d_ins)
-    present = _memory(device)
+    present = memory_of(device)
     if needed > present:
         larger = llm_sequences > buffer_sequences
         name = "store_batch_size_prompts" if larger else "n_batches_in_buffer"
@@ -313,7 +313,7 @@ def require_buffer(
         )
 
 
-def _memory(device: str) -> int:
+def memory_of(device: str) -> int:
     """Bytes of memory that a device has, used ones included."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[1]

@@ -22,6 +22,28 @@ def test_a_dictionary_that_no_memory_holds(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "training.batch_size_tokens",
+        "synthetic.eval_batch_size",
+        "synthetic.eval_samples",
+        "synthetic.model.num_features",
+    ],
+)
+def test_samples_that_no_memory_holds(
+    ground_truth_recipe: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    sizes = {name: 10**12, "training.tokens": 10**13, "synthetic.eval_samples": 10**12}
+    if name == "synthetic.eval_samples":
+        sizes["synthetic.eval_batch_size"] = 64
+    recipe = ground_truth_recipe | {"saes": {"batchtopk": {"architecture": "batchtopk"}}}
+    config = CompareConfig.from_dict(recipe, [f"{key}={value}" for key, value in sizes.items()])
+    with pytest.raises(InputError, match=rf"{name} takes .* at once, .* lower {name}"):
+        compare(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk(
     ground_truth_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
