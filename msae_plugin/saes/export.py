@@ -23,6 +23,7 @@ from sae_lens.evals import ExplainedVarianceCalculator
 from safetensors.torch import save_file
 
 from msae_plugin.architecture.export import jumprelu_export_obstacle, save_jumprelu_export
+from msae_plugin.architecture.peers.bottleneck import BottleneckTrainingSAE
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
@@ -112,6 +113,8 @@ def trained_latents(sae: TrainingSAE[Any], activations: torch.Tensor) -> torch.T
         latents = sae.encode(activations) * _decoder_norms(sae)
         return latents[:, sae.export_order()]
     threshold = getattr(sae, "topk_threshold", None)
+    if isinstance(sae, BottleneckTrainingSAE):
+        threshold = sae.latent_thresholds()
     if isinstance(threshold, torch.Tensor):
         pre = sae.encode_with_hidden_pre(activations)[1]
         return pre.relu() * (pre > threshold.to(pre.dtype))

@@ -25,6 +25,7 @@ from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
 from sae_lens.saes.gated_sae import GatedTrainingSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
+from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.standard_sae import StandardTrainingSAE
 from sae_lens.saes.topk_sae import TopKTrainingSAE
@@ -41,7 +42,9 @@ from msae_plugin.common.interruption import InterruptedBySignalError, Interrupti
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A rank that reads a larger share of the text, or saves, may let the others wait for this long.
 _PATIENCE = timedelta(minutes=30)
-# Their losses are means over tokens and nothing else of theirs depends on the batch.
+# Their losses are means over tokens; nothing else of theirs depends on the batch but the ranking
+# of BatchTopK. Its subclasses may add more: C2R its norms over the batch, LISTA its firing rates.
+_BATCHTOPK = (BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE)
 _PER_TOKEN = (StandardTrainingSAE, GatedTrainingSAE, JumpReLUTrainingSAE, TopKTrainingSAE)
 
 
@@ -182,11 +185,12 @@ def share_batches(sae: TrainingSAE[Any], name: str, ranks: Ranks) -> None:
     """
     if isinstance(sae, SupportsRanks):
         sae.attach_ranks(ranks)
-    elif isinstance(sae, BatchTopKTrainingSAE):
+    elif type(sae) in _BATCHTOPK:
+        assert isinstance(sae, BatchTopKTrainingSAE)
         _share_batchtopk(sae, ranks)
     elif ranks.count == 1:
         return
-    elif not isinstance(sae, _PER_TOKEN):
+    elif isinstance(sae, BatchTopKTrainingSAE) or not isinstance(sae, _PER_TOKEN):
         raise InputError(
             f"SAE {name!r}: architecture {sae.cfg.architecture()!r} is not known to train to the "
             "same weights on several processes: train it without torchrun"

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from msae_plugin import InputError, MultiScaleTrainingSAE, preset
+from msae_plugin.architecture.calibration import calibrate
 from msae_plugin.architecture.peers import PEERS, peer_section, register_peers
+from msae_plugin.architecture.peers.bottleneck import (
+    BottleneckTrainingSAE,
+    BottleneckTrainingSAEConfig,
+)
 from msae_plugin.architecture.peers.c2r import C2RTrainingSAE, C2RTrainingSAEConfig, c2r_penalty
 from msae_plugin.architecture.peers.lista import (
     ListaSAE,
@@ -20,6 +26,7 @@ from msae_plugin.architecture.peers.lista import (
     ListaTrainingSAEConfig,
     tilted_mean,
 )
+from msae_plugin.saes.export import trained_latents, trained_reconstruction
 
 D_IN, D_SAE, TOKENS = 6, 16, 32
 
@@ -203,6 +210,103 @@ def test_c2r_without_its_penalty_is_batchtopk_and_exports_as_jumprelu(tmp_path: 
     assert torch.equal(step(plain, x).loss, step(peer, x).loss)
     peer.save_inference_model(tmp_path)
     assert SAE.load_from_disk(tmp_path).cfg.architecture() == "jumprelu"
+
+
+def bottleneck_sae(rank: int, **settings: Any) -> BottleneckTrainingSAE:
+    cfg = BottleneckTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=5, bottleneck_rank=rank, **settings)
+    return BottleneckTrainingSAE(cfg)
+
+
+def trained_by_adam(sae: TrainingSAE, steps: int) -> None:
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.01)
+    for number in range(steps):
+        optimizer.zero_grad()
+        step(sae, activations(number), number).loss.backward()
+        optimizer.step()
+
+
+def test_a_bottleneck_of_rank_zero_is_batchtopk() -> None:
+    torch.manual_seed(0)
+    peer = bottleneck_sae(0)
+    plain = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=5))
+    plain.load_state_dict(peer.state_dict())
+    for sae in (peer, plain):
+        trained_by_adam(sae, 20)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(peer.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_the_bottleneck_is_a_linear_map_beside_batchtopk(rescale: bool) -> None:
+    """Against the equation in float64, its gradients too, with W_down and W_up as they are."""
+    rank, pairs = 2, 4
+    sae = bottleneck_sae(rank, rescale_acts_by_decoder_norm=rescale)
+    trained_by_adam(sae, 30)
+    W_down = sae.W_enc.detach().double()[:, :rank].requires_grad_()
+    W_up = sae.W_dec.detach().double()[:rank].requires_grad_()
+    W_enc = sae.W_enc.detach().double()[:, pairs:].requires_grad_()
+    W_dec = sae.W_dec.detach().double()[pairs:].requires_grad_()
+    b_enc, b_dec = sae.b_enc.detach().double()[pairs:], sae.b_dec.detach().double()
+    x = activations(100)
+    x_c = x.double() - b_dec
+    pre = x_c @ W_enc + b_enc
+    scores = pre * W_dec.norm(dim=1) if rescale else pre
+    latents = literal_batchtopk(scores, 5 - rank)
+    if rescale:
+        latents = latents / W_dec.norm(dim=1)
+    literal = b_dec + x_c @ W_down @ W_up + latents @ W_dec
+    loss = (literal - x.double()).pow(2).sum(1).mean()
+    loss.backward()
+
+    output = step(sae, x)
+    sae.zero_grad()
+    output.loss.backward()
+    torch.testing.assert_close(
+        output.sae_out.detach().double(), literal.detach(), rtol=1e-4, atol=1e-4
+    )
+    assert ((output.feature_acts[:, :pairs] > 0).sum(1) == rank).all()
+    assert int((output.feature_acts > 0).sum()) == 5 * TOKENS
+    assert sae.W_enc.grad is not None
+    assert sae.W_dec.grad is not None
+    for mine, literal_gradient in (
+        (sae.W_enc.grad[:, :rank], W_down.grad),
+        (-sae.W_enc.grad[:, rank:pairs], W_down.grad),
+        (sae.W_enc.grad[:, pairs:], W_enc.grad),
+        (sae.W_dec.grad[:rank], W_up.grad),
+        (-sae.W_dec.grad[rank:pairs], W_up.grad),
+        (sae.W_dec.grad[pairs:], W_dec.grad),
+    ):
+        assert literal_gradient is not None
+        scale = float(literal_gradient.abs().max())
+        torch.testing.assert_close(mine.double(), literal_gradient, rtol=1e-3, atol=1e-4 * scale)
+    # The pairs have no biases, and stay opposite to the bit.
+    assert not sae.b_enc.detach()[:pairs].any()
+    assert torch.equal(sae.W_enc[:, :rank], -sae.W_enc[:, rank:pairs])
+    assert torch.equal(sae.W_dec[:rank], -sae.W_dec[rank:pairs])
+
+
+def test_the_exported_bottleneck_is_a_jumprelu_sae_at_k(tmp_path: Path) -> None:
+    sae = bottleneck_sae(2)
+    trained_by_adam(sae, 30)
+    batches = [activations(seed) for seed in range(100, 110)]
+    found = calibrate(sae, batches)
+    assert found["l0_after"] == pytest.approx(5, abs=1 / TOKENS)
+    sae.fold_activation_norm_scaling_factor(2.0)
+    x = activations(200) / 2
+    latents = trained_latents(sae.eval(), x)
+    sae.save_inference_model(tmp_path)
+    exported = SAE.load_from_disk(tmp_path)
+    assert exported.cfg.architecture() == "jumprelu"
+    torch.testing.assert_close(exported.encode(x), latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        exported.decode(latents), trained_reconstruction(sae, latents), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("rank", "d_sae"), [(5, 16), (-1, 16), (4, 8)])
+def test_a_bottleneck_that_leaves_no_sparse_latents_is_refused(rank: int, d_sae: int) -> None:
+    with pytest.raises(InputError, match="bottleneck_rank must be below k"):
+        BottleneckTrainingSAEConfig(d_in=D_IN, d_sae=d_sae, k=5, bottleneck_rank=rank)
 
 
 def test_whitening_is_that_of_its_paper_and_folds_exactly(tmp_path: Path) -> None:

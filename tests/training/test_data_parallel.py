@@ -18,6 +18,12 @@ from rank_cases import (
 )
 from tolerance import rounding_tolerance
 
+from msae_plugin.architecture.peers import peer_section
+from msae_plugin.architecture.ranks import ALONE, Ranks
+from msae_plugin.common.errors import InputError
+from msae_plugin.training.data_parallel import share_batches
+from msae_plugin.training.plans import build_sae, plan_saes
+
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome | str]]:
@@ -70,3 +76,15 @@ def test_the_cases_train(case: str) -> None:
     after = run_alone(case).state
     moved = (after["W_dec"] - before["W_dec"]).abs().max()
     assert moved > 0.05
+
+
+@pytest.mark.parametrize("peer", ["bottleneck", "c2r", "lista_matryoshka"])
+def test_a_peer_that_depends_on_the_batch_is_refused_on_several_ranks(peer: str) -> None:
+    section = peer_section(peer, 10)
+    plan = plan_saes({peer: {"d_sae": 64, "k": 30, **section}}, ["h"], d_model=8, training_steps=10)
+    sae = build_sae(plan[0], 0, "cpu")
+    share_batches(sae, peer, ALONE)
+    two = Ranks()
+    two.count = 2
+    with pytest.raises(InputError, match=f"'{section['architecture']}' is not known to train to"):
+        share_batches(sae, peer, two)

@@ -25,6 +25,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     **{f"preset-{name}": {"preset": name, "k": 4} for name in preset_names()},
 }
 SECTIONS["multiscale"] |= {"k": 4}
+SECTIONS["batchtopk_bottleneck"] |= {"bottleneck_rank": 2}
 SECTIONS["matryoshka_batchtopk"] |= {"matryoshka_widths": [8, 24]}
 
 

@@ -20,7 +20,7 @@ from sae_lens.registry import (
 )
 
 from msae_plugin.architecture.config import mechanisms_off
-from msae_plugin.architecture.peers import c2r, lista
+from msae_plugin.architecture.peers import bottleneck, c2r, lista
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.recipes import did_you_mean
 
@@ -64,6 +64,10 @@ def peer_section(name: str, training_steps: int) -> dict[str, Any]:
 def register_peers() -> None:
     """Make SAELens know the training classes of this package's peers; twice is harmless."""
     for architecture, classes in {
+        bottleneck.ARCHITECTURE: (
+            bottleneck.BottleneckTrainingSAE,
+            bottleneck.BottleneckTrainingSAEConfig,
+        ),
         c2r.ARCHITECTURE: (c2r.C2RTrainingSAE, c2r.C2RTrainingSAEConfig),
         lista.ARCHITECTURE: (lista.ListaTrainingSAE, lista.ListaTrainingSAEConfig),
     }.items():
