@@ -300,7 +300,7 @@ class LiteralSAE:
             share = step / cfg.k_anneal_steps
             k = cfg.k_initial_multiplier * cfg.k * (1 - share) + cfg.k * share
         rates = [float(rate) for rate in self.firing_rate]
-        dense = max(0.1, 4 * cfg.k / cfg.d_sae)
+        dense = 0.1 if 6 * cfg.k / cfg.d_sae <= 0.1 else 8 * cfg.k / cfg.d_sae
         share = sum(rate for rate in rates if rate > dense) / max(sum(rates), 1e-30)
         cut = max(cut, 0.0)
         step = cfg.firing_floor_rate * cut

@@ -102,8 +102,15 @@ FLOAT32_CASES: dict[str, dict[str, Any]] = {
     "half standardised": {"standardise": 0.5},
     "fully standardised": {"standardise": 1.0, "sparsity_scales": [2.0]},
     "firing floor": {"firing_floor": 0.7, "firing_floor_rate": 0.3, "sparsity_scales": [2.0]},
-    "dense share": {"dense_share_limit": 0.4, "firing_floor_rate": 0.3, "k": 4},
+    "dense share": {"dense_share_limit": 0.4, "firing_floor_rate": 0.3, "k": 0.2},
+    "dense share of a high L0": {
+        "dense_share_limit": 0.1,
+        "firing_floor_rate": 0.3,
+        "d_sae": 40,
+        "k": 1,
+    },
     "dense share and floor": {
+        "k": 0.2,
         "dense_share_limit": 0.6,
         "firing_floor": 0.7,
         "firing_floor_rate": 0.2,
@@ -193,6 +200,10 @@ def test_float64_mechanisms_match_the_equations(name: str, with_dead: bool) -> N
 def test_mechanisms_with_float32_statistics_match_the_equations(name: str) -> None:
     sae = randomised(make(dtype="float64", **plain(**FLOAT32_CASES[name])))
     compare(sae, with_dead=True, rtol=2e-6)
+    if "dense share" in name:
+        floor = sae.mechanisms.firing_floor
+        assert floor is not None
+        assert float(floor.allowance.min()) < 0, "the limit never acted"
 
 
 def test_tokens_of_a_3d_batch_are_tokens() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from steps import activations, make, plain, train
 
+from msae_plugin import MultiScaleTrainingSAEConfig
 from msae_plugin.architecture.mechanisms.firing_floor import FiringFloor, thresholds_at_rate
 
 
@@ -30,6 +32,21 @@ def test_steps_of_dense_latents_by_hand() -> None:
     torch.testing.assert_close(floor.allowance, torch.tensor([-0.05, -0.4, -0.2, 0.0]))
     floor.follow(rates, 0.0, torch.tensor(1.0), 0.1, dense_share_limit=0.83)
     torch.testing.assert_close(floor.allowance, torch.tensor([0.0, -0.3, -0.1, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("k", "d_sae", "rate"),
+    [
+        (32, 2048, 0.1),
+        (32, 2304, 0.1),
+        (50, 16384, 0.1),
+        (64, 2304, 512 / 2304),
+        (11, 512, 88 / 512),
+    ],
+)
+def test_what_is_dense_is_rare_in_a_crowded_dictionary(k: float, d_sae: int, rate: float) -> None:
+    cfg = MultiScaleTrainingSAEConfig(d_in=8, d_sae=d_sae, k=k)
+    assert cfg.dense_rate == pytest.approx(rate)
 
 
 def test_the_exported_dense_share_is_at_the_limit() -> None:
