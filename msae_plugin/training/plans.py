@@ -338,14 +338,17 @@ def as_begun(plan: SAEPlan, stored: Mapping[str, Any]) -> SAEPlan:
     A recipe names presets, and what a preset stands for may differ between versions: an SAE goes on
     with what it was begun with.
     """
-    values = plan.config.to_dict()
     if "decoder_init_norm" not in stored:  # An export: what concerns training is in its metadata.
-        for name in plan.config.get_training_architecture_details():
-            values.pop(name)
-        details = (stored.get("metadata") or {}).get("training_architecture_details") or {}
-        stored = {**values, **details}
-    ours = {"metadata": plan.config.metadata.to_dict(), "device": plan.config.device}
-    config = type(plan.config).from_dict({**stored, **ours})
+        details = dict((stored.get("metadata") or {}).get("training_architecture_details") or {})
+        planned = plan.config.get_training_architecture_details()
+        if plan.config.normalize_activations == "covariance_whitening":
+            # Before the whitening SAELens folds the decoder's norms, and switches this off.
+            for settings in (details, planned):
+                settings.pop("rescale_acts_by_decoder_norm", None)
+        values = plan.config.to_dict()
+        stored = {name: values[name] for name in values if name not in planned} | details
+    own = {"metadata": plan.config.metadata.to_dict(), "device": plan.config.device}
+    config = type(plan.config).from_dict({**stored, **own})
     return dataclasses.replace(plan, config=config)
 
 

@@ -14,7 +14,8 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, eval_sae_on
 from tolerance import rounding_tolerance
 
 from msae_plugin import InputError, RunFailure
-from msae_plugin.architecture.peers import batchtopk_section
+from msae_plugin.architecture.peers import PEERS, batchtopk_section
+from msae_plugin.architecture.presets import preset_names
 from msae_plugin.common.interruption import InterruptedBySignalError
 from msae_plugin.common.seeding import RandomStream, derive_seed
 from msae_plugin.comparison import group_training
@@ -23,7 +24,7 @@ from msae_plugin.comparison.ground_truth import SyntheticSource
 from msae_plugin.comparison.methods import expand, plan_entry
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.comparison.results import Measured, comparison_contents
-from msae_plugin.comparison.training_schedule import Shard
+from msae_plugin.comparison.training_schedule import Shard, missing_entries, refuse_mixtures
 from msae_plugin.training.plans import build_sae
 from msae_plugin.training.trainer import LockstepTrainer
 
@@ -189,6 +190,32 @@ def test_what_is_there_is_not_trained_again_and_more_can_be_added(
     assert more["a_l0-3_seed0"] == first["a_l0-3_seed0"]
     with pytest.raises(InputError, match="trained with other settings"):
         run(tmp_path, saes={"a": {"architecture": "batchtopk", "aux_loss_coefficient": 0.5}})
+
+
+def test_every_architecture_is_recognised_after_its_export(
+    run: Callable[..., Comparison], ground_truth_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Folding changes configurations; a further seed must not take that for another recipe."""
+    names = ("batchtopk", "topk", "standard", "gated", "jumprelu")
+    saes: dict[str, dict[str, Any]] = {name: {"architecture": name} for name in names}
+    widths = {"matryoshka_widths": [8, 24]}
+    saes["matryoshka"] = {"architecture": "matryoshka_batchtopk", **widths}
+    saes["rescaled"] = {"architecture": "standard", "normalize_activations": "layer_norm"}
+    saes |= {f"peer_{name}": {"peer": name} for name in PEERS}
+    saes["peer_bottleneck"]["bottleneck_rank"] = 1
+    saes |= {name: {"preset": name} for name in preset_names() if not name.startswith("source")}
+    saes["source"] = {"preset": "source-run-3"}
+    changes: dict[str, Any] = {
+        "saes": saes,
+        "training": {**ground_truth_recipe["training"], "tokens": 12 * 128},
+        "search": {"tokens": 3 * 128, "max_trials": 1, "corrections": 0, "tolerance": 0.9},
+    }
+    run(tmp_path, **changes)
+    more = CompareConfig.from_dict(ground_truth_recipe | changes | {"seeds": [0, 1]})
+    entries = expand(more, {SYNTHETIC_HOOK: 16}).entries
+    missing = missing_entries(entries, more, tmp_path)
+    assert len(missing) == len(saes) == len(entries) / 2
+    refuse_mixtures(entries, missing, more, tmp_path, {SYNTHETIC_HOOK: 16})
 
 
 def test_an_sae_is_the_same_whatever_is_trained_beside_it(
