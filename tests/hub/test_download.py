@@ -136,8 +136,13 @@ def test_a_kill_leaves_no_folder_of_that_name(hub, worker, target):
 
 
 def test_fetching_into_the_cache_for_other_commands(hub, worker, target):
+    # Weights of its own: what is in the cache is not asked for again, and cannot go wrong.
+    own = b"fetched weights"
+    repo = hub.repos[REPO]
+    files = {**repo.head().files, "a/16k/sae_weights.safetensors": Blob(own, large=True)}
+    repo.branches["main"] = repo.add(repo.head().oid, "trained", files)
     value = done(worker.run("fetch", reference=f"{REPO}:a/16k"))
-    assert content(Path(value)) == FOLDER
+    assert content(Path(value)) == {**FOLDER, "sae_weights.safetensors": own}
     assert hub.count("GET", "/b/cfg.json") == 0
     value = done(worker.run("fetch", reference=f"{REPO}:a/16k [2]"))
     assert content(Path(value)) == {"cfg.json": b"brackets"}
