@@ -157,6 +157,15 @@ class SupportsCalibration(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsLatentThresholds(Protocol):
+    """A BatchTopK whose latents are exported with thresholds of their own."""
+
+    def latent_thresholds(self) -> torch.Tensor:
+        """(d_sae,) pre-activations above which they are active."""
+        ...
+
+
 def needs_calibration(sae: TrainingSAE[Any]) -> bool:
     """Whether a threshold can be set: topk, standard, gated and jumprelu have none to set."""
     return isinstance(sae, (SupportsCalibration, BatchTopKTrainingSAE))
@@ -182,27 +191,39 @@ def calibrate(sae: TrainingSAE[Any], batches: Sequence[torch.Tensor]) -> dict[st
 
 @torch.no_grad()
 def calibrate_batchtopk(
-    sae: BatchTopKTrainingSAE, batches: Sequence[torch.Tensor]
+    sae: BatchTopKTrainingSAE,
+    batches: Sequence[torch.Tensor],
+    scores_of: Callable[[torch.Tensor], torch.Tensor] = lambda hidden_pre: hidden_pre,
 ) -> dict[str, float]:
-    """Set `topk_threshold` of SAELens' batchtopk or matryoshka_batchtopk so that mean L0 is k."""
+    """Set `topk_threshold` of SAELens' batchtopk and its kin so that mean L0 is k.
+
+    Latents whose score is infinite are kept before anything else.
+    """
 
     def hidden_pre_of(batch: torch.Tensor) -> torch.Tensor:
         return sae.encode_with_hidden_pre(batch)[1].float()
 
-    l0_before = _mean_l0(sae, batches, float(sae.topk_threshold))
-    threshold = calibrated_threshold(batches, hidden_pre_of, lambda scores: scores, sae.cfg.k)
+    l0_before = _mean_l0(sae, batches)
+    threshold = calibrated_threshold(batches, hidden_pre_of, scores_of, sae.cfg.k)
     assert threshold is not None, "there are batches"
     sae.topk_threshold.fill_(threshold)
     return {
         "l0_before": l0_before,
-        "l0_after": _mean_l0(sae, batches, threshold),
+        "l0_after": _mean_l0(sae, batches),
         "threshold": threshold,
     }
 
 
-def _mean_l0(sae: BatchTopKTrainingSAE, batches: Sequence[torch.Tensor], threshold: float) -> float:
+def exported_threshold(sae: BatchTopKTrainingSAE) -> torch.Tensor:
+    """Pre-activation above which exported latents are active: (), or (d_sae,) if it differs."""
+    if isinstance(sae, SupportsLatentThresholds):
+        return sae.latent_thresholds()
+    return sae.topk_threshold
+
+
+def _mean_l0(sae: BatchTopKTrainingSAE, batches: Sequence[torch.Tensor]) -> float:
     """Active latents per token as the exported JumpReLU counts them."""
-    active = 0
+    active, threshold = 0, exported_threshold(sae)
     for batch in batches:
         hidden_pre = sae.encode_with_hidden_pre(batch)[1]
         active += int(((hidden_pre > threshold) & (hidden_pre > 0)).sum())

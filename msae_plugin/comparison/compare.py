@@ -121,12 +121,15 @@ def _compare(
     widths = testbed.widths()
     expansion = expand(config, widths)
     device = default_device(config.model.device)
-    for entry in expansion.entries:
+    plans = {
+        entry.name: plan_entry(entry, config, widths[entry.hook], coefficient=None)
+        for entry in expansion.entries
+    }
+    for plan in plans.values():
         # Before the model's pass, and before anything of this size is allocated.
-        plan = plan_entry(entry, config, widths[entry.hook], coefficient=None)
         require_memory([plan], device)
     missing = missing_entries(expansion.entries, config, output)
-    refuse_mixtures(expansion.entries, missing, config, output, widths)
+    refuse_mixtures(expansion.entries, missing, plans, output)
     _require_activations(config, output, shard, missing)
     write_json_atomic(output / RECIPE_FILE, {"kind": config.kind, "config": config.to_dict()})
     record, failures = None, dict[str, str]()

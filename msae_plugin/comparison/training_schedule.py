@@ -23,8 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from sae_lens.constants import SAE_CFG_FILENAME
-
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import json_safe, key_digest, write_json_atomic
 from msae_plugin.common.stored import StoredSearch, read_json_object
@@ -40,12 +38,13 @@ from msae_plugin.comparison.group_training import (
     train_group,
     trained_or_failed,
 )
-from msae_plugin.comparison.methods import Entry, plan_entry, sae_folder
+from msae_plugin.comparison.methods import Entry, sae_folder
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.saes.export import SAE_FOLDER
+from msae_plugin.saes.find import read_checkpoint
 from msae_plugin.saes.run_record import read_run_record
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
-from msae_plugin.training.plans import as_begun, changed_settings
+from msae_plugin.training.plans import SAEPlan, as_begun, changed_settings
 
 FOLDER = "search"
 # No step changes the coefficient by more than this factor; the first one has no slope to go by.
@@ -194,9 +193,8 @@ def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Pat
 def refuse_mixtures(
     entries: Sequence[Entry],
     missing: Sequence[Entry],
-    config: CompareConfig,
+    plans: Mapping[str, SAEPlan],
     output: Path,
-    d_in: Mapping[str, int],
 ) -> None:
     """Refuse to train the rest of a method whose preset stood for other settings before.
 
@@ -207,9 +205,9 @@ def refuse_mixtures(
     for entry in entries:
         if entry.method.name not in unfinished or entry.name in names:
             continue
-        plan = plan_entry(entry, config, d_in[entry.hook], coefficient=None)
-        export = sae_folder(output, entry.name) / SAE_FOLDER / SAE_CFG_FILENAME
-        changed = changed_settings(as_begun(plan, read_json_object(export)), plan)
+        plan = plans[entry.name]
+        export = read_checkpoint(sae_folder(output, entry.name) / SAE_FOLDER)
+        changed = changed_settings(as_begun(plan, export), plan)
         changed.pop(entry.method.sparsity.name, None)
         if changed:
             raise InputError(

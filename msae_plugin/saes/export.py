@@ -20,10 +20,11 @@ import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from safetensors.torch import save_file
 
+from msae_plugin.architecture.calibration import exported_threshold
 from msae_plugin.architecture.export import jumprelu_export_obstacle, save_jumprelu_export
-from msae_plugin.architecture.peers.bottleneck import BottleneckTrainingSAE
 from msae_plugin.architecture.training_sae import MultiScaleTrainingSAE
 from msae_plugin.common.errors import InputError, RunFailure
 from msae_plugin.common.files import (
@@ -112,12 +113,9 @@ def trained_latents(sae: TrainingSAE[Any], activations: torch.Tensor) -> torch.T
     if isinstance(sae, MultiScaleTrainingSAE):
         latents = sae.encode(activations) * _decoder_norms(sae)
         return latents[:, sae.export_order()]
-    threshold = getattr(sae, "topk_threshold", None)
-    if isinstance(sae, BottleneckTrainingSAE):
-        threshold = sae.latent_thresholds()
-    if isinstance(threshold, torch.Tensor):
+    if isinstance(sae, BatchTopKTrainingSAE):
         pre = sae.encode_with_hidden_pre(activations)[1]
-        return pre.relu() * (pre > threshold.to(pre.dtype))
+        return pre.relu() * (pre > exported_threshold(sae).to(pre.dtype))
     return dense(sae.encode(activations))
 
 

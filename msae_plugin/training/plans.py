@@ -10,7 +10,6 @@ from typing import Any, get_type_hints
 
 import psutil
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
@@ -28,8 +27,8 @@ from msae_plugin.common.recipes import (
     unknown_key_message,
 )
 from msae_plugin.common.seeding import RandomStream, derive_seed
-from msae_plugin.common.stored import read_json_object
 from msae_plugin.models.hook_names import parse_hook_name
+from msae_plugin.saes.find import StoredSAE, is_checkpoint, read_checkpoint
 from msae_plugin.training.schedules import GradientRateConfig
 
 DEFAULT_ARCHITECTURE = "multiscale"
@@ -332,14 +331,15 @@ def build_sae(plan: SAEPlan, seed: int, device: str) -> TrainingSAE[Any]:
         raise InputError(f"SAE {plan.name!r}: {error}") from error
 
 
-def as_begun(plan: SAEPlan, stored: Mapping[str, Any]) -> SAEPlan:
-    """The plan with the settings of the SAE whose checkpoint or export has this `cfg.json`.
+def as_begun(plan: SAEPlan, begun: StoredSAE) -> SAEPlan:
+    """The plan with the settings that its checkpoint or its export records.
 
     A recipe names presets, and what a preset stands for may differ between versions: an SAE goes on
     with what it was begun with.
     """
-    if "decoder_init_norm" not in stored:  # An export: what concerns training is in its metadata.
-        details = dict((stored.get("metadata") or {}).get("training_architecture_details") or {})
+    stored = begun.config
+    if begun.kind != "training checkpoint":  # What concerns training is in its metadata.
+        details = dict(begun.details)
         planned = plan.config.get_training_architecture_details()
         if plan.config.normalize_activations == "covariance_whitening":
             # Before the whitening SAELens folds the decoder's norms, and switches this off.
@@ -354,10 +354,11 @@ def as_begun(plan: SAEPlan, stored: Mapping[str, Any]) -> SAEPlan:
 
 def plans_as_begun(plans: Sequence[SAEPlan], checkpoint: Path) -> list[SAEPlan]:
     """The plans with the settings of the SAEs in a checkpoint's folder."""
-    files = {plan.name: checkpoint / plan.name / SAE_CFG_FILENAME for plan in plans}
     return [
         # Of an SAE that is not there, loading its weights says so.
-        as_begun(plan, read_json_object(file)) if (file := files[plan.name]).is_file() else plan
+        as_begun(plan, read_checkpoint(folder))
+        if is_checkpoint(folder := checkpoint / plan.name)
+        else plan
         for plan in plans
     ]
 

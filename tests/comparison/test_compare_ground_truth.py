@@ -215,7 +215,8 @@ def test_every_architecture_is_recognised_after_its_export(
     entries = expand(more, {SYNTHETIC_HOOK: 16}).entries
     missing = missing_entries(entries, more, tmp_path)
     assert len(missing) == len(saes) == len(entries) / 2
-    refuse_mixtures(entries, missing, more, tmp_path, {SYNTHETIC_HOOK: 16})
+    plans = {entry.name: plan_entry(entry, more, 16, coefficient=None) for entry in entries}
+    refuse_mixtures(entries, missing, plans, tmp_path)
 
 
 def test_an_sae_is_the_same_whatever_is_trained_beside_it(

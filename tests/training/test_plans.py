@@ -1,6 +1,5 @@
 """An SAE goes on with the settings that it was begun with."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from msae_plugin.architecture.presets import preset_names
+from msae_plugin.saes.find import read_checkpoint
 from msae_plugin.training.plans import (
     SAEPlan,
     as_begun,
@@ -51,8 +51,8 @@ def test_files_of_this_version_change_nothing(name: str, tmp_path: Path) -> None
     assert changed_settings(begun, plan) == {}
     # An export has what concerns training in its metadata.
     sae.save_inference_model(tmp_path / "export")
-    stored = json.loads((tmp_path / "export/cfg.json").read_text())
-    assert changed_settings(as_begun(plan, stored), plan) == {}
+    export = read_checkpoint(tmp_path / "export")
+    assert changed_settings(as_begun(plan, export), plan) == {}
 
 
 def test_what_a_preset_stood_for_is_kept(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sae_lens.saes.batchtopk_sae import (
 from torch import nn
 from typing_extensions import override
 
-from msae_plugin.architecture.calibration import calibrated_threshold
+from msae_plugin.architecture.calibration import calibrate_batchtopk
 from msae_plugin.common.errors import InputError, RunFailure
 
 ARCHITECTURE = "batchtopk_bottleneck"
@@ -139,26 +139,15 @@ class BottleneckTrainingSAE(BatchTopKTrainingSAE):
     def calibrate_threshold(self, batches: Iterable[torch.Tensor]) -> dict[str, float]:
         """Set the threshold so that k latents are active on average, the pairs' included."""
         kept = [batch.to(self.device) for batch in batches]
-        tokens = sum(len(batch) for batch in kept)
-
-        def hidden_pre_of(batch: torch.Tensor) -> torch.Tensor:
-            return self.encode_with_hidden_pre(batch)[1].float()
-
-        def mean_l0() -> float:
-            thresholds = self.latent_thresholds()
-            return sum(int((hidden_pre_of(batch) > thresholds).sum()) for batch in kept) / tokens
-
-        threshold = calibrated_threshold(
-            kept,
-            lambda batch: hidden_pre_of(batch)[:, self._pairs :],
-            lambda scores: scores,
-            self.cfg.k - self.cfg.bottleneck_rank,
-        )
-        if threshold is None:
+        if not kept:
             raise RunFailure("calibrate_threshold needs at least one batch of activations")
-        before = mean_l0()
-        self.topk_threshold.fill_(threshold)
-        return {"l0_before": before, "l0_after": mean_l0(), "threshold": threshold}
+        return calibrate_batchtopk(self, kept, self._pairs_first)
+
+    def _pairs_first(self, hidden_pre: torch.Tensor) -> torch.Tensor:
+        scores = hidden_pre.clone()
+        pairs = scores[..., : self._pairs]
+        pairs[pairs > 0] = torch.inf
+        return scores
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
