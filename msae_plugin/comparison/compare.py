@@ -129,7 +129,7 @@ def _compare(
         # Before the model's pass, and before anything of this size is allocated.
         require_memory([plan], device)
     missing = missing_entries(expansion.entries, config, output)
-    refuse_mixtures(expansion.entries, missing, plans, output)
+    refuse_mixtures(expansion.entries, missing, plans, config, output)
     _require_activations(config, output, shard, missing)
     write_json_atomic(output / RECIPE_FILE, {"kind": config.kind, "config": config.to_dict()})
     record, failures = None, dict[str, str]()

@@ -46,7 +46,10 @@ from msae_plugin.saes.run_record import read_run_record
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
 from msae_plugin.training.plans import SAEPlan, as_begun, changed_settings
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "search"
+CHECKPOINTS = "checkpoints"
 # No step changes the coefficient by more than this factor; the first one has no slope to go by.
 _LARGEST_STEP = math.log(8.0)
 _FIRST_SLOPE = -1.0
@@ -190,30 +193,64 @@ def missing_entries(entries: Sequence[Entry], config: CompareConfig, output: Pat
     ]
 
 
+def interrupted(
+    missing: Sequence[Entry], config: CompareConfig, output: Path
+) -> list[tuple[list[Entry], Checkpoint]]:
+    """Groups that a killed run left a checkpoint of, in their members that are still missing.
+
+    Nothing is changed: what is not complete there may be another process' work.
+    """
+    root = output / CHECKPOINTS
+    open_ = {entry.name: entry for entry in missing}
+    keys = {entry.name: entry_keys(entry, config) for entry in missing}
+    found: list[tuple[list[Entry], Checkpoint]] = []
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        newest = CheckpointStore(folder, 0, writes=False).newest()
+        if newest is None:
+            continue
+        stored = cast("dict[str, str]", newest.config["entries"])
+        names = [name for name in stored if stored[name] in keys.get(name, ())]
+        members = [open_.pop(name) for name in names if name in open_]
+        if members:
+            found.append((members, newest))
+    return found
+
+
 def refuse_mixtures(
     entries: Sequence[Entry],
     missing: Sequence[Entry],
     plans: Mapping[str, SAEPlan],
+    config: CompareConfig,
     output: Path,
 ) -> None:
     """Refuse to train the rest of a method whose preset stood for other settings before.
 
-    A recipe names presets; the averages of a method must not be over two meanings of one name.
+    A recipe names presets; the averages of a method must not be over two meanings of one name,
+    whether its other SAEs are finished or were interrupted.
     """
-    unfinished = {entry.method.name for entry in missing}
-    names = {entry.name for entry in missing}
-    for entry in entries:
-        if entry.method.name not in unfinished or entry.name in names:
-            continue
-        plan = plans[entry.name]
-        export = read_checkpoint(sae_folder(output, entry.name) / SAE_FOLDER)
-        changed = changed_settings(as_begun(plan, export), plan)
-        changed.pop(entry.method.sparsity.name, None)
-        if changed:
+    waiting = {entry.name for entry in missing}
+    begun = {
+        entry.name: sae_folder(output, entry.name) / SAE_FOLDER
+        for entry in entries
+        if entry.name not in waiting
+    }
+    for members, checkpoint in interrupted(missing, config, output):
+        begun |= {entry.name: checkpoint.path / entry.name for entry in members}
+    for method in {entry.method.name: entry.method for entry in missing}.values():
+        of_method = [entry.name for entry in entries if entry.method.name == method.name]
+        changes = {name: dict[str, str]() for name in of_method}
+        for name in begun.keys() & changes:
+            stored = read_checkpoint(begun[name])
+            # The width of an MLP's inside is known once the model has run.
+            plan = plans[name].fitted(stored.config["d_in"])
+            changes[name] = changed_settings(as_begun(plan, stored), plan)
+            changes[name].pop(method.sparsity.name, None)
+        name = max(of_method, key=lambda name: len(changes[name]))
+        if any(changes[other] != changes[name] for other in of_method):
             raise InputError(
-                f"'saes.{entry.method.name}' would be trained with other settings than "
-                f"{entry.name}, which an earlier version trained: {', '.join(changed.values())}; "
-                "rename the method, delete its folders, or give another --output"
+                f"'saes.{method.name}' would be trained with other settings than {name}, which an "
+                f"earlier version began: {', '.join(changes[name].values())}; rename the method, "
+                f"delete {begun[name]}, or give another --output"
             )
 
 
@@ -307,11 +344,6 @@ class Tuner:
 
     def _path(self, entry: Entry) -> Path:
         return self._folder / f"{entry.seed_group}.json"
-
-
-logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -469,26 +501,15 @@ class _Schedule:
         return CheckpointStore(folder, self._run.config.training.keep_checkpoints)
 
     def _interrupted(self, missing: list[Entry]) -> list[tuple[Group, CheckpointStore, Checkpoint]]:
-        """Groups that a killed run left a checkpoint of, in their members that are still missing.
-
-        Other checkpoints are left alone: another process may be at work on them.
-        """
-        root = self._run.output / CHECKPOINTS
-        found: list[tuple[Group, CheckpointStore, Checkpoint]] = []
+        """Groups to go on with; other checkpoints may be of another process at work."""
         # A whole run of a search is judged when it ends: `_tune` begins it again.
-        open_ = {entry.name: entry for entry in missing if self._may_resume(entry)}
-        for folder in sorted(root.iterdir()) if root.is_dir() else []:
-            # Only read: what is not complete there may be another process' work.
-            newest = CheckpointStore(folder, 0, writes=False).newest()
-            if newest is None:
-                continue
-            stored = cast("dict[str, str]", newest.config["entries"])
-            names = [name for name in stored if stored[name] in self._keys.get(name, ())]
-            members = [open_.pop(name) for name in names if name in open_]
-            if members:
-                store = CheckpointStore(folder, self._run.config.training.keep_checkpoints)
-                store.remove_after(newest.step)
-                found.append((self._group(members), store, newest))
+        open_ = [entry for entry in missing if self._may_resume(entry)]
+        found: list[tuple[Group, CheckpointStore, Checkpoint]] = []
+        for members, newest in interrupted(open_, self._run.config, self._run.output):
+            folder = newest.path.parent
+            store = CheckpointStore(folder, self._run.config.training.keep_checkpoints)
+            store.remove_after(newest.step)
+            found.append((self._group(members), store, newest))
         return found
 
     def _may_resume(self, entry: Entry) -> bool:

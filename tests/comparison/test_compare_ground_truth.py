@@ -1,8 +1,10 @@
 """A comparison on a tiny ground truth, end to end, against SAELens called directly."""
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, eval_sae_on
 from tolerance import rounding_tolerance
 
 from msae_plugin import InputError, RunFailure
+from msae_plugin.architecture import presets
 from msae_plugin.architecture.peers import PEERS, batchtopk_section
 from msae_plugin.architecture.presets import preset_names
 from msae_plugin.common.interruption import InterruptedBySignalError
@@ -25,6 +28,7 @@ from msae_plugin.comparison.methods import expand, plan_entry
 from msae_plugin.comparison.recipe import SYNTHETIC_HOOK, CompareConfig
 from msae_plugin.comparison.results import Measured, comparison_contents
 from msae_plugin.comparison.training_schedule import Shard, missing_entries, refuse_mixtures
+from msae_plugin.saes.find import read_checkpoint
 from msae_plugin.training.plans import build_sae
 from msae_plugin.training.trainer import LockstepTrainer
 
@@ -216,7 +220,7 @@ def test_every_architecture_is_recognised_after_its_export(
     missing = missing_entries(entries, more, tmp_path)
     assert len(missing) == len(saes) == len(entries) / 2
     plans = {entry.name: plan_entry(entry, more, 16, coefficient=None) for entry in entries}
-    refuse_mixtures(entries, missing, plans, tmp_path)
+    refuse_mixtures(entries, missing, plans, more, tmp_path)
 
 
 def test_an_sae_is_the_same_whatever_is_trained_beside_it(
@@ -283,6 +287,39 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(
     assert 0 < steps[0] < 40
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+def test_a_preset_that_means_something_else_by_now_is_not_mixed(
+    run: Callable[..., Comparison],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    finished: bool,
+) -> None:
+    saes = {"a": {"preset": "default"}}
+    if finished:
+        run(tmp_path, saes=saes)
+    else:
+        check, calls = group_training.InterruptionGuard.check, itertools.count(1)
+
+        def interrupt(self: Any) -> None:
+            if next(calls) == 25:
+                raise InterruptedBySignalError(15)
+            check(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(group_training.InterruptionGuard, "check", interrupt)
+            with pytest.raises(InterruptedBySignalError):
+                run(tmp_path, saes=saes)
+    then = presets.PRESETS["default"]
+    now = replace(then, sae={**then.sae, "dense_share_limit": 0.5})
+    monkeypatch.setattr(presets, "PRESETS", {**presets.PRESETS, "default": now})
+    with pytest.raises(InputError, match=r"a_l0-3_seed0, .*dense_share_limit 0\.3 \(now 0\.5\)"):
+        run(tmp_path, saes=saes, seeds=[0, 1])
+    # Alone it goes on, with the settings that it was begun with.
+    assert list(rows_of(run(tmp_path, saes=saes))) == ["a_l0-3_seed0"]
+    trained = read_checkpoint(tmp_path / "saes" / "a_l0-3_seed0" / "sae")
+    assert trained.details["dense_share_limit"] == 0.3
 
 
 def test_an_sae_that_diverges_is_named_and_the_others_are_kept(
