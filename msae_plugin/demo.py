@@ -29,8 +29,8 @@ from msae_plugin.comparison.language_model import EVALUATION_FOLDER
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import COMPARISON_FILE
 from msae_plugin.evaluation.summary import JSON_FILE
+from msae_plugin.reporting.canvas import pyplot
 from msae_plugin.reporting.document import Bullets, Document, Section, markdown
-from msae_plugin.reporting.figures import pyplot
 from msae_plugin.reporting.report import FIGURES_FOLDER, ReportResult, report
 from msae_plugin.reporting.sources import read_sources, trained_saes
 from msae_plugin.reporting.terminal import (

@@ -67,7 +67,7 @@ def test_it_leaves_a_page_a_short_page_the_numbers_and_both_saes(finished):
     page = (finished.output / "demo.md").read_text()
     lines = [line for line in page.splitlines() if line]
     assert lines[2] == "## The answer"
-    assert lines[3].startswith("Not decided by one pair: reconstructing activations")
+    assert lines[3].startswith("One seed decides nothing. Ahead in this run: ")
     assert "1 training seed" in lines[4]
     assert "| multiscale | 8 | 1 |" in page
     assert "(report/figures/language-model-glance.png)" in page

@@ -169,7 +169,10 @@ def _verdict(
     if word == "worse":
         return f"use {reference} for", None, f"{start}, the next is {best.ours} {gain})"
     if word == "one pair":
-        return "not decided by one pair:", None, f"{start}, {best.ours} {gain} on {reference})"
+        ahead = f"{best.ours} in {start}, {gain} on {reference})"
+        if (best.found.mean > 0) is not higher:
+            ahead = f"{reference} in {start}, the next is {best.ours} {gain})"
+        return "one seed decides nothing. Ahead in this run:", None, ahead
     behind = [method for method, said in words.items() if said == "worse"]
     worse = f"; {listed(behind)} behind" if behind else ""
     return f"level with {reference} in", None, f"{start}, at best {best.ours} {gain}{worse})"

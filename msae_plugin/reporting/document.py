@@ -62,6 +62,10 @@ class Facts:
     folded: str = ""
 
 
+HoverPoint = tuple[int, float, float, str]
+"""A point that tells its value: series or -1, x and y in the SVG, and the text."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """A drawing."""
@@ -70,6 +74,8 @@ class Figure:
     caption: str  # what is drawn, in which units, and what the marks mean
     alt: str  # what a person who does not see it would be told
     png: bytes = field(repr=False)
+    svg: str = field(repr=False)  # the same for the page, in its colours
+    points: Sequence[HoverPoint] = field(default=(), repr=False)
 
     @property
     def size(self) -> tuple[int, int]:

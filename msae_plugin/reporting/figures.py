@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
+from itertools import pairwise
 from math import isfinite, nan
 from statistics import fmean
 from typing import Any
 
-from msae_plugin.common.errors import InputError
 from msae_plugin.common.table import digits_for, number
 from msae_plugin.evaluation.outcomes import MetricDefinition
+from msae_plugin.reporting.canvas import Canvas, drawing
 from msae_plugin.reporting.document import Figure, slug
 from msae_plugin.reporting.results import (
     HEADLINES,
@@ -29,9 +27,8 @@ COLOURS = ("#0072B2", "#D55E00", "#007A59", "#B3579A", "#000000", "#A86F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 HATCHES = ("", "///", "...", "xx", "\\\\", "++", "oo")
-DPI = 160
-WIDTH = 6.0
-"""Inches. Narrow, so that text stays readable on a phone."""
+# Of its largest value an axis covers at least this share: small differences look small.
+_LEAST_SPAN = 0.1
 Points = Mapping[str, Sequence[tuple[float, float, Group]]]
 
 
@@ -52,75 +49,6 @@ def method_styles(methods: Sequence[str]) -> dict[str, Style]:
         )
         for place, method in enumerate(dict.fromkeys(methods))
     }
-
-
-def pyplot() -> Any:
-    """Matplotlib's pyplot, drawing into memory; refused where it is not installed."""
-    # matplotlib is optional, and importing it takes half a second.
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError(
-            "figures need matplotlib, which is not installed: pip install 'msae-plugin[report]'"
-        ) from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-class Canvas:
-    """A figure being drawn."""
-
-    def __init__(self, figure: Any, axes: Sequence[Any]) -> None:
-        self.figure = figure
-        self.axes = axes
-        self.axis = axes[0]
-        self.png = b""
-
-    def legend_below(
-        self, labelled: Mapping[str, Any] | None = None, most_columns: int | None = None
-    ) -> None:
-        """A legend under the axes, where it hides nothing."""
-        if labelled is None:
-            handles, labels = self.axis.get_legend_handles_labels()
-            labelled = dict(zip(labels, handles, strict=True))
-        if labelled:
-            longest = max(map(len, labelled))
-            columns = most_columns or (1 if longest > 40 else 2 if longest > 22 else 3)
-            self.figure.legend(
-                list(labelled.values()), list(labelled),
-                loc="outside lower left", ncols=min(columns, len(labelled)),
-            )  # fmt: skip
-
-    def categories(self, labels: Sequence[str], every: int = 1) -> None:
-        """Names under the lowest axes, slanted where they are long."""
-        slanted = max(map(len, labels), default=0) > 6
-        turned = {"rotation": 35, "ha": "right", "fontsize": 9} if slanted else {}
-        self.axes[-1].set_xticks(range(0, len(labels), every), list(labels[::every]), **turned)
-
-
-@contextmanager
-def drawing(
-    height: float = 4.0, rows: int = 1, columns: int = 1, *, width: float = WIDTH
-) -> Generator[Canvas]:
-    """A figure in inches whose rows share their x axis; `png` holds it when the block ends."""
-    plt = pyplot()
-    style = files("msae_plugin.reporting") / "templates" / "report.mplstyle"
-    with as_file(style) as path, plt.style.context(path):
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(width, height), layout="constrained", sharex=rows > 1,
-            squeeze=False,
-        )  # fmt: skip
-        canvas = Canvas(figure, list(axes.flat))
-        try:
-            yield canvas
-            stream = io.BytesIO()
-            # No version of matplotlib in the file: the same data gives the same bytes.
-            figure.savefig(stream, dpi=DPI, format="png", metadata={"Software": None})
-            canvas.png = stream.getvalue()
-        finally:
-            plt.close(figure)
 
 
 def axis_label(heading: str, definition: MetricDefinition | None) -> str:
@@ -159,19 +87,23 @@ def pareto(
             style = styles[method]
             line.sort(key=lambda point: point[0])
             control = line[0][2].is_control
-            canvas.axis.plot(
-                [x for x, _, _ in line], [y for _, y, _ in line],
+            (drawn,) = canvas.axis.plot(
+                xs := [x for x, _, _ in line], ys := [y for _, y, _ in line],
                 linestyle=":" if control else style.line, color=style.colour, marker=style.marker,
                 markerfacecolor="white" if control else style.colour, label=line[0][2].label,
             )  # fmt: skip
+            canvas.belongs(method, drawn)
+            canvas.tells(method, canvas.axis, xs, ys)
             for x, _, group in line:
-                xs = {} if l0 is None else group.values(l0)
+                l0s = {} if l0 is None else group.values(l0)
                 for seed, value in group.values(metric).items() if len(group.saes) > 1 else ():
-                    canvas.axis.plot(
-                        xs.get(seed, x), value, style.marker,
+                    drawn = canvas.axis.plot(
+                        l0s.get(seed, x), value, style.marker,
                         color=style.colour, markersize=3.2, alpha=0.55,
                     )  # fmt: skip
+                    canvas.belongs(method, *drawn)
         hidden = _leave_out_far_controls(canvas.axis, points)
+        _do_not_exaggerate(canvas.axis)
         canvas.axis.set_xlabel("target L0" if l0 is None else "L0 (active latents per token)")
         canvas.axis.set_ylabel(axis_label(heading, definition))
         canvas.legend_below()
@@ -182,14 +114,13 @@ def pareto(
     ]
     direction = {None: "", True: "Up is better.", False: "Down is better."}
     return [
-        Figure(
-            name=f"{results.name}-pareto-{slug(key)}",
-            caption=f"{sentence(heading)} against L0. "
+        canvas.drawn(
+            f"{results.name}-pareto-{slug(key)}",
+            f"{sentence(heading)} against L0. "
             + direction[results.higher_is_better(metric)]
             + seeds_shown(results)
             + (f" Outside of the axes: {', '.join(hidden)}." if hidden else ""),
-            alt=f"Lines of {heading} against L0: {'; '.join(told)}.",
-            png=canvas.png,
+            f"Lines of {heading} against L0: {'; '.join(told)}.",
         )
     ]
 
@@ -212,6 +143,14 @@ def _leave_out_far_controls(axis: Any, points: Points) -> list[str]:
         for x, y, _ in line
         if not (bottom <= y <= top and left <= x <= right)
     ]
+
+
+def _do_not_exaggerate(axis: Any) -> None:
+    """Widen an axis of values that are close together."""
+    low, high = axis.get_ylim()
+    missing = _LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+    if missing > 0:
+        axis.set_ylim(low - missing / 2, high + missing / 2)
 
 
 def _l0_axis(axis: Any, values: Sequence[float]) -> None:
@@ -246,11 +185,12 @@ def difference_plot(
     with drawing(1.5 + 0.30 * len(drawn)) as canvas:
         for place, item in enumerate(drawn):
             style, low, high = styles[item.ours], item.found.low, item.found.high
-            canvas.axis.plot([low, high], [place, place], color=style.colour, lw=2.2)
-            canvas.axis.plot(
+            line = canvas.axis.plot([low, high], [place, place], color=style.colour, lw=2.2)
+            mark = canvas.axis.plot(
                 item.found.mean, place, style.marker, color=style.colour,
                 markerfacecolor=style.colour if item.found.shown else "white",
             )  # fmt: skip
+            canvas.belongs(item.ours, *line, *mark)
             where = "all L0" if item.l0_target is None else f"L0 {item.l0_target:g}"
             ours = item.ours if len(others) == 1 else f"{item.ours} − {item.theirs}"
             labels.append(ours if len(targets) == 1 else f"{ours}, {where}")
@@ -266,13 +206,12 @@ def difference_plot(
     compared = f" from {', '.join(others)}" if len(others) < 4 else ""
     where = "".join(f" at target L0 {l0:g}" for l0 in targets if l0 and len(targets) == 1)
     return [
-        Figure(
-            name=name or f"{results.name}-differences-{slug(key)}",
-            caption=f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. "
+        canvas.drawn(
+            name or f"{results.name}-differences-{slug(key)}",
+            f"Paired differences in {heading}{compared}{where} with 95 % t-intervals. "
             "Filled marks: the interval leaves out zero; hollow: no difference shown.",
-            alt=f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
+            f"{len(drawn)} differences in {heading}, of which {shown} have an interval without "
             "zero; the numbers are in the table of differences.",
-            png=canvas.png,
         )
     ]
 
@@ -297,10 +236,12 @@ def curves(
         labelled: dict[str, Any] = {}
         for method, tokens, values in lines:
             style = styles[method]
+            xs = [count / scale for count in tokens]
             (drawn,) = canvas.axis.plot(
-                [count / scale for count in tokens], list(values),
-                color=style.colour, linestyle=style.line, lw=1.4,
-            )  # fmt: skip
+                xs, list(values), color=style.colour, linestyle=style.line, lw=1.4
+            )
+            canvas.belongs(method, drawn)
+            canvas.tells(method, canvas.axis, xs, values)
             labelled.setdefault(method, drawn)
         canvas.axis.set_xlabel(f"training tokens or samples ({unit})")
         canvas.axis.set_ylabel(heading)
@@ -313,7 +254,7 @@ def curves(
     digits = digits_for([values[-1] for _, _, values in lines])
     ends = "; ".join(f"{method} ends at {number(v[-1], digits)}" for method, _, v in lines)
     told = f"Curves of {heading} over training: {ends}."
-    return [Figure(name, f"{caption} One line per SAE.", told, canvas.png)]
+    return [canvas.drawn(name, f"{caption} One line per SAE.", told)]
 
 
 @dataclass(frozen=True)
@@ -340,9 +281,12 @@ def panels(
     shown: Sequence[Panel],
     x_label: str,
     *,
-    connected: bool = True,
+    colours: Sequence[str] | None = None,
 ) -> list[Figure]:
-    """Metrics over the same categories, one panel under another, every seed shown."""
+    """Metrics over the same categories, one panel under another, every seed shown.
+
+    Categories of several kinds have a colour each; without colours a line joins them.
+    """
     shown = [panel for panel in shown if any(panel.values)]
     if not shown:
         return []
@@ -351,22 +295,27 @@ def panels(
     with drawing(height + (max(map(len, categories)) > 6), len(shown)) as canvas:
         for axis, panel in zip(canvas.axes, shown, strict=True):
             means = [fmean(values) if values else nan for values in panel.values]
-            axis.plot(range(len(means)), means, "-o" if connected else "o", color=COLOURS[0])
+            if colours is None:
+                axis.plot(range(len(means)), means, "-", color=COLOURS[0])
+            canvas.tells(panel.told, axis, range(len(means)), means, categories)
             for place, values in enumerate(panel.values):
+                colour = COLOURS[0] if colours is None else colours[place]
+                axis.plot(place, means[place], "o", color=colour)
                 if len(values) > 1:
-                    axis.plot([place] * len(values), values, "o", color=COLOURS[0], ms=3, alpha=0.5)
+                    axis.plot([place] * len(values), values, "o", color=colour, ms=3, alpha=0.5)
             if len(shown) == 1:
                 axis.set_ylabel(panel.heading)
             else:
                 axis.set_title(panel.heading, fontsize=10)
-            axis.margins(x=0.04, y=0.15)
+            axis.margins(x=0.3 / len(categories), y=0.15)
+            _do_not_exaggerate(axis)
             known = {c: m for c, m in zip(categories, means, strict=True) if isfinite(m)}
             digits = digits_for(list(known.values()))
             numbers = ", ".join(f"{c} {number(m, digits)}" for c, m in known.items())
             told.append(f"{panel.told}: {numbers}")
         canvas.categories(categories)
         canvas.axes[-1].set_xlabel(x_label)
-    return [Figure(name, caption, f"{'; '.join(told)}.", canvas.png)]
+    return [canvas.drawn(name, caption, f"{'; '.join(told)}.")]
 
 
 def bars(
@@ -377,21 +326,26 @@ def bars(
     series: Mapping[str, Sequence[float]],
     x_label: str,
     y_label: str,
+    styles: Mapping[str, Style] | None = None,
     *,
     stacked: bool = False,
 ) -> Figure:
-    """Bars with hatching, for parts and counts."""
+    """Bars with hatching, for parts and counts; series that are methods have their colours."""
     with drawing(4.0) as canvas:
         width = 0.85 if stacked else 0.85 / max(1, len(series))
         base = [0.0] * len(labels)
         for place, (label, heights) in enumerate(series.items()):
             shift = 0.0 if stacked else (place - (len(series) - 1) / 2) * width
-            canvas.axis.bar(
-                [i + shift for i in range(len(labels))], list(heights), width,
+            xs = [i + shift for i in range(len(labels))]
+            drawn = canvas.axis.bar(
+                xs, list(heights), width,
                 bottom=base if stacked else None, label=label,
-                color=COLOURS[place % len(COLOURS)], hatch=HATCHES[place % len(HATCHES)],
-                edgecolor="white", linewidth=0.5,
+                color=COLOURS[place % len(COLOURS)] if styles is None else styles[label].colour,
+                hatch=HATCHES[place % len(HATCHES)], edgecolor="white", linewidth=0.5,
             )  # fmt: skip
+            canvas.belongs(label, *drawn)
+            if not stacked:
+                canvas.tells(label, canvas.axis, xs, heights, labels)
             if stacked:
                 base = [low + high for low, high in zip(base, heights, strict=True)]
         canvas.categories(labels, every=max(1, -(-len(labels) // 10)))
@@ -400,7 +354,7 @@ def bars(
         canvas.axis.grid(visible=False, axis="x")
         if len(series) > 1:
             canvas.legend_below()
-    return Figure(name, caption, alt, canvas.png)
+    return canvas.drawn(name, caption, alt)
 
 
 def steps(
@@ -418,13 +372,19 @@ def steps(
         labelled: dict[str, Any] = {}
         for label, heights in counts.items():
             line_style: dict[str, Any] = {"color": styles[label].colour, "ls": styles[label].line}
-            canvas.axis.stairs(list(heights), list(edges), lw=1.8, **line_style)
+            drawn = canvas.axis.stairs(list(heights), list(edges), lw=1.8, **line_style)
             (labelled[label],) = canvas.axis.plot([], [], lw=1.8, **line_style)
+            canvas.belongs(label, drawn, labelled[label])
+            canvas.tells(label, canvas.axis, _middles(edges), heights)
         canvas.axis.set_xlabel(x_label)
         canvas.axis.set_ylabel(y_label)
         canvas.axis.set_ylim(bottom=0)
         canvas.legend_below(labelled)
-    return Figure(name, caption, alt, canvas.png)
+    return canvas.drawn(name, caption, alt)
+
+
+def _middles(edges: Sequence[float]) -> list[float]:
+    return [(low + high) / 2 for low, high in pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -451,10 +411,13 @@ def glance(
             span = f"{last}" if first == last else f"{first} falling to {last}"
             tokens = [point[0] / 1000 for point in sae.curve]
             label = f"{sae.method} (training L0 {span})"
-            training.plot(tokens, [point[1] for point in sae.curve], label=label, **line_style)
+            variance = [point[1] for point in sae.curve]
+            curve = training.plot(tokens, variance, label=label, **line_style)
             edges, counts, _ = sae.firing
-            firing.stairs(counts, edges, **line_style)
-        _draw_quality(quality, saes, results, styles)
+            canvas.belongs(sae.method, *curve, firing.stairs(counts, edges, **line_style))
+            canvas.tells(sae.method, training, tokens, variance)
+            canvas.tells(sae.method, firing, _middles(edges), counts)
+        _draw_quality(canvas, quality, saes, results, styles)
         training.set(title="Training", xlabel="training tokens or samples (thousands)",
                      ylabel="explained variance of training batches", xlim=(0, None))  # fmt: skip
         # The first rows of a run are far below zero and would flatten everything after them.
@@ -473,11 +436,15 @@ def glance(
     )
     caption = "At a glance: explained variance while training, the exported SAEs on data not "
     caption += "trained on, and how often latents fire in the last window of training."
-    return Figure(name, caption, f"Three panels; in the middle {told}.", canvas.png)
+    return canvas.drawn(name, caption, f"Three panels; in the middle {told}.")
 
 
 def _draw_quality(
-    axis: Any, saes: Sequence[Glance], results: Results, styles: Mapping[str, Style]
+    canvas: Canvas,
+    axis: Any,
+    saes: Sequence[Glance],
+    results: Results,
+    styles: Mapping[str, Style],
 ) -> None:
     metrics = results.headlines("glance")
     for index, sae in enumerate(saes):
@@ -487,18 +454,21 @@ def _draw_quality(
             if value is None:
                 continue
             shown = min(max(value, 0.0), 1.0)
-            axis.vlines(place + offset, 0, shown, color=style.colour, lw=2, alpha=0.5)
-            axis.plot(place + offset, shown, style.marker, color=style.colour, ms=8)
-            axis.annotate(
-                f"{value:.2f}", (place + offset, shown), xytext=(-7 if offset < 0 else 7, 6),
+            stem = axis.vlines(place + offset, 0, shown, color=style.colour, lw=2, alpha=0.5)
+            mark = axis.plot(place + offset, shown, style.marker, color=style.colour, ms=8)
+            told = axis.annotate(
+                f"{value:.3f}", (place + offset, shown), xytext=(-10 if offset < 0 else 10, 6),
                 textcoords="offset points", ha="center", fontsize=8, color=style.colour,
             )  # fmt: skip
+            canvas.belongs(sae.method, stem, *mark, told)
+            canvas.tells(sae.method, axis, [place + offset], [value], [HEADLINES[key].heading])
     headings = [
         f"{HEADLINES[key].heading} {definition.arrow if definition else ''}".replace(" ", "\n", 1)
         for key, metric in metrics.items()
         for definition in (results.definitions.get(metric),)
     ]
     axis.set_xticks(range(len(headings)), headings, fontsize=9)
+    axis.set_xlim(-0.5, len(headings) - 0.5)
     axis.set_ylim(0, 1.1)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
     axis.set(title="On data not trained on", ylabel="share or cosine")

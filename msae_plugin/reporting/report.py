@@ -18,6 +18,7 @@ from msae_plugin.common.stored import read_json_object
 from msae_plugin.evaluation.summary import standing
 from msae_plugin.reporting.analyses import SAEAnalysis, analyse
 from msae_plugin.reporting.answer import answers, findings_of, health_section
+from msae_plugin.reporting.canvas import pyplot
 from msae_plugin.reporting.document import (
     Answer,
     Bullets,
@@ -30,7 +31,7 @@ from msae_plugin.reporting.document import (
     markdown,
     page,
 )
-from msae_plugin.reporting.figures import Glance, Style, glance, method_styles, pyplot
+from msae_plugin.reporting.figures import Glance, Style, glance, method_styles
 from msae_plugin.reporting.latent_browser import BROWSER_FOLDER, is_browser
 from msae_plugin.reporting.latent_browser import PAGE_FILE as BROWSER_PAGE
 from msae_plugin.reporting.results import Results

@@ -98,7 +98,8 @@ def test_an_interval_with_zero_is_level_and_a_worse_method_is_named(tmp_path: Pa
 def test_one_pair_decides_nothing(tmp_path: Path) -> None:
     text = told(document_of(tmp_path, ground_truth()))
     assert (
-        "Not decided by one pair: finding the true features (F1, multiscale default +0.300" in text
+        "One seed decides nothing. Ahead in this run: multiscale default in finding the true "
+        "features (F1, +0.300 on" in text
     )
     assert "Paired over 1 training seed and 1 target L0; what another seed would give" in text
 
@@ -146,7 +147,7 @@ def test_an_evaluation_of_a_comparisons_saes_is_columns_of_its_table(tmp_path: P
     column = [c.key for c in headline.columns].index("core/ce_loss_score")
     assert [values[column].mean for values in headline.rows] == pytest.approx([0.91, 0.92])  # type: ignore[union-attr]
     # L0 was measured twice, and the page says which one it shows.
-    assert "L0 (core/l0, not heldout/l0)" in headline.caption
+    assert "shown is core's L0; the other value" in headline.caption
     missing = [tuple(cells) for cells in table(document, "not-measured").rows]
     assert ("eval", "sparse_probing of sae-batchtopk", "failed", "the probe <diverged>") in missing
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -31,6 +31,7 @@ from msae_plugin.reporting.document import (
 
 VOID = {"meta", "link", "img", "wbr", "br"}
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x03\xc0\x00\x00\x02\x80"
+SVG = '<svg viewBox="0 0 10 10"><g><text>1</text></g></svg>'
 HOSTILE = '<script>alert("1")</script> & "quotes" \'single\' http://evil.example/x.png'
 
 TABLE = Table(
@@ -63,8 +64,15 @@ DOCUMENT = Document(
                 Bullets(["one", "two"]),
                 Facts([("model.name", HOSTILE)]),
                 TABLE,
-                Figure("front", "A caption.", 'Lines of "F1" against L0.', PNG),
-                Figure("other", "Another.", "More lines.", PNG),
+                Figure(
+                    "front",
+                    "A caption.",
+                    'Lines of "F1" against L0.',
+                    PNG,
+                    SVG,
+                    [(0, 1.0, 2.0, HOSTILE)],
+                ),
+                Figure("other", "Another.", "More lines.", PNG, SVG),
                 FOLDED,
             ],
         ),
@@ -146,9 +154,10 @@ def test_nothing_is_loaded_from_anywhere(html, parsed):
     "Text from outside stays text: in the page, the card, tables, spreadsheets and the terminal."
 )
 def test_hostile_text_stays_text(html, parsed):
-    assert len(parsed.all("script")) == 1  # ours
+    # Ours, and the data of two figures.
+    assert [a.get("type") for a, _ in parsed.all("script")] == [*2 * ["application/json"], None]
     assert not parsed.all("b")
-    assert "alert(" not in parsed.all("script")[0][1]
+    assert "alert(" not in parsed.all("script")[-1][1]
     assert html.count("<script>") == 1
     ((_, title),) = parsed.all("h1")
     assert title == f"A title with {HOSTILE}"
@@ -177,12 +186,13 @@ def test_landmarks_and_headings(parsed):
     assert parsed.all("meta", name="viewport")[0][0]["content"].startswith("width=device-width")
 
 
-def test_every_image_has_words_a_size_and_its_data(parsed):
-    images = parsed.all("img")
-    assert [a["alt"] for a, _ in images] == ['Lines of "F1" against L0.', "More lines."]
-    for attributes, _ in images:
-        assert (attributes["width"], attributes["height"]) == ("960", "640")
-        assert base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,")) == PNG
+def test_every_figure_has_words_and_is_in_the_page(parsed):
+    drawings = [attributes for attributes, _ in parsed.all("div") if "drawing" in str(attributes)]
+    assert [a["aria-label"] for a in drawings] == ['Lines of "F1" against L0.', "More lines."]
+    assert len(parsed.all("svg")) == 2
+    assert parsed.all("img") == []
+    points = [text for a, text in parsed.all("script") if a.get("type") == "application/json"]
+    assert [json.loads(text) for text in points] == [[[0, 1.0, 2.0, HOSTILE]], []]
 
 
 def test_tables_have_scopes_rows_and_unrounded_values(parsed):

@@ -77,9 +77,11 @@ def test_nothing_is_wider_than_the_screen_and_nothing_is_loaded(browser, output,
     browser.open(output / "report.html")
     assert browser.value("innerWidth") == width
     assert browser.value("document.documentElement.scrollWidth") <= width
-    images = browser.value("Array.from(document.images).map((i) => [i.complete, i.naturalWidth])")
-    assert len(images) > 10
-    assert all(complete and pixels >= 900 for complete, pixels in images)
+    widths = browser.value(
+        "Array.from(document.querySelectorAll('figure svg')).map((s) => s.clientWidth)"
+    )
+    assert len(widths) > 10
+    assert min(widths) >= 250
     asked = {url for url in browser.requested if not url.startswith("data:")}
     assert asked == {(output / "report.html").as_uri()}
     assert browser.problems == []
@@ -115,6 +117,38 @@ def test_tables_sort_by_keyboard(browser, output):
     focus(browser, "method")
     browser.press("Enter", 13, "\r")
     assert browser.value(column("method", "textContent"))[0] == "baseline"
+    assert browser.problems == []
+
+
+def test_figures_tell_values_and_hide_series(browser, output):
+    browser.screen(1280, 800)
+    browser.open(output / "report.html")
+    browser.value("window.figure = document.querySelector('figure:has(g.legend)'); 0")
+    browser.value(
+        """window.point = (n) => {
+          const points = JSON.parse(figure.querySelector("script").textContent);
+          const [series, x, y, text] = points[n];
+          const svg = figure.querySelector("svg"), box = svg.getBoundingClientRect();
+          const scale = box.width / svg.viewBox.baseVal.width;
+          const at = { clientX: box.left + x * scale, clientY: box.top + y * scale };
+          const event = new PointerEvent("pointermove", { ...at, bubbles: true });
+          figure.querySelector(".drawing").dispatchEvent(event);
+          const told = figure.querySelector("output");
+          return [text, told.hidden ? null : told.textContent, series];
+        }; 0"""
+    )
+    text, told, series = browser.value("point(0)")
+    assert told == text
+    parts = f"Array.from(figure.querySelectorAll('g.series[data-series=\"{series}\"]'))"
+    assert set(browser.value(f"{parts}.map((g) => g.style.display)")) == {""}
+    entry = f"figure.querySelector('g.legend[data-series=\"{series}\"][role=button]')"
+    browser.value(f"{entry}.focus(); 0")
+    browser.press("Enter", 13, "\r")
+    assert browser.value(f"{entry}.getAttribute('aria-pressed')") == "false"
+    assert set(browser.value(f"{parts}.map((g) => g.style.display)")) == {"none"}
+    assert browser.value("point(0)")[1] != text
+    browser.press(" ", 32, " ")
+    assert set(browser.value(f"{parts}.map((g) => g.style.display)")) == {""}
     assert browser.problems == []
 
 

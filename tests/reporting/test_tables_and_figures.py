@@ -5,7 +5,7 @@ import builtins
 import pytest
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.reporting.figures import pyplot as require_matplotlib
+from msae_plugin.reporting.canvas import pyplot as require_matplotlib
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):

@@ -62,8 +62,8 @@ def diversity_section(
         _cluster_table(cohort, groups),
         *_cosine_figure(cohort, drawn, styles),
         *_density_figure(cohort, drawn, styles),
-        *_scales(cohort, groups),
-        *_coactivation_blocks(cohort, drawn),
+        *_scales(cohort, groups, styles),
+        *_coactivation_blocks(cohort, drawn, styles),
     ]
     return Section(cohort.named("features"), cohort.titled("Feature statistics"), blocks)
 
@@ -203,7 +203,9 @@ def _density_figure(
     ]  # fmt: skip
 
 
-def _scales(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> list[Block]:
+def _scales(
+    cohort: Cohort, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
+) -> list[Block]:
     nested = [group for group in groups if any(a.scales for a in group.saes)]
     if not nested:
         return [Text("Firing by scale is not shown: no SAE here has nested prefixes.")]
@@ -242,6 +244,7 @@ def _scales(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> list[Block]:
         same,
         "latents, in the exported order",
         "active per token",
+        styles,
     )
     return [figure, table]
 
@@ -250,7 +253,9 @@ def _bands(group: AnalysedGroup) -> Sequence[ScaleFiring]:
     return next(analysis.scales for analysis in group.saes if analysis.scales)
 
 
-def _coactivation_blocks(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> list[Block]:
+def _coactivation_blocks(
+    cohort: Cohort, groups: Sequence[AnalysedGroup], styles: Mapping[str, Style]
+) -> list[Block]:
     found: dict[str, list[CosineBin]] = {}
     samples: set[int] = set()
     for group in groups[:MOST_BARS]:
@@ -279,6 +284,7 @@ def _coactivation_blocks(cohort: Cohort, groups: Sequence[AnalysedGroup]) -> lis
             {method: [b.coactivation or 0.0 for b in bins] for method, bins in found.items()},
             "cosine of two decoder directions",
             "mean co-activation",
+            styles,
         ),
         table_of(
             cohort.named("coactivation-table"),

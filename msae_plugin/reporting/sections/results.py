@@ -186,7 +186,7 @@ def measured_figures(
         [group.label for group in groups],
         [panel_of(results, key, metric, groups) for key, metric in fronts.items()],
         "",
-        connected=False,
+        colours=[styles[group.method].colour for group in groups],
     )
 
 
@@ -209,7 +209,10 @@ def headline_table(results: Results) -> Table:
     if best:
         caption += " Bold: the best at its L0, by a paired difference to the next that is shown."
     if again:
-        caption += f" Measured twice, by other rules, and in the list of every metric: {again}."
+        caption += (
+            f" Two evaluations measured some columns: shown is {again}; the other value is in the "
+            "list of every metric."
+        )
     table = table_of(
         f"{results.name}-headline",
         caption,
@@ -231,15 +234,17 @@ def best_shown(results: Results, groups: Sequence[Group]) -> set[tuple[int, str]
 
 
 def _measured_twice(results: Results, shown: Iterable[str]) -> str:
-    """Headings that another evaluation here measured too, and whose number is not the one shown."""
-    others = [metric for metric in results.metrics if metric not in set(shown)]
-    headlines = results.headlines()
-    return ", ".join(
-        f"{HEADLINES[key].heading} ({metric}, not {other})"
-        for key, metric in headlines.items()
-        for other in others
-        if other.rpartition("/")[2] in HEADLINES[key].names and not other.startswith("training/")
-    )
+    """What another evaluation here measured too, with the evaluation whose number is shown."""
+    others = {
+        metric.rpartition("/")[2]
+        for metric in set(results.metrics) - set(shown)
+        if not metric.startswith("training/")
+    }
+    again: dict[str, list[str]] = {}
+    for key, metric in results.headlines().items():
+        if others.intersection(HEADLINES[key].names):
+            again.setdefault(metric.partition("/")[0], []).append(HEADLINES[key].heading)
+    return " and ".join(f"{name}'s {', '.join(headings)}" for name, headings in again.items())
 
 
 def _single_saes(results: Results) -> Table:

@@ -29,7 +29,7 @@ from msae_plugin.reporting.document import (
     spread_cell,
     table_of,
 )
-from msae_plugin.reporting.figures import Panel, Style, bars, curves, panels
+from msae_plugin.reporting.figures import COLOURS, Panel, Style, bars, curves, panels
 from msae_plugin.reporting.results import Missing, difference_of, percent, sentence
 from msae_plugin.reporting.sections.results import described_difference
 from msae_plugin.reporting.sources import Source, TrainedSAE, is_variant, run_l0_target
@@ -274,7 +274,7 @@ def _effect_blocks(
             for q in QUANTITIES
         ],
         f"without {mechanism}, with it",
-        connected=False,
+        colours=[COLOURS[0]] * len(groups),
     )
     return [Bullets(told), table, *figure]
 

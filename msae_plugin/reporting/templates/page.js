@@ -1,5 +1,6 @@
-// Sorting: a button in each column heading. Without scripts the tables are as they were written.
+// Without scripts the tables are as they were written, and the figures whole.
 "use strict";
+// Sorting: a button in each column heading.
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   const headings = Array.from(table.tHead.rows[0].cells);
@@ -30,4 +31,59 @@ for (const table of document.querySelectorAll("table")) {
       heading.setAttribute("aria-sort", order);
     });
   });
+}
+
+// Figures: the nearest value under the pointer, and a legend that shows and hides its series.
+for (const figure of document.querySelectorAll("figure")) {
+  const drawing = figure.querySelector(".drawing");
+  const svg = drawing.querySelector("svg");
+  const points = JSON.parse(figure.querySelector("script").textContent);
+  const hidden = new Set();
+  const told = document.createElement("output");
+  told.hidden = true;
+  drawing.append(told);
+  drawing.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const scale = svg.viewBox.baseVal.width / box.width;
+    const [x, y] = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+    let [nearest, least] = [null, 18];
+    for (const point of points) {
+      const distance = Math.hypot(point[1] - x, point[2] - y);
+      if (distance < least && !hidden.has(point[0])) [nearest, least] = [point, distance];
+    }
+    told.hidden = nearest === null;
+    if (nearest === null) return;
+    told.textContent = nearest[3];
+    told.style.top = `${nearest[2] / scale + 8}px`;
+    const room = drawing.clientWidth - told.offsetWidth;
+    told.style.left = `${Math.max(0, Math.min(nearest[1] / scale + 8, room))}px`;
+  });
+  drawing.addEventListener("pointerleave", () => { told.hidden = true; });
+  const entries = Array.from(svg.querySelectorAll("g.legend"));
+  for (const entry of entries) {
+    const series = entry.dataset.series;
+    const toggle = () => {
+      const number = Number(series);
+      if (!hidden.delete(number)) hidden.add(number);
+      const off = hidden.has(number);
+      for (const part of svg.querySelectorAll(`[data-series="${series}"]`)) {
+        if (part.classList.contains("legend")) part.classList.toggle("off", off);
+        else part.style.display = off ? "none" : "";
+      }
+      for (const each of entries) {
+        if (each.dataset.series === series) each.setAttribute("aria-pressed", String(!off));
+      }
+      told.hidden = true;
+    };
+    entry.addEventListener("click", toggle);
+    if (!entry.querySelector("text")) continue;
+    entry.setAttribute("role", "button");
+    entry.setAttribute("tabindex", "0");
+    entry.setAttribute("aria-pressed", "true");
+    entry.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      toggle();
+    });
+  }
 }
