@@ -103,6 +103,11 @@ def test_the_python_of_a_page_runs_as_printed(
     exec(compile(code, page, "exec"), {})
 
 
+WRITTEN_BY_READERS = {
+    "X.yaml", "mine.yaml", "methods.yaml", "with_mine.yaml", "runs/rates/tuned.yaml"
+}  # fmt: skip
+
+
 def commands() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for page in PAGES:
@@ -123,11 +128,11 @@ def test_every_command_of_the_pages_can_be_typed() -> None:
         assert command is not None, (page, line)
         command.make_context(words[0], [word for word in words[1:] if word != "--quiet"])
         if "--config" in words:
-            name = words[words.index("--config") + 1].removeprefix("examples/")
-            file = SHIPPED / f"{name.removesuffix('.yaml')}.yaml"
+            name = words[words.index("--config") + 1]
             of = {"cache": "train", "info": "train", "tune": "compare", "sweep": "compare"}
-            if "/" not in name and not name.endswith(".yaml"):
-                assert command_of(read_yaml(file)) == of.get(words[0], words[0]), (page, line)
+            if name not in WRITTEN_BY_READERS:
+                recipe = read_yaml(SHIPPED / f"{name}.yaml")
+                assert command_of(recipe) == of.get(words[0], words[0]), (page, line)
         seen += 1
     assert seen > 20
 
