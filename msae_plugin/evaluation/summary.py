@@ -6,8 +6,8 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
 from itertools import pairwise
@@ -175,10 +175,40 @@ def interpolated(points: Mapping[int, float], l0: float) -> float | None:
     return None
 
 
-def standing(summary: Mapping[str, Any]) -> list[str]:
-    """Where the SAEs of a summary.json stand among SAEBench's published ones, a line per metric.
+@dataclass(frozen=True)
+class Standing:
+    """SAEs among SAEBench's published ones of their model, hook and width, by one metric."""
 
-    Those are of Gemma-2-2B, layer 12; of other models, hooks, widths and L0s there is none.
+    metric: str  # key of the summary
+    heading: str
+    source: str
+    mark: str  # how exact the published numbers are
+    d_sae: int
+    published: Mapping[str, Mapping[int, float]]  # by method, score by L0
+    own: Mapping[str, tuple[float, float]]  # by SAE, L0 and score
+
+    def lines(self) -> Iterator[str]:
+        """Where each SAE stands; none outside of the published L0s."""
+        digits = 4 if self.mark == "V" else 3
+        for name, (l0, score) in self.own.items():
+            at = {method: interpolated(points, l0) for method, points in self.published.items()}
+            scores = {method: value for method, value in at.items() if value is not None}
+            if not scores:
+                continue
+            ahead = sum(score > value for value in scores.values())
+            best_first = sorted(scores, key=lambda method: -scores[method])
+            shown = ", ".join(f"{method} {scores[method]:.{digits}f}" for method in best_first)
+            yield (
+                f"{name}: {self.heading} {score:.{digits}f} at L0 {l0:.1f}, ahead of {ahead} of "
+                f"{len(scores)} published SAEs of {self.d_sae:,} latents there: {shown} "
+                f"({self.source}, {_MARKS[self.mark]}; interpolated between their L0s)"
+            )
+
+
+def standings(summary: Mapping[str, Any]) -> list[Standing]:
+    """The SAEs of a summary.json among SAEBench's published ones, by metric and width.
+
+    Those are of Gemma-2-2B, layer 12; of other models, hooks and widths there is none.
     """
     place = files("msae_plugin.evaluation") / "published.yaml"
     published = cast("Mapping[str, Any]", yaml.safe_load(place.read_text(encoding="utf-8")))
@@ -187,32 +217,24 @@ def standing(summary: Mapping[str, Any]) -> list[str]:
         for name, value in entry.get("metrics", {}).items():
             own = measured.setdefault(entry["sae"], {})
             own[f"{entry['evaluation']}/{name}"] = float(value["mean"])
-    lines: list[str] = []
-    for name, record in summary["saes"].items():
-        model = str(record.get("model_name") or (summary.get("model") or {}).get("name"))
-        own = measured.get(name, {})
-        if (
-            model.rsplit("/", 1)[-1] != published["model"]
-            or record.get("hook_name") != published["hook"]
-            or "core/l0" not in own
-        ):
-            continue
-        for metric, table in published["metrics"].items():
-            at = {
-                method: interpolated(points, own["core/l0"])
-                for method, points in table.get(record.get("d_sae"), {}).items()
+    named = str((summary.get("model") or {}).get("name"))
+    there = {
+        name: int(record.get("d_sae") or 0)
+        for name, record in summary["saes"].items()
+        if str(record.get("model_name") or named).rsplit("/", 1)[-1] == published["model"]
+        and record.get("hook_name") == published["hook"]
+        and "core/l0" in measured.get(name, {})
+    }
+    found: list[Standing] = []
+    for metric, table in published["metrics"].items():
+        for d_sae in sorted(set(there.values()) & set(table)):
+            own = {
+                name: (measured[name]["core/l0"], measured[name][metric])
+                for name, width in there.items()
+                if width == d_sae and metric in measured[name]
             }
-            scores = {method: score for method, score in at.items() if score is not None}
-            if metric not in own or not scores:
-                continue
-            ahead = sum(own[metric] > score for score in scores.values())
-            best_first = sorted(scores, key=lambda method: -scores[method])
-            digits = 4 if table["mark"] == "V" else 3
-            shown = ", ".join(f"{method} {scores[method]:.{digits}f}" for method in best_first)
-            lines.append(
-                f"{name}: {table['heading']} {own[metric]:.{digits}f} at L0 {own['core/l0']:.1f}, "
-                f"ahead of {ahead} of {len(scores)} published SAEs of {record['d_sae']:,} latents "
-                f"there: {shown} ({published['source']}, {_MARKS[table['mark']]}; interpolated "
-                "between their L0s)"
-            )
-    return lines
+            if own:
+                heading, mark = table["heading"], table["mark"]
+                source = published["source"]
+                found.append(Standing(metric, heading, source, mark, d_sae, table[d_sae], own))
+    return found

@@ -11,6 +11,7 @@ from typing import Any
 
 from msae_plugin.common.table import digits_for, number
 from msae_plugin.evaluation.outcomes import MetricDefinition
+from msae_plugin.evaluation.summary import Standing
 from msae_plugin.reporting.canvas import Canvas, drawing
 from msae_plugin.reporting.document import Figure, slug
 from msae_plugin.reporting.results import (
@@ -26,6 +27,7 @@ from msae_plugin.reporting.results import (
 COLOURS = ("#0072B2", "#D55E00", "#007A59", "#B3579A", "#000000", "#A86F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_PUBLISHED = "#737373"
 HATCHES = ("", "///", "...", "xx", "\\\\", "++", "oo")
 # Of its largest value an axis covers at least this share: small differences look small.
 _LEAST_SPAN = 0.1
@@ -214,6 +216,36 @@ def difference_plot(
             "zero; the numbers are in the table of differences.",
         )
     ]
+
+
+def published(standing: Standing, styles: Mapping[str, Style]) -> Figure:
+    """SAEs among the published ones: these as lines over L0, ours as large marks."""
+    with drawing(4.6) as canvas:
+        for place, (method, points) in enumerate(standing.published.items()):
+            xs, ys = list(points), list(points.values())
+            (line,) = canvas.axis.plot(
+                xs, ys, linestyle=LINES[place % len(LINES)], marker=MARKERS[place % len(MARKERS)],
+                color=_PUBLISHED, lw=1.2, ms=4, label=method,
+            )  # fmt: skip
+            canvas.belongs(f"{method}, published", line)
+            canvas.tells(f"{method}, published", canvas.axis, xs, ys)
+        for name, (l0, score) in standing.own.items():
+            colour = styles[name].colour if name in styles else COLOURS[0]
+            (mark,) = canvas.axis.plot([l0], [score], "*", color=colour, ms=14, label=name)
+            canvas.belongs(name, mark)
+            canvas.tells(name, canvas.axis, [l0], [score])
+        _do_not_exaggerate(canvas.axis)
+        _l0_axis(canvas.axis, canvas.axis.get_xlim())
+        canvas.axis.set_xlabel("L0 (active latents per token)")
+        canvas.axis.set_ylabel(standing.heading)
+        canvas.legend_below()
+    own = "; ".join(f"{n} {score:.3f} at L0 {l0:.0f}" for n, (l0, score) in standing.own.items())
+    return canvas.drawn(
+        slug(f"published {standing.metric} {standing.d_sae}"),
+        f"{sentence(standing.heading)} against L0. Stars: the SAEs of this report; grey: SAEs of "
+        f"{standing.d_sae:,} latents of the same model and layer ({standing.source}).",
+        f"{sentence(standing.heading)} of {own}, among {len(standing.published)} published lines.",
+    )
 
 
 def curves(

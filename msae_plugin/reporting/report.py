@@ -15,7 +15,7 @@ from msae_plugin.common.files import folder_written_atomically, held_in, version
 from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.common.recipes import did_you_mean
 from msae_plugin.common.stored import read_json_object
-from msae_plugin.evaluation.summary import standing
+from msae_plugin.evaluation.summary import standings
 from msae_plugin.reporting.analyses import SAEAnalysis, analyse
 from msae_plugin.reporting.answer import answers, findings_of, health_section
 from msae_plugin.reporting.canvas import pyplot
@@ -31,7 +31,7 @@ from msae_plugin.reporting.document import (
     markdown,
     page,
 )
-from msae_plugin.reporting.figures import Glance, Style, glance, method_styles
+from msae_plugin.reporting.figures import Glance, Style, glance, method_styles, published
 from msae_plugin.reporting.latent_browser import BROWSER_FOLDER, is_browser
 from msae_plugin.reporting.latent_browser import PAGE_FILE as BROWSER_PAGE
 from msae_plugin.reporting.results import Results
@@ -125,9 +125,11 @@ def build(
             parts.append(result_sections.results_section(results, styles))
             parts.append(result_sections.differences_section(results, styles))
             parts.append(ladder.ladder_section(results, styles))
-    among = [line for source in sources.evaluations for line in standing(source.content)]
+    among = [item for source in sources.evaluations for item in standings(source.content)]
     if among:
-        parts.append(Section("published", "Among SAEBench's published SAEs", [Bullets(among)]))
+        told = Bullets([line for standing in among for line in standing.lines()])
+        drawn = [published(standing, styles) for standing in among]
+        parts.append(Section("published", "Among SAEBench's published SAEs", [told, *drawn]))
     by_cohort = cohorts(analyses, lambda analysis: analysis.sae.cohort)
     optional: dict[str, list[Section | None]] = {
         "training runs": [training.runs_section(sources.runs)],

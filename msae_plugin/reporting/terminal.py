@@ -13,7 +13,7 @@ from rich.text import Text
 
 from msae_plugin.common.table import Column, Table
 from msae_plugin.evaluation.contexts import ContextsForTerminal, LatentProfile, TokenContext
-from msae_plugin.evaluation.summary import standing, unmeasured
+from msae_plugin.evaluation.summary import standings, unmeasured
 from msae_plugin.reporting.answer import answers, findings_of
 from msae_plugin.reporting.document import Answer
 from msae_plugin.reporting.results import HEADLINES, Results
@@ -90,7 +90,8 @@ def summary_for_terminal(summary: Mapping[str, Any]) -> RenderableType:
         for name, entry in summary["saes"].items()
         if is_told_apart(name, entry.get("weights_sha256"))
     ]
-    return Group(*parts, *map(Text, standing(summary)), *given)
+    among = [Text(line) for standing in standings(summary) for line in standing.lines()]
+    return Group(*parts, *among, *given)
 
 
 def unmeasured_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:

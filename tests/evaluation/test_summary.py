@@ -15,7 +15,7 @@ from msae_plugin.evaluation.outcomes import MetricDefinition, ScoreResult
 from msae_plugin.evaluation.summary import (
     interpolated,
     result_entry,
-    standing,
+    standings,
     summary,
     summary_csv,
     write_summary,
@@ -181,7 +181,8 @@ def test_scores_between_l0s_are_linear_in_the_logarithm_and_none_outside() -> No
 
 
 def test_an_sae_of_that_model_and_layer_is_told_where_it_stands(tmp_path: Any) -> None:
-    [line] = standing(summary_of_gemma())
+    [found] = standings(summary_of_gemma())
+    [line] = found.lines()
     # Half-way between .9813 and .9884; Standard begins at 58 and ends above.
     assert "BatchTopK 0.9848" in line
     assert "loss recovered 0.9850 at L0 59.4, ahead of 7 of 7" in line
@@ -193,7 +194,13 @@ def test_an_sae_of_that_model_and_layer_is_told_where_it_stands(tmp_path: Any) -
     source = Source("eval", tmp_path, summary_of_gemma())
     document, _ = build(Sources([], [source], []))
     [section] = [section for section in document.sections if section.name == "published"]
-    assert section.blocks[0].items == [line]
+    told, figure = section.blocks
+    assert told.items == [line]
+    # A mark of ours and seven published lines.
+    own, *published = sorted(figure.points, key=lambda point: "published" in point[3])
+    assert own[3].startswith("mine\n")
+    assert len({point[0] for point in published}) == 7
+    assert "BatchTopK, published" in "".join(point[3] for point in published)
 
 
 @pytest.mark.parametrize(
@@ -206,4 +213,4 @@ def test_an_sae_of_that_model_and_layer_is_told_where_it_stands(tmp_path: Any) -
     ],
 )
 def test_nothing_is_said_of_others(changes: dict[str, Any]) -> None:
-    assert standing(summary_of_gemma(**changes)) == []
+    assert standings(summary_of_gemma(**changes)) == []

@@ -1,4 +1,4 @@
-"""Take the README's pictures in Chromium: `python tests/reporting/pictures.py REPORT LATENTS OUTPUT`.
+"""Take the pictures of the docs: `python tests/reporting/pictures.py REPORT LATENTS OUTPUT`.
 
 REPORT is the folder of a report, LATENTS that of `msae latents` over the same SAEs. The page is
 loaded, its first table sorted and a value pointed at; then latents are searched and one is opened.
