@@ -30,7 +30,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _PUBLISHED = "#737373"
 HATCHES = ("", "///", "...", "xx", "\\\\", "++", "oo")
 # Of its largest value an axis covers at least this share: small differences look small.
-_LEAST_SPAN = 0.1
+_LEAST_SPAN = 0.05
 Points = Mapping[str, Sequence[tuple[float, float, Group]]]
 
 

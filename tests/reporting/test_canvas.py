@@ -62,6 +62,6 @@ def test_a_small_difference_looks_small(values: list[float]) -> None:
     (figure,) = panels("n", "c", ["a", "b"], shown, "", colours=["#0072B2", "#D55E00"])
     height = float(figure.svg.split('"')[1].split()[3])
     (_, _, first, _), (_, _, second, _) = figure.points
-    # The axis covers a tenth of its largest value, and is a part of the figure's height.
-    share = abs(values[1] - values[0]) / (0.1 * max(map(abs, values)))
+    # The axis covers a twentieth of its largest value, and is a part of the figure's height.
+    share = abs(values[1] - values[0]) / (0.05 * max(map(abs, values)))
     assert 0 < abs(first - second) / height < share
