@@ -32,8 +32,6 @@ from msae_plugin.common.seeding import derive_seed, seed_everything
 from msae_plugin.common.stored import StoredActivations as StoredManifest
 from msae_plugin.common.stored import read_json_object
 from msae_plugin.comparison.recipe import CompareConfig
-from msae_plugin.data.text import TextData
-from msae_plugin.models.loading import LanguageModel
 from msae_plugin.models.transformer_lens import BRIDGE
 from msae_plugin.training.activation_store import (
     PLACEHOLDER,
@@ -41,7 +39,7 @@ from msae_plugin.training.activation_store import (
     HashedRows,
     read_activations,
 )
-from msae_plugin.training.inputs import ModelAndText, chosen_autocast
+from msae_plugin.training.inputs import ModelAndText
 from msae_plugin.training.passes import reading_runner, write_activations
 from msae_plugin.training.recipe import RunConfig
 
@@ -209,10 +207,8 @@ def open_activations(output: Path) -> StoredActivations | None:
 def store_activations(
     config: CompareConfig,
     output: Path,
-    language_model: LanguageModel,
-    text: TextData,
+    inputs: ModelAndText,
     device: str,
-    *,
     guard: InterruptionGuard,
     report: Report,
 ) -> StoredActivations:
@@ -222,18 +218,10 @@ def store_activations(
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     training_rows, rows = rows_needed(config)
-    autocast = chosen_autocast(config.model.autocast, config.hooks, language_model, report)
     run = recipe(config)
     seed_everything(run.training.seed)
-    runner = reading_runner(
-        run,
-        language_model,
-        text,
-        device,
-        autocast=autocast,
-        guard=guard,
-    )
-    record = ModelAndText(language_model, text, autocast).record()
+    runner = reading_runner(run, inputs, device, guard)
+    record = inputs.record()
     # SAELens' metadata of the SAE that is not trained, less the SAE's own.
     written = next(iter(runner.saes.values())).cfg.metadata
     facts = {

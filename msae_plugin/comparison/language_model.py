@@ -10,7 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from sae_lens.saes.sae import SAEMetadata
 
@@ -36,7 +36,7 @@ from msae_plugin.comparison.methods import (
 )
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import Measured, store_metrics, stored_metrics
-from msae_plugin.data.text import TextData, first_windows
+from msae_plugin.data.text import first_windows
 from msae_plugin.evaluation.contexts import ContextCollector, contexts_as_json
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
@@ -44,7 +44,7 @@ from msae_plugin.evaluation.preflight import preflight, refuse_missing
 from msae_plugin.models.loading import LanguageModel, ModelShape, describe_model
 from msae_plugin.models.transformer_lens import transformer_lens_loader
 from msae_plugin.saes.load import EvaluatedSAE, load_saes, transformer_lens_hook
-from msae_plugin.training.inputs import load_data, load_model
+from msae_plugin.training.inputs import ModelAndText, load_model_and_text
 from msae_plugin.training.plans import default_device
 
 FOLDER = "heldout"
@@ -85,7 +85,7 @@ class LanguageModelTestbed:
         self._report = report
         self._language_model = language_model
         self._skip_missing = skip_missing
-        self._text: TextData | None = None
+        self._inputs: ModelAndText | None = None
 
     def check(self) -> None:
         """Refuse what can be refused before the model is loaded."""
@@ -114,15 +114,8 @@ class LanguageModelTestbed:
                     "give another --output"
                 )
             return stored
-        return store_activations(
-            self.config,
-            self.output,
-            self._model(),
-            self._loaded_text(),
-            self.device,
-            guard=guard,
-            report=self._report,
-        )
+        inputs = self._loaded(self.config.model.autocast)
+        return store_activations(self.config, self.output, inputs, self.device, guard, self._report)
 
     def measure(
         self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
@@ -231,8 +224,10 @@ class LanguageModelTestbed:
         message: str,
     ) -> dict[str, HeldoutMetrics]:
         """Run the model over the held-out text once for a group of SAEs."""
-        config, model = self.config, self._model()
-        texts = self._loaded_text().heldout_texts(model.tokenizer)
+        config = self.config
+        # The model runs as it did for the training activations.
+        inputs = self._loaded(bool(source["model"]["autocast"]))
+        model, texts = inputs.language_model, inputs.heldout_texts()
         total, done = config.heldout.tokens, 0
         collectors = {
             one.name: ContextCollector(
@@ -261,23 +256,22 @@ class LanguageModelTestbed:
             max_tokens=total,
             max_loss_tokens=config.heldout.loss_tokens,
             prepend_bos=config.data.prepend_bos,
-            # As it did for the training activations.
-            autocast=bool(source["model"]["autocast"]),
+            autocast=inputs.autocast,
             observer=observe if collectors else None,
             progress=advance,
         )
-        self._write_contexts(group, collectors, texts)
+        if collectors:
+            self._write_contexts(group, collectors, model, texts)
         return found
 
     def _write_contexts(
         self,
         group: Sequence[EvaluatedSAE],
         collectors: Mapping[str, ContextCollector],
+        model: LanguageModel,
         texts: Sequence[str],
     ) -> None:
-        if not collectors:
-            return
-        data, heldout, model = self.config.data, self.config.heldout, self._model()
+        data, heldout = self.config.data, self.config.heldout
         read = first_windows(
             model, texts, data.context_size, heldout.tokens, prepend_bos=data.prepend_bos
         )
@@ -348,19 +342,14 @@ class LanguageModelTestbed:
         model = self._language_model
         return describe_model(self.config.model.name) if model is None else model.shape
 
-    def _model(self) -> LanguageModel:
-        if self._language_model is None:
-            self._language_model = load_model(
-                self.config.model, self.config.hooks, self.device, self._report
-            )
-        return self._language_model
-
-    def _loaded_text(self) -> TextData:
-        if self._text is None:
-            self._text = load_data(
-                self.config.data,
-                self.config.training.seed,
+    def _loaded(self, autocast: bool | Literal["auto"]) -> ModelAndText:
+        if self._inputs is None:
+            run = recipe(self.config)
+            self._inputs = load_model_and_text(
+                replace(run, model=replace(run.model, autocast=autocast)),
+                self.device,
                 self._report,
-                vocabulary=self._shape().vocabulary,
+                language_model=self._language_model,
             )
-        return self._text
+            self._language_model = self._inputs.language_model
+        return self._inputs

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from msae_plugin.architecture.ranks import ALONE, Ranks
-from msae_plugin.common.progress import ProgressDisplay
 from msae_plugin.common.seeding import derive_seed
 from msae_plugin.data.text import TextData, load_text
 from msae_plugin.models.forward_pass import faster_in_bfloat16
@@ -20,7 +19,7 @@ from msae_plugin.models.loading import (
     load_language_model,
 )
 from msae_plugin.training.plans import SAEPlan
-from msae_plugin.training.recipe import DataSettings, ModelSettings, RunConfig
+from msae_plugin.training.recipe import DataSettings, RunConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class ModelAndText:
 def load_model_and_text(
     config: RunConfig,
     device: str,
-    progress: ProgressDisplay,
+    say: Callable[[str], object],
     *,
     language_model: LanguageModel | None = None,
     text: TextData | None = None,
@@ -71,29 +70,24 @@ def load_model_and_text(
     # The text first: a wrong path must not cost the minutes that a large model takes.
     if text is None:
         shape = language_model.shape if language_model else describe_model(config.model.name)
-        text = load_data(
-            config.data, config.training.seed, progress.message, vocabulary=shape.vocabulary
-        )
+        text = load_data(config.data, config.training.seed, say, vocabulary=shape.vocabulary)
     if language_model is None:
-        language_model = load_model(config.model, config.hooks, device, progress.message)
+        say(f"loading {config.model.name}")
+        language_model = load_language_model(
+            config.model.name,
+            config.hooks,
+            device,
+            config.model.dtype,
+            loader=config.model.loader,
+            report=say,
+        )
     language_model.shape.require_positions(config.data.context_size, "data.context_size")
-    return ModelAndText(
-        language_model,
-        text,
-        chosen_autocast(
-            config.model.autocast, config.hooks, language_model, progress.message, ranks
-        ),
-    )
-
-
-def load_model(
-    model: ModelSettings, hooks: Sequence[str], device: str, say: Callable[[str], object]
-) -> LanguageModel:
-    """Load the language model of a recipe."""
-    say(f"loading {model.name}")
-    return load_language_model(
-        model.name, hooks, device, model.dtype, loader=model.loader, report=say
-    )
+    autocast = config.model.autocast
+    if autocast == "auto":
+        measured = faster_in_bfloat16(language_model.model, config.hooks)
+        autocast = bool(ranks.first(torch.tensor(measured)))
+        say(f"bfloat16 autocast is {'faster here: on' if autocast else 'slower here: off'}")
+    return ModelAndText(language_model, text, autocast)
 
 
 def load_data(
@@ -110,19 +104,3 @@ def load_data(
         streaming=data.streaming,
         vocabulary=vocabulary,
     )
-
-
-def chosen_autocast(
-    setting: bool | Literal["auto"],
-    hooks: Sequence[str],
-    language_model: LanguageModel,
-    say: Callable[[str], object],
-    ranks: Ranks = ALONE,
-) -> bool:
-    """Whether the model runs in bfloat16: as the recipe says, or as is faster here."""
-    if setting != "auto":
-        return setting
-    measured = faster_in_bfloat16(language_model.model, hooks)
-    faster = bool(ranks.first(torch.tensor(measured)))
-    say(f"bfloat16 autocast is {'faster here: on' if faster else 'slower here: off'}")
-    return faster

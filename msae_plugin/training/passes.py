@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from sae_lens import logger as sae_lens_logger
-from sae_lens.config import HfDataset
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activations_store import ActivationsStore
@@ -41,8 +40,8 @@ from msae_plugin.training.activation_store import (
     rows_needed,
 )
 from msae_plugin.training.data_parallel import documents_read, own_batch_size, own_share
-from msae_plugin.training.inputs import load_model_and_text
-from msae_plugin.training.plans import SAEPlan, build_sae, default_device
+from msae_plugin.training.inputs import ModelAndText, load_model_and_text
+from msae_plugin.training.plans import build_sae, default_device
 from msae_plugin.training.recipe import RunConfig
 from msae_plugin.training.session import (
     SessionSettings,
@@ -82,14 +81,12 @@ def _without_upstream_remarks() -> Generator[None]:
 
 def shared_pass_config(
     config: RunConfig,
-    plans: Sequence[SAEPlan],
-    model: LanguageModel | CachedActivations,
-    device: str,
-    *,
-    autocast: bool,
+    settings: SessionSettings,
+    inputs: ModelAndText | CachedActivations,
 ) -> MultiSAETrainingRunnerConfig:
     """SAELens' configuration of the run that a recipe describes."""
-    training, data = config.training, config.data
+    training, data, plans = config.training, config.data, settings.plans
+    model = inputs if isinstance(inputs, CachedActivations) else inputs.language_model
     return MultiSAETrainingRunnerConfig(
         saes={plan.name: plan.config for plan in plans},
         hook_names={plan.name: plan.hook for plan in plans},
@@ -108,10 +105,10 @@ def shared_pass_config(
         activations_mixing_fraction=training.activations_mixing_fraction,
         training_tokens=whole_steps(training),
         train_batch_size_tokens=training.batch_size_tokens,
-        device=device,
+        device=settings.device,
         seed=training.seed,
         dtype="float32",
-        autocast_lm=autocast,
+        autocast_lm=inputs.autocast,
         # Exports are ours as well.
         output_path=None,
         **shared_settings(training),
@@ -215,25 +212,20 @@ class SharedPassRunner(RecipeSession, MultiSAETrainingRunner):
         self,
         config: RunConfig,
         settings: SessionSettings,
-        *,
-        dataset: HfDataset,
-        language_model: LanguageModel,
+        inputs: ModelAndText,
         saes: dict[str, TrainingSAE[Any]],
-        autocast: bool,
     ) -> None:
         self.config = config
         ranks = settings.ranks
-        cfg = shared_pass_config(
-            config, settings.plans, language_model, settings.device, autocast=autocast
-        )
+        cfg = shared_pass_config(config, settings, inputs)
         own_batch = own_batch_size(cfg.train_batch_size_tokens, ranks)
         with _without_upstream_remarks():
             try:
                 MultiSAETrainingRunner.__init__(
                     self,
                     replace(cfg, train_batch_size_tokens=own_batch),
-                    override_dataset=own_share(dataset, ranks),
-                    override_model=language_model.model,
+                    override_dataset=own_share(inputs.text.train, ranks),
+                    override_model=inputs.language_model.model,
                     override_saes=saes,
                 )
             except StopIteration as error:
@@ -257,19 +249,18 @@ class CachedPass(RecipeSession):
 
     def __init__(
         self,
-        cache: CachedActivations,
         config: RunConfig,
         settings: SessionSettings,
-        *,
+        inputs: CachedActivations,
         saes: dict[str, TrainingSAE[Any]],
     ) -> None:
         plans, device = settings.plans, settings.device
         self.config = config
-        self.cfg = shared_pass_config(config, plans, cache, device, autocast=cache.autocast)
+        self.cfg = shared_pass_config(config, settings, inputs)
         self.saes = {name: sae.to(device) for name, sae in saes.items()}
         upstream.set_sae_metadata(self)
         self._batches = CachedBatches(
-            cache,
+            inputs,
             [plan.hook for plan in plans],
             config.training.batch_size_tokens,
             device,
@@ -286,18 +277,12 @@ class CachedPass(RecipeSession):
 
 
 def reading_runner(
-    config: RunConfig,
-    language_model: LanguageModel,
-    text: TextData,
-    device: str,
-    *,
-    autocast: bool,
-    guard: InterruptionGuard,
+    config: RunConfig, inputs: ModelAndText, device: str, guard: InterruptionGuard
 ) -> SharedPassRunner:
     """A runner that makes the batches of `msae train` and trains nothing."""
     # SAELens' runner wants an SAE.
     config = replace(config, sae=PLACEHOLDER, saes=None)
-    plans = config.validate(language_model.shape)
+    plans = config.validate(inputs.language_model.shape)
     return SharedPassRunner(
         config,
         SessionSettings(
@@ -308,10 +293,8 @@ def reading_runner(
             log_every=config.logging.every_steps,
             guard=guard,
         ),
-        dataset=text.train,
-        language_model=language_model,
-        saes={plan.name: build_sae(plan, 0, device) for plan in plans},
-        autocast=autocast,
+        inputs,
+        {plan.name: build_sae(plan, 0, device) for plan in plans},
     )
 
 
@@ -340,19 +323,12 @@ def make_cache(
         device = default_device(config.model.device)
         seed_everything(config.training.seed)
         inputs = load_model_and_text(
-            config, device, progress, language_model=language_model, text=text
+            config, device, progress.message, language_model=language_model, text=text
         )
         inputs.fitted(plans)
         started = time.perf_counter()
         with InterruptionGuard() as guard:
-            runner = reading_runner(
-                config,
-                inputs.language_model,
-                inputs.text,
-                device,
-                autocast=inputs.autocast,
-                guard=guard,
-            )
+            runner = reading_runner(config, inputs, device, guard)
             record = inputs.record()
             facts = {
                 "format": FORMAT,

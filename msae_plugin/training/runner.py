@@ -258,7 +258,7 @@ class MultiScaleRunner:
         inputs = self._inputs or load_model_and_text(
             self._as_before(),
             self.device,
-            self._progress,
+            self._progress.message,
             language_model=self._language_model,
             text=self._text,
             ranks=self.ranks,
@@ -337,15 +337,8 @@ class MultiScaleRunner:
             ranks=self.ranks,
         )
         if isinstance(inputs, CachedActivations):
-            return CachedPass(inputs, config, settings, saes=self._saes)
-        return SharedPassRunner(
-            config,
-            settings,
-            dataset=inputs.text.train,
-            language_model=inputs.language_model,
-            saes=self._saes,
-            autocast=inputs.autocast,
-        )
+            return CachedPass(config, settings, inputs, self._saes)
+        return SharedPassRunner(config, settings, inputs, self._saes)
 
     def _train(self, session: RecipeSession) -> None:
         try:

@@ -12,6 +12,7 @@ from datasets import Dataset
 from msae_plugin.common.interruption import InterruptionGuard
 from msae_plugin.data.text import TextData
 from msae_plugin.models.loading import LanguageModel
+from msae_plugin.training.inputs import ModelAndText
 from msae_plugin.training.passes import ActivationStream, reading_runner
 from msae_plugin.training.recipe import RunConfig
 
@@ -26,13 +27,12 @@ def store(
 
     def made(**training: Any) -> Any:
         recipe["training"] |= training
+        text = replace(tiny_text, train=Dataset.from_list(list(tiny_text.train.take(DOCUMENTS))))
         runner = reading_runner(
             RunConfig.from_dict({**recipe, "hooks": HOOKS}),
-            tiny_language_model,
-            replace(tiny_text, train=Dataset.from_list(list(tiny_text.train.take(DOCUMENTS)))),
+            ModelAndText(tiny_language_model, text, autocast=False),
             "cpu",
-            autocast=False,
-            guard=InterruptionGuard(),
+            InterruptionGuard(),
         )
         return runner.activations_store
 

@@ -340,7 +340,7 @@ def test_an_sae_has_the_width_that_its_hook_turns_out_to_have(train: Train, tmp_
 def test_token_ids_that_the_model_does_not_know_are_refused_before_it_is_loaded(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "load_model", None)
+    monkeypatch.setattr(inputs, "load_language_model", None)
     rows = [{"input_ids": list(range(number, number + 40))} for number in range(60)]
     for strange in (512, -1):
         rows[37]["input_ids"][5] = strange
