@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,9 @@ def _compare(
     trained = [entry for entry in entries if entry.name not in failures]
     if shard.of > 1:
         if trained:
-            testbed.measure_share(expansion, trained, record or _source_record(output, trained[0]))
+            source_record = record or _source_record(output, trained[0])
+            share = replace(expansion, controls=[])
+            testbed.measure(share, trained, source_record, evaluations=False)
         return Comparison(output, None, failures, complete=False)
     if not trained:
         name, reason = next(iter(failures.items()))

@@ -240,27 +240,22 @@ class GroundTruthTestbed:
         return self._source
 
     def measure(
-        self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
+        self,
+        expansion: Expansion,
+        trained: Sequence[Entry],
+        source: Mapping[str, Any],
+        *,
+        evaluations: bool = True,
     ) -> Measured:
-        """SAELens' metrics of the trained SAEs and the controls."""
-        del source
-        names = {entry.name for entry in trained}
+        """SAELens' metrics of the trained SAEs and the controls; there are no evaluations."""
+        del source, evaluations
         controls = [
             Candidate(control.name, control.of, permuted=True)
             for control in expansion.controls
-            if control.of is not None and control.of.name in names
+            if control.of is not None and control.of in trained
         ]
-        measured = Measured()
-        for name, metrics in self._metrics([*_candidates(trained), *controls]).items():
-            measured.add(name, metrics)
-        return measured
-
-    def measure_share(
-        self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
-    ) -> None:
-        """Measure SAEs and keep it for `measure`; one of several processes on one folder."""
-        del expansion, source
-        self._metrics(_candidates(trained))
+        candidates = [Candidate(entry.name, entry) for entry in trained]
+        return Measured(self._metrics([*candidates, *controls]))
 
     def _metrics(self, candidates: Sequence[Candidate]) -> dict[str, dict[str, float]]:
         """Metrics of every SAE by name; what was measured before is read."""
@@ -350,7 +345,3 @@ class GroundTruthTestbed:
                 "sae": tensors_sha256(sae.state_dict()),
             }
         )
-
-
-def _candidates(trained: Sequence[Entry]) -> list[Candidate]:
-    return [Candidate(entry.name, entry) for entry in trained]

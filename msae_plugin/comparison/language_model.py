@@ -41,6 +41,7 @@ from msae_plugin.evaluation.contexts import ContextCollector, contexts_as_json
 from msae_plugin.evaluation.evaluate import evaluate
 from msae_plugin.evaluation.heldout import HeldoutMetrics, LatentBatch, evaluate_many
 from msae_plugin.evaluation.preflight import preflight, refuse_missing
+from msae_plugin.evaluation.recipe import EvalConfig
 from msae_plugin.models.loading import LanguageModel, ModelShape, describe_model
 from msae_plugin.models.transformer_lens import transformer_lens_loader
 from msae_plugin.saes.load import EvaluatedSAE, load_saes, transformer_lens_hook
@@ -118,28 +119,25 @@ class LanguageModelTestbed:
         return store_activations(self.config, self.output, inputs, self.device, guard, self._report)
 
     def measure(
-        self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
+        self,
+        expansion: Expansion,
+        trained: Sequence[Entry],
+        source: Mapping[str, Any],
+        *,
+        evaluations: bool = True,
     ) -> Measured:
-        """Held-out metrics and evaluations of the trained SAEs and the controls."""
+        """Held-out metrics and evaluations of the trained SAEs and the controls.
+
+        Of several processes on one folder none makes `evaluations`: SAEBench's keep what they know
+        in one file for all SAEs.
+        """
         saes = self._load_saes(expansion, trained)
         measured = Measured()
         self._measure_heldout(expansion, saes, source, measured)
         evaluation = self.config.eval_config()
-        if evaluation is not None:
-            self._evaluate(saes, measured)
+        if evaluation is not None and evaluations:
+            self._evaluate(evaluation, saes, measured)
         return measured
-
-    def measure_share(
-        self, expansion: Expansion, trained: Sequence[Entry], source: Mapping[str, Any]
-    ) -> None:
-        """Held-out metrics of SAEs, kept for `measure`; one of several processes on one folder.
-
-        SAEBench's evaluations keep what they know in one file for all SAEs, and are left to
-        `measure`.
-        """
-        without_controls = replace(expansion, controls=[])
-        saes = self._load_saes(without_controls, trained)
-        self._measure_heldout(without_controls, saes, source, Measured())
 
     def _load_saes(self, expansion: Expansion, trained: Sequence[Entry]) -> list[EvaluatedSAE]:
         folders = [str(sae_folder(self.output, entry.name)) for entry in trained]
@@ -195,13 +193,8 @@ class LanguageModelTestbed:
         for name, metrics in self._stored_heldout(keys).items():
             measured.add(name, metrics)
             if "heldout/loss_recovered" not in metrics:
-                measured.missing.append(
-                    {
-                        "what": f"heldout/loss_recovered of {name}",
-                        "status": "not_measurable",
-                        "reason": "zeroing the activations does not change the model's loss",
-                    }
-                )
+                reason = "zeroing the activations does not change the model's loss"
+                measured.miss(f"heldout/loss_recovered of {name}", "not_measurable", reason)
 
     def _heldout_keys(self, saes: Sequence[EvaluatedSAE]) -> dict[str, str]:
         """A digest of everything that an SAE's held-out metrics depend on, by name."""
@@ -301,9 +294,9 @@ class LanguageModelTestbed:
             and (entry.method.variant is None or entry.method.variant.against is None)
         ]
 
-    def _evaluate(self, saes: Sequence[EvaluatedSAE], measured: Measured) -> None:
-        evaluation = self.config.eval_config()
-        assert evaluation is not None, "the caller has looked"
+    def _evaluate(
+        self, evaluation: EvalConfig, saes: Sequence[EvaluatedSAE], measured: Measured
+    ) -> None:
         # Loaded already, and as the evaluation wants it.
         model = self._language_model
         fits = (
@@ -324,13 +317,8 @@ class LanguageModelTestbed:
         for entry in cast("list[Mapping[str, Any]]", result.summary["results"]):
             name = str(entry["evaluation"])
             if entry["status"] != "measured":
-                measured.missing.append(
-                    {
-                        "what": f"{name} of {entry['sae']}",
-                        "status": str(entry["status"]),
-                        "reason": str(entry["reason"]),
-                    }
-                )
+                what = f"{name} of {entry['sae']}"
+                measured.miss(what, str(entry["status"]), str(entry["reason"]))
             values = cast("Mapping[str, Mapping[str, Any]]", entry["metrics"])
             measured.add(
                 str(entry["sae"]),

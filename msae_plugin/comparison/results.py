@@ -39,6 +39,10 @@ class Measured:
         """Add numbers of one SAE."""
         self.metrics.setdefault(name, {}).update(metrics)
 
+    def miss(self, what: str, status: str, reason: str) -> None:
+        """Add what was not measured."""
+        self.missing.append({"what": what, "status": status, "reason": reason})
+
 
 def store_metrics(path: Path, key: str, metrics: Mapping[str, float]) -> None:
     """Keep an SAE's numbers under a key of everything that they depend on."""
