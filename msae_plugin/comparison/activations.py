@@ -18,11 +18,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
-from typing_extensions import Self
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import json_safe, key_digest
@@ -45,55 +44,6 @@ from msae_plugin.training.recipe import RunConfig
 
 SAMPLE_TOKENS = 4096
 """Activations that the export check gets."""
-
-
-class ActivationSource(Protocol):
-    """Activations of one comparison."""
-
-    side_by_side: int | None
-    """SAEs to train at once: 1 where batches are read, several where each has to be made; None for
-    all of a seed."""
-
-    def d_in(self, hook: str) -> int:
-        """Width of the activations."""
-        ...
-
-    def batch(self, hook: str, seed: int, number: int) -> torch.Tensor:
-        """Training batch `number`, (batch_size, d_in)."""
-        ...
-
-    def fresh(self, hook: str, seed: int, count: int) -> list[torch.Tensor]:
-        """Further batches that no SAE is trained on, each (batch_size, d_in)."""
-        ...
-
-    def samples(self, hook: str, seed: int) -> torch.Tensor:
-        """(SAMPLE_TOKENS, d_in) further activations in float32."""
-        ...
-
-    def describe(self, metadata: SAEMetadata, hook: str) -> None:
-        """Write into an SAE's metadata where its activations are from."""
-
-    def record(self) -> dict[str, Any]:
-        """`model` and `data` of a `run.json`."""
-        ...
-
-
-class SeededBatches:
-    """One seed's batches of some hooks, as SAELens' trainers take them."""
-
-    def __init__(self, source: ActivationSource, hooks: list[str], seed: int) -> None:
-        self._source = source
-        self._hooks = list(dict.fromkeys(hooks))
-        self._seed = seed
-        self.position = 0
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> dict[str, torch.Tensor]:
-        """The next mini-batch by hook; never ends."""
-        number, self.position = self.position, self.position + 1
-        return {hook: self._source.batch(hook, self._seed, number) for hook in self._hooks}
 
 
 FOLDER, MANIFEST = "activations", "activations.json"
@@ -142,7 +92,8 @@ def activations_key(config: CompareConfig) -> str:
 class StoredActivations:
     """The activations of a comparison on the disk, (rows, d_in) by hook, mapped from the files."""
 
-    side_by_side: int | None = 1
+    # SAEs to train at once: one where batches are read, several where each has to be made.
+    side_by_side = 1
 
     def __init__(
         self, folder: Path, manifest: Mapping[str, Any], tensors: Mapping[str, HashedRows]
@@ -169,16 +120,14 @@ class StoredActivations:
         # Neighbours in the file are read together; the order within a batch changes nothing.
         return self.tensors[hook][rows.sort().values]
 
-    def fresh(self, hook: str, seed: int, count: int) -> list[torch.Tensor]:
-        """The rows after those for training, the same for all seeds."""
-        del seed
+    def fresh(self, hook: str, _seed: int, count: int) -> list[torch.Tensor]:
+        """Batches of the rows after those for training, the same for all seeds."""
         start = self.training_rows
         rows = self.tensors[hook][start : start + count * self.batch_size]
         return list(rows.split(self.batch_size))
 
-    def samples(self, hook: str, seed: int) -> torch.Tensor:
-        """The last rows, the same for all seeds."""
-        del seed
+    def samples(self, hook: str, _seed: int) -> torch.Tensor:
+        """The last rows in float32, the same for all seeds."""
         return self.tensors[hook][-SAMPLE_TOKENS:].float()
 
     def describe(self, metadata: SAEMetadata, hook: str) -> None:

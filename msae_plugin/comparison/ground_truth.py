@@ -91,24 +91,20 @@ class SyntheticSource:
         """Random numbers for one purpose."""
         return RandomStream(derive_seed(seed, "ground truth", *labels), self.device)
 
-    def d_in(self, hook: str) -> int:
+    def d_in(self, _hook: str) -> int:
         """Width of the samples."""
-        del hook
         return self.config.hidden_dim
 
-    def batch(self, hook: str, seed: int, number: int) -> torch.Tensor:
+    def batch(self, _hook: str, seed: int, number: int) -> torch.Tensor:
         """Batch `number` of the seed."""
-        del hook
         return self._sample(seed, "train", number, self._batch_size)
 
-    def fresh(self, hook: str, seed: int, count: int) -> list[torch.Tensor]:
+    def fresh(self, _hook: str, seed: int, count: int) -> list[torch.Tensor]:
         """Batches from streams that training does not draw from."""
-        del hook
         return [self._sample(seed, "fresh", n, self._batch_size) for n in range(count)]
 
-    def samples(self, hook: str, seed: int) -> torch.Tensor:
+    def samples(self, _hook: str, seed: int) -> torch.Tensor:
         """Samples for the export check."""
-        del hook
         return self._sample(seed, "check", 0, SAMPLE_TOKENS).float()
 
     @torch.no_grad()
@@ -121,9 +117,8 @@ class SyntheticSource:
         ):
             return model.sample(count)
 
-    def describe(self, metadata: SAEMetadata, hook: str) -> None:
+    def describe(self, metadata: SAEMetadata, _hook: str) -> None:
         """There is no language model to name."""
-        del hook
         metadata.dataset_path = "sae_lens.synthetic"
 
     def record(self) -> dict[str, Any]:

@@ -29,12 +29,8 @@ from msae_plugin.common.stored import StoredSearch, read_json_object
 from msae_plugin.comparison.group_training import (
     ComparisonRun,
     Group,
-    GroupSession,
-    L0Match,
-    finish,
     is_matched,
     log_error,
-    match_l0,
     train_group,
     trained_or_failed,
 )
@@ -312,10 +308,10 @@ class Tuner:
                 search.coefficient = best.coefficient
                 break
             coefficient = next_coefficient(search.short, entry.l0, sparsity.start)
-            group = Group([entry], {entry.name: coefficient}, tokens)
+            group = Group([entry], {entry.name: coefficient}, tokens, {})
             title = f"{entry.seed_group}: trying {sparsity.name} {coefficient:.4g}"
             trained = train_group(self._run, group, title=title)
-            l0 = match_l0(self._run, trained, entry).l0
+            l0 = trained.match_l0(entry).l0
             search.trials.append(Trial(coefficient, l0, trained.tokens))
             self.save(entry, search)
         self.save(entry, search)
@@ -393,7 +389,6 @@ class _Schedule:
         for entry in entries:
             self._first.setdefault(entry.seed_group, entry)
         self._tuner = Tuner(run)
-        self._search_tokens: dict[str, int] = {}
         self.failures: dict[str, str] = {}
         self._done = 0
         self._total = 0
@@ -432,13 +427,14 @@ class _Schedule:
 
     def _group(self, entries: Sequence[Entry]) -> Group:
         coefficients: dict[str, float] = {}
+        search_tokens: dict[str, int] = {}
         for entry in entries:
             if entry.method.sparsity.searched:
                 search = self._search(entry)
                 assert search.coefficient is not None, "the search comes first"
                 coefficients[entry.name] = search.coefficient
-                self._search_tokens[entry.name] = search.tokens
-        return Group(entries, coefficients, self._run.config.training.tokens)
+                search_tokens[entry.name] = search.tokens
+        return Group(entries, coefficients, self._run.config.training.tokens, search_tokens)
 
     def _search(self, entry: Entry) -> Search:
         # All seeds of a method at an L0 share it.
@@ -483,18 +479,17 @@ class _Schedule:
         trained = train_group(
             self._run, group, keys=keys, store=store, checkpoint=checkpoint, title=title
         )
-        matches = {entry.name: match_l0(self._run, trained, entry) for entry in group.entries}
-        if judge and not self._accepted(trained, matches):
-            shutil.rmtree(store.folder, ignore_errors=True)
-            return
-        finish(self._run, trained, matches, keys, self._search_tokens)
+        matches = {entry.name: trained.match_l0(entry) for entry in group.entries}
+        if judge:
+            (entry,) = group.entries
+            search = self._search(entry)
+            l0, tokens = matches[entry.name].l0, trained.tokens
+            if not self._tuner.judge_whole_run(entry, search, l0, tokens):
+                shutil.rmtree(store.folder, ignore_errors=True)
+                return
+        trained.finish(matches)
         self._done += len(group.entries)
         store.finish()
-
-    def _accepted(self, trained: GroupSession, matches: Mapping[str, L0Match]) -> bool:
-        (entry,) = trained.group.entries
-        search = self._search(entry)
-        return self._tuner.judge_whole_run(entry, search, matches[entry.name].l0, trained.tokens)
 
     def _store(self, keys: Sequence[str]) -> CheckpointStore:
         folder = self._run.output / CHECKPOINTS / key_digest({"keys": list(keys)})
