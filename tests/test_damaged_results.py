@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.comparison.results import store_metrics, stored_metrics
-from msae_plugin.comparison.training_schedule import Search, Trial, Tuner
+from msae_plugin.comparison.training_schedule import Search, Trial
 from msae_plugin.evaluation.evaluate import FILE, read_outcomes, write_outcomes
 from msae_plugin.evaluation.outcomes import ScoreResult
 
@@ -45,11 +43,10 @@ def test_numbers_of_a_comparison_are_measured_again(tmp_path: Path, contents: st
 
 @pytest.mark.parametrize("contents", DAMAGED)
 def test_a_search(tmp_path: Path, contents: str) -> None:
-    tuner = Tuner(cast("Any", SimpleNamespace(output=tmp_path)))
-    entry = cast("Any", SimpleNamespace(seed_group="standard_l0-6", l0=6.0))
-    search = Search("key", 6.0, [Trial(1.0, 7.0, 640)], 1.5, settled=True)
-    tuner.save(entry, search)
-    assert tuner.load(entry, "key") == search
-    (tmp_path / "search" / "standard_l0-6.json").write_text(contents)
+    path = tmp_path / "search" / "standard_l0-6.json"
+    search = Search(path, "key", 6.0, [Trial(1.0, 7.0, 640)], 1.5, settled=True)
+    search.save()
+    assert Search.load(path, 6.0, ["key"]) == search
+    path.write_text(contents)
     with pytest.raises(InputError, match=r"standard_l0-6.json is damaged .*: delete it"):
-        tuner.load(entry, "key")
+        Search.load(path, 6.0, ["key"])

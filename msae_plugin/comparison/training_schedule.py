@@ -35,7 +35,7 @@ from msae_plugin.comparison.group_training import (
     trained_or_failed,
 )
 from msae_plugin.comparison.methods import Entry, sae_folder
-from msae_plugin.comparison.recipe import CompareConfig
+from msae_plugin.comparison.recipe import CompareConfig, SearchSettings
 from msae_plugin.saes.export import SAE_FOLDER
 from msae_plugin.saes.find import read_checkpoint
 from msae_plugin.saes.run_record import read_run_record
@@ -252,37 +252,20 @@ def refuse_mixtures(
 
 @dataclass
 class Search:
-    """The search of one method at one L0."""
+    """The search of one method at one L0, written down at every change."""
 
+    path: Path
     key: str
     target: float
     trials: list[Trial] = field(default_factory=list[Trial])
     coefficient: float | None = None  # What further runs use; None until the short trials are over
     settled: bool = False  # Whether a whole run was accepted with it
 
-    @property
-    def short(self) -> list[Trial]:
-        """Trials that were shorter than a whole run."""
-        return [trial for trial in self.trials if not trial.whole]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all trials, beside the runs that are reported."""
-        return sum(trial.tokens for trial in self.trials)
-
-
-class Tuner:
-    """Finds and remembers coefficients."""
-
-    def __init__(self, run: ComparisonRun) -> None:
-        self._run = run
-        self._folder = run.output / FOLDER
-
-    def load(self, entry: Entry, keys: Sequence[str]) -> Search:
-        """The search of an entry's method and L0 as far as it is."""
-        path = self._path(entry)
+    @classmethod
+    def load(cls, path: Path, target: float, keys: Sequence[str]) -> Search:
+        """A search as far as it is; refused where it is under none of these keys."""
         if not path.is_file():
-            return Search(keys[0], entry.l0)
+            return cls(path, keys[0], target)
         try:
             stored = read_json_object(path, StoredSearch)
         except InputError as error:
@@ -294,52 +277,37 @@ class Tuner:
             )
         trials = [Trial(**trial) for trial in stored["trials"]]
         coefficient, settled = stored["coefficient"], stored["settled"]
-        return Search(stored["key"], stored["target"], trials, coefficient, settled)
+        return cls(path, stored["key"], stored["target"], trials, coefficient, settled)
 
-    def short_trials(self, entry: Entry, search: Search) -> float:
-        """Run short trials until one matches or there may be no more; the best coefficient."""
-        config = self._run.config
-        settings, tokens = config.search, config.search_tokens
-        sparsity = entry.method.sparsity
-        while search.coefficient is None:
-            best = best_trial(search.short, entry.l0) if search.short else None
-            found = best is not None and is_matched(best.l0, entry.l0, settings.tolerance)
-            if best is not None and (found or len(search.short) >= settings.max_trials):
-                search.coefficient = best.coefficient
-                break
-            coefficient = next_coefficient(search.short, entry.l0, sparsity.start)
-            group = Group([entry], {entry.name: coefficient}, tokens, {})
-            title = f"{entry.seed_group}: trying {sparsity.name} {coefficient:.4g}"
-            trained = train_group(self._run, group, title=title)
-            l0 = trained.match_l0(entry).l0
-            search.trials.append(Trial(coefficient, l0, trained.tokens))
-            self.save(entry, search)
-        self.save(entry, search)
-        return search.coefficient
-
-    def judge_whole_run(self, entry: Entry, search: Search, l0: float, tokens: int) -> bool:
-        """Whether the first seed's whole run is kept; if not, `search.coefficient` is corrected."""
-        settings = self._run.config.search
-        whole = [trial for trial in search.trials if trial.whole]
-        assert search.coefficient is not None, "the short trials come first"
-        if is_matched(l0, entry.l0, settings.tolerance) or len(whole) >= settings.corrections:
-            search.settled = True
-            self.save(entry, search)
-            return True
-        tried = search.coefficient
-        search.trials.append(Trial(tried, l0, tokens, whole=True))
-        search.coefficient = corrected_coefficient(tried, l0, entry.l0, search.short)
-        self.save(entry, search)
-        return False
-
-    def save(self, entry: Entry, search: Search) -> None:
+    def save(self) -> None:
         """Write the search down."""
-        path = self._path(entry)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, dataclasses.asdict(search))
+        stored = dataclasses.asdict(self)
+        del stored["path"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(self.path, stored)
 
-    def _path(self, entry: Entry) -> Path:
-        return self._folder / f"{entry.seed_group}.json"
+    @property
+    def short(self) -> list[Trial]:
+        """Trials that were shorter than a whole run."""
+        return [trial for trial in self.trials if not trial.whole]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all trials, beside the runs that are reported."""
+        return sum(trial.tokens for trial in self.trials)
+
+    def accepts(self, l0: float, tokens: int, settings: SearchSettings) -> bool:
+        """Whether the first seed's whole run is kept; if not, the coefficient is corrected."""
+        tried, corrections = self.coefficient, len(self.trials) - len(self.short)
+        assert tried is not None, "the short trials come first"
+        self.settled = (
+            is_matched(l0, self.target, settings.tolerance) or corrections >= settings.corrections
+        )
+        if not self.settled:
+            self.trials.append(Trial(tried, l0, tokens, whole=True))
+            self.coefficient = corrected_coefficient(tried, l0, self.target, self.short)
+        self.save()
+        return self.settled
 
 
 @dataclass(frozen=True)
@@ -388,7 +356,6 @@ class _Schedule:
         self._first: dict[str, Entry] = {}
         for entry in entries:
             self._first.setdefault(entry.seed_group, entry)
-        self._tuner = Tuner(run)
         self.failures: dict[str, str] = {}
         self._done = 0
         self._total = 0
@@ -438,16 +405,35 @@ class _Schedule:
 
     def _search(self, entry: Entry) -> Search:
         # All seeds of a method at an L0 share it.
-        return self._tuner.load(entry, entry_keys(replace(entry, seed=0), self._run.config))
+        keys = entry_keys(replace(entry, seed=0), self._run.config)
+        path = self._run.output / FOLDER / f"{entry.seed_group}.json"
+        return Search.load(path, entry.l0, keys)
+
+    def _short_trials(self, entry: Entry, search: Search) -> None:
+        """Run short trials until one matches or there may be no more."""
+        settings, tokens = self._run.config.search, self._run.config.search_tokens
+        sparsity = entry.method.sparsity
+        while search.coefficient is None:
+            best = best_trial(search.short, entry.l0) if search.short else None
+            found = best is not None and is_matched(best.l0, entry.l0, settings.tolerance)
+            if best is not None and (found or len(search.short) >= settings.max_trials):
+                search.coefficient = best.coefficient
+            else:
+                coefficient = next_coefficient(search.short, entry.l0, sparsity.start)
+                group = Group([entry], {entry.name: coefficient}, tokens, {})
+                title = f"{entry.seed_group}: trying {sparsity.name} {coefficient:.4g}"
+                trained = train_group(self._run, group, title=title)
+                l0 = trained.match_l0(entry).l0
+                search.trials.append(Trial(coefficient, l0, trained.tokens))
+            search.save()
 
     def _tune(self, entry: Entry) -> None:
         """Search the coefficient, and train the first seed with it."""
         search = self._search(entry)
         try:
-            self._tuner.short_trials(entry, search)
+            self._short_trials(entry, search)
             while not search.settled and self._record(entry) is None:
-                group = self._group([entry])
-                self._train(group, judge=True)
+                self._train(self._group([entry]), judge=True)
                 search = self._search(entry)
         except RunFailure as failure:
             for other in self._entries:
@@ -482,9 +468,8 @@ class _Schedule:
         matches = {entry.name: trained.match_l0(entry) for entry in group.entries}
         if judge:
             (entry,) = group.entries
-            search = self._search(entry)
-            l0, tokens = matches[entry.name].l0, trained.tokens
-            if not self._tuner.judge_whole_run(entry, search, l0, tokens):
+            l0, search = matches[entry.name].l0, self._search(entry)
+            if not search.accepts(l0, trained.tokens, self._run.config.search):
                 shutil.rmtree(store.folder, ignore_errors=True)
                 return
         trained.finish(matches)
