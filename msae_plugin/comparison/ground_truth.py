@@ -43,7 +43,7 @@ from msae_plugin.evaluation.heldout import mean_max_decoder_cosine
 from msae_plugin.evaluation.outcomes import require_real
 from msae_plugin.saes.export import SAE_FOLDER
 from msae_plugin.saes.health import dense_share, encoder_decoder_alignment
-from msae_plugin.training.plans import default_device, memory_of
+from msae_plugin.training.plans import default_device, require_room
 
 
 def model_config(section: SyntheticSettings) -> SyntheticModelConfig:
@@ -216,13 +216,9 @@ class GroundTruthTestbed:
             # Of every one at least a feature is kept: two int64 indices and a value.
             "synthetic.eval_samples": section.eval_samples * _SPARSE_ENTRY_BYTES,
         }
-        present = memory_of(self.device)
         for name, needed in sizes.items():
-            if needed > present:
-                raise InputError(
-                    f"{name} takes {human_bytes(needed)} at once, and this machine has "
-                    f"{human_bytes(present)}: lower {name}"
-                )
+            what = f"{name} takes {human_bytes(needed)} at once"
+            require_room(needed, self.device, what, name)
 
     def widths(self) -> dict[str, int]:
         """Width of the samples."""

@@ -274,6 +274,13 @@ def _from_preset(
     return build_preset(preset, **required, training_steps=training_steps, **values)
 
 
+def require_room(needed: int, device: str, what: str, setting: str) -> None:
+    """Refuse what takes more bytes than a device has; lowering the setting helps."""
+    present = memory_of(device)
+    if needed > present:
+        raise InputError(f"{what}, and this machine has {human_bytes(present)}: lower {setting}")
+
+
 def require_memory(plans: Sequence[SAEPlan], device: str) -> None:
     """Refuse SAEs that this machine cannot hold: weights, gradients and two moments of Adam."""
 
@@ -281,35 +288,17 @@ def require_memory(plans: Sequence[SAEPlan], device: str) -> None:
         own = plan.config
         return 4 * 2 * own.d_in * own.d_sae * getattr(torch, own.dtype).itemsize
 
-    needed, present = sum(map(size, plans)), memory_of(device)
-    if needed > present:
-        largest = max(plans, key=size)
-        raise InputError(
-            f"SAE {largest.name!r} with d_sae {shown(largest.config.d_sae)} takes "
-            f"{human_bytes(size(largest))} to train, all SAEs {human_bytes(needed)}, and this "
-            f"machine has {human_bytes(present)}: lower d_sae"
-        )
+    needed, largest = sum(map(size, plans)), max(plans, key=size)
+    what = (
+        f"SAE {largest.name!r} with d_sae {shown(largest.config.d_sae)} takes "
+        f"{human_bytes(size(largest))} to train, all SAEs {human_bytes(needed)}"
+    )
+    require_room(needed, device, what, "d_sae")
 
 
 def buffer_bytes(rows: int, llm_batch_rows: int, d_ins: Sequence[int]) -> int:
     """Peak of the mixing buffer: its rows, overfilled by one LLM batch, and a shuffled copy."""
     return 2 * torch.float32.itemsize * (rows + llm_batch_rows) * sum(d_ins)
-
-
-def require_buffer(
-    buffer_sequences: int, llm_sequences: int, context: int, d_ins: Sequence[int], device: str
-) -> None:
-    """Refuse a mixing buffer that this machine cannot hold, whose text is read without an end."""
-    needed = buffer_bytes(buffer_sequences * context, llm_sequences * context, d_ins)
-    present = memory_of(device)
-    if needed > present:
-        larger = llm_sequences > buffer_sequences
-        name = "store_batch_size_prompts" if larger else "n_batches_in_buffer"
-        raise InputError(
-            f"training.{name} = {shown(max(llm_sequences, buffer_sequences))} sequences of "
-            f"{context} tokens take {human_bytes(needed)} while they are mixed, and this machine "
-            f"has {human_bytes(present)}: lower training.{name}"
-        )
 
 
 def memory_of(device: str) -> int:

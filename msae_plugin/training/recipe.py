@@ -17,7 +17,8 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from msae_plugin.architecture.kernels.decoding import DecodeKernel
-from msae_plugin.common.errors import InputError
+from msae_plugin.common.errors import InputError, shown
+from msae_plugin.common.files import human_bytes
 from msae_plugin.common.recipes import (
     ON_OFF,
     RECIPE,
@@ -40,10 +41,11 @@ from msae_plugin.models.loading import ModelShape, describe_model
 from msae_plugin.models.transformer_lens import TransformerLensLoader
 from msae_plugin.training.plans import (
     SAEPlan,
+    buffer_bytes,
     default_device,
     plan_saes,
     preset_training,
-    require_buffer,
+    require_room,
 )
 from msae_plugin.training.schedules import GradientRateConfig
 
@@ -343,13 +345,7 @@ class RunConfig:
         for hook in self.hooks:
             validate_hook(hook, model.n_layers)
         if self.cached_activations is None:
-            require_buffer(
-                self.training.n_batches_in_buffer,
-                self.training.store_batch_size_prompts,
-                self.data.context_size,
-                [model.d_model] * len(self.hooks),
-                default_device(self.model.device),
-            )
+            self._require_room_for_buffer([model.d_model] * len(self.hooks))
         return plan_saes(
             saes,
             self.hooks,
@@ -357,6 +353,18 @@ class RunConfig:
             training_steps=self.total_steps,
             accumulation_steps=self.training.accumulation_steps,
         )
+
+    def _require_room_for_buffer(self, widths: Sequence[int]) -> None:
+        """Refuse a mixing buffer that no memory holds, whose text is read without an end."""
+        training, context = self.training, self.data.context_size
+        buffer, batch = training.n_batches_in_buffer, training.store_batch_size_prompts
+        needed = buffer_bytes(buffer * context, batch * context, widths)
+        name = "store_batch_size_prompts" if batch > buffer else "n_batches_in_buffer"
+        what = (
+            f"training.{name} = {shown(max(buffer, batch))} sequences of {context} tokens take "
+            f"{human_bytes(needed)} while they are mixed"
+        )
+        require_room(needed, default_device(self.model.device), what, f"training.{name}")
 
     def _named_saes(self) -> dict[str, dict[str, Any]]:
         if (self.sae is None) == (self.saes is None):
