@@ -27,7 +27,7 @@ from msae_plugin.comparison.ground_truth import GroundTruthTestbed
 from msae_plugin.comparison.group_training import ComparisonRun
 from msae_plugin.comparison.language_model import EVALUATION_FOLDER, LanguageModelTestbed
 from msae_plugin.comparison.language_model import FOLDER as HELDOUT_FOLDER
-from msae_plugin.comparison.methods import SAES_FOLDER, Entry, expand, plan_entry, sae_folder
+from msae_plugin.comparison.methods import SAES_FOLDER, Entry, expand, sae_folder
 from msae_plugin.comparison.recipe import CompareConfig
 from msae_plugin.comparison.results import (
     COMPARISON_FILE,
@@ -118,18 +118,13 @@ def _compare(
     else:
         testbed = GroundTruthTestbed(config, output, report)
     testbed.check()
-    widths = testbed.widths()
-    expansion = expand(config, widths)
+    expansion = expand(config, testbed.widths())
     device = default_device(config.model.device)
-    plans = {
-        entry.name: plan_entry(entry, config, widths[entry.hook], coefficient=None)
-        for entry in expansion.entries
-    }
-    for plan in plans.values():
+    for plan in expansion.plans.values():
         # Before the model's pass, and before anything of this size is allocated.
         require_memory([plan], device)
     missing = missing_entries(expansion.entries, config, output)
-    refuse_mixtures(expansion.entries, missing, plans, config, output)
+    refuse_mixtures(expansion, missing, config, output)
     _require_activations(config, output, shard, missing)
     write_json_atomic(output / RECIPE_FILE, {"kind": config.kind, "config": config.to_dict()})
     record, failures = None, dict[str, str]()

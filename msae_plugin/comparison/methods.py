@@ -21,7 +21,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,8 @@ class Expansion:
 
     entries: list[Entry]
     controls: list[Control]  # What is evaluated beside them
-    methods: dict[str, Method] = field(default_factory=dict[str, Method])
+    methods: dict[str, Method]
+    plans: dict[str, SAEPlan]  # By the SAE's name; a searched setting is where the search begins
 
 
 def entry_name(method: str, label: str, l0: float, seed: int | None = None) -> str:
@@ -243,10 +244,10 @@ def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
         for l0 in config.l0
         for seed in config.seeds
     ]
-    for entry in entries:
-        # Every seed is the same to an architecture.
-        if entry.seed == config.seeds[0]:
-            plan_entry(entry, config, d_in[entry.hook], coefficient=None)
+    plans = {
+        entry.name: plan_entry(entry, config, d_in[entry.hook], coefficient=None)
+        for entry in entries
+    }
     controls = [
         control
         for name, kind in untrained.items()
@@ -259,7 +260,7 @@ def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
                 f"'saes.{residual[0].name}.control' residual_stream: the true features are the "
                 "reference on ground truth; remove it"
             )
-    return Expansion(entries, controls, methods)
+    return Expansion(entries, controls, methods, plans)
 
 
 def _method(

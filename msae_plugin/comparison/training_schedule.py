@@ -34,13 +34,13 @@ from msae_plugin.comparison.group_training import (
     train_group,
     trained_or_failed,
 )
-from msae_plugin.comparison.methods import Entry, sae_folder
+from msae_plugin.comparison.methods import Entry, Expansion, sae_folder
 from msae_plugin.comparison.recipe import CompareConfig, SearchSettings
 from msae_plugin.saes.export import SAE_FOLDER
 from msae_plugin.saes.find import read_checkpoint
 from msae_plugin.saes.run_record import read_run_record
 from msae_plugin.training.checkpoints import Checkpoint, CheckpointStore
-from msae_plugin.training.plans import SAEPlan, as_begun, changed_settings
+from msae_plugin.training.plans import as_begun, changed_settings
 
 logger = logging.getLogger(__name__)
 
@@ -213,11 +213,7 @@ def interrupted(
 
 
 def refuse_mixtures(
-    entries: Sequence[Entry],
-    missing: Sequence[Entry],
-    plans: Mapping[str, SAEPlan],
-    config: CompareConfig,
-    output: Path,
+    expansion: Expansion, missing: Sequence[Entry], config: CompareConfig, output: Path
 ) -> None:
     """Refuse to train the rest of a method whose preset stood for other settings before.
 
@@ -227,18 +223,18 @@ def refuse_mixtures(
     waiting = {entry.name for entry in missing}
     begun = {
         entry.name: sae_folder(output, entry.name) / SAE_FOLDER
-        for entry in entries
+        for entry in expansion.entries
         if entry.name not in waiting
     }
     for members, checkpoint in interrupted(missing, config, output):
         begun |= {entry.name: checkpoint.path / entry.name for entry in members}
     for method in {entry.method.name: entry.method for entry in missing}.values():
-        of_method = [entry.name for entry in entries if entry.method.name == method.name]
+        of_method = [e.name for e in expansion.entries if e.method.name == method.name]
         changes = {name: dict[str, str]() for name in of_method}
         for name in begun.keys() & changes:
             stored = read_checkpoint(begun[name])
             # The width of an MLP's inside is known once the model has run.
-            plan = plans[name].fitted(stored.config["d_in"])
+            plan = expansion.plans[name].fitted(stored.config["d_in"])
             changes[name] = changed_settings(as_begun(plan, stored), plan)
             changes[name].pop(method.sparsity.name, None)
         name = max(of_method, key=lambda name: len(changes[name]))

@@ -216,11 +216,10 @@ def test_every_architecture_is_recognised_after_its_export(
     }
     run(tmp_path, **changes)
     more = CompareConfig.from_dict(ground_truth_recipe | changes | {"seeds": [0, 1]})
-    entries = expand(more, {SYNTHETIC_HOOK: 16}).entries
-    missing = missing_entries(entries, more, tmp_path)
-    assert len(missing) == len(saes) == len(entries) / 2
-    plans = {entry.name: plan_entry(entry, more, 16, coefficient=None) for entry in entries}
-    refuse_mixtures(entries, missing, plans, more, tmp_path)
+    expansion = expand(more, {SYNTHETIC_HOOK: 16})
+    missing = missing_entries(expansion.entries, more, tmp_path)
+    assert len(missing) == len(saes) == len(expansion.entries) / 2
+    refuse_mixtures(expansion, missing, more, tmp_path)
 
 
 def test_an_sae_is_the_same_whatever_is_trained_beside_it(

@@ -25,8 +25,7 @@ def plans(ground_truth_recipe: dict[str, Any]) -> Callable[..., dict[str, SAEPla
 
     def make(**changes: Any) -> dict[str, SAEPlan]:
         config = CompareConfig.from_dict(ground_truth_recipe | changes)
-        entries = expand(config, {SYNTHETIC_HOOK: 16}).entries
-        return {entry.name: plan_entry(entry, config, 16, coefficient=None) for entry in entries}
+        return expand(config, {SYNTHETIC_HOOK: 16}).plans
 
     return make
 
