@@ -66,26 +66,20 @@ def open_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
             config=cast("dict[str, Any]", manifest["config"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"checkpoint file {str(manifest_path)!r} is damaged: resume from another checkpoint"
-        ) from error
+        raise _unusable(manifest_path, "damaged") from error
     for name, size in files.items():
         file = path / name
         if not file.is_file():
-            raise InputError(
-                f"checkpoint file {str(file)!r} is missing: resume from another checkpoint"
-            )
+            raise _unusable(file, "missing")
         if file.stat().st_size != size:
-            raise InputError(
-                f"checkpoint file {str(file)!r} is truncated ({file.stat().st_size} of {size} "
-                "bytes): resume from another checkpoint"
-            )
+            raise _unusable(file, f"truncated ({file.stat().st_size} of {size} bytes)")
         if whole and name in hashes and file_sha256(file) != hashes[name]:
-            raise InputError(
-                f"checkpoint file {str(file)!r} is damaged (its bytes are not those that were "
-                "written): resume from another checkpoint"
-            )
+            raise _unusable(file, "damaged (its bytes are not those that were written)")
     return checkpoint
+
+
+def _unusable(file: Path, state: str) -> InputError:
+    return InputError(f"checkpoint file {str(file)!r} is {state}: resume from another checkpoint")
 
 
 class CheckpointStore:
