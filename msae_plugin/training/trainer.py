@@ -41,20 +41,6 @@ class Positioned(Protocol):
         """Go on from a position; nothing was read before."""
 
 
-class _Clock:
-    """Speed of training since the last reading."""
-
-    def __init__(self, tokens: int = 0) -> None:
-        self._time = time.perf_counter()
-        self._tokens = tokens
-
-    def tokens_per_second(self, tokens: int) -> float:
-        now = time.perf_counter()
-        speed = (tokens - self._tokens) / max(now - self._time, 1e-9)
-        self._time, self._tokens = now, tokens
-        return speed
-
-
 class LockstepTrainer(MultiSAETrainer):
     """SAELens' trainer of several SAEs on one stream of activations, over our `StepTrainer`s.
 
@@ -107,7 +93,7 @@ class LockstepTrainer(MultiSAETrainer):
         }
         # Under SAELens' name and type as well: its public methods look there.
         self.trainers = {**self.step_trainers}
-        self._clock = _Clock()
+        self._logged = time.perf_counter(), 0  # When the last row was, and at how many tokens
         self._between_steps = self.position()
 
     def _step_trainer(self, name: str, sae: TrainingSAE[Any], options: StepOptions) -> StepTrainer:
@@ -159,7 +145,7 @@ class LockstepTrainer(MultiSAETrainer):
         """
         self.prepare_scaling()
         same_weights_everywhere(self.saes, self.ranks)
-        self._clock = _Clock(self.n_training_samples)
+        self._logged = time.perf_counter(), self.n_training_samples
         self._between_steps = self.position()
         self._checkpoint_at = time.monotonic()
         while self.n_training_samples < self.cfg.total_training_samples:
@@ -213,7 +199,9 @@ class LockstepTrainer(MultiSAETrainer):
         self.n_training_samples = next(iter(self.step_trainers.values())).n_training_samples
         self._between_steps = self.position()
         if logging_step:
-            speed = self._clock.tokens_per_second(self.n_training_samples)
+            (then, tokens), now = self._logged, time.perf_counter()
+            speed = (self.n_training_samples - tokens) / max(now - then, 1e-9)
+            self._logged = now, self.n_training_samples
             for name, row in rows.items():
                 row["tokens_per_second"] = speed
                 if self._on_log is not None:
