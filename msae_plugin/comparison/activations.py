@@ -14,7 +14,6 @@ same order, whichever of them are trained together, and a killed run goes on whe
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +164,6 @@ def store_activations(
     folder = output / FOLDER
     # Of a pass that was killed.
     shutil.rmtree(folder, ignore_errors=True)
-    started = time.perf_counter()
     training_rows, rows = rows_needed(config)
     run = recipe(config)
     seed_everything(run.training.seed)
@@ -190,7 +188,6 @@ def store_activations(
         report("the model's pass over the text", done, rows)
 
     write_activations(runner, writer, guard, advance)
-    writer.finish(time.perf_counter() - started)
     stored = open_activations(output)
     assert stored is not None, "the manifest was written a moment ago"
     return stored

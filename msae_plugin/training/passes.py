@@ -55,10 +55,7 @@ SECONDS_BETWEEN_SAVES = 30.0
 
 
 class _NotAboutUs(logging.Filter):
-    """Drops SAELens' remarks that a run with a given model or data set cannot be reproduced.
-
-    They are about its own configuration; `run.json` holds ours.
-    """
+    """Drops SAELens' remarks on reproducing its own configuration: `run.json` holds ours."""
 
     @override
     def filter(self, record: logging.LogRecord) -> bool:
@@ -326,7 +323,6 @@ def make_cache(
             config, device, progress.message, language_model=language_model, text=text
         )
         inputs.fitted(plans)
-        started = time.perf_counter()
         with InterruptionGuard() as guard:
             runner = reading_runner(config, inputs, device, guard)
             record = inputs.record()
@@ -349,7 +345,6 @@ def make_cache(
                 raise
             finally:
                 progress.stop()
-            writer.finish(time.perf_counter() - started)
         return open_cache(output)
 
 
@@ -359,8 +354,8 @@ def write_activations(
     guard: InterruptionGuard,
     advance: Callable[[int], object],
 ) -> None:
-    """Make what is missing of a store; a signal raises between two batches."""
-    saved = time.perf_counter()
+    """Make what is missing of a store and finish it; a signal raises between two batches."""
+    started = saved = time.perf_counter()
     while writer.done < writer.rows:
         guard.check()
         (batch,) = runner.fresh_batches(1)
@@ -369,3 +364,4 @@ def write_activations(
         if time.perf_counter() - saved > SECONDS_BETWEEN_SAVES:
             writer.save_progress()
             saved = time.perf_counter()
+    writer.finish(time.perf_counter() - started)
