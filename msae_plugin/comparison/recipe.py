@@ -34,7 +34,7 @@ from msae_plugin.common.recipes import (
 )
 from msae_plugin.comparison.ladder import ladder_variants
 from msae_plugin.evaluation.recipe import EvalConfig
-from msae_plugin.models.hook_names import common_style, parse_hook_name
+from msae_plugin.models.hook_names import common_style
 from msae_plugin.training.recipe import (
     FOLDER_NAME,
     DataSettings,
@@ -242,8 +242,6 @@ class CompareConfig:
             if not self.hooks:
                 raise InputError("'hooks' is empty: name at least one, or give 'synthetic'")
             common_style(self.hooks)
-            for hook in self.hooks:
-                parse_hook_name(hook)
         if not self.saes and self.ladder is None:
             raise InputError("there is nothing to compare: give 'saes' or 'ladder'")
         for name in self.saes:

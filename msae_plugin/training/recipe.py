@@ -36,7 +36,7 @@ from msae_plugin.common.recipes import (
     with_only,
     with_overrides,
 )
-from msae_plugin.models.hook_names import common_style, parse_hook_name, validate_hook
+from msae_plugin.models.hook_names import common_style, validate_hook
 from msae_plugin.models.loading import ModelShape, describe_model
 from msae_plugin.models.transformer_lens import TransformerLensLoader
 from msae_plugin.training.plans import (
@@ -338,8 +338,6 @@ class RunConfig:
         check_schedule(self.training, self.total_steps)
         saes = self._named_saes()
         common_style(self.hooks)
-        for hook in self.hooks:
-            parse_hook_name(hook)
         model = shape or describe_model(self.model.name)
         model.require_positions(self.data.context_size, "data.context_size")
         for hook in self.hooks:
