@@ -280,10 +280,7 @@ class LanguageModelTestbed:
             )
 
     def _with_contexts(self, expansion: Expansion) -> list[str]:
-        """The first seed of each method at the first L0, less the variants of the ladder.
-
-        Fifty of them would fill a page that nobody reads.
-        """
+        """The first seed of each method at the first L0, less the variants of the ladder."""
         if self.config.heldout.contexts == 0:
             return []
         first = self.config.seeds[0], self.config.l0[0]
@@ -291,6 +288,7 @@ class LanguageModelTestbed:
             entry.name
             for entry in expansion.entries
             if (entry.seed, entry.l0) == first
+            # Fifty variants would fill a page that nobody reads.
             and (entry.method.variant is None or entry.method.variant.against is None)
         ]
 

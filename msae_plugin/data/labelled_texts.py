@@ -124,12 +124,10 @@ class LocalCopies:
 
 @dataclass(frozen=True)
 class _Stream:
-    """Rows that can be read again and again, as those of an IterableDataset.
+    """Rows that can be read again and again, as those of an IterableDataset."""
 
-    `IterableDataset.from_generator` would hash the code behind them: seconds, and endless for
-    functions that call each other.
-    """
-
+    # `IterableDataset.from_generator` would hash the code behind them: seconds, and endless for
+    # functions that call each other.
     rows: Callable[[str], Iterator[dict[str, Any]]]
     split: str
 
