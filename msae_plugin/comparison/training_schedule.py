@@ -359,9 +359,8 @@ class _Schedule:
     def run(self, entries: Sequence[Entry]) -> None:
         missing = [entry for entry in entries if self._record(entry) is None]
         self._done, self._total = len(entries) - len(missing), len(entries)
-        for group, store, checkpoint in self._interrupted(missing):
-            go_on = partial(self._train, store=store, checkpoint=checkpoint)
-            trained_or_failed(go_on, group, self._failed)
+        for group, checkpoint in self._interrupted(missing):
+            trained_or_failed(partial(self._train, checkpoint=checkpoint), group, self._failed)
         for entry in {e.seed_group: self._first[e.seed_group] for e in missing}.values():
             if entry.method.sparsity.searched:
                 self._tune(entry)
@@ -437,21 +436,17 @@ class _Schedule:
                     self._failed(other, failure)
 
     def _train(
-        self,
-        group: Group,
-        store: CheckpointStore | None = None,
-        checkpoint: Checkpoint | None = None,
-        *,
-        judge: bool = False,
+        self, group: Group, checkpoint: Checkpoint | None = None, *, judge: bool = False
     ) -> None:
         # Of a group in which one export failed, the others are finished.
         group = replace(group, entries=[e for e in group.entries if self._record(e) is None])
         if not group.entries:
             return
         keys = {entry.name: self._keys[entry.name][0] for entry in group.entries}
-        if store is None:
-            store = self._store(sorted(keys.values()))
-        if checkpoint is None:
+        if checkpoint is not None:
+            store = self._store(checkpoint.path.parent.name)
+        else:
+            store = self._store(key_digest({"keys": sorted(keys.values())}))
             # Of a run that is not continued; a later step of it would be taken for the newest.
             shutil.rmtree(store.folder, ignore_errors=True)
         names = group.entries[0].name
@@ -472,21 +467,18 @@ class _Schedule:
         self._done += len(group.entries)
         store.finish()
 
-    def _store(self, keys: Sequence[str]) -> CheckpointStore:
-        folder = self._run.output / CHECKPOINTS / key_digest({"keys": list(keys)})
+    def _store(self, name: str) -> CheckpointStore:
+        folder = self._run.output / CHECKPOINTS / name
         return CheckpointStore(folder, self._run.config.training.keep_checkpoints)
 
-    def _interrupted(self, missing: list[Entry]) -> list[tuple[Group, CheckpointStore, Checkpoint]]:
+    def _interrupted(self, missing: list[Entry]) -> list[tuple[Group, Checkpoint]]:
         """Groups to go on with; other checkpoints may be of another process at work."""
         # A whole run of a search is judged when it ends: `_tune` begins it again.
         open_ = [entry for entry in missing if self._may_resume(entry)]
-        found: list[tuple[Group, CheckpointStore, Checkpoint]] = []
-        for members, newest in interrupted(open_, self._run.config, self._run.output):
-            folder = newest.path.parent
-            store = CheckpointStore(folder, self._run.config.training.keep_checkpoints)
-            store.remove_after(newest.step)
-            found.append((self._group(members), store, newest))
-        return found
+        found = interrupted(open_, self._run.config, self._run.output)
+        for _, newest in found:
+            self._store(newest.path.parent.name).remove_after(newest.step)
+        return [(self._group(members), newest) for members, newest in found]
 
     def _may_resume(self, entry: Entry) -> bool:
         return not entry.method.sparsity.searched or self._search(entry).settled
