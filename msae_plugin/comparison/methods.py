@@ -168,11 +168,15 @@ class Entry:
     """One SAE to train."""
 
     name: str  # Unique in the comparison; the name of its folder
-    seed_group: str  # The name without the seed: what the seeds share is a coefficient
     method: Method
     hook: str
     l0: float
     seed: int  # Of its initialisation, the order of its data, and what it draws
+
+    @property
+    def seed_group(self) -> str:
+        """The name without the seed: what the seeds share is a coefficient."""
+        return self.name.rpartition("_seed")[0]
 
 
 @dataclass(frozen=True)
@@ -195,9 +199,9 @@ class Expansion:
     plans: dict[str, SAEPlan]  # By the SAE's name; a searched setting is where the search begins
 
 
-def entry_name(method: str, label: str, l0: float, seed: int | None = None) -> str:
-    """`<method>[_layer9]_l0-<k>[_seed<s>]`, with the label that tells several hooks apart."""
-    return f"{method}{label}_l0-{l0:g}" + ("" if seed is None else f"_seed{seed}")
+def _entry_name(method: str, label: str, l0: float, seed: int) -> str:
+    """`<method>[_layer9]_l0-<k>_seed<s>`, with the label that tells several hooks apart."""
+    return f"{method}{label}_l0-{l0:g}_seed{seed}"
 
 
 def sae_folder(output: Path, name: str) -> Path:
@@ -231,14 +235,7 @@ def expand(config: CompareConfig, d_in: Mapping[str, int]) -> Expansion:
         raise InputError(f"'reference' {config.reference!r} is no method of 'saes' or 'ladder'")
     labels = hook_labels(config.hooks or [SYNTHETIC_HOOK], "-")
     entries = [
-        Entry(
-            entry_name(method.name, label, l0, seed),
-            entry_name(method.name, label, l0),
-            method,
-            hook,
-            l0,
-            seed,
-        )
+        Entry(_entry_name(method.name, label, l0, seed), method, hook, l0, seed)
         for method in methods.values()
         for hook, label in labels.items()
         for l0 in config.l0
@@ -305,7 +302,9 @@ def _controls(
     if not of:
         raise InputError(f"'saes.{name}.control': there is no method {found[1]!r} in 'saes'")
     return [
-        Control(entry_name(name, labels[entry.hook], entry.l0, entry.seed), name, entry.hook, entry)
+        Control(
+            _entry_name(name, labels[entry.hook], entry.l0, entry.seed), name, entry.hook, entry
+        )
         for entry in of
     ]
 
