@@ -177,7 +177,10 @@ class LanguageModelTestbed:
         measured: Measured,
     ) -> None:
         """Measure what is not stored, a few SAEs at a time."""
-        keys = self._heldout_keys(saes)
+        heldout = self.config.heldout
+        shared = [activations_key(self.config), heldout.tokens, heldout.loss_tokens]
+        # Of everything that they depend on.
+        keys = {s.name: key_digest({"shared": shared, "sae": s.weights_sha256}) for s in saes}
         todo = [s for s in saes if s.name not in self._stored_heldout(keys)]
         if todo:
             folder = self.output / FOLDER
@@ -195,12 +198,6 @@ class LanguageModelTestbed:
             if "heldout/loss_recovered" not in metrics:
                 reason = "zeroing the activations does not change the model's loss"
                 measured.miss(f"heldout/loss_recovered of {name}", "not_measurable", reason)
-
-    def _heldout_keys(self, saes: Sequence[EvaluatedSAE]) -> dict[str, str]:
-        """A digest of everything that an SAE's held-out metrics depend on, by name."""
-        heldout = self.config.heldout
-        shared = [activations_key(self.config), heldout.tokens, heldout.loss_tokens]
-        return {s.name: key_digest({"shared": shared, "sae": s.weights_sha256}) for s in saes}
 
     def _stored_heldout(self, keys: Mapping[str, str]) -> dict[str, dict[str, float]]:
         """Metrics by name, of the SAEs that were measured with these keys."""

@@ -108,11 +108,6 @@ class HashedRows:
         return self._rows.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Their precision."""
-        return self._rows.dtype
-
-    @property
     def nbytes(self) -> int:
         """Their size."""
         return self._rows.nbytes
