@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -337,18 +337,3 @@ def train_group(
     finally:
         metrics.close()
     return session
-
-
-def trained_or_failed(
-    train: Callable[[Group], None], group: Group, failed: Callable[[Entry, RunFailure], None]
-) -> None:
-    """Train a group; where one of its SAEs fails, train the others without it."""
-    try:
-        train(group)
-    except RunFailure as failure:
-        if len(group.entries) == 1:
-            failed(group.entries[0], failure)
-            return
-        middle = len(group.entries) // 2
-        for half in (group.entries[:middle], group.entries[middle:]):
-            trained_or_failed(train, replace(group, entries=half), failed)

@@ -19,7 +19,6 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +31,6 @@ from msae_plugin.comparison.group_training import (
     is_matched,
     log_error,
     train_group,
-    trained_or_failed,
 )
 from msae_plugin.comparison.methods import Entry, Expansion, sae_folder
 from msae_plugin.comparison.recipe import CompareConfig, SearchSettings
@@ -349,9 +347,7 @@ class _Schedule:
         self._run = run
         self._entries = entries
         self._keys = {entry.name: entry_keys(entry, run.config) for entry in entries}
-        self._first: dict[str, Entry] = {}
-        for entry in entries:
-            self._first.setdefault(entry.seed_group, entry)
+        self._first = {entry.seed_group: entry for entry in reversed(entries)}
         self.failures: dict[str, str] = {}
         self._done = 0
         self._total = 0
@@ -360,13 +356,13 @@ class _Schedule:
         missing = [entry for entry in entries if self._record(entry) is None]
         self._done, self._total = len(entries) - len(missing), len(entries)
         for group, checkpoint in self._interrupted(missing):
-            trained_or_failed(partial(self._train, checkpoint=checkpoint), group, self._failed)
+            self._train_or_fail(group, checkpoint)
         for entry in {e.seed_group: self._first[e.seed_group] for e in missing}.values():
             if entry.method.sparsity.searched:
                 self._tune(entry)
         rest = [e for e in missing if self._record(e) is None and e.name not in self.failures]
         for group in self._groups(rest):
-            trained_or_failed(self._train, group, self._failed)
+            self._train_or_fail(group)
 
     def _record(self, entry: Entry) -> Mapping[str, Any] | None:
         return finished_record(self._run.folder(entry.name), self._keys[entry.name])
@@ -434,6 +430,18 @@ class _Schedule:
             for other in self._entries:
                 if other.seed_group == entry.seed_group and self._record(other) is None:
                     self._failed(other, failure)
+
+    def _train_or_fail(self, group: Group, checkpoint: Checkpoint | None = None) -> None:
+        """Train a group; where one of its SAEs fails, train the others without it."""
+        try:
+            self._train(group, checkpoint)
+        except RunFailure as failure:
+            if len(group.entries) == 1:
+                self._failed(group.entries[0], failure)
+                return
+            middle = len(group.entries) // 2
+            for half in (group.entries[:middle], group.entries[middle:]):
+                self._train_or_fail(replace(group, entries=half), checkpoint)
 
     def _train(
         self, group: Group, checkpoint: Checkpoint | None = None, *, judge: bool = False
