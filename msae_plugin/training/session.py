@@ -325,7 +325,7 @@ class TrainingSession:
     def export(
         self,
         name: str,
-        activations: torch.Tensor,  # (n, d_in) real activations for the export check
+        activations: torch.Tensor,
         runner_cfg: Callable[[], Mapping[str, Any]],
         *,
         calibration: Mapping[str, float] | None,
