@@ -309,11 +309,9 @@ class StepTrainer(SAETrainer[TrainingSAE[Any], Any]):
             "lr": self.learning_rate,
             "gradient_norm": self.gradient_norm,
             "step_tokens_per_second": self.tokens_per_second,
+            **{f"coefficients/{name}": value for name, value in self.get_coefficients().items()},
+            **{f"metrics/{name}": scalar(value) for name, value in output.metrics.items()},
         }
-        for name, value in self.get_coefficients().items():
-            row[f"coefficients/{name}"] = value
-        for name, value in output.metrics.items():
-            row[f"metrics/{name}"] = scalar(value)
         self.window = TrainingWindow()
         self._start_counting()
         return row
