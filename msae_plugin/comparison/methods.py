@@ -325,13 +325,12 @@ def entry_training(entry: Entry, config: CompareConfig, tokens: int) -> Training
         lr_decay_steps=round(training.lr_decay_steps * share / accumulation),
         dead_feature_window=max(1, round(training.dead_feature_window * share)),
     )
-    steps = tokens // (training.batch_size_tokens * accumulation)
-    if steps < 1:
+    if scaled.steps < 1:
         raise InputError(
             f"SAE {entry.name!r}: {tokens} tokens are less than one step of "
             f"{training.batch_size_tokens} x {accumulation}: raise training.tokens"
         )
-    check_schedule(scaled, steps)
+    check_schedule(scaled)
     return scaled
 
 
@@ -360,12 +359,11 @@ def plan_entry(
             section[key] = round(whole * share)
     if coefficient is not None:
         section[method.sparsity.name] = coefficient
-    steps = tokens // (training.batch_size_tokens * training.accumulation_steps)
     (plan,) = plan_saes(
         {method.name: section},
         [entry.hook],
         d_model=d_in,
-        training_steps=steps,
+        training_steps=training.steps,
         accumulation_steps=training.accumulation_steps,
     )
     # All methods of a seed begin with the same weights: of two that differ in a mechanism which

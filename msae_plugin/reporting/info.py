@@ -151,7 +151,7 @@ def run_cost(config: RunConfig, plans: Sequence[SAEPlan], shape: ModelShape) -> 
     """Estimated memory, disk and length of a run."""
     training, context = config.training, config.data.context_size
     llm_rows = training.store_batch_size_prompts * context
-    tokens = config.total_steps * config.tokens_per_step
+    tokens = config.training.whole_tokens
     saes = {
         plan.name: sae_cost(
             plan.config, training.batch_size_tokens, cuda_graphs=training.cuda_graphs
@@ -170,7 +170,7 @@ def run_cost(config: RunConfig, plans: Sequence[SAEPlan], shape: ModelShape) -> 
             training.n_batches_in_buffer * context, llm_rows, list(widths.values())
         ),
         tokens=tokens,
-        steps=config.total_steps,
+        steps=config.training.steps,
         forward_passes=-(-tokens // llm_rows),
         checkpoints_bytes=kept * sum(cost.checkpoint_bytes for cost in saes.values()),
     )

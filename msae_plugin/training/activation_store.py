@@ -198,7 +198,7 @@ def activations_key(config: RunConfig) -> dict[str, Any]:
 def rows_needed(config: RunConfig, plans: list[SAEPlan]) -> int:
     """Rows per hook that a run reads: scaling, training, calibration, the export check."""
     training = config.training
-    batches = config.total_steps * training.accumulation_steps + training.calibrate_batches
+    batches = training.steps * training.accumulation_steps + training.calibrate_batches
     batches += norm_batches(config, plans)
     batches += -(-ACTIVATION_SAMPLES // training.batch_size_tokens)
     return batches * training.batch_size_tokens

@@ -47,25 +47,20 @@ from msae_plugin.training.session import (
     SessionSettings,
     TrainingSession,
     shared_settings,
-    whole_steps,
 )
 
 SECONDS_BETWEEN_SAVES = 30.0
 """Of a cache that is being written."""
 
 
-class _NotAboutUs(logging.Filter):
-    """Drops SAELens' remarks on reproducing its own configuration: `run.json` holds ours."""
-
-    @override
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("override_dataset", "override_model"))
+def _about_us(record: logging.LogRecord) -> bool:
+    # SAELens' remarks on reproducing its own configuration are not: `run.json` holds ours.
+    return not record.getMessage().startswith(("override_dataset", "override_model"))
 
 
 @contextmanager
 def _without_upstream_remarks() -> Generator[None]:
-    remark_filter = _NotAboutUs()
-    sae_lens_logger.addFilter(remark_filter)
+    sae_lens_logger.addFilter(_about_us)
     try:
         with warnings.catch_warnings():
             # Text is tokenised on the fly on purpose, and SAELens compares documents with tokens.
@@ -73,7 +68,7 @@ def _without_upstream_remarks() -> Generator[None]:
             warnings.filterwarnings("ignore", message="The training dataset contains fewer")
             yield
     finally:
-        sae_lens_logger.removeFilter(remark_filter)
+        sae_lens_logger.removeFilter(_about_us)
 
 
 def shared_pass_config(
@@ -100,7 +95,7 @@ def shared_pass_config(
         n_batches_in_buffer=training.n_batches_in_buffer,
         store_batch_size_prompts=training.store_batch_size_prompts,
         activations_mixing_fraction=training.activations_mixing_fraction,
-        training_tokens=whole_steps(training),
+        training_tokens=training.whole_tokens,
         train_batch_size_tokens=training.batch_size_tokens,
         device=settings.device,
         seed=training.seed,

@@ -160,6 +160,21 @@ class TrainingSettings:
     """Fresh mini-batches on which the final threshold of BatchTopK-like SAEs is set so that mean L0
     is k; 0 leaves it as training left it."""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Activations that one optimiser update sees."""
+        return self.batch_size_tokens * self.accumulation_steps
+
+    @property
+    def steps(self) -> int:
+        """Optimiser updates of the run."""
+        return self.tokens // self.tokens_per_step
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens in whole steps: SAELens would run one more than its schedules count."""
+        return self.steps * self.tokens_per_step
+
     @field_validator("clip_grad_norm", mode="before")
     @classmethod
     def _zero_is_not_off(cls, value: Any) -> Any:
@@ -225,16 +240,16 @@ def check_buffer(training: TrainingSettings, data: DataSettings) -> None:
 
 def check_length(training: TrainingSettings) -> None:
     """Refuse a run that is shorter than a step."""
-    per_step = training.batch_size_tokens * training.accumulation_steps
-    if training.tokens < per_step:
+    if training.steps < 1:
         raise InputError(
             f"training.tokens = {training.tokens} is less than one step of "
-            f"{per_step} tokens: raise it or lower training.batch_size_tokens"
+            f"{training.tokens_per_step} tokens: raise it or lower training.batch_size_tokens"
         )
 
 
-def check_schedule(training: TrainingSettings, steps: int) -> None:
+def check_schedule(training: TrainingSettings) -> None:
     """Refuse a learning-rate schedule that does not fit into the run."""
+    steps = training.steps
     around = training.lr_warm_up_steps + training.lr_decay_steps
     constant = training.lr_scheduler == "constant"
     if around >= steps and (training.lr_decay_steps > 0 or not constant):
@@ -318,16 +333,6 @@ class RunConfig:
         """Plain dictionaries; `from_dict` is the inverse."""
         return dataclasses.asdict(cast("Any", self))
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Activations that one optimiser update sees."""
-        return self.training.batch_size_tokens * self.training.accumulation_steps
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser updates of the run."""
-        return self.training.tokens // self.tokens_per_step
-
     def validate(self, shape: ModelShape | None = None) -> list[SAEPlan]:
         """Refuse what cannot work before a language model is loaded; one plan per SAE and hook.
 
@@ -335,7 +340,7 @@ class RunConfig:
         """
         check_buffer(self.training, self.data)
         check_length(self.training)
-        check_schedule(self.training, self.total_steps)
+        check_schedule(self.training)
         saes = self._named_saes()
         common_style(self.hooks)
         model = shape or describe_model(self.model.name)
@@ -348,7 +353,7 @@ class RunConfig:
             saes,
             self.hooks,
             d_model=model.d_model,
-            training_steps=self.total_steps,
+            training_steps=self.training.steps,
             accumulation_steps=self.training.accumulation_steps,
         )
 

@@ -381,8 +381,8 @@ class MultiScaleRunner:
                 "device": describe_device(self.device),
                 **inputs.record(),
                 "processes": self.ranks.count,
-                "steps": self.config.total_steps,
-                "tokens": self.config.total_steps * self.config.tokens_per_step,
+                "steps": self.config.training.steps,
+                "tokens": self.config.training.whole_tokens,
                 "resumed_at_steps": [
                     *resumed,
                     *([] if self.checkpoint is None else [self.checkpoint.step]),

@@ -75,12 +75,6 @@ def shared_settings(training: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def whole_steps(training: TrainingSettings) -> int:
-    """Tokens of a training, in whole steps: SAELens would run one more than its schedules count."""
-    per_step = training.batch_size_tokens * training.accumulation_steps
-    return training.tokens // per_step * per_step
-
-
 def _step_options(training: TrainingSettings, plan: SAEPlan) -> StepOptions:
     """How one SAE is stepped: as its plan says, else as the recipe does."""
     return StepOptions(
@@ -147,7 +141,7 @@ class TrainingSession:
             SAETrainerConfig(
                 **shared_settings(training),
                 save_final_checkpoint=False,
-                total_training_samples=whole_steps(training),
+                total_training_samples=training.whole_tokens,
                 train_batch_size_samples=training.batch_size_tokens,
                 device=settings.device,
             ),
