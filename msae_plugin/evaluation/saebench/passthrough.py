@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,12 @@ from msae_plugin.data.labelled_texts import LocalCopies
 from msae_plugin.evaluation.outcomes import ModelContext, ScoreResult, require_real, result_file
 from msae_plugin.evaluation.preflight import OPENAI_VARIABLE, RAVEL_DATASET
 from msae_plugin.evaluation.saebench.adapter import Adapter
-from msae_plugin.evaluation.saebench.patching import all_replaced, scratch_working_directory, seeded
+from msae_plugin.evaluation.saebench.patching import (
+    Change,
+    all_replaced,
+    scratch_working_directory,
+    seeded,
+)
 from msae_plugin.evaluation.saebench.sae_probes import tokenizer_sha256
 from msae_plugin.models.loading import resolve_model
 from msae_plugin.saes.load import EvaluatedSAE
@@ -127,19 +132,21 @@ class Passthrough(Adapter):
         kind, context, main = self.evaluation, self.context, _MAIN[self.evaluation]
         local: Mapping[str, str] = self.settings.get("datasets") or {}
         load_dataset = LocalCopies(local).load_dataset
-        changes: list[tuple[Any, str, Any]] = []
+        changes: list[Change] = []
         if hasattr(main, "HookedTransformer"):
             changes.append((main, "HookedTransformer", _LoadedModel(context)))
         if kind in ("scr", "tpp", "autointerp"):
             changes.append((dataset_utils, "load_dataset", load_dataset))
         if kind in ("scr", "tpp"):
             changes.append((dataset_creation, "load_dataset", load_dataset))
-        with all_replaced(*changes), ExitStack() as stack:
-            if kind == "absorption":
-                probes = _absorption_probes(context, config, evaluated, self.seed)
-                stack.enter_context(_absorption_paths(probes, scratch))
-            if kind == "ravel":
-                stack.enter_context(_ravel_names(context, local, config, scratch))
+        completions: AbstractContextManager[None] = nullcontext()
+        if kind == "absorption":
+            probes = _absorption_probes(context, config, evaluated, self.seed)
+            changes += _absorption_paths(probes, scratch)
+        if kind == "ravel":
+            changes += _ravel_names(context, local)
+            completions = _ravel_completions(context, config, scratch / config.artifact_dir)
+        with all_replaced(*changes), completions:
             yield
 
 
@@ -189,8 +196,7 @@ def _absorption_probes(
     return kept_folder(context.cache.absolute(), "absorption_probes", key, train)
 
 
-@contextmanager
-def _absorption_paths(probes: Path, scratch: Path) -> Generator[None, None, None]:
+def _absorption_paths(probes: Path, scratch: Path) -> list[Change]:
     """SAEBench would write into its own package, and find there what another run left."""
     k_sparse: Callable[..., Any] = functools.partial(
         absorption_main.run_k_sparse_probing_experiment,
@@ -203,17 +209,13 @@ def _absorption_paths(probes: Path, scratch: Path) -> Generator[None, None, None
         sparse_probing_experiment_dir=scratch / "k_sparse_probing",
         experiment_dir=scratch / "feature_absorption",
     )
-    with all_replaced(
+    return [
         (absorption_main, "run_k_sparse_probing_experiment", k_sparse),
         (absorption_main, "run_feature_absortion_experiment", absorption),
-    ):
-        yield
+    ]
 
 
-@contextmanager
-def _ravel_names(
-    context: ModelContext, copies: Mapping[str, str], config: Any, scratch: Path
-) -> Generator[None, None, None]:
+def _ravel_names(context: ModelContext, copies: Mapping[str, str]) -> list[Change]:
     """RAVEL reads a Hugging Face model, not a HookedTransformer, and knows two names."""
     folder = resolve_model(context.name).folder
 
@@ -231,16 +233,12 @@ def _ravel_names(
         options.pop("local_dir_use_symlinks", None)  # huggingface_hub no longer takes it
         return huggingface_hub.snapshot_download(local_dir=local_dir, **options)
 
-    with (
-        all_replaced(
-            (ravel_main, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=load_model)),
-            (ravel_main, "AutoTokenizer", SimpleNamespace(from_pretrained=load_tokenizer)),
-            (ravel_main, "LLM_NAME_MAP", {context.name: context.name}),
-            (ravel_instance, "snapshot_download", snapshot_download),
-        ),
-        _ravel_completions(context, config, scratch / config.artifact_dir),
-    ):
-        yield
+    return [
+        (ravel_main, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=load_model)),
+        (ravel_main, "AutoTokenizer", SimpleNamespace(from_pretrained=load_tokenizer)),
+        (ravel_main, "LLM_NAME_MAP", {context.name: context.name}),
+        (ravel_instance, "snapshot_download", snapshot_download),
+    ]
 
 
 _OF_COMPLETIONS = (

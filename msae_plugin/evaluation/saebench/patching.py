@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import random
 import tempfile
 import warnings
 from collections.abc import Generator
@@ -23,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import jaxtyping
-import numpy as np
 import torch
 from sae_lens import SAE
 
 from msae_plugin.common.errors import RunFailure
 from msae_plugin.common.progress import bars_of_libraries_told, warnings_alone
+from msae_plugin.common.seeding import RandomStream
 from msae_plugin.saes.export import dense
 
 
@@ -43,9 +42,13 @@ def replaced(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
         setattr(owner, name, before)
 
 
+Change = tuple[Any, str, Any]
+"""An attribute to replace: owner, name and value."""
+
+
 @contextmanager
-def all_replaced(*changes: tuple[Any, str, Any]) -> Generator[None, None, None]:
-    """Replace several attributes, each given as owner, name and value."""
+def all_replaced(*changes: Change) -> Generator[None, None, None]:
+    """Replace several attributes."""
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(replaced(*change))
@@ -59,16 +62,11 @@ def seeded(seed: int) -> Generator[None, None, None]:
     SAEBench's unlearning leaves `torch.set_grad_enabled(False)` behind, its probing `True`.
     """
     grad = torch.is_grad_enabled()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(), RandomStream(seed).active():
+        torch.manual_seed(seed)  # of every device
         try:
             yield
         finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
             torch.set_grad_enabled(grad)
 
 
