@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import shutil
 import struct
@@ -45,18 +46,16 @@ from msae_plugin.common.files import (
 # The reader of the `gguf` package makes several numpy objects for every element of every array, and
 # transformers runs it up to three times per load: for Gemma 3's vocabulary of 262,144 tokens (with
 # their scores and types) that was 85 of 111 s of processor time. Parsing the whole header takes
-# 0.2 s. transformers then gets the same file without the vocabulary, of which the weights need the
-# length alone. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+# less than half a second. transformers then gets the same file without the vocabulary, of which the
+# weights need the length alone. The format:
+# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 counts in 32 bits
 _HEADER = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata entries
-_LENGTH = struct.Struct("<Q")
-_TYPE = struct.Struct("<I")
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 # Type code -> struct format of the values of fixed size.
 _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _DEFAULT_ALIGNMENT = 32
-_CUT_OFF = "the GGUF file ends inside its header"
 
 _VOCABULARY_ARRAYS = "tokenizer."
 _TOKENS = "tokenizer.ggml.tokens"
@@ -83,7 +82,7 @@ class GGUFFile:
         if size_key not in self.metadata:
             size = len(self.metadata[_TOKENS])
             key = size_key.encode()
-            kept.append(_LENGTH.pack(len(key)) + key + struct.pack("<II", _UINT32, size))
+            kept.append(struct.pack(f"<Q{len(key)}sII", len(key), key, _UINT32, size))
         _, version, n_tensors, _ = _HEADER.unpack_from(self.contents)
         metadata_end = max(end for _, end in self.spans.values())
         header = b"".join(
@@ -105,68 +104,53 @@ class GGUFFile:
 
 def parse_gguf(contents: bytes) -> GGUFFile:
     """Parse the header of a GGUF file."""
-    try:
-        return _parsed(contents)
-    except struct.error as error:
-        raise ValueError(_CUT_OFF) from error
-
-
-def _parsed(contents: bytes) -> GGUFFile:
-    magic, version, n_tensors, n_entries = _HEADER.unpack_from(contents)
-    if magic != _MAGIC or version not in _VERSIONS:
-        raise ValueError(f"not a GGUF file of version 2 or 3 (it begins with {contents[:8]!r})")
+    stream = io.BytesIO(contents)
     metadata: dict[str, Any] = {}
     spans: dict[str, tuple[int, int]] = {}
-    position = _HEADER.size
-    for _ in range(n_entries):
-        start = position
-        key, position = _string(contents, position)
-        (kind,) = _TYPE.unpack_from(contents, position)
-        metadata[key], position = _value(contents, position + _TYPE.size, kind)
-        spans[key] = (start, position)
-    for _ in range(n_tensors):
-        _, position = _string(contents, position)
-        (n_dimensions,) = _TYPE.unpack_from(contents, position)
-        # The number of dimensions, the dimensions, the type of the values, the offset.
-        position += _TYPE.size + _LENGTH.size * n_dimensions + _TYPE.size + _LENGTH.size
-    if position > len(contents):
-        raise ValueError(_CUT_OFF)
-    return GGUFFile(contents, metadata, spans, position)
+    try:
+        magic, version, n_tensors, n_entries = _HEADER.unpack(stream.read(_HEADER.size))
+        if magic != _MAGIC or version not in _VERSIONS:
+            raise ValueError(f"not a GGUF file of version 2 or 3 (it begins with {contents[:8]!r})")
+        for _ in range(n_entries):
+            start = stream.tell()
+            key = _string(stream)
+            (kind,) = _read(stream, "I")
+            metadata[key] = _value(stream, kind)
+            spans[key] = (start, stream.tell())
+        for _ in range(n_tensors):
+            _string(stream)
+            (n_dimensions,) = _read(stream, "I")
+            _read(stream, f"{n_dimensions}QIQ")  # dimensions, type of the values, offset
+    except struct.error as error:
+        raise ValueError("the GGUF file ends inside its header") from error
+    return GGUFFile(contents, metadata, spans, stream.tell())
 
 
-def _value(contents: bytes, position: int, kind: int) -> tuple[Any, int]:
-    """One value of a type, and the position after it."""
+def _read(stream: io.BytesIO, layout: str) -> tuple[Any, ...]:
+    return struct.unpack(f"<{layout}", stream.read(struct.calcsize(f"<{layout}")))
+
+
+def _value(stream: io.BytesIO, kind: int) -> Any:
+    """One value of a type."""
     if kind == _STRING:
-        return _string(contents, position)
+        return _string(stream)
     if kind != _ARRAY:
-        values, position = _fixed(contents, position, kind, 1)
-        return values[0], position
-    (kind,) = _TYPE.unpack_from(contents, position)
-    (count,) = _LENGTH.unpack_from(contents, position + _TYPE.size)
-    position += _TYPE.size + _LENGTH.size
+        return _fixed(stream, kind, 1)[0]
+    kind, count = _read(stream, "IQ")
     if kind in _FIXED:
-        return _fixed(contents, position, kind, count)
-    elements: list[Any] = []
-    for _ in range(count):
-        element, position = _value(contents, position, kind)
-        elements.append(element)
-    return elements, position
+        return _fixed(stream, kind, count)
+    return [_value(stream, kind) for _ in range(count)]
 
 
-def _fixed(contents: bytes, position: int, kind: int, count: int) -> tuple[list[Any], int]:
+def _fixed(stream: io.BytesIO, kind: int, count: int) -> list[Any]:
     if kind not in _FIXED:
         raise ValueError(f"the GGUF file has a value of the unknown type {kind}")
-    layout = f"<{count}{_FIXED[kind]}"
-    return list(struct.unpack_from(layout, contents, position)), position + struct.calcsize(layout)
+    return list(_read(stream, f"{count}{_FIXED[kind]}"))
 
 
-def _string(contents: bytes, position: int) -> tuple[str, int]:
-    (length,) = _LENGTH.unpack_from(contents, position)
-    start = position + _LENGTH.size
-    end = start + length
-    if end > len(contents):
-        raise ValueError(_CUT_OFF)
-    return contents[start:end].decode(), end
+def _string(stream: io.BytesIO) -> str:
+    (length,) = _read(stream, "Q")
+    return _read(stream, f"{length}s")[0].decode()
 
 
 _CONTROL, _USER_DEFINED = 3, 4
