@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ Confirm = Callable[[str], bool]
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PublishResult:
     """Outcome of `publish`, or of its dry run."""
 
@@ -89,13 +89,13 @@ class PublishResult:
     files: dict[str, int]  # every file that was (would be) written, with its size in bytes
     removed: tuple[str, ...]  # every file that was (would be) removed
     notes: tuple[str, ...]  # what the user should know
-    output: Path | None  # where a dry run rendered the files; None for a real one
-    commit: str | None  # hash of the commit; None for a dry run
-    url: str | None  # page of the commit
-    pull_request: str | None  # page of the pull request; None without one
+    output: Path | None = None  # where a dry run rendered the files; None for a real one
+    commit: str | None = None  # hash of the commit; None for a dry run
+    url: str | None = None  # page of the commit
+    pull_request: str | None = None  # page of the pull request; None without one
     revision: str | None  # branch of the commit; None for main
-    tag: str | None  # the tag that it got
-    verifications: tuple[Verification, ...]  # what the check after the upload found
+    tag: str | None = None  # the tag that it got
+    verifications: tuple[Verification, ...] = ()  # what the check after the upload found
     stanza: str  # entry for SAELens' `pretrained_saes.yaml`; empty where SAELens cannot load any
 
 
@@ -131,8 +131,17 @@ def publish(
     traces = [line for sae in plan.folders for line in private_content(sae)]
     notes += plan.notes
     notes += [f"local path in a file that is published unmodified: {line}" for line in traces]
+    result = PublishResult(
+        repo=repo,
+        folders=tuple(sae.path for sae in plan.folders),
+        files=plan.sizes(),
+        removed=plan.deletions,
+        notes=tuple(notes),
+        revision=options.revision,
+        stanza=pretrained_saes_stanza(repo, plan.entries),
+    )
     if options.dry_run:
-        return _result(plan, options, notes, output=_render(plan, options.output))
+        return replace(result, output=_render(plan, options.output))
     if not options.overwrite:
         _ask_before_replacing(plan, confirm)
     if traces and not (state.private if state.exists else options.private):
@@ -156,7 +165,14 @@ def publish(
                 f"published as commit {committed.oid} and checked, but without the tag: {error}; "
                 f"{_how_to_take_back(repo, committed)}"
             ) from error
-    return _result(plan, options, notes, committed=committed, verifications=verifications)
+    return replace(
+        result,
+        commit=committed.oid,
+        url=committed.commit_url,
+        pull_request=committed.pr_url,
+        tag=options.tag,
+        verifications=verifications,
+    )
 
 
 def _state_if_reachable(repo: str, revision: str | None, notes: list[str]) -> RepositoryState:
@@ -322,34 +338,6 @@ def _how_to_take_back(repo: str, committed: CommitInfo) -> str:
     return (
         f"to take it back, run `git revert {committed.oid}` in a clone of "
         f"{constants.ENDPOINT}/{repo} and push"
-    )
-
-
-def _result(
-    plan: PublishPlan,
-    options: PublishOptions,
-    notes: list[str],
-    *,
-    output: Path | None = None,
-    committed: CommitInfo | None = None,
-    verifications: tuple[Verification, ...] = (),
-) -> PublishResult:
-    repo = plan.state.repo
-    done = committed is not None
-    return PublishResult(
-        repo=repo,
-        folders=tuple(sae.path for sae in plan.folders),
-        files=plan.sizes(),
-        removed=plan.deletions,
-        notes=tuple(notes),
-        output=output,
-        commit=committed.oid if done else None,
-        url=committed.commit_url if done else None,
-        pull_request=committed.pr_url if done else None,
-        revision=options.revision,
-        tag=options.tag if done else None,
-        verifications=verifications,
-        stanza=pretrained_saes_stanza(repo, plan.entries),
     )
 
 
