@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -142,16 +142,13 @@ class Adapter(ABC):
             sae_cfg_dict=sae.cfg.to_dict(),
             **parts,
         )
-        file = result_file(self.output, evaluated)
-        with file_written_atomically(file) as temporary:
-            result.to_json_file(str(temporary), indent=2)
-        return file
+        return self.keep_result(evaluated, partial(result.to_json_file, indent=2))
 
-    def keep_result(self, written: Path, evaluated: EvaluatedSAE) -> Path:
-        """Copy the JSON that SAEBench itself wrote."""
+    def keep_result(self, evaluated: EvaluatedSAE, write: Callable[[str], object]) -> Path:
+        """The file of SAEBench's JSON of one SAE, which `write` writes to the path it is given."""
         file = result_file(self.output, evaluated)
         with file_written_atomically(file) as temporary:
-            shutil.copyfile(written, temporary)
+            write(str(temporary))
         return file
 
 

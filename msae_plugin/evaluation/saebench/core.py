@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +31,8 @@ from sae_lens.evals import ExplainedVarianceCalculator
 from typing_extensions import override
 
 from msae_plugin.common.errors import InputError, RunFailure
-from msae_plugin.common.files import file_written_atomically
 from msae_plugin.common.progress import Report
-from msae_plugin.evaluation.outcomes import (
-    SAEBENCH_ID,
-    ScoreResult,
-    failure,
-    require_real,
-    result_file,
-)
+from msae_plugin.evaluation.outcomes import SAEBENCH_ID, ScoreResult, failure, require_real
 from msae_plugin.evaluation.saebench.adapter import Adapter
 from msae_plugin.evaluation.saebench.model_side import CoreModelSide, core_tokens, ignored_tokens
 from msae_plugin.evaluation.saebench.patching import replaced
@@ -75,12 +69,7 @@ def measure_reconstruction(
     for index in range(side.n_reconstruction):
         clean, ce_clean, zeros = side.clean(index)
         activations = side.activations(index)
-        tokens = side.batch(index)
-        keep = (
-            not_special(tokens, ignored)
-            if exclude_special_tokens
-            else torch.ones_like(tokens, dtype=torch.bool)
-        )
+        keep = not_special(side.batch(index), ignored if exclude_special_tokens else set())
         for name, sae in saes.items():
             if name in failed:
                 continue
@@ -226,7 +215,6 @@ class Core(Adapter):
                 "trained, and is the hook the one it was trained on?"
             )
         require_real(flat, f"core of {evaluated.name}")
-        file = result_file(self.output, evaluated)
         result: dict[str, Any] = {
             "metrics": metrics,
             "eval_cfg": self._config,
@@ -234,15 +222,15 @@ class Core(Adapter):
             "sae_id": SAEBENCH_ID,
             "feature_metrics": features,
         }
-        with file_written_atomically(file) as temporary:
-            core_main.save_single_eval_result(
-                core_main.replace_nans_with_negative_one(result),  # of latents that never fire
-                get_eval_uuid(),
-                get_sae_lens_version(),
-                get_sae_bench_version(),
-                str(temporary),
-                sae,
-            )
+        save = partial(
+            core_main.save_single_eval_result,
+            core_main.replace_nans_with_negative_one(result),  # of latents that never fire
+            get_eval_uuid(),
+            get_sae_lens_version(),
+            get_sae_bench_version(),
+            sae=sae,
+        )
+        file = self.keep_result(evaluated, save)
         return ScoreResult("measured", flat, file, facts={"text": str(side.key["tokens"])})
 
 

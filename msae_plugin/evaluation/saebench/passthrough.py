@@ -122,7 +122,8 @@ class Passthrough(Adapter):
         if not metrics:
             raise RunFailure(f"{where}: SAEBench's result holds no number")
         require_real(metrics, where)
-        return ScoreResult("measured", metrics, self.keep_result(written, evaluated))
+        file = self.keep_result(evaluated, functools.partial(shutil.copyfile, written))
+        return ScoreResult("measured", metrics, file)
 
     @contextmanager
     def _adapted(

@@ -121,7 +121,8 @@ class SaeProbes(Adapter):
             )[f"{evaluated.name}_{SAEBENCH_ID}"]
             latents.require_active()
             metrics = _metrics(result, config, evaluated)
-            file = self.keep_result(result_file(folder / "results", evaluated), evaluated)
+            written = result_file(folder / "results", evaluated)
+            file = self.keep_result(evaluated, partial(shutil.copyfile, written))
         tables = {name: files_sha256([dataset_file(name)]) for name in config.dataset_names}
         # The seed splits each table anew.
         text = key_digest({"tables": tables, "seed": config.random_seed})
