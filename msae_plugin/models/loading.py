@@ -209,26 +209,24 @@ def load_language_model(
 
     source = resolve_model(name, report)
     config = read_config(source.folder)
+    if loader == HOOKED_TRANSFORMER and name.startswith(PACKAGED_PREFIX):
+        register_transformer_lens_name(packaged_model(name).hub_name)
+    lens_name = transformer_lens_name(source.hub_name)
+    if loader != HOOKED_MODULES:
+        require_supported(source.folder, config, lens_name, loader)
+    # Eager as TransformerLens loads it for a bridge: its hooks on attention scores need it.
+    attention = "eager" if loader == BRIDGE else None
+    hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, shape, attention)
     model: HookedRootModule
     if loader == HOOKED_TRANSFORMER:
-        if source.hub_name is not None and name.startswith(PACKAGED_PREFIX):
-            register_transformer_lens_name(source.hub_name)
-        lens_name = transformer_lens_name(source.hub_name)
-        require_supported(source.folder, config, lens_name)
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, shape)
         model = hooked_transformer(hf_model, tokenizer, source.folder, lens_name, device)
-    elif loader == BRIDGE:
-        lens_name = transformer_lens_name(source.hub_name)
-        require_supported(source.folder, config, lens_name, BRIDGE)
-        # Eager as TransformerLens loads it: its hooks on attention scores need it.
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, shape, "eager")
-        hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-        bridge = transformer_bridge(hf_model, tokenizer, source.folder, lens_name)
-        model = cast("HookedRootModule", bridge)
     else:
-        hf_model, tokenizer = _load_hf_model(source.folder, torch_dtype, shape)
         hf_model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-        model = _hooked_modules(hf_model, tokenizer, list(hook_names))
+        if loader == BRIDGE:
+            bridge = transformer_bridge(hf_model, tokenizer, source.folder, lens_name)
+            model = cast("HookedRootModule", bridge)
+        else:
+            model = _hooked_modules(hf_model, tokenizer, list(hook_names))
     for hook in hook_names:
         if hook not in model.hook_dict:
             raise InputError(f"model {name!r}: {_missing_hook(hook, list(model.hook_dict))}")

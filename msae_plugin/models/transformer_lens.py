@@ -350,8 +350,17 @@ def transformer_bridge(
 def _sample(
     hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A text of random tokens, and the logits of the model itself."""
-    tokens = _tokens_for_check(hf_model, tokenizer, longest)
+    """Random tokens (1, seq), if possible more than the model's window, and its own logits."""
+    parameters = sum(parameter.numel() for parameter in hf_model.parameters())
+    affordable = int(_LOGIT_CHECK_OPERATIONS / (2 * parameters))
+    wanted = max(_LOGIT_CHECK_TOKENS, min(affordable, 2 * (window_of(hf_model.config) or 0)))
+    vocabulary = int(hf_model.config.get_text_config().vocab_size)
+    # TransformerLens masks padding.
+    special = set(tokenizer.all_special_ids)
+    usual = [token for token in range(vocabulary) if token not in special] or [0]
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(usual), (1, min(wanted, longest)), generator=generator)
+    tokens = torch.tensor(usual)[chosen]
     return tokens, hf_model(tokens.to(hf_model.device)).logits.float().cpu()
 
 
@@ -379,22 +388,6 @@ def _require_same_model(
             f"error {error:.2g})",
             _NOT_CONVERTED,
         )
-
-
-def _tokens_for_check(
-    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int
-) -> torch.Tensor:
-    """A text of random tokens, (1, seq), if possible longer than the model's window."""
-    parameters = sum(parameter.numel() for parameter in hf_model.parameters())
-    affordable = int(_LOGIT_CHECK_OPERATIONS / (2 * parameters))
-    wanted = max(_LOGIT_CHECK_TOKENS, min(affordable, 2 * (window_of(hf_model.config) or 0)))
-    vocabulary = int(hf_model.config.get_text_config().vocab_size)
-    # TransformerLens masks padding.
-    special = set(tokenizer.all_special_ids)
-    usual = [token for token in range(vocabulary) if token not in special] or [0]
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(usual), (1, min(wanted, longest)), generator=generator)
-    return torch.tensor(usual)[chosen]
 
 
 @contextmanager
