@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -18,7 +17,7 @@ import yaml
 
 from msae_plugin.common.files import versions, write_json_atomic, write_text_atomic
 from msae_plugin.common.stored import StoredSummary, read_format
-from msae_plugin.common.table import csv_cell
+from msae_plugin.common.table import csv_cell, spread
 from msae_plugin.evaluation.outcomes import MetricDefinition, ScoreResult
 
 FORMAT = 1
@@ -71,10 +70,10 @@ def result_entry(sae: str, evaluation: str, outcomes: BySeed, output: Path) -> d
     names = next(iter(outcomes.values())).metrics
     for name in names:
         values = {seed: o.metrics[name] for seed, o in sorted(outcomes.items())}
-        spread = statistics.stdev(values.values()) if len(values) > 1 and not repeated else None
+        over_seeds = spread(values.values())
         entry["metrics"][name] = {
-            "mean": statistics.fmean(values.values()),
-            "std": spread,
+            "mean": over_seeds.mean,
+            "std": None if repeated else over_seeds.std,
             "per_seed": {str(seed): value for seed, value in values.items()},
         }
     facts = {k: v for o in outcomes.values() for k, v in o.facts.items() if k != "text"}
