@@ -157,23 +157,33 @@ class Tail:
 
     A hook on the residual stream determines the rest of the model; with the hook at a third of the
     depth a pass costs three quarters of a whole one, most of it in the unembedding.
+
+    Attributes:
+        start: The layer that a pass begins at; None where it begins with the tokens.
     """
 
     def __init__(self, model: Any, hook_name: str, *, autocast: bool = False) -> None:
         self._model, self._hook_name, self._autocast = model, hook_name, autocast
-        self._start = tail_start(hook_name) if starts_in_the_middle(model) else None
+        self.start = tail_start(hook_name) if starts_in_the_middle(model) else None
 
     @torch.no_grad()
-    def check(self, own: torch.Tensor, clean_logits: torch.Tensor) -> None:
-        """Start in the middle only if it gives what the whole model gave.
+    def check(self, own: torch.Tensor, clean_logits: torch.Tensor) -> bool:
+        """Start in the middle only if it gives what the whole model gave; whether it does.
 
         `own` are the model's own activations at the hook, (batch, seq, d_in).
         """
-        if self._start is None:
-            return
-        error = (self._from_the_middle(own, self._start) - clean_logits).abs().max()
-        if not float(error) <= TAIL_TOLERANCE * float(clean_logits.abs().max()):
-            self._start = None
+        if self.start is None:
+            return False
+        error = (self._from_the_middle(own, self.start) - clean_logits).abs().max()
+        same = float(error) <= TAIL_TOLERANCE * float(clean_logits.abs().max())
+        if not same:
+            self.start = None
+        return same
+
+    def everywhere(self, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Logits when the hook gives `values`, (batch, seq, ...), at all tokens."""
+        own = values.flatten(2)
+        return self.logits(tokens, own, torch.ones_like(tokens, dtype=torch.bool), own)
 
     @torch.no_grad()
     def logits(
@@ -183,12 +193,12 @@ class Tail:
 
         `own` are the model's own activations at the hook, (batch, seq, d_in).
         """
-        if self._start is None:
+        if self.start is None:
             return logits_with_replacement(
                 self._model, tokens, self._hook_name, values, where, autocast=self._autocast
             )
         keep = where.to(own.device)[..., None]
-        return self._from_the_middle(torch.where(keep, values.to(own), own), self._start)
+        return self._from_the_middle(torch.where(keep, values.to(own), own), self.start)
 
     def _from_the_middle(self, residual: torch.Tensor, start: int) -> torch.Tensor:
         device = input_device(self._model)

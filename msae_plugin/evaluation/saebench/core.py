@@ -69,14 +69,15 @@ def measure_reconstruction(
     for index in range(side.n_reconstruction):
         clean, ce_clean, zeros = side.clean(index)
         activations = side.activations(index)
-        keep = not_special(side.batch(index), ignored if exclude_special_tokens else set())
+        tokens = side.batch(index)
+        keep = not_special(tokens, ignored if exclude_special_tokens else set())
         for name, sae in saes.items():
             if name in failed:
                 continue
             report("core: reconstruction", index * len(saes), side.n_reconstruction * len(saes))
             try:
                 values = _reconstructed(sae, activations, keep, side.hook_name)
-                predictions = side.predictions_with(index, clean, values)
+                predictions = side.predictions_with(tokens, clean, values)
             # Whatever one SAE raises is its own outcome: the others go on.
             except Exception as error:  # noqa: BLE001
                 failed[name] = failure(error)
@@ -264,10 +265,7 @@ def _float32_divergences(
 
 
 class _Served:
-    """Tokens and activations from disk, in the order in which `run_evals` asks for them.
-
-    Stands for SAELens' ActivationsStore and for the model.
-    """
+    """Stands for SAELens' ActivationsStore and the model: what is on disk, as `run_evals` asks."""
 
     def __init__(self, side: CoreModelSide) -> None:
         self._side = side

@@ -27,7 +27,7 @@ from msae_plugin.data.labelled_texts import DEFAULT_HELDOUT_DOCUMENTS
 from msae_plugin.data.text import load_text, open_corpus
 from msae_plugin.evaluation.outcomes import ModelContext
 from msae_plugin.evaluation.saebench.patching import quiet
-from msae_plugin.models.forward_pass import TAIL_TOLERANCE, starts_in_the_middle, tail_start
+from msae_plugin.models.forward_pass import Tail, starts_in_the_middle
 from msae_plugin.models.packaged import PACKAGED_PREFIX
 from msae_plugin.saes.load import EvaluatedSAE
 
@@ -239,8 +239,7 @@ class CoreModelSide:
         self.context, self.hook_name = context, hook_name
         self.tokens, self.n_reconstruction = tokens, n_reconstruction
         self._model: Any = context.language_model.model
-        self._restarts = starts_in_the_middle(self._model)
-        self._start = tail_start(hook_name) if self._restarts else None
+        self._tail = Tail(self._model, hook_name)
         self._ablated_logits: torch.Tensor | None = None
         self.key: Mapping[str, Any] = {
             **context.key("torch", "transformer-lens", "sae-lens", "sae-bench"),
@@ -254,7 +253,8 @@ class CoreModelSide:
     def prepare(self, report: Report) -> bool:
         """Compute what is not on disk yet."""
         if is_complete(self.folder):
-            self._start = None if (self.folder / WHOLE_PASSES).exists() else self._start
+            if (self.folder / WHOLE_PASSES).exists():
+                self._tail.start = None
             return False
         for index in range(len(self.tokens)):
             report("core: language model", index, len(self.tokens))
@@ -278,7 +278,7 @@ class CoreModelSide:
         The clean predictions, their loss (prompts, context - 1), and what zeros at the hook do.
         """
         stored = self._load(index)
-        if self._restarts:
+        if starts_in_the_middle(self._model):
             n_layers = int(self._model.cfg.n_layers)
             logits = self._model(stored["final_residual"], start_at_layer=n_layers)
         else:
@@ -286,12 +286,6 @@ class CoreModelSide:
         clean = CleanPredictions(self._model, logits, self.batch(index))
         zeros = Predictions(stored["ce_zero"], stored["kl_zero"], stored["kl_zero_float32"])
         return clean, stored["ce_clean"], zeros
-
-    def predictions_with(
-        self, index: int, clean: CleanPredictions, values: torch.Tensor
-    ) -> Predictions:
-        """Predictions of a batch when the hook gives these values."""
-        return self._predictions(self.batch(index), clean, values)
 
     def batch(self, index: int) -> torch.Tensor:
         """(prompts, context) tokens, on the model's device."""
@@ -332,8 +326,10 @@ class CoreModelSide:
             fwd_hooks=[(name, keep(name)) for name in dict.fromkeys((self.hook_name, final))],
         )
         activations = seen[self.hook_name]
-        if index == 0:
-            self._require_same_tail(tokens, activations, logits)
+        if index == 0 and self._tail.start is not None:
+            part = self._parts(tokens)[0]
+            if not self._tail.check(activations[part], logits[part]):
+                (self.folder / WHOLE_PASSES).touch()
         clean = CleanPredictions(self._model, logits, tokens)
         del logits
         zeros = self._ablated(tokens, clean, torch.zeros_like(activations))
@@ -347,19 +343,6 @@ class CoreModelSide:
             "kl_zero_float32": zeros.kl_float32,
         }
 
-    def _require_same_tail(
-        self, tokens: torch.Tensor, activations: torch.Tensor, logits: torch.Tensor
-    ) -> None:
-        """Start in the middle only if it gives what the whole model gives."""
-        if self._start is None:
-            return
-        part = self._parts(tokens)[0]
-        tail = self._logits(tokens[part], activations[part])
-        error = (tail - logits[part]).abs().max() / logits[part].abs().max()
-        if not float(error) <= TAIL_TOLERANCE:
-            self._start = None
-            (self.folder / WHOLE_PASSES).touch()
-
     def _parts(self, tokens: torch.Tensor) -> list[slice]:
         """The prompts that run at a time."""
         n_prompts, context = tokens.shape
@@ -367,12 +350,14 @@ class CoreModelSide:
         size = max(1, TOKENS_AT_A_TIME // context) if small else n_prompts
         return [slice(i, min(i + size, n_prompts)) for i in range(0, n_prompts, size)]
 
-    def _predictions(
+    def predictions_with(
         self, tokens: torch.Tensor, clean: CleanPredictions, values: torch.Tensor
     ) -> Predictions:
+        """Predictions of a batch of tokens when the hook gives these values."""
+        after = self._tail.everywhere
         parts = self._parts(tokens)
         return Predictions.joined(
-            [clean.compare(self._logits(tokens[part], values[part]), part) for part in parts]
+            [clean.compare(after(tokens[part], values[part]), part) for part in parts]
         )
 
     def _ablated(
@@ -384,24 +369,11 @@ class CoreModelSide:
         are those of every prompt of every batch. (In other dtypes than float32 other shapes round
         otherwise, and SAEBench's are those of a whole batch.)
         """
-        if self._start is None or self.context.dtype != "float32":
-            return self._predictions(tokens, clean, zeros)
+        if self._tail.start is None or self.context.dtype != "float32":
+            return self.predictions_with(tokens, clean, zeros)
         if self._ablated_logits is None:
-            self._ablated_logits = self._logits(tokens[:1], zeros[:1])
+            self._ablated_logits = self._tail.everywhere(tokens[:1], zeros[:1])
         logits = self._ablated_logits
         return Predictions.joined(
             [clean.compare(logits, slice(i, i + 1)) for i in range(len(tokens))]
-        )
-
-    @torch.no_grad()
-    def _logits(self, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if self._start is not None:
-            return self._model(values, start_at_layer=self._start)
-
-        def replace(value: torch.Tensor, hook: Any) -> torch.Tensor:
-            del value, hook  # TransformerLens passes both
-            return values
-
-        return self._model.run_with_hooks(
-            tokens, return_type="logits", fwd_hooks=[(self.hook_name, replace)]
         )
