@@ -308,19 +308,22 @@ def _check(
     training_log: Sequence[Mapping[str, Any]],
 ) -> ExportReport:
     """Reload what was written and compare it with the trained SAE on the activations."""
-    device = str(sae.device)
     fed = activations.to(sae.device, sae.dtype)
     latents = trained_latents(sae, fed)
     reconstruction = trained_reconstruction(sae, latents)
-    exported = SAE.load_from_disk(plain, device=device)
-    agreement = _agreeing("the export", compare(latents, reconstruction, exported, fed))
-    jumprelu_agreement = None
-    if jumprelu is not None:
-        loaded = SAE.load_from_disk(jumprelu, device=device)
-        found = compare(latents, reconstruction, loaded, fed)
-        jumprelu_agreement = _agreeing("the jumprelu copy", found)
+    written = {SAE_FOLDER: plain} | ({} if jumprelu is None else {JUMPRELU_FOLDER: jumprelu})
+    agreements: dict[str, Agreement] = {}
+    for name, folder in written.items():
+        exported = SAE.load_from_disk(folder, device=str(sae.device))
+        agreements[name] = compare(latents, reconstruction, exported, fed)
+        if (failure := agreements[name].failure()) is not None:
+            what = "the export" if name == SAE_FOLDER else "the jumprelu copy"
+            raise RunFailure(
+                f"export check: {what} does not compute what was trained: {failure}; nothing was "
+                "written, the training checkpoint is kept"
+            )
     target: float | None = getattr(sae.cfg, "k", None)
-    l0 = agreement.exported_active / len(fed)
+    l0 = agreements[SAE_FOLDER].exported_active / len(fed)
     if l0 == 0:
         raise RunFailure(
             "export check: the exported SAE is silent (L0 is 0 on real activations); train longer "
@@ -330,8 +333,8 @@ def _check(
     variance.add_batch(reconstruction, fed)
     explained_variance = variance.compute()
     return ExportReport(
-        agreement=agreement,
-        jumprelu_agreement=jumprelu_agreement,
+        agreement=agreements[SAE_FOLDER],
+        jumprelu_agreement=agreements.get(JUMPRELU_FOLDER),
         jumprelu_obstacle=obstacle,
         l0_target=None if target is None else float(target),
         l0_exported=l0,
@@ -345,18 +348,6 @@ def _check(
             explained_variance=explained_variance,
         ),
         weights_sha256={
-            name: file_sha256(folder / SAE_WEIGHTS_FILENAME)
-            for name, folder in ((SAE_FOLDER, plain), (JUMPRELU_FOLDER, jumprelu))
-            if folder is not None
+            name: file_sha256(folder / SAE_WEIGHTS_FILENAME) for name, folder in written.items()
         },
     )
-
-
-def _agreeing(what: str, agreement: Agreement) -> Agreement:
-    failure = agreement.failure()
-    if failure is not None:
-        raise RunFailure(
-            f"export check: {what} does not compute what was trained: {failure}; nothing was "
-            "written, the training checkpoint is kept"
-        )
-    return agreement
