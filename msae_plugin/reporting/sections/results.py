@@ -210,7 +210,7 @@ def headline_table(results: Results) -> Table:
         caption += " Bold: the best at its L0, by a paired difference to the next that is shown."
     if again:
         caption += (
-            f" Two evaluations measured some columns: shown is {again}; the other value is in the "
+            f" Some columns were measured in two ways: shown is {again}; the other value is in the "
             "list of every metric."
         )
     table = table_of(
