@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from msae_cli.arguments import check_folder, check_output, latent_indices
-from msae_cli.terminal import import_first, say, show
+from msae_cli.terminal import import_first, progress, say, show
 
 
 def _ask() -> Callable[[str], bool] | None:
@@ -142,10 +142,12 @@ def export(
     check_output(output)
     chosen = latent_indices(latents)
     import_first("msae_plugin.hub.formats")
+    from msae_plugin.common.progress import shown_steps
     from msae_plugin.hub.formats import ExportRequest, export_for
 
-    request = ExportRequest(run, repo, evaluation, chosen, coefficient, text, windows)
-    steps = export_for(to, request, output)
+    with shown_steps(progress()) as tell:
+        request = ExportRequest(run, repo, evaluation, chosen, coefficient, text, windows, tell)
+        steps = export_for(to, request, output)
     show(f"{output}: in this folder,")
     for step in steps:
         show(f"  {step}")

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from msae_plugin.common.errors import InputError
 from msae_plugin.common.files import write_json_atomic
+from msae_plugin.common.progress import Report
 from msae_plugin.data.text import first_windows, load_text
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.hub.formats.request import ExportRequest, hf_module
@@ -40,9 +41,11 @@ def write(request: ExportRequest, folder: Path) -> list[str]:
         [sae] = load_saes([str(stored.folder)])
         place = folder / stored.name / "latents" / hf_module(sae)
         place.mkdir(parents=True)
-        model = load_language_model(model_for(None, [sae]), [sae.hook_name])
+        name = model_for(None, [sae])
+        request.report(f"loading {name}")
+        model = load_language_model(name, [sae.hook_name], report=request.report)
         tokens = _heldout_tokens(sae, model, data, request.windows)
-        places, values = _active(sae, model, tokens)
+        places, values = _active(sae, model, tokens, request.report)
         locations, activations = places.numpy(), values.numpy()
         bounds = np.linspace(0, sae.sae.cfg.d_sae, SPLITS + 1).astype(int)
         for start, end in pairwise(bounds):
@@ -83,12 +86,13 @@ def _heldout_tokens(
 
 @torch.no_grad()
 def _active(
-    sae: EvaluatedSAE, model: LanguageModel, tokens: torch.Tensor
+    sae: EvaluatedSAE, model: LanguageModel, tokens: torch.Tensor, report: Report
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Window, position and latent (n, 3) of everything that is active, and the values (n,)."""
     places: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
     for number, batch in enumerate(tokens.split(BATCH)):
+        report("windows of text", number * BATCH, len(tokens))
         read = activations_at(model.model, batch, [sae.hook_name])[sae.hook_name]
         latents = dense(sae.sae.encode(read)).cpu()
         active = (latents.abs() > SMALLEST).nonzero()

@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from msae_plugin.architecture.config import ARCHITECTURE
 from msae_plugin.common.errors import InputError
+from msae_plugin.common.progress import Report, warnings_alone
 from msae_plugin.evaluation.evaluate import model_for
 from msae_plugin.models.loading import read_config, resolve_model
 from msae_plugin.saes.find import StoredSAE, find_saes
@@ -32,6 +33,7 @@ class ExportRequest:
     coefficient: float = 10.0  # steering, in units of the activations
     text: str | None = None  # as data.source in a recipe; None for the run's own
     windows: int = 256  # windows of that text
+    report: Report = warnings_alone  # told what is done
 
     @cached_property
     def saes(self) -> list[StoredSAE]:
