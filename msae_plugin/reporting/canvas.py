@@ -133,9 +133,14 @@ class Canvas:
             step = -(-len(told.xs) // _MOST_POINTS)
             heading = told.axis.get_ylabel() or told.axis.get_title(loc="left")
             along = told.axis.get_xlabel()
+            # A pixel of room: what lies on the frame is in it, whatever the rounding.
+            frame = told.axis.get_window_extent().padded(1)
             for place in range(0, len(told.xs), max(step, 1)):
                 x, y = told.xs[place], told.ys[place]
-                at = told.axis.transData.transform((x, y)) * _POINTS_PER_INCH / self.figure.dpi
+                pixel = told.axis.transData.transform((x, y))
+                if not frame.contains(*pixel):  # Outside of the axes, or not measured: NaN.
+                    continue
+                at = pixel * _POINTS_PER_INCH / self.figure.dpi
                 name = f"{along} {x:,.4g}" if told.x_names is None else told.x_names[place]
                 text = f"{told.series}\n{heading} {y:,.4g}\n{name}"
                 series = self._series.index(told.series) if told.series in self._series else -1

@@ -104,8 +104,9 @@ def pareto(
                         color=style.colour, markersize=3.2, alpha=0.55,
                     )  # fmt: skip
                     canvas.belongs(method, *drawn)
-        hidden = _leave_out_far_controls(canvas.axis, points)
+        _leave_out_far_controls(canvas.axis, points)
         _do_not_exaggerate(canvas.axis)
+        hidden = _outside(canvas.axis, points)
         canvas.axis.set_xlabel("target L0" if l0 is None else "L0 (active latents per token)")
         canvas.axis.set_ylabel(axis_label(heading, definition))
         canvas.legend_below()
@@ -127,18 +128,21 @@ def pareto(
     ]
 
 
-def _leave_out_far_controls(axis: Any, points: Points) -> list[str]:
-    """Limits that fit what is compared; names and values of controls outside of them."""
+def _leave_out_far_controls(axis: Any, points: Points) -> None:
+    """Set limits that fit what is compared, controls apart."""
     ours = [(x, y) for line in points.values() for x, y, group in line if not group.is_control]
     if len(ours) < 2:
-        return []
+        return
     xs, ys = [x for x, _ in ours], [y for _, y in ours]
     margin = 0.25 * (max(ys) - min(ys) or 1.0)
     low, high = axis.get_ylim()
-    bottom, top = max(low, min(ys) - margin), min(high, max(ys) + margin)
-    axis.set_ylim(bottom, top)
+    axis.set_ylim(max(low, min(ys) - margin), min(high, max(ys) + margin))
     _l0_axis(axis, xs)
-    left, right = axis.get_xlim()
+
+
+def _outside(axis: Any, points: Points) -> list[str]:
+    """Names and values of controls outside of the axes."""
+    (bottom, top), (left, right) = axis.get_ylim(), axis.get_xlim()
     return [
         f"{method} (control) {number(y, 3)} at L0 {number(x, 0)}"
         for method, line in points.items()

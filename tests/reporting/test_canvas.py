@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import nan
 
 import pytest
 
@@ -65,3 +66,13 @@ def test_a_small_difference_looks_small(values: list[float]) -> None:
     # The axis covers a twentieth of its largest value, and is a part of the figure's height.
     share = abs(values[1] - values[0]) / (0.05 * max(map(abs, values)))
     assert 0 < abs(first - second) / height < share
+
+
+def test_what_is_not_drawn_tells_nothing() -> None:
+    # Not measured, and far below an axis that begins at 0: a number that JSON has none of.
+    lines = [("b", [1e3, 2e3, 3e3, 4e3], [-5.0, nan, 0.2, 0.3])]
+    (figure,) = curves("n", "explained variance", "c", lines, STYLES, bottom=0.0)
+    assert [text.split("\n")[1] for *_, text in figure.points] == [
+        "explained variance 0.2",
+        "explained variance 0.3",
+    ]
