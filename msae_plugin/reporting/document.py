@@ -309,7 +309,7 @@ _TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 cast("dict[str, Any]", _TEMPLATES.filters).update(
-    data_url=data_url, breakable=_breakable, cells=_cells, md=one_line, quote=quote,
+    breakable=_breakable, cells=_cells, md=one_line, quote=quote,
     kind=_kind, sentences=_sentences, visible=visible,
 )  # fmt: skip
 
