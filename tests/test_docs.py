@@ -137,8 +137,21 @@ def test_every_command_of_the_pages_can_be_typed() -> None:
     assert seen > 20
 
 
+def headings(page: Path) -> set[str]:
+    """Ids that a page's headings get on GitHub and in the site."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
+    seen = 0
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), (page.name, target)
+        for target in re.findall(r"\]\(([^)\s]+)", page.read_text(encoding="utf-8")):
+            file, _, heading = target.partition("#")
+            if "://" in target:
+                continue
+            found = page.parent / file if file else page
+            assert found.exists(), (page.name, target)
+            assert not heading or heading in headings(found), (page.name, target)
+            seen += 1
+    assert seen > 50

@@ -34,7 +34,7 @@ buffer = ActivationBuffer(
     model,
     model.model.layers[task["layer"]],
     d_submodule=task["d_in"],
-    n_ctxs=64,
+    n_ctxs=task["buffer"],
     ctx_len=task["context"],
     refresh_batch_size=16,
     out_batch_size=task["batch"],

@@ -24,12 +24,12 @@ recipe = {
     "training": {
         "tokens": task["tokens"],
         "batch_size_tokens": task["batch"],
+        "n_batches_in_buffer": task["buffer"],
         "lr": task["lr"],
         "seed": task["seed"],
         "calibrate_batches": 8,
     },
 }
 msae_plugin.train(recipe, task["output"], progress=False)
-exported = next(Path(task["output"]).rglob("cfg.json")).parent
-loaded = msae_plugin.load(exported)
+loaded = msae_plugin.load(Path(task["output"]) / "sae")
 report_variance(task, loaded.forward)
