@@ -40,8 +40,8 @@ from msae_plugin.models.packaged import prepare_packaged_model
 HERE = Path(__file__).parent
 WORK = HERE.parent / "build" / "throughput"
 MODEL, LAYER, CONTEXT, D_IN = "packaged:smollm2-135m", 9, 128, 576
-# Sequences in the buffers that mix activations. A larger one is filled further beyond the last batch,
-# by another amount at each length: noise in a rate from the difference of two lengths.
+# Sequences in the buffers that mix activations. A larger one is filled further beyond the last
+# batch, by another amount at each length: noise in a rate from the difference of two lengths.
 BUFFER = 16
 
 

@@ -5,8 +5,8 @@
 `shift` is the geometric median of the first training batch and `scale` the median distance from it,
 per root of d_in, so that a coordinate of z is of order one. Training then never sees the unit or
 the mean of the activations: a * x + c gives the same z. Without it the first steps go into b_dec,
-at Adam's pace whatever the mean's size, and latents die meanwhile (docs/results-choices.md). Medians,
-because a few massive tokens move neither.
+at Adam's pace whatever the mean's size, and latents die meanwhile (docs/results-choices.md).
+Medians, because a few massive tokens move neither.
 
 Both are constants of the run and fold into `W_enc`, `b_enc`, `b_dec` and the threshold at export.
 """

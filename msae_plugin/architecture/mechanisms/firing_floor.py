@@ -12,8 +12,7 @@ Steps of a tenth of the threshold swing around the floor, because the rate is kn
 mean. That helps while training: a rare latent is wide open for a few steps and gets gradients
 (steps in proportion to the distance do not swing, and explained less variance). But an export in
 the middle of a swing has latents that fire on nothing, so that calibration puts every allowance
-where the latent fires at the floor (docs/results-choices.md, "How the first
-presets were chosen").
+where the latent fires at the floor (docs/results-choices.md, "How the first presets were chosen").
 
 The limit is on the share of the L0 that all dense latents take together, not on the rate of each: a
 ceiling of a tenth on every latent cost .014 of the explained variance on Gemma, whose few massive
