@@ -12,7 +12,9 @@ argument of its own, and the loaded model is what the runner receives.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -49,6 +51,10 @@ from msae_plugin.models.transformer_lens import (
 from msae_plugin.upstream import official_transformer_lens_name, register_transformer_lens_name
 
 logger = logging.getLogger(__name__)
+
+# Parameters of glibc's mallopt with their values; it refuses a larger second one.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = (-1, 256 << 20), (-3, 32 << 20)
+_ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,8 @@ def load_language_model(
     shape = describe_model(name)
     for hook in hook_names:
         validate_hook(hook, shape.n_layers)
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()
 
     source = resolve_model(name, report)
     config = read_config(source.folder)
@@ -240,6 +248,24 @@ def load_language_model(
         n_layers=shape.n_layers,
         vocabulary=shape.vocabulary,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 256 MiB of what a pass frees for the next one.
+
+    A pass on a CPU makes and frees tensors of ten megabytes. At its own settings glibc gives most
+    of them back to the system, which zeroes every page again: a fifth of the time of a pass of
+    SmolLM2 to layer 9 over 2,048 tokens. Nothing where there is another allocator, or where the
+    user's environment sets it.
+    """
+    if any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    for parameter, value in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+        mallopt(parameter, value)
 
 
 def describe_model(name: str) -> ModelShape:

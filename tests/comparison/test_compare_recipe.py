@@ -38,6 +38,7 @@ def test_the_shipped_recipes_are_known() -> None:
         "compare_ladder_ground_truth",
         "compare_ladder_language_model",
         "compare_lista_ablation",
+        "compare_peers_1m",
         "compare_smollm2",
         "compare_smollm2_1m",
         "compare_synthsaebench16k",
