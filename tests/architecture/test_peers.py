@@ -9,6 +9,10 @@ import torch
 from sae_lens import SAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 
@@ -103,16 +107,34 @@ def test_ortsae_is_the_mean_squared_maximum_cosine_of_chunks() -> None:
     assert float(output.losses["orthogonality_loss"].detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def from_peer(name: str, k: float) -> MultiScaleTrainingSAE:
+def from_peer(name: str, k: float, **sizes: Any) -> MultiScaleTrainingSAE:
     """A peer that is a set of settings, with generic weights, in the raw unit."""
-    section = peer_section(name, 10)
+    section = peer_section(name, 10) | {"d_in": D_IN, "d_sae": D_SAE} | sizes
     del section["architecture"]
     recipe = section.pop("preset")
     section["input_normalization"] = "none"
-    cfg = preset(recipe, d_in=D_IN, d_sae=D_SAE, k=k, training_steps=10, **section)
+    cfg = preset(recipe, k=k, training_steps=10, **section)
     sae = MultiScaleTrainingSAE(cfg)
     randomised(sae)
     return sae
+
+
+def test_the_peers_that_saelens_has_train_as_they_do_there() -> None:
+    sizes = {"d_in": D_IN, "d_sae": 64, "dtype": "float64"}
+    plain = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=4, **sizes))
+    widths = [2, 4, 8, 16, 32, 64]
+    nested = MatryoshkaBatchTopKTrainingSAE(
+        MatryoshkaBatchTopKTrainingSAEConfig(k=4, matryoshka_widths=widths, **sizes)
+    )
+    for name, theirs in (("batchtopk", plain), ("matryoshka", nested)):
+        ours = from_peer(name, k=4, **sizes)
+        randomised(theirs)
+        for sae in (ours, theirs):
+            trained_by_adam(sae, 20)
+        assert len(ours.cfg.prefix_widths) == (1 if name == "batchtopk" else len(widths))
+        for parameter, value in theirs.named_parameters():
+            # Twenty steps of .01: any other loss or gradient would end a thousandth away.
+            torch.testing.assert_close(ours.get_parameter(parameter), value, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +243,7 @@ def trained_by_adam(sae: TrainingSAE, steps: int) -> None:
     optimizer = torch.optim.Adam(sae.parameters(), lr=0.01)
     for number in range(steps):
         optimizer.zero_grad()
-        step(sae, activations(number), number).loss.backward()
+        step(sae, activations(number).to(sae.dtype), number).loss.backward()
         optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""Peers that SAELens does not have, by name, as sections of a comparison.
+"""Peers by name, as sections of a comparison: what SAELens lacks, or has in dense steps alone.
 
 Each is a configuration of `multiscale`, an option of SAELens, or a small training class of this
 package; tests/architecture/test_peers.py checks each against its paper's equation in float64.
