@@ -100,8 +100,10 @@ class ActivationByWord:
         return float((largest >= ON_ONE_WORD * total)[judged].float().mean())
 
 
-# A block of log-probabilities holds at most this many float32 values: 64 MiB.
-BLOCK_ELEMENTS = 2**24
+# A block of log-probabilities, latents or cosines holds at most this many float32 values: 16 MiB.
+# Larger ones get new pages from the system each time (`models/loading.py`): losses over Gemma's
+# vocabulary take 4.5 times as long in blocks of 64 MiB.
+BLOCK_ELEMENTS = 2**22
 
 
 def predicting_positions(kept: torch.Tensor) -> torch.Tensor:
@@ -141,10 +143,6 @@ def summed_losses(
     return cross_entropy, kl
 
 
-# 2^22 similarities of float32 are 16 MiB: a block never becomes the peak of an evaluation.
-OVERLAP_BLOCK_ELEMENTS = 2**22
-
-
 def cosines_to_others(
     directions: torch.Tensor, block_elements: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -174,7 +172,7 @@ def max_decoder_cosines(W_dec: torch.Tensor) -> torch.Tensor:
     directions = directions[norms > 0] / norms[norms > 0, None]
     if directions.shape[0] < 2:
         return directions.new_zeros(0)
-    blocks = cosines_to_others(directions, OVERLAP_BLOCK_ELEMENTS)
+    blocks = cosines_to_others(directions, BLOCK_ELEMENTS)
     return torch.cat([cosines.amax(dim=1) for _, cosines in blocks])
 
 
@@ -188,8 +186,6 @@ def mean_max_decoder_cosine(W_dec: torch.Tensor) -> float:
     return nearest.double().mean().item() if nearest.numel() else 0.0
 
 
-# Latents are computed for as many tokens at a time as fit in 64 MiB of float32.
-LATENT_ELEMENTS = 2**24
 # Logits of one pass: 256 MiB of float32; the clean pass's are held beside those of each other pass.
 LOGIT_ELEMENTS = 2**26
 # Below this many nats, zeroing the layer does nothing to the model and the ratio is noise.
@@ -264,7 +260,7 @@ class _Measured:
         if reshaping:  # the head dimension is flattened already
             sae.turn_off_forward_pass_hook_z_reshaping()
         try:
-            rows = max(1, LATENT_ELEMENTS // sae.cfg.d_sae)
+            rows = max(1, BLOCK_ELEMENTS // sae.cfg.d_sae)
             for part in torch.arange(window.numel()).split(rows):
                 at = (window[part], position[part])
                 sae_in = activations[at]

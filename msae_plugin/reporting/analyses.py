@@ -22,13 +22,11 @@ from scipy.sparse.csgraph import connected_components
 from msae_plugin.common.errors import InputError, first_line
 from msae_plugin.common.progress import Report
 from msae_plugin.common.table import Spread, spread
-from msae_plugin.evaluation.heldout import cosines_to_others
+from msae_plugin.evaluation.heldout import BLOCK_ELEMENTS, cosines_to_others
 from msae_plugin.reporting.sources import TrainedSAE
 from msae_plugin.saes.find import LocatedSAE
 from msae_plugin.saes.load import load_sae
 
-# 2^22 similarities of float32 are 16 MiB.
-BLOCK_ELEMENTS = 2**22
 CLUSTER_COSINES = (0.2, 0.5)
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from msae_plugin.common.errors import InputError
-from msae_plugin.evaluation.heldout import LatentBatch, cosines_to_others
+from msae_plugin.evaluation.heldout import BLOCK_ELEMENTS, LatentBatch, cosines_to_others
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -29,7 +29,6 @@ RECURS_FROM = 0.7
 """Largest decoder cosine from which on another seed has the latent too."""
 SHADES = 999
 """Values inside an example are shares of the latent's largest in so many steps."""
-BLOCK_ELEMENTS = 2**24
 
 
 class Firings:

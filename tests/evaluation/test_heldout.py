@@ -166,7 +166,7 @@ def kept_activations(pair, hook, texts) -> torch.Tensor:
 def test_explained_variance_l0_and_dead_latents_are_those_of_a_plain_formula(
     model_and_hook, texts, monkeypatch
 ):
-    monkeypatch.setattr(heldout, "LATENT_ELEMENTS", 5 * 96)  # five tokens to a block
+    monkeypatch.setattr(heldout, "BLOCK_ELEMENTS", 5 * 96)  # five tokens to a block
     pair, hook = model_and_hook
     sae = random_sae()
     with torch.no_grad():
@@ -343,7 +343,7 @@ def test_blocks_give_what_the_whole_matrix_gives(d_sae, d_in, block):
     generator = torch.Generator().manual_seed(d_sae * 100 + d_in)
     W_dec = torch.randn(d_sae, d_in, generator=generator) * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heldout, "OVERLAP_BLOCK_ELEMENTS", block)
+        patch.setattr(heldout, "BLOCK_ELEMENTS", block)
         # Two norms and the product of the unit vectors; the mean adds numbers of at most one.
         atol = rounding_tolerance(3 * (d_in + 2) + d_sae, 1.0)
         assert mean_max_decoder_cosine(W_dec) == pytest.approx(naive(W_dec), abs=atol)
@@ -361,7 +361,7 @@ def test_rows_of_zeros_and_single_rows_are_no_neighbours():
 
 
 def test_no_block_holds_more_than_its_budget(monkeypatch):
-    monkeypatch.setattr(heldout, "OVERLAP_BLOCK_ELEMENTS", 2**12)
+    monkeypatch.setattr(heldout, "BLOCK_ELEMENTS", 2**12)
     sizes: list[int] = []
     original = torch.Tensor.__matmul__
 
