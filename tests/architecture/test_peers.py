@@ -170,6 +170,22 @@ def test_aligned_training_makes_every_product_one_by_the_smallest_change() -> No
         assert float(W_enc[:, i] @ W_dec[i]) == pytest.approx(1, abs=1e-5)
         change = W_enc[:, i] - before[:, i]
         assert abs(cosine(change, W_dec[i])) == pytest.approx(1, abs=1e-5)
+        assert float(W_dec[i].norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_aligned_training_learns_at_a_high_rate() -> None:
+    sae = from_peer("aligned", k=3)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.03)
+    errors: list[float] = []
+    for number in range(400):
+        optimizer.zero_grad()
+        output = step(sae, activations(number), number)
+        output.loss.backward()
+        optimizer.step()
+        errors.append(output.losses["mse_loss"].item())
+    # The variance is 2 squared in each dimension. With decoder rows free to shrink, encoders grew
+    # without bound, and the error was nine times the variance.
+    assert sum(errors[-50:]) / 50 < 4 * D_IN / 4
 
 
 def literal_c2r(f: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
