@@ -497,7 +497,7 @@ from msae_plugin.models.loading import keep_freed_memory
 
 keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+for _ in range(8):
     before = faults()
     tensors = [torch.ones(2 << 20) for _ in range(10)]  # 8 MiB each
     del tensors
@@ -519,5 +519,5 @@ def test_freed_memory_is_kept_for_the_next_pass(variables: dict[str, str], kept:
         check=True,
     )
     pages = 10 * (8 << 20) // os.sysconf("SC_PAGESIZE")
-    # The third round's tensors lie where the second's were, or on pages of their own.
-    assert (int(done.stdout) < pages / 10) is kept
+    # The first rounds find room for all ten; the last one's lie there, or on pages of their own.
+    assert (int(done.stdout) < pages / 4) is kept
