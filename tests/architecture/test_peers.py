@@ -174,15 +174,7 @@ def test_aligned_training_makes_every_product_one_by_the_smallest_change() -> No
 
 
 def test_aligned_training_learns_at_a_high_rate() -> None:
-    sae = from_peer("aligned", k=3)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.03)
-    errors: list[float] = []
-    for number in range(400):
-        optimizer.zero_grad()
-        output = step(sae, activations(number), number)
-        output.loss.backward()
-        optimizer.step()
-        errors.append(output.losses["mse_loss"].item())
+    errors = trained_by_adam(from_peer("aligned", k=3), 400, lr=0.03)
     # The variance is 2 squared in each dimension. With decoder rows free to shrink, encoders grew
     # without bound, and the error was nine times the variance.
     assert sum(errors[-50:]) / 50 < 4 * D_IN / 4
@@ -255,12 +247,17 @@ def bottleneck_sae(rank: int, **settings: Any) -> BottleneckTrainingSAE:
     return BottleneckTrainingSAE(cfg)
 
 
-def trained_by_adam(sae: TrainingSAE, steps: int) -> None:
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.01)
+def trained_by_adam(sae: TrainingSAE, steps: int, lr: float = 0.01) -> list[float]:
+    """The squared error of each step."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    errors: list[float] = []
     for number in range(steps):
         optimizer.zero_grad()
-        step(sae, activations(number).to(sae.dtype), number).loss.backward()
+        output = step(sae, activations(number).to(sae.dtype), number)
+        output.loss.backward()
         optimizer.step()
+        errors.append(output.losses["mse_loss"].item())
+    return errors
 
 
 def test_a_bottleneck_of_rank_zero_is_batchtopk() -> None:
